@@ -1,0 +1,412 @@
+//! The decision on a request: one pure function, the same in Envoy, in the control plane's own API, in
+//! `/api/auth/validate`, in a dry run and in a test.
+//!
+//! It answers in this order, the cheapest refusal first: route, credential, age of the state, the token
+//! (remembered, or read strictly, checked and verified), lockdown and revocation, scopes and roles.
+//! Removing the client's own `x-keygate-*` headers and adding ours is [`crate::forward`].
+
+use std::sync::Arc;
+
+use crate::cache::{TokenCache, Verified};
+use crate::credential::Credential;
+use crate::crypto;
+use crate::policy::{Access, Mode, Route, Stale};
+use crate::refusal::Refusal;
+use crate::revocation::{Revocations, Standing};
+use crate::rules::Ruleset;
+use crate::token;
+
+/// What is asked.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'r> {
+    /// The method, as sent.
+    pub method: &'r [u8],
+    /// The path as it is forwarded, with or without query.
+    pub path: &'r [u8],
+    /// The credential, from [`crate::credential::find`].
+    pub credential: Credential<'r>,
+}
+
+/// The state that a decision is made with.
+#[derive(Debug, Clone, Copy)]
+pub enum State<'s> {
+    /// None yet.
+    Missing,
+    /// The control plane has not been heard of for longer than the hard age.
+    Stale(&'s Ruleset),
+    /// In touch.
+    Fresh(&'s Ruleset),
+}
+
+impl<'s> State<'s> {
+    /// The state of `rules` that were confirmed `age_s` seconds ago.
+    pub fn aged(rules: &'s Ruleset, age_s: u64) -> Self {
+        if age_s > rules.hard_age_s { Self::Stale(rules) } else { Self::Fresh(rules) }
+    }
+}
+
+/// The decision.
+#[derive(Debug)]
+pub struct Decision<'s> {
+    /// What to do.
+    pub verdict: Verdict,
+    /// Precisely why; for metrics, logs and telemetry, never for the client.
+    pub reason: Reason,
+    /// The route that matched.
+    pub route: Option<&'s Route>,
+    /// Whose key it is, once its signature is verified, also when it is refused.
+    pub key: Option<Arc<Verified>>,
+    /// Whether it would have been refused, were the mode not `shadow`.
+    pub shadowed: bool,
+}
+
+/// What to do with a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Let it pass.
+    Forward,
+    /// Answer it with a refusal.
+    Refuse(Refusal),
+}
+
+/// Precisely why.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// The key counts and permits it.
+    Allowed,
+    /// The route is public.
+    Public,
+    /// No route matches.
+    NoRoute,
+    /// No credential.
+    MissingCredential,
+    /// More than one credential.
+    TooManyCredentials,
+    /// No state yet.
+    NoState,
+    /// The state is older than the hard age.
+    StaleState,
+    /// The revocation set cannot be read at the moment.
+    RevocationUnknown,
+    /// The token cannot be read strictly.
+    Malformed,
+    /// No such signing secret, or one that does not count any more.
+    UnknownKid,
+    /// The header's algorithm is not that of the signing secret.
+    AlgorithmMismatch,
+    /// Another issuer.
+    WrongIssuer,
+    /// Another audience.
+    WrongAudience,
+    /// The key has ended.
+    Expired,
+    /// Issued in the future.
+    NotYetValid,
+    /// A life longer than any that is issued.
+    LifeTooLong,
+    /// The signature is not one.
+    BadSignature,
+    /// Lockdown.
+    Lockdown,
+    /// Revoked.
+    Revoked,
+    /// Suspended.
+    Suspended,
+    /// Under a cut-off.
+    Cutoff,
+    /// A scope is missing.
+    MissingScope,
+    /// The role is none of the route's.
+    WrongRole,
+}
+
+impl Reason {
+    /// All of them, for metrics that exist before they are needed.
+    pub const ALL: [Self; 23] = [
+        Self::Allowed,
+        Self::Public,
+        Self::NoRoute,
+        Self::MissingCredential,
+        Self::TooManyCredentials,
+        Self::NoState,
+        Self::StaleState,
+        Self::RevocationUnknown,
+        Self::Malformed,
+        Self::UnknownKid,
+        Self::AlgorithmMismatch,
+        Self::WrongIssuer,
+        Self::WrongAudience,
+        Self::Expired,
+        Self::NotYetValid,
+        Self::LifeTooLong,
+        Self::BadSignature,
+        Self::Lockdown,
+        Self::Revoked,
+        Self::Suspended,
+        Self::Cutoff,
+        Self::MissingScope,
+        Self::WrongRole,
+    ];
+
+    /// Its name in metrics and logs.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Allowed => "allowed",
+            Self::Public => "public",
+            Self::NoRoute => "no_route",
+            Self::MissingCredential => "missing_credential",
+            Self::TooManyCredentials => "too_many_credentials",
+            Self::NoState => "no_state",
+            Self::StaleState => "stale_state",
+            Self::RevocationUnknown => "revocation_unknown",
+            Self::Malformed => "malformed",
+            Self::UnknownKid => "unknown_kid",
+            Self::AlgorithmMismatch => "algorithm_mismatch",
+            Self::WrongIssuer => "wrong_issuer",
+            Self::WrongAudience => "wrong_audience",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::LifeTooLong => "life_too_long",
+            Self::BadSignature => "bad_signature",
+            Self::Lockdown => "lockdown",
+            Self::Revoked => "revoked",
+            Self::Suspended => "suspended",
+            Self::Cutoff => "cutoff",
+            Self::MissingScope => "missing_scope",
+            Self::WrongRole => "wrong_role",
+        }
+    }
+
+    /// Its place in [`Reason::ALL`].
+    pub const fn index(self) -> usize {
+        self as usize
+    }
+
+    /// What a client is told, `None` when it passes.
+    pub const fn refusal(self) -> Option<Refusal> {
+        Some(match self {
+            Self::Allowed | Self::Public => return None,
+            Self::NoRoute => Refusal::NoRoute,
+            Self::MissingCredential => Refusal::MissingCredential,
+            Self::TooManyCredentials => Refusal::TooManyCredentials,
+            Self::NoState | Self::StaleState | Self::RevocationUnknown => Refusal::Unavailable,
+            Self::Malformed
+            | Self::UnknownKid
+            | Self::AlgorithmMismatch
+            | Self::WrongIssuer
+            | Self::WrongAudience
+            | Self::Expired
+            | Self::NotYetValid
+            | Self::LifeTooLong
+            | Self::BadSignature
+            | Self::Lockdown
+            | Self::Revoked
+            | Self::Suspended
+            | Self::Cutoff => Refusal::InvalidToken,
+            Self::MissingScope | Self::WrongRole => Refusal::InsufficientScope,
+        })
+    }
+}
+
+/// Follows a decision step by step. `()` follows nothing and costs nothing.
+pub trait Trace {
+    /// A step was taken; `detail` says what was found, without any part of a token.
+    fn step(&mut self, step: &'static str, detail: impl FnOnce() -> String);
+}
+
+impl Trace for () {
+    fn step(&mut self, _: &'static str, _: impl FnOnce() -> String) {}
+}
+
+/// Who decides: what is remembered, who is revoked, and at what time.
+pub struct Judge<'a, R, T> {
+    /// Tokens verified before.
+    pub cache: &'a mut TokenCache,
+    /// Who is revoked.
+    pub revocations: R,
+    /// Now, Unix seconds.
+    pub now: u64,
+    /// Follows the decision.
+    pub trace: &'a mut T,
+}
+
+/// Decides on a request.
+pub fn decide<'s, R: Revocations, T: Trace>(
+    state: State<'s>,
+    request: Request<'_>,
+    mut judge: Judge<'_, R, T>,
+) -> Decision<'s> {
+    let (rules, stale) = match state {
+        State::Missing => {
+            judge.trace.step("state", || "none yet".into());
+            return Decision::new(Reason::NoState, None, None);
+        }
+        State::Stale(rules) => (rules, true),
+        State::Fresh(rules) => (rules, false),
+    };
+    let path = request.path.split(|byte| *byte == b'?').next().unwrap_or_default();
+    let route = rules.policy.route(request.method, path);
+    judge.trace.step("route", || match route {
+        Some(route) => format!("{} ({:?})", route.name, route.access).to_lowercase(),
+        None => "none matches".into(),
+    });
+    let mut decision = match route {
+        None => Decision::new(Reason::NoRoute, None, None),
+        Some(route) => judge.on_route(rules, stale, route, request.credential),
+    };
+    if rules.policy.mode == Mode::Shadow && decision.verdict != Verdict::Forward {
+        judge.trace.step("mode", || "shadow: not carried out".into());
+        decision.verdict = Verdict::Forward;
+        decision.shadowed = true;
+    }
+    decision
+}
+
+/// Decides on a credential for one route, whatever the policy says of others. Shadow mode does not apply.
+pub fn decide_on_route<'s, R: Revocations, T: Trace>(
+    rules: &Ruleset,
+    route: &'s Route,
+    credential: Credential<'_>,
+    mut judge: Judge<'_, R, T>,
+) -> Decision<'s> {
+    judge.on_route(rules, false, route, credential)
+}
+
+impl<'s> Decision<'s> {
+    fn new(reason: Reason, route: Option<&'s Route>, key: Option<Arc<Verified>>) -> Self {
+        let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
+        Self { verdict, reason, route, key, shadowed: false }
+    }
+}
+
+impl<R: Revocations, T: Trace> Judge<'_, R, T> {
+    fn on_route<'s>(
+        &mut self,
+        rules: &Ruleset,
+        stale: bool,
+        route: &'s Route,
+        credential: Credential<'_>,
+    ) -> Decision<'s> {
+        let refuse = |reason, key| Decision::new(reason, Some(route), key);
+        let too_old = stale && route.stale == Stale::Deny;
+        if route.access == Access::Public {
+            let reason = if too_old { Reason::StaleState } else { Reason::Public };
+            return refuse(reason, None);
+        }
+        let token = match credential {
+            Credential::None => return refuse(Reason::MissingCredential, None),
+            Credential::Many => return refuse(Reason::TooManyCredentials, None),
+            Credential::One(token) => token,
+        };
+        self.trace.step("credential", || "exactly one".into());
+        if too_old {
+            self.trace.step("state", || "older than the hard age".into());
+            return refuse(Reason::StaleState, None);
+        }
+        let key = match self.verify(rules, token) {
+            Ok(key) => key,
+            Err(reason) => {
+                self.trace.step("token", || reason.label().into());
+                return refuse(reason, None);
+            }
+        };
+        let reason = self.standing(rules, &key).and_then(|()| permits(route, &key));
+        self.trace.step("permission", || reason.err().map_or("granted", Reason::label).into());
+        refuse(reason.err().unwrap_or(Reason::Allowed), Some(key))
+    }
+
+    /// The token behind the bytes, if it is one of ours that counts now.
+    fn verify(&mut self, rules: &Ruleset, token: &[u8]) -> Result<Arc<Verified>, Reason> {
+        if let Some(known) = self.cache.get(token) {
+            let verifier = rules.verifier(&known.kid).filter(|verifier| verifier.tag == known.key_tag);
+            if let Some(verifier) = verifier {
+                let checked = check(rules, verifier.not_after, &known.claims, self.now);
+                if checked == Err(Reason::Expired) {
+                    self.cache.remove(token);
+                }
+                self.trace.step("token", || "verified before".into());
+                return checked.map(|()| known);
+            }
+            // Verified by a secret that is gone, or that now means another key: from the beginning.
+            self.cache.remove(token);
+        }
+        let read = token::read(token).map_err(|malformed| {
+            self.trace.step("token", || malformed.to_string());
+            Reason::Malformed
+        })?;
+        let verifier = rules.verifier(&read.kid).ok_or(Reason::UnknownKid)?;
+        if verifier.alg != read.alg {
+            return Err(Reason::AlgorithmMismatch);
+        }
+        check(rules, verifier.not_after, &read.claims, self.now)?;
+        if !crypto::verify(verifier.alg, &verifier.key, read.signing_input, read.signature) {
+            return Err(Reason::BadSignature);
+        }
+        self.trace.step("token", || format!("{} signature of {} verified", read.alg.name(), read.kid));
+        let verified = Arc::new(Verified {
+            kid: read.kid,
+            key_tag: verifier.tag,
+            fingerprint: read.claims.fingerprint(),
+            claims: read.claims,
+        });
+        self.cache.insert(token, Arc::clone(&verified));
+        Ok(verified)
+    }
+
+    /// Whether a verified key is one that is still wanted.
+    fn standing(&mut self, rules: &Ruleset, key: &Verified) -> Result<(), Reason> {
+        let claims = &key.claims;
+        if rules.lockdown.as_ref().is_some_and(|lockdown| lockdown.holds(&claims.role, self.now)) {
+            return Err(Reason::Lockdown);
+        }
+        if rules.cutoffs.iter().any(|cutoff| cutoff.hits(claims, &key.kid)) {
+            return Err(Reason::Cutoff);
+        }
+        let standing = self.revocations.standing(key.fingerprint);
+        self.trace.step("revocation", || format!("{standing:?}").to_lowercase());
+        match standing {
+            Standing::Clear => Ok(()),
+            Standing::Revoked => Err(Reason::Revoked),
+            Standing::Suspended => Err(Reason::Suspended),
+            Standing::Unknown => Err(Reason::RevocationUnknown),
+        }
+    }
+}
+
+/// What is asked of a token on every request, whether or not it was verified before.
+fn check(rules: &Ruleset, not_after: Option<u64>, claims: &token::Claims, now: u64) -> Result<(), Reason> {
+    let leeway = rules.leeway_s;
+    if not_after.is_some_and(|end| now >= end) {
+        return Err(Reason::UnknownKid);
+    }
+    if claims.iss != rules.issuer {
+        return Err(Reason::WrongIssuer);
+    }
+    if rules.audience.is_some() && claims.aud != rules.audience {
+        return Err(Reason::WrongAudience);
+    }
+    if now >= claims.exp.saturating_add(leeway) {
+        return Err(Reason::Expired);
+    }
+    if claims.iat.max(claims.nbf.unwrap_or(0)) > now.saturating_add(leeway) {
+        return Err(Reason::NotYetValid);
+    }
+    if claims.exp.saturating_sub(claims.iat) > rules.max_life_s {
+        return Err(Reason::LifeTooLong);
+    }
+    Ok(())
+}
+
+fn permits(route: &Route, key: &Verified) -> Result<(), Reason> {
+    let has = |wanted: &String| key.claims.scope.split(' ').any(|scope| scope == wanted);
+    if !route.scopes.iter().all(has) {
+        return Err(Reason::MissingScope);
+    }
+    if !route.roles.is_empty() && !route.roles.contains(&key.claims.role) {
+        return Err(Reason::WrongRole);
+    }
+    Ok(())
+}
+
+#[cfg(all(test, feature = "native"))]
+mod tests;

@@ -1,0 +1,333 @@
+use jsonwebtoken::EncodingKey;
+
+use super::*;
+use crate::crypto::{Algorithm, native};
+use crate::cutoff::{Cutoff, Lockdown, Scope};
+use crate::policy::Policy;
+use crate::revocation::{ExactSet, Fingerprint, Op};
+use crate::rules::{self, Material, Rules, VerificationKey};
+use crate::token::{Claims, TYPE};
+
+const NOW: u64 = 10_000;
+
+struct World {
+    rules: Rules,
+    revoked: ExactSet,
+    cache: TokenCache,
+    now: u64,
+    stale: bool,
+}
+
+fn world() -> World {
+    native::install();
+    let policy: Policy = serde_json::from_str(
+        r#"{"routes":[
+            {"name":"home","path":"/","access":"public"},
+            {"name":"read","path":"/chat","methods":["GET"],"access":"key","scopes":["chat:read"]},
+            {"name":"both","path":"/both","access":"key","scopes":["chat:read","chat:write"]},
+            {"name":"staff","path":"/staff","access":"key","roles":["admin","staff"]},
+            {"name":"lax","path":"/lax","access":"key","stale":"allow"}]}"#,
+    )
+    .unwrap();
+    let key = |kid: &str, alg: Algorithm, material: Vec<u8>| VerificationKey {
+        kid: kid.into(),
+        alg,
+        material: Material::new(material),
+        not_after: None,
+    };
+    World {
+        rules: Rules {
+            format: rules::FORMAT,
+            issuer: "keygate".into(),
+            audience: None,
+            realm: "keygate".into(),
+            leeway_s: 0,
+            max_life_s: 1_000,
+            hard_age_s: 300,
+            keys: vec![
+                key("es", Algorithm::ES256, native::p256_point(&[7; 32]).unwrap()),
+                key("hs", Algorithm::HS256, vec![9; 32]),
+            ],
+            policy,
+            cutoffs: Vec::new(),
+            lockdown: None,
+        },
+        revoked: ExactSet::default(),
+        cache: TokenCache::new(100_000),
+        now: NOW,
+        stale: false,
+    }
+}
+
+fn claims() -> Claims {
+    Claims {
+        iss: "keygate".into(),
+        sub: "key_1".into(),
+        jti: "jti-1".into(),
+        iat: NOW - 100,
+        exp: NOW + 100,
+        nbf: None,
+        aud: None,
+        role: "basic".into(),
+        scope: "chat:read chat:list".into(),
+        own: None,
+    }
+}
+
+fn sign(kid: &str, alg: Algorithm, key: &EncodingKey, claims: &Claims) -> String {
+    let header = jsonwebtoken::Header {
+        typ: Some(TYPE.into()),
+        kid: Some(kid.into()),
+        ..jsonwebtoken::Header::new(alg.jose())
+    };
+    jsonwebtoken::encode(&header, claims, key).unwrap()
+}
+
+fn es256(claims: &Claims) -> String {
+    sign("es", Algorithm::ES256, &Algorithm::ES256.signing_key(&[7; 32]).unwrap(), claims)
+}
+
+fn with(change: fn(&mut Claims)) -> String {
+    let mut claims = claims();
+    change(&mut claims);
+    es256(&claims)
+}
+
+impl World {
+    fn ask(&mut self, method: &str, path: &str, credential: Credential<'_>) -> (Reason, bool) {
+        let rules = Ruleset::try_from(self.rules.clone()).unwrap();
+        let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
+        let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential };
+        let judge =
+            Judge { cache: &mut self.cache, revocations: &self.revoked, now: self.now, trace: &mut () };
+        let decision = decide(state, request, judge);
+        let forwarded = decision.verdict == Verdict::Forward;
+        assert_eq!(forwarded, decision.reason.refusal().is_none() || decision.shadowed);
+        (decision.reason, forwarded)
+    }
+
+    fn get(&mut self, path: &str, token: &str) -> Reason {
+        self.ask("GET", path, Credential::One(token.as_bytes())).0
+    }
+}
+
+#[test]
+fn a_good_key_passes_first_and_remembered() {
+    let mut world = world();
+    let token = es256(&claims());
+    assert_eq!(world.get("/chat?q=1", &token), Reason::Allowed);
+    assert_eq!(world.cache.len(), 1);
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    let hs = sign("hs", Algorithm::HS256, &EncodingKey::from_secret(&[9; 32]), &claims());
+    assert_eq!(world.get("/chat", &hs), Reason::Allowed);
+}
+
+#[test]
+fn the_cheapest_refusal_comes_first() {
+    let mut world = world();
+    assert_eq!(world.ask("GET", "/", Credential::Many).0, Reason::Public);
+    assert_eq!(world.ask("GET", "/nowhere", Credential::Many).0, Reason::NoRoute);
+    assert_eq!(world.ask("GET", "/chat", Credential::None).0, Reason::MissingCredential);
+    assert_eq!(world.ask("GET", "/chat", Credential::Many).0, Reason::TooManyCredentials);
+    world.stale = true;
+    assert_eq!(world.ask("GET", "/chat", Credential::None).0, Reason::MissingCredential);
+    assert_eq!(world.get("/chat", "junk"), Reason::StaleState);
+    assert_eq!(world.get("/", ""), Reason::StaleState);
+    assert_eq!(world.get("/lax", "junk"), Reason::Malformed);
+    assert_eq!(world.get("/lax", &es256(&claims())), Reason::Allowed);
+}
+
+#[test]
+fn without_a_state_nothing_passes() {
+    native::install();
+    let request = Request { method: b"GET", path: b"/", credential: Credential::None };
+    let mut cache = TokenCache::new(0);
+    let revoked = ExactSet::default();
+    let judge = Judge { cache: &mut cache, revocations: &revoked, now: 0, trace: &mut () };
+    let decision = decide(State::Missing, request, judge);
+    assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
+}
+
+#[test]
+fn every_claim_is_checked_also_of_a_remembered_key() {
+    let mut world = world();
+    for (token, want) in [
+        (with(|c| c.iss = "other".into()), Reason::WrongIssuer),
+        (with(|c| c.exp = NOW), Reason::Expired),
+        (with(|c| c.exp = NOW + 1), Reason::Allowed),
+        (with(|c| c.iat = NOW), Reason::Allowed),
+        (with(|c| c.iat = NOW + 1), Reason::NotYetValid),
+        (with(|c| c.nbf = Some(NOW + 1)), Reason::NotYetValid),
+        (with(|c| (c.iat, c.exp) = (NOW, NOW + 1_000)), Reason::Allowed),
+        (with(|c| (c.iat, c.exp) = (NOW, NOW + 1_001)), Reason::LifeTooLong),
+        (with(|c| c.aud = Some("x".into())), Reason::Allowed),
+    ] {
+        assert_eq!(world.get("/chat", &token), want);
+        assert_eq!(world.get("/chat", &token), want, "remembered");
+    }
+    let token = es256(&claims());
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.now = NOW + 99;
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.now = NOW + 100;
+    assert_eq!(world.get("/chat", &token), Reason::Expired);
+    world.rules.leeway_s = 5;
+    world.now = NOW + 104;
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.now = NOW + 105;
+    assert_eq!(world.get("/chat", &token), Reason::Expired);
+    world.now = NOW;
+    world.rules.audience = Some("api".into());
+    assert_eq!(world.get("/chat", &token), Reason::WrongAudience);
+    assert_eq!(world.get("/chat", &with(|c| c.aud = Some("api".into()))), Reason::Allowed);
+}
+
+#[test]
+fn the_signature_is_that_of_the_kids_own_key_and_algorithm() {
+    let mut world = world();
+    let es = Algorithm::ES256.signing_key(&[7; 32]).unwrap();
+    let other = Algorithm::ES256.signing_key(&[8; 32]).unwrap();
+    let claims = claims();
+    assert_eq!(world.get("/chat", &sign("es", Algorithm::ES256, &other, &claims)), Reason::BadSignature);
+    assert_eq!(world.get("/chat", &sign("gone", Algorithm::ES256, &es, &claims)), Reason::UnknownKid);
+    assert_eq!(world.get("/chat", &sign("hs", Algorithm::ES256, &es, &claims)), Reason::AlgorithmMismatch);
+    let point = native::p256_point(&[7; 32]).unwrap();
+    let confused = sign("es", Algorithm::HS256, &EncodingKey::from_secret(&point), &claims);
+    assert_eq!(world.get("/chat", &confused), Reason::AlgorithmMismatch);
+    assert!(world.cache.is_empty(), "only good tokens are remembered");
+
+    let good = es256(&claims);
+    let (signed, signature) = good.rsplit_once('.').unwrap();
+    let stranger = with(|c| c.role = "admin".into());
+    let spliced = format!("{}.{signature}", stranger.rsplit_once('.').unwrap().0);
+    assert_eq!(world.get("/chat", &spliced), Reason::BadSignature);
+    assert_eq!(world.get("/chat", &format!("{signed}.{}", "A".repeat(86))), Reason::BadSignature);
+}
+
+#[test]
+fn a_secret_that_is_gone_or_changed_ends_remembered_keys_too() {
+    let mut world = world();
+    let token = es256(&claims());
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.rules.keys[0].not_after = Some(NOW + 1);
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.now = NOW + 1;
+    assert_eq!(world.get("/chat", &token), Reason::UnknownKid);
+    world.rules.keys[0].not_after = None;
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.rules.keys[0].material = Material::new(native::p256_point(&[8; 32]).unwrap());
+    assert_eq!(world.get("/chat", &token), Reason::BadSignature);
+    world.rules.keys.remove(0);
+    assert_eq!(world.get("/chat", &token), Reason::UnknownKid);
+}
+
+#[test]
+fn revocation_suspension_cutoffs_and_lockdown_end_a_remembered_key() {
+    let mut world = world();
+    let token = es256(&claims());
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    let f = Fingerprint::of("jti-1");
+    world.revoked.apply(Op::Suspend(f));
+    assert_eq!(world.get("/chat", &token), Reason::Suspended);
+    world.revoked.apply(Op::Resume(f));
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.rules.cutoffs.push(Cutoff {
+        id: "c1".into(),
+        scope: Scope { role: Some("basic".into()), ..Scope::default() },
+        created_before: NOW,
+        created_after: 0,
+    });
+    assert_eq!(world.get("/chat", &token), Reason::Cutoff);
+    world.rules.lockdown = Some(Lockdown { until: NOW + 1, exempt_roles: vec!["admin".into()] });
+    assert_eq!(world.get("/chat", &token), Reason::Lockdown);
+    assert_eq!(world.get("/staff", &with(|c| c.role = "admin".into())), Reason::Allowed);
+    world.rules.lockdown = None;
+    world.rules.cutoffs.clear();
+    world.revoked.apply(Op::Revoke(f));
+    assert_eq!(world.get("/chat", &token), Reason::Revoked);
+}
+
+#[test]
+fn what_revocation_cannot_answer_is_no_yes() {
+    struct Unknown;
+    impl Revocations for Unknown {
+        fn standing(&mut self, _: Fingerprint) -> Standing {
+            Standing::Unknown
+        }
+    }
+    let world = world();
+    let rules = Ruleset::try_from(world.rules).unwrap();
+    let token = es256(&claims());
+    let judge = Judge { cache: &mut TokenCache::new(0), revocations: Unknown, now: NOW, trace: &mut () };
+    let request = Request { method: b"GET", path: b"/chat", credential: Credential::One(token.as_bytes()) };
+    let decision = decide(State::Fresh(&rules), request, judge);
+    assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
+}
+
+#[test]
+fn scopes_are_all_needed_and_whole_words_roles_one() {
+    let mut world = world();
+    assert_eq!(world.get("/both", &es256(&claims())), Reason::MissingScope);
+    assert_eq!(world.get("/both", &with(|c| c.scope = "chat:write chat:read".into())), Reason::Allowed);
+    assert_eq!(
+        world.get("/chat", &with(|c| c.scope = "chat:readall xchat:read".into())),
+        Reason::MissingScope
+    );
+    assert_eq!(world.get("/chat", &with(|c| c.scope = String::new())), Reason::MissingScope);
+    assert_eq!(world.get("/staff", &es256(&claims())), Reason::WrongRole);
+    assert_eq!(world.get("/staff", &with(|c| c.role = "staff".into())), Reason::Allowed);
+}
+
+#[test]
+fn shadow_mode_refuses_nothing_and_says_what_it_would_have_done() {
+    let mut world = world();
+    world.rules.policy.mode = Mode::Shadow;
+    assert_eq!(world.ask("GET", "/chat", Credential::None), (Reason::MissingCredential, true));
+    assert_eq!(world.ask("GET", "/nowhere", Credential::None), (Reason::NoRoute, true));
+    assert_eq!(world.ask("GET", "/chat", Credential::One(b"junk")), (Reason::Malformed, true));
+    assert_eq!(world.get("/chat", &es256(&claims())), Reason::Allowed);
+}
+
+#[test]
+fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
+    let mut world = world();
+    let mut headers = |path: &str, token: &str| {
+        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+        let request =
+            Request { method: b"GET", path: path.as_bytes(), credential: Credential::One(token.as_bytes()) };
+        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let decision = decide(State::Fresh(&rules), request, judge);
+        crate::forward::headers(&decision).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        headers("/chat", &with(|c| c.own = Some("acme".into()))),
+        [
+            "x-keygate-version=v2",
+            "x-keygate-key-id=key_1",
+            "x-keygate-role=basic",
+            "x-keygate-scopes=chat:read chat:list",
+            "x-keygate-owner=acme",
+        ]
+    );
+    assert_eq!(headers("/", &es256(&claims())), ["x-keygate-version=v2"]);
+    world.rules.policy.mode = Mode::Shadow;
+    let mut headers_shadow = || {
+        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+        let token = es256(&claims());
+        let request =
+            Request { method: b"GET", path: b"/both", credential: Credential::One(token.as_bytes()) };
+        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let decision = decide(State::Fresh(&rules), request, judge);
+        crate::forward::headers(&decision).count()
+    };
+    assert_eq!(headers_shadow(), 1, "a key that would be refused identifies nobody");
+}
+
+#[test]
+fn labels_and_places_are_distinct() {
+    let labels: std::collections::BTreeSet<&str> = Reason::ALL.iter().map(|r| r.label()).collect();
+    assert_eq!(labels.len(), Reason::ALL.len());
+    for (index, reason) in Reason::ALL.iter().enumerate() {
+        assert_eq!(reason.index(), index);
+    }
+}

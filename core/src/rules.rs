@@ -1,0 +1,339 @@
+//! Everything that a proxy enforces apart from the revoked keys: [`Rules`] as they travel and
+//! [`Ruleset`] as they are decided with.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use jsonwebtoken::DecodingKey;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::{Digest, Sha256};
+use zeroize::Zeroizing;
+
+use crate::crypto::Algorithm;
+use crate::cutoff::{Cutoff, Lockdown};
+use crate::policy::{Policy, PolicyError};
+use crate::token;
+
+/// The format of [`Rules`] that this code reads.
+pub const FORMAT: u32 = 1;
+/// The most bytes of encoded rules: one shared-data value in Envoy.
+pub const MAX_RULES_BYTES: usize = 256 * 1024;
+/// The longest clock leeway, in seconds.
+pub const MAX_LEEWAY_S: u64 = 60;
+/// The most secrets that verify at a time.
+const MAX_KEYS: usize = 64;
+
+/// The rules as they travel from the control plane to a proxy.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rules {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The `iss` of every key.
+    pub issuer: String,
+    /// The `aud` of every key, if the deployment has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub audience: Option<String>,
+    /// The realm of challenges.
+    pub realm: String,
+    /// Seconds by which clocks may differ, at most [`MAX_LEEWAY_S`].
+    pub leeway_s: u64,
+    /// The longest life of a key that is issued, in seconds.
+    pub max_life_s: u64,
+    /// Seconds without contact after which routes answer 503.
+    pub hard_age_s: u64,
+    /// What signatures are verified with.
+    pub keys: Vec<VerificationKey>,
+    /// The route policy.
+    pub policy: Policy,
+    /// The cut-offs.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cutoffs: Vec<Cutoff>,
+    /// The lockdown, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lockdown: Option<Lockdown>,
+}
+
+/// What a signature is verified with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VerificationKey {
+    /// The `kid` of the tokens it verifies.
+    pub kid: String,
+    /// The only algorithm it is for.
+    pub alg: Algorithm,
+    /// The raw bytes, see [`Algorithm::verification_key`].
+    pub material: Material,
+    /// Unix seconds from which on it verifies nothing more.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub not_after: Option<u64>,
+}
+
+/// Key material. Base64url in JSON, nothing in `Debug`, wiped when dropped.
+#[derive(Clone, PartialEq)]
+pub struct Material(Zeroizing<Vec<u8>>);
+
+impl Material {
+    /// Keeps bytes.
+    pub fn new(bytes: Vec<u8>) -> Self {
+        Self(Zeroizing::new(bytes))
+    }
+
+    /// The bytes.
+    pub fn expose(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Material {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Material(…)")
+    }
+}
+
+impl Serialize for Material {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&Zeroizing::new(BASE64URL.encode(&*self.0)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Material {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Zeroizing::new(String::deserialize(deserializer)?);
+        // The error names no byte of it.
+        BASE64URL
+            .decode(text.as_bytes())
+            .map(Self::new)
+            .map_err(|_| serde::de::Error::custom("key material is not base64url"))
+    }
+}
+
+/// What is wrong with rules.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RulesError {
+    /// Not the JSON of rules, or of another format.
+    #[error("rules cannot be read: {0}")]
+    Unreadable(String),
+    /// A member that is out of its range.
+    #[error("rules: {0}")]
+    Invalid(&'static str),
+    /// A verification key that is none.
+    #[error("rules: verification key {0:?} is not usable")]
+    Key(String),
+    /// The policy.
+    #[error("rules: policy has {} errors, first: {}", .0.len(), .0.first().map(ToString::to_string).unwrap_or_default())]
+    Policy(Vec<PolicyError>),
+}
+
+impl Rules {
+    /// Reads rules from their bytes.
+    ///
+    /// # Errors
+    /// When they are too long, no JSON, have unknown members, or are of another format.
+    pub fn decode(bytes: &[u8]) -> Result<Self, RulesError> {
+        if bytes.len() > MAX_RULES_BYTES {
+            return Err(RulesError::Invalid("longer than 256 KiB"));
+        }
+        let rules: Self = serde_json::from_slice(bytes).map_err(|e| RulesError::Unreadable(e.to_string()))?;
+        if rules.format != FORMAT {
+            return Err(RulesError::Invalid("of another format than this version reads"));
+        }
+        Ok(rules)
+    }
+
+    /// The bytes; equal rules have equal bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        // Writing a struct of strings and numbers into memory cannot fail.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+/// A verification key, ready for use.
+#[derive(Clone)]
+pub struct Verifier {
+    /// The `kid` it is for.
+    pub kid: String,
+    /// The only algorithm it is for.
+    pub alg: Algorithm,
+    /// The key.
+    pub key: DecodingKey,
+    /// Unix seconds from which on it verifies nothing more.
+    pub not_after: Option<u64>,
+    /// Tells keys apart by their material too: a `kid` that comes to mean another key is another key.
+    pub tag: u64,
+}
+
+impl fmt::Debug for Verifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Verifier").field("kid", &self.kid).field("alg", &self.alg).finish_non_exhaustive()
+    }
+}
+
+/// Rules that were checked and are ready to decide with.
+#[derive(Debug, Clone)]
+pub struct Ruleset {
+    /// The `iss` of every key.
+    pub issuer: String,
+    /// The `aud` of every key, if the deployment has one.
+    pub audience: Option<String>,
+    /// The realm of challenges.
+    pub realm: String,
+    /// Seconds by which clocks may differ.
+    pub leeway_s: u64,
+    /// The longest life of a key, in seconds.
+    pub max_life_s: u64,
+    /// Seconds without contact after which routes answer 503.
+    pub hard_age_s: u64,
+    /// The route policy.
+    pub policy: Policy,
+    /// The cut-offs.
+    pub cutoffs: Vec<Cutoff>,
+    /// The lockdown.
+    pub lockdown: Option<Lockdown>,
+    verifiers: Vec<Verifier>,
+}
+
+impl Ruleset {
+    /// What verifies tokens of this `kid`.
+    pub fn verifier(&self, kid: &str) -> Option<&Verifier> {
+        self.verifiers.iter().find(|verifier| verifier.kid == kid)
+    }
+}
+
+impl TryFrom<Rules> for Ruleset {
+    type Error = RulesError;
+
+    fn try_from(rules: Rules) -> Result<Self, RulesError> {
+        let quoted =
+            |text: &str| text.bytes().any(|b| !(b' '..=b'~').contains(&b) || b == b'"' || b == b'\\');
+        if !token::is_identifier(&rules.issuer) {
+            return Err(RulesError::Invalid("issuer must be visible ASCII"));
+        }
+        if rules.audience.as_deref().is_some_and(|audience| !token::is_identifier(audience)) {
+            return Err(RulesError::Invalid("audience must be visible ASCII"));
+        }
+        if rules.realm.is_empty() || quoted(&rules.realm) {
+            return Err(RulesError::Invalid("realm must be printable ASCII without quotes and backslashes"));
+        }
+        if rules.leeway_s > MAX_LEEWAY_S {
+            return Err(RulesError::Invalid("leeway is more than 60 s"));
+        }
+        if rules.max_life_s == 0 || rules.hard_age_s == 0 {
+            return Err(RulesError::Invalid("longest life and hard age must be positive"));
+        }
+        if rules.keys.len() > MAX_KEYS {
+            return Err(RulesError::Invalid("more than 64 verification keys"));
+        }
+        rules.policy.validate().map_err(RulesError::Policy)?;
+        let mut verifiers: Vec<Verifier> = Vec::with_capacity(rules.keys.len());
+        for key in rules.keys {
+            let material = key.material.expose();
+            let usable = token::is_identifier(&key.kid) && verifiers.iter().all(|v| v.kid != key.kid);
+            let Some(decoding) = key.alg.verification_key(material).filter(|_| usable) else {
+                return Err(RulesError::Key(key.kid));
+            };
+            let tag = Sha256::new()
+                .chain_update(key.alg.name())
+                .chain_update([0])
+                .chain_update(&key.kid)
+                .chain_update([0])
+                .chain_update(material)
+                .finalize();
+            let tag = u64::from_le_bytes(tag.first_chunk().copied().unwrap_or_default());
+            verifiers.push(Verifier {
+                kid: key.kid,
+                alg: key.alg,
+                key: decoding,
+                not_after: key.not_after,
+                tag,
+            });
+        }
+        Ok(Self {
+            issuer: rules.issuer,
+            audience: rules.audience,
+            realm: rules.realm,
+            leeway_s: rules.leeway_s,
+            max_life_s: rules.max_life_s,
+            hard_age_s: rules.hard_age_s,
+            policy: rules.policy,
+            cutoffs: rules.cutoffs,
+            lockdown: rules.lockdown,
+            verifiers,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    pub(crate) fn rules() -> Rules {
+        Rules {
+            format: FORMAT,
+            issuer: "keygate".into(),
+            audience: None,
+            realm: "keygate".into(),
+            leeway_s: 0,
+            max_life_s: 1_000,
+            hard_age_s: 300,
+            keys: vec![VerificationKey {
+                kid: "k1".into(),
+                alg: Algorithm::HS256,
+                material: Material::new(vec![7; 32]),
+                not_after: None,
+            }],
+            policy: Policy::default(),
+            cutoffs: Vec::new(),
+            lockdown: None,
+        }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let bytes = rules().encode();
+        assert_eq!(
+            String::from_utf8(bytes.clone()).unwrap(),
+            r#"{"format":1,"issuer":"keygate","realm":"keygate","leeway_s":0,"max_life_s":1000,"hard_age_s":300,"keys":[{"kid":"k1","alg":"HS256","material":"BwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwc"}],"policy":{"mode":"enforce","routes":[]}}"#
+        );
+        assert_eq!(Rules::decode(&bytes).unwrap(), rules());
+    }
+
+    #[test]
+    fn material_is_not_printed() {
+        let printed = format!("{:?} {:?}", rules(), Ruleset::try_from(rules()).unwrap());
+        assert!(!printed.contains("BwcHBw") && !printed.contains("7, 7"), "{printed}");
+    }
+
+    #[test]
+    fn bad_rules_are_refused_whole() {
+        let bad = |change: fn(&mut Rules)| {
+            let mut rules = rules();
+            change(&mut rules);
+            Ruleset::try_from(rules).is_err()
+        };
+        assert!(!bad(|_| ()));
+        assert!(bad(|r| r.issuer = String::new()));
+        assert!(bad(|r| r.audience = Some("a b".into())));
+        assert!(bad(|r| r.realm = "a\"b".into()));
+        assert!(bad(|r| r.leeway_s = 61));
+        assert!(bad(|r| r.max_life_s = 0));
+        assert!(bad(|r| r.keys[0].kid = String::new()));
+        assert!(bad(|r| r.keys[0].material = Material::new(vec![7; 31])));
+        assert!(bad(|r| r.keys[0].alg = Algorithm::ES256));
+        assert!(bad(|r| r.keys.push(r.keys[0].clone())));
+        let text = String::from_utf8(rules().encode()).unwrap();
+        assert!(Rules::decode(text.replace("\"format\":1", "\"format\":2").as_bytes()).is_err());
+        assert!(Rules::decode(text.replace("\"realm\"", "\"relm\"").as_bytes()).is_err());
+        assert!(Rules::decode(&vec![b' '; MAX_RULES_BYTES + 1]).is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_read_or_refused(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+            let _ = Rules::decode(&bytes);
+        }
+    }
+}

@@ -1,0 +1,543 @@
+//! What the VMs of one proxy process share: who leads, and the state that the leader publishes.
+//!
+//! Envoy gives each worker a VM of its own and all of them a small store of keys and values with
+//! compare-and-swap. One VM leads: it talks to the control plane and writes here. The others read.
+//!
+//! A new version is written piece by piece and the [`Beacon`] last, so a reader that sees the beacon
+//! finds all it names. A leader may stall and be replaced at any moment, or die between two writes.
+//! Three rules keep that safe:
+//! 1. Whoever takes the lease first puts its own name and a higher term into the beacon, then writes.
+//! 2. A writer checks that the beacon is still its own after it read what it is about to change, and
+//!    writes with compare-and-swap. So a stalled leader that wakes up changes nothing.
+//! 3. Changes can be applied again. A leader that died half-way is made good by the next one.
+
+use crate::revocation::{Op, Shard};
+use crate::sync::{Change, Publication};
+use crate::version::Version;
+use crate::wire::{self, Reader, WireError};
+
+/// How long a lease holds, in nanoseconds. The leader renews it at every tick, several times as often.
+pub const LEASE_NS: u64 = 3_000_000_000;
+/// How many publications back a worker can follow change by change; further behind, it starts anew.
+pub const LOG_ENTRIES: u64 = 1_024;
+/// The most changes of a publication that workers follow one by one.
+const MAX_LOGGED_OPS: usize = 4_096;
+/// A VM that was not heard of for so long is not counted any more, in nanoseconds.
+const ROSTER_AGE_NS: u64 = 10_000_000_000;
+/// The most VMs counted.
+const ROSTER_VMS: usize = 1_024;
+
+const BEACON: &str = "keygate/1/beacon";
+const LEASE: &str = "keygate/1/lease";
+const RULES: &str = "keygate/1/rules";
+const ROSTER: &str = "keygate/1/roster";
+const INCARNATION: &str = "keygate/1/incarnation";
+
+const BEACON_MAGIC: &[u8; 4] = b"KGv1";
+
+/// A value changed since it was read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Conflict;
+
+/// The store that the VMs of a process share.
+pub trait SharedData {
+    /// A value and its compare-and-swap number, which is never 0.
+    fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)>;
+
+    /// Writes a value; with a number, only if the value still has it.
+    ///
+    /// # Errors
+    /// [`Conflict`] when it has not.
+    fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict>;
+}
+
+/// Says which state is in force. Written last.
+///
+/// ```text
+///  0 4 magic "KGv1"
+///  4 8 leader   12 8 term   20 8 counter   28 8 rules counter   36 8 generation
+/// 44 1 shard bits   45 8 source   53 8 seq   61 8 contact, ns   69 8 sent at, ms
+/// ```
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Beacon {
+    /// Which VM leads.
+    pub leader: u64,
+    /// How many leaders there were.
+    pub term: u64,
+    /// How many publications there were.
+    pub counter: u64,
+    /// The publication that last changed the rules; 0: there are none yet, hence no state.
+    pub rules_counter: u64,
+    /// How often the revocation set was replaced as a whole.
+    pub generation: u64,
+    /// The number of its shards as a power of two.
+    pub bits: u8,
+    /// The version in force.
+    pub version: Version,
+    /// When the control plane was last heard of, nanoseconds of the process's monotonic clock.
+    pub contact_ns: u64,
+    /// What the control plane's clock said then, Unix milliseconds.
+    pub sent_at_ms: u64,
+}
+
+impl Beacon {
+    fn encode(&self) -> Vec<u8> {
+        let mut out = BEACON_MAGIC.to_vec();
+        for number in [self.leader, self.term, self.counter, self.rules_counter, self.generation] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        out.push(self.bits);
+        for number in [self.version.source, self.version.seq, self.contact_ns, self.sent_at_ms] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        out
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        if reader.take(4)? != BEACON_MAGIC {
+            return Err(WireError::UnknownFormat);
+        }
+        let beacon = Self {
+            leader: reader.u64()?,
+            term: reader.u64()?,
+            counter: reader.u64()?,
+            rules_counter: reader.u64()?,
+            generation: reader.u64()?,
+            bits: reader.u8()?,
+            version: Version { source: reader.u64()?, seq: reader.u64()? },
+            contact_ns: reader.u64()?,
+            sent_at_ms: reader.u64()?,
+        };
+        reader.end()?;
+        Ok(beacon)
+    }
+
+    /// Whether a state was ever published.
+    pub fn has_state(&self) -> bool {
+        self.rules_counter > 0
+    }
+}
+
+/// The beacon, if a leader ever wrote one.
+pub fn beacon(data: &mut impl SharedData) -> Option<Beacon> {
+    Beacon::decode(&data.get(BEACON)?.0).ok()
+}
+
+/// The bytes of the rules, if they are at least as new as `counter` says.
+pub fn rules(data: &mut impl SharedData, counter: u64) -> Option<Vec<u8>> {
+    stamped(data, RULES).filter(|(stamp, _)| *stamp >= counter).map(|(_, bytes)| bytes)
+}
+
+/// The changes of publication `counter`; `None` when they are gone or too many to follow.
+pub fn logged(data: &mut impl SharedData, counter: u64) -> Option<Vec<Op>> {
+    let (stamp, bytes) = stamped(data, &log_key(counter))?;
+    let mut reader = Reader::new(&bytes);
+    let ops = wire::decode_ops(&mut reader).ok()?;
+    (stamp == counter && reader.end().is_ok()).then_some(ops)
+}
+
+/// The bytes of a shard of a generation.
+pub fn shard(data: &mut impl SharedData, generation: u64, index: u16) -> Option<Vec<u8>> {
+    stamped(data, &shard_key(generation, index))
+        .filter(|(stamp, _)| *stamp == generation)
+        .map(|(_, bytes)| bytes)
+}
+
+/// The number drawn for this process, `drawn` if there is none yet.
+pub fn incarnation(data: &mut impl SharedData, drawn: u64) -> u64 {
+    if data.get(INCARNATION).is_none() {
+        let _raced = data.set(INCARNATION, &drawn.to_le_bytes(), None);
+    }
+    data.get(INCARNATION)
+        .and_then(|(bytes, _)| Some(u64::from_le_bytes(*bytes.first_chunk()?)))
+        .unwrap_or(drawn)
+}
+
+/// Counts VM `vm` among the living and says how many there are.
+pub fn roll_call(data: &mut impl SharedData, vm: u64, now_ns: u64) -> usize {
+    let (bytes, cas) = data.get(ROSTER).map_or((Vec::new(), None), |(bytes, cas)| (bytes, Some(cas)));
+    let (entries, _) = bytes.as_chunks::<16>();
+    let mut living: Vec<(u64, u64)> = entries
+        .iter()
+        .filter_map(|entry| {
+            let mut reader = Reader::new(entry);
+            Some((reader.u64().ok()?, reader.u64().ok()?))
+        })
+        .filter(|(id, seen)| *id != vm && now_ns.saturating_sub(*seen) < ROSTER_AGE_NS)
+        .take(ROSTER_VMS)
+        .collect();
+    living.push((vm, now_ns));
+    let bytes: Vec<u8> =
+        living.iter().flat_map(|(id, seen)| [id.to_le_bytes(), seen.to_le_bytes()]).flatten().collect();
+    // A lost race is made good at the next call.
+    let _raced = data.set(ROSTER, &bytes, cas);
+    living.len()
+}
+
+fn log_key(counter: u64) -> String {
+    format!("keygate/1/log/{}", counter.checked_rem(LOG_ENTRIES).unwrap_or(0))
+}
+
+fn shard_key(generation: u64, index: u16) -> String {
+    // Two sets at most exist at a time: the one in force and the one being written.
+    format!("keygate/1/shard/{}/{index}", generation & 1)
+}
+
+/// Values that are overwritten carry the number of what they are, so that a reader knows an old one.
+fn stamped(data: &mut impl SharedData, key: &str) -> Option<(u64, Vec<u8>)> {
+    let (mut bytes, _) = data.get(key)?;
+    let stamp = u64::from_le_bytes(*bytes.first_chunk()?);
+    bytes.drain(..8);
+    Some((stamp, bytes))
+}
+
+fn with_stamp(stamp: u64, bytes: &[u8]) -> Vec<u8> {
+    [stamp.to_le_bytes().as_slice(), bytes].concat()
+}
+
+/// Takes or renews the lease for VM `vm`; whether it leads.
+pub fn hold_lease(data: &mut impl SharedData, vm: u64, now_ns: u64) -> bool {
+    let Some((bytes, cas)) = data.get(LEASE) else {
+        // A new value cannot be written with compare-and-swap, so the first one is nobody's.
+        let _raced = data.set(LEASE, &[0; 16], None);
+        return false;
+    };
+    let mut reader = Reader::new(&bytes);
+    let holder = reader.u64().unwrap_or(0);
+    let until = reader.u64().unwrap_or(0);
+    if holder != vm && now_ns < until {
+        return false;
+    }
+    let until = now_ns.saturating_add(LEASE_NS);
+    let lease = [vm.to_le_bytes(), until.to_le_bytes()].concat();
+    data.set(LEASE, &lease, Some(cas)).is_ok()
+}
+
+/// Gives the lease up, so that another VM need not wait for its end.
+pub fn release_lease(data: &mut impl SharedData, vm: u64) {
+    if let Some((bytes, cas)) = data.get(LEASE)
+        && bytes.first_chunk() == Some(&vm.to_le_bytes())
+    {
+        let _raced = data.set(LEASE, &[0; 16], Some(cas));
+    }
+}
+
+/// The leader's right to write. It ends when another VM takes over.
+#[derive(Debug)]
+pub struct Publisher {
+    vm: u64,
+    beacon: Beacon,
+}
+
+/// Why a publication was not carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum PublishError {
+    /// Another VM leads now.
+    #[error("another worker leads")]
+    Deposed,
+    /// What is to be changed is not there or is damaged: the whole state is needed.
+    #[error("the shared revocation set is incomplete")]
+    Incomplete,
+}
+
+impl From<Conflict> for PublishError {
+    fn from(_: Conflict) -> Self {
+        Self::Deposed
+    }
+}
+
+impl Publisher {
+    /// Puts the name of VM `vm`, which holds the lease, into the beacon.
+    ///
+    /// # Errors
+    /// [`PublishError::Deposed`] when another did so at the same time.
+    pub fn take_over(data: &mut impl SharedData, vm: u64) -> Result<Self, PublishError> {
+        let current = data.get(BEACON);
+        let before = current.as_ref().and_then(|(bytes, _)| Beacon::decode(bytes).ok());
+        let mut beacon = before.unwrap_or_default();
+        beacon.leader = vm;
+        beacon.term = beacon.term.saturating_add(1);
+        data.set(BEACON, &beacon.encode(), current.map(|(_, cas)| cas))?;
+        Self::own(data, beacon)?;
+        Ok(Self { vm, beacon })
+    }
+
+    /// What is in force.
+    pub fn beacon(&self) -> &Beacon {
+        &self.beacon
+    }
+
+    /// Notes that the control plane was heard of.
+    ///
+    /// # Errors
+    /// [`PublishError::Deposed`].
+    pub fn touch(
+        &mut self,
+        data: &mut impl SharedData,
+        now_ns: u64,
+        sent_at_ms: u64,
+    ) -> Result<(), PublishError> {
+        let next = Beacon { contact_ns: now_ns, sent_at_ms, ..self.beacon };
+        self.light(data, next)
+    }
+
+    /// Puts a new version in force for every worker.
+    ///
+    /// # Errors
+    /// See [`PublishError`]; the version in force is then the one before.
+    pub fn publish(
+        &mut self,
+        data: &mut impl SharedData,
+        publication: &Publication,
+        now_ns: u64,
+    ) -> Result<(), PublishError> {
+        let mut next = Beacon {
+            counter: self.beacon.counter.saturating_add(1),
+            version: publication.version,
+            contact_ns: now_ns,
+            sent_at_ms: publication.sent_at_ms,
+            ..self.beacon
+        };
+        match &publication.revocations {
+            Change::Ops(ops) => {
+                self.change_shards(data, ops)?;
+                let followed = ops.len() <= MAX_LOGGED_OPS;
+                let entry = if followed { wire::encode_ops(ops) } else { Vec::new() };
+                self.write(data, &log_key(next.counter), &with_stamp(next.counter, &entry))?;
+            }
+            Change::Replace { bits, shards } => {
+                next.bits = *bits;
+                next.generation = self.beacon.generation.saturating_add(1);
+                for (index, bytes) in (0_u16..).zip(shards) {
+                    let key = shard_key(next.generation, index);
+                    self.write(data, &key, &with_stamp(next.generation, bytes))?;
+                }
+            }
+        }
+        if let Some(rules) = &publication.rules {
+            next.rules_counter = next.counter;
+            self.write(data, RULES, &with_stamp(next.counter, rules))?;
+        }
+        self.light(data, next)
+    }
+
+    fn change_shards(&self, data: &mut impl SharedData, ops: &[Op]) -> Result<(), PublishError> {
+        let shard_of = |op: &Op| op.fingerprint().shard(self.beacon.bits);
+        let mut indexes: Vec<u16> = ops.iter().map(shard_of).collect();
+        indexes.sort_unstable();
+        indexes.dedup();
+        for index in indexes {
+            let key = shard_key(self.beacon.generation, index);
+            let (bytes, cas) = data.get(&key).ok_or(PublishError::Incomplete)?;
+            let (stamp, bytes) = bytes.split_first_chunk::<8>().ok_or(PublishError::Incomplete)?;
+            if u64::from_le_bytes(*stamp) != self.beacon.generation {
+                return Err(PublishError::Incomplete);
+            }
+            let mut shard = Shard::decode(bytes).map_err(|_| PublishError::Incomplete)?;
+            for op in ops.iter().filter(|op| shard_of(op) == index) {
+                shard.apply(*op);
+            }
+            Self::own(data, self.beacon)?;
+            data.set(&key, &with_stamp(self.beacon.generation, &shard.encode()), Some(cas))?;
+        }
+        Ok(())
+    }
+
+    /// Writes a value that readers know by its stamp.
+    fn write(&self, data: &mut impl SharedData, key: &str, value: &[u8]) -> Result<(), PublishError> {
+        let cas = data.get(key).map(|(_, cas)| cas);
+        Self::own(data, self.beacon)?;
+        Ok(data.set(key, value, cas)?)
+    }
+
+    fn light(&mut self, data: &mut impl SharedData, next: Beacon) -> Result<(), PublishError> {
+        let cas = Self::own(data, self.beacon)?;
+        data.set(BEACON, &next.encode(), Some(cas))?;
+        self.beacon = next;
+        Ok(())
+    }
+
+    /// The beacon's compare-and-swap number, if it is still the one that this leader wrote.
+    fn own(data: &mut impl SharedData, written: Beacon) -> Result<u32, PublishError> {
+        let (bytes, cas) = data.get(BEACON).ok_or(PublishError::Deposed)?;
+        match Beacon::decode(&bytes) {
+            Ok(beacon) if beacon.leader == written.leader && beacon.term == written.term => Ok(cas),
+            _ => Err(PublishError::Deposed),
+        }
+    }
+
+    /// The VM that leads.
+    pub fn vm(&self) -> u64 {
+        self.vm
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+    use crate::revocation::{ExactSet, Fingerprint, Standing};
+
+    /// Envoy's shared data as it behaves: a number per value, compare-and-swap only when asked for. It
+    /// can be told to die at a write, as a VM does that traps.
+    #[derive(Default, Clone)]
+    pub(crate) struct Memory {
+        values: HashMap<String, (Vec<u8>, u32)>,
+        writes: u32,
+        pub(crate) dies_at_write: Option<u32>,
+    }
+
+    impl SharedData for Memory {
+        fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
+            self.values.get(key).cloned()
+        }
+
+        fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
+            if let (Some(cas), Some((_, current))) = (cas, self.values.get(key))
+                && cas != *current
+            {
+                return Err(Conflict);
+            }
+            if self.dies_at_write == Some(self.writes) {
+                return Err(Conflict);
+            }
+            self.writes += 1;
+            self.values.insert(key.to_owned(), (value.to_vec(), self.writes));
+            Ok(())
+        }
+    }
+
+    pub(crate) fn snapshot(seq: u64, set: &ExactSet) -> Publication {
+        Publication {
+            version: Version { source: 1, seq },
+            sent_at_ms: 0,
+            rules: Some(format!("rules {seq}").into_bytes()),
+            revocations: Change::Replace {
+                bits: set.bits(),
+                shards: set.shards().iter().map(|shard| shard.encode()).collect(),
+            },
+        }
+    }
+
+    pub(crate) fn delta(seq: u64, ops: Vec<Op>) -> Publication {
+        Publication {
+            version: Version { source: 1, seq },
+            sent_at_ms: 0,
+            rules: None,
+            revocations: Change::Ops(ops),
+        }
+    }
+
+    fn standing(data: &mut Memory, jti: &str) -> Standing {
+        let beacon = beacon(data).unwrap();
+        let fingerprint = Fingerprint::of(jti);
+        let bytes = shard(data, beacon.generation, fingerprint.shard(beacon.bits)).unwrap();
+        Shard::decode(&bytes).unwrap().standing(fingerprint)
+    }
+
+    #[test]
+    fn one_vm_leads_and_another_takes_over_when_it_stops_renewing() {
+        let mut data = Memory::default();
+        assert!(!hold_lease(&mut data, 1, 0), "the first call only makes the lease");
+        assert!(hold_lease(&mut data, 1, 1));
+        assert!(!hold_lease(&mut data, 2, 2));
+        assert!(hold_lease(&mut data, 1, LEASE_NS));
+        assert!(!hold_lease(&mut data, 2, LEASE_NS + 1));
+        assert!(hold_lease(&mut data, 2, 2 * LEASE_NS));
+        assert!(!hold_lease(&mut data, 1, 2 * LEASE_NS));
+        release_lease(&mut data, 1);
+        assert!(!hold_lease(&mut data, 1, 2 * LEASE_NS));
+        release_lease(&mut data, 2);
+        assert!(hold_lease(&mut data, 1, 2 * LEASE_NS));
+    }
+
+    #[test]
+    fn a_leader_that_was_replaced_writes_nothing_more() {
+        let mut data = Memory::default();
+        let mut old = Publisher::take_over(&mut data, 1).unwrap();
+        old.publish(&mut data, &snapshot(1, &ExactSet::default()), 0).unwrap();
+        let mut new = Publisher::take_over(&mut data, 2).unwrap();
+        new.publish(&mut data, &delta(2, vec![Op::Suspend(Fingerprint::of("a"))]), 0).unwrap();
+        new.publish(&mut data, &delta(3, vec![Op::Resume(Fingerprint::of("a"))]), 0).unwrap();
+        let late = delta(2, vec![Op::Suspend(Fingerprint::of("a"))]);
+        assert_eq!(old.publish(&mut data, &late, 0), Err(PublishError::Deposed));
+        assert_eq!(old.touch(&mut data, 0, 0), Err(PublishError::Deposed));
+        assert_eq!(standing(&mut data, "a"), Standing::Clear);
+        assert_eq!(beacon(&mut data).unwrap().version.seq, 3);
+    }
+
+    #[test]
+    fn a_leader_that_dies_at_any_write_is_made_good_by_the_next() {
+        let set = ExactSet::of(&[Op::Revoke(Fingerprint::of("old"))]);
+        let mut before = Memory::default();
+        Publisher::take_over(&mut before, 1).unwrap().publish(&mut before, &snapshot(1, &set), 0).unwrap();
+        let publications = [
+            delta(2, vec![Op::Revoke(Fingerprint::of("new")), Op::Suspend(Fingerprint::of("s"))]),
+            snapshot(
+                2,
+                &ExactSet::of(&[Op::Revoke(Fingerprint::of("old")), Op::Revoke(Fingerprint::of("new"))]),
+            ),
+        ];
+        for publication in publications {
+            let mut died = 0;
+            for death in 0.. {
+                let mut data = before.clone();
+                data.dies_at_write = Some(before.writes + death);
+                let lived = Publisher::take_over(&mut data, 2)
+                    .and_then(|mut leader| leader.publish(&mut data, &publication, 0))
+                    .is_ok();
+                data.dies_at_write = None;
+                // What was revoked stays so, whatever happened, and the version is old or new, whole.
+                assert_eq!(standing(&mut data, "old"), Standing::Revoked);
+                let seq = beacon(&mut data).unwrap().version.seq;
+                assert_eq!(seq, if lived { 2 } else { 1 });
+                let mut next = Publisher::take_over(&mut data, 3).unwrap();
+                next.publish(&mut data, &publication, 0).unwrap();
+                assert_eq!(standing(&mut data, "old"), Standing::Revoked);
+                assert_eq!(standing(&mut data, "new"), Standing::Revoked);
+                if lived {
+                    break;
+                }
+                died += 1;
+            }
+            assert!(died >= 4, "a publication has several writes; it died at {died}");
+        }
+    }
+
+    #[test]
+    fn changes_without_a_whole_set_ask_for_one() {
+        let mut data = Memory::default();
+        let mut leader = Publisher::take_over(&mut data, 1).unwrap();
+        let op = vec![Op::Revoke(Fingerprint(1))];
+        assert_eq!(leader.publish(&mut data, &delta(1, op), 0), Err(PublishError::Incomplete));
+        assert!(!beacon(&mut data).unwrap().has_state());
+    }
+
+    #[test]
+    fn the_roster_forgets_the_silent() {
+        let mut data = Memory::default();
+        assert_eq!(roll_call(&mut data, 1, 0), 1);
+        assert_eq!(roll_call(&mut data, 2, 1), 2);
+        assert_eq!(roll_call(&mut data, 1, ROSTER_AGE_NS), 2);
+        assert_eq!(roll_call(&mut data, 1, ROSTER_AGE_NS + 1), 1);
+    }
+
+    #[test]
+    fn one_number_for_the_process() {
+        let mut data = Memory::default();
+        assert_eq!(incarnation(&mut data, 7), 7);
+        assert_eq!(incarnation(&mut data, 8), 7);
+    }
+
+    #[test]
+    fn a_damaged_beacon_is_no_beacon() {
+        let good = Beacon { leader: 1, term: 2, ..Beacon::default() }.encode();
+        assert_eq!(good.len(), 77);
+        assert!(Beacon::decode(&good).is_ok());
+        for cut in 0..good.len() {
+            assert!(Beacon::decode(&good[..cut]).is_err());
+        }
+    }
+}

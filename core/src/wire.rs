@@ -1,0 +1,510 @@
+//! The bytes between control plane and proxy.
+//!
+//! A proxy sends small JSON documents ([`Poll`], [`ShardRequest`]) and gets binary answers. Every decoder
+//! here is total: bounds are checked, counts are capped before anything is allocated, unknown kinds and
+//! trailing bytes are refused. Encoding is deterministic.
+//!
+//! ```text
+//! answer to a poll, little-endian
+//!  0  4  magic "KGS1"
+//!  4  1  kind: 1 delta, 2 snapshot
+//!  5  8  source of the version
+//! 13  8  seq of the version that the receiver has after applying this
+//! 21  8  time of sending, Unix milliseconds
+//! 29  4  n: bytes of rules; 0 in a delta: unchanged
+//! 33  n  rules, JSON
+//!        delta:
+//!     8  seq of the version that this applies to
+//!     4  m: number of changes
+//!    9m  changes: kind (1 revoke, 2 suspend, 3 resume, 4 forget), fingerprint
+//!        snapshot:
+//!     1  bits: the exact set has 2^bits shards
+//!   32·2^bits  SHA-256 of each shard
+//!
+//! answer to a shard request
+//!  0  4  magic "KGB1"
+//!  4  4  number of shards
+//!        for each: 4 length, then its bytes (see [`crate::revocation`])
+//! ```
+//!
+//! One revocation is an answer of 54 bytes.
+
+use serde::{Deserialize, Serialize};
+
+use crate::revocation::{Fingerprint, MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Op};
+use crate::rules::MAX_RULES_BYTES;
+use crate::version::Version;
+
+/// The format of [`Poll`] and [`ShardRequest`] that this code reads and writes.
+pub const FORMAT: u32 = 1;
+/// The most bytes of one answer.
+pub const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
+/// The most changes of one delta; a proxy further behind takes a snapshot.
+pub const MAX_DELTA_OPS: usize = 65_536;
+/// The most shards asked for at a time: 16 × 256 KiB fit an answer.
+pub const MAX_SHARDS_PER_REQUEST: usize = 16;
+/// Bytes of a shard's content address.
+pub const DIGEST_BYTES: usize = 32;
+
+const ANSWER_MAGIC: &[u8; 4] = b"KGS1";
+const SHARDS_MAGIC: &[u8; 4] = b"KGB1";
+const MAX_SHARD_BYTES: usize = 16 + 8 * MAX_SHARD_ENTRIES;
+
+/// What a proxy says when it asks for news: who it is, what it enforces, how it fares.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Poll {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// Who asks.
+    pub proxy: Proxy,
+    /// The version that every worker of it enforces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applied: Option<Version>,
+    /// How long the answer may be held back when there is nothing new, in milliseconds.
+    pub wait_ms: u64,
+    /// Asks for a snapshot, since the last delta did not fit.
+    #[serde(default)]
+    pub resync: bool,
+    /// Answers that could not be used, since this proxy started.
+    #[serde(default)]
+    pub refused_answers: u64,
+    /// The last reason for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
+}
+
+/// Who a proxy is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Proxy {
+    /// Envoy's `node.id`; it must be the proxy's alone.
+    pub id: String,
+    /// Envoy's `node.cluster`.
+    #[serde(default)]
+    pub cluster: String,
+    /// A number drawn when the process started: tells a restarted proxy from the one before.
+    pub incarnation: String,
+    /// The filter's version.
+    pub filter: String,
+    /// VMs of this process that have started: workers and the main thread.
+    #[serde(default)]
+    pub workers: u32,
+}
+
+/// A proxy asks for shards of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShardRequest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The snapshot's version.
+    pub version: Version,
+    /// Which shards, at most [`MAX_SHARDS_PER_REQUEST`].
+    pub shards: Vec<u16>,
+}
+
+/// The answer to a poll.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// The version that the receiver has once it applied this.
+    pub version: Version,
+    /// When it was sent, Unix milliseconds.
+    pub sent_at_ms: u64,
+    /// The rules' bytes; `None` in a delta that does not change them.
+    pub rules: Option<Vec<u8>>,
+    /// What to change.
+    pub body: Body,
+}
+
+/// What an answer changes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Body {
+    /// Changes to what the receiver has.
+    Delta {
+        /// The seq that they apply to.
+        base_seq: u64,
+        /// The changes, oldest first.
+        ops: Vec<Op>,
+    },
+    /// The whole state, by content address.
+    Snapshot {
+        /// The number of shards as a power of two.
+        bits: u8,
+        /// Each shard's SHA-256.
+        digests: Vec<[u8; DIGEST_BYTES]>,
+    },
+}
+
+/// Bytes that cannot be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// Fewer bytes than announced.
+    #[error("cut short")]
+    CutShort,
+    /// Bytes after the end.
+    #[error("bytes after the end")]
+    TrailingBytes,
+    /// Another format, or another version of it.
+    #[error("unknown format")]
+    UnknownFormat,
+    /// A count beyond its cap.
+    #[error("a count beyond its limit")]
+    TooMany,
+}
+
+impl Answer {
+    /// The bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(64);
+        out.extend_from_slice(ANSWER_MAGIC);
+        out.push(match self.body {
+            Body::Delta { .. } => 1,
+            Body::Snapshot { .. } => 2,
+        });
+        out.extend_from_slice(&self.version.source.to_le_bytes());
+        out.extend_from_slice(&self.version.seq.to_le_bytes());
+        out.extend_from_slice(&self.sent_at_ms.to_le_bytes());
+        let rules = self.rules.as_deref().unwrap_or_default();
+        out.extend_from_slice(&count(rules.len()));
+        out.extend_from_slice(rules);
+        match &self.body {
+            Body::Delta { base_seq, ops } => {
+                out.extend_from_slice(&base_seq.to_le_bytes());
+                out.extend_from_slice(&encode_ops(ops));
+            }
+            Body::Snapshot { bits, digests } => {
+                out.push(*bits);
+                for digest in digests {
+                    out.extend_from_slice(digest);
+                }
+            }
+        }
+        out
+    }
+
+    /// Reads the bytes.
+    ///
+    /// # Errors
+    /// When anything is not as [`Answer::encode`] writes it.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        if reader.take(4)? != ANSWER_MAGIC {
+            return Err(WireError::UnknownFormat);
+        }
+        let kind = reader.u8()?;
+        let version = Version { source: reader.u64()?, seq: reader.u64()? };
+        let sent_at_ms = reader.u64()?;
+        let rules_bytes = reader.capped(MAX_RULES_BYTES)?;
+        let rules = (rules_bytes > 0).then(|| reader.take(rules_bytes)).transpose()?;
+        let body = match kind {
+            1 => Body::Delta { base_seq: reader.u64()?, ops: decode_ops(&mut reader)? },
+            2 => {
+                let bits = reader.u8()?;
+                if bits > MAX_SHARD_BITS || rules.is_none() {
+                    return Err(WireError::TooMany);
+                }
+                let shards = 1_usize.checked_shl(u32::from(bits)).unwrap_or(1);
+                let (digests, _) =
+                    reader.take(shards.saturating_mul(DIGEST_BYTES))?.as_chunks::<DIGEST_BYTES>();
+                Body::Snapshot { bits, digests: digests.to_vec() }
+            }
+            _ => return Err(WireError::UnknownFormat),
+        };
+        reader.end()?;
+        Ok(Self { version, sent_at_ms, rules: rules.map(<[u8]>::to_vec), body })
+    }
+}
+
+/// A list of changes: their number, then each.
+pub fn encode_ops(ops: &[Op]) -> Vec<u8> {
+    let mut out = count(ops.len()).to_vec();
+    for op in ops {
+        out.push(match op {
+            Op::Revoke(_) => 1,
+            Op::Suspend(_) => 2,
+            Op::Resume(_) => 3,
+            Op::Forget(_) => 4,
+        });
+        out.extend_from_slice(&op.fingerprint().0.to_le_bytes());
+    }
+    out
+}
+
+/// Reads a list of changes.
+///
+/// # Errors
+/// When it is cut short, too long or has an unknown kind of change.
+pub fn decode_ops(reader: &mut Reader<'_>) -> Result<Vec<Op>, WireError> {
+    let number = reader.capped(MAX_DELTA_OPS)?;
+    let mut entries = Reader::new(reader.take(number.saturating_mul(9))?);
+    let mut ops = Vec::with_capacity(number);
+    for _ in 0..number {
+        let kind = entries.u8()?;
+        let fingerprint = Fingerprint(entries.u64()?);
+        ops.push(match kind {
+            1 => Op::Revoke(fingerprint),
+            2 => Op::Suspend(fingerprint),
+            3 => Op::Resume(fingerprint),
+            4 => Op::Forget(fingerprint),
+            _ => return Err(WireError::UnknownFormat),
+        });
+    }
+    Ok(ops)
+}
+
+/// The answer to a [`ShardRequest`]: the shards' bytes in the order asked for.
+pub fn encode_shards<'s>(shards: impl ExactSizeIterator<Item = &'s [u8]>) -> Vec<u8> {
+    let mut out = SHARDS_MAGIC.to_vec();
+    out.extend_from_slice(&count(shards.len()));
+    for shard in shards {
+        out.extend_from_slice(&count(shard.len()));
+        out.extend_from_slice(shard);
+    }
+    out
+}
+
+/// Reads the answer to a [`ShardRequest`].
+///
+/// # Errors
+/// When anything is not as [`encode_shards`] writes it.
+pub fn decode_shards(bytes: &[u8]) -> Result<Vec<&[u8]>, WireError> {
+    let mut reader = Reader::new(bytes);
+    if reader.take(4)? != SHARDS_MAGIC {
+        return Err(WireError::UnknownFormat);
+    }
+    let number = reader.capped(MAX_SHARDS_PER_REQUEST)?;
+    let mut shards = Vec::with_capacity(number);
+    for _ in 0..number {
+        let length = reader.capped(MAX_SHARD_BYTES)?;
+        shards.push(reader.take(length)?);
+    }
+    reader.end()?;
+    Ok(shards)
+}
+
+/// A count or length as it is written. All that are written are capped far below 2^32.
+pub fn count(number: usize) -> [u8; 4] {
+    u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes()
+}
+
+/// Reads little-endian values off a slice; every read is checked.
+#[derive(Debug)]
+pub struct Reader<'b> {
+    rest: &'b [u8],
+}
+
+impl<'b> Reader<'b> {
+    /// A reader from the beginning of `bytes`.
+    pub fn new(bytes: &'b [u8]) -> Self {
+        Self { rest: bytes }
+    }
+
+    /// The next `number` bytes.
+    ///
+    /// # Errors
+    /// When there are fewer.
+    pub fn take(&mut self, number: usize) -> Result<&'b [u8], WireError> {
+        let (head, rest) = self.rest.split_at_checked(number).ok_or(WireError::CutShort)?;
+        self.rest = rest;
+        Ok(head)
+    }
+
+    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
+        let (head, rest) = self.rest.split_first_chunk::<N>().ok_or(WireError::CutShort)?;
+        self.rest = rest;
+        Ok(*head)
+    }
+
+    /// The next byte.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn u8(&mut self) -> Result<u8, WireError> {
+        self.array::<1>().map(|[byte]| byte)
+    }
+
+    /// The next 16-bit number.
+    ///
+    /// # Errors
+    /// When it is cut short.
+    pub fn u16(&mut self) -> Result<u16, WireError> {
+        self.array().map(u16::from_le_bytes)
+    }
+
+    /// The next 32-bit number.
+    ///
+    /// # Errors
+    /// When it is cut short.
+    pub fn u32(&mut self) -> Result<u32, WireError> {
+        self.array().map(u32::from_le_bytes)
+    }
+
+    /// The next 64-bit number.
+    ///
+    /// # Errors
+    /// When it is cut short.
+    pub fn u64(&mut self) -> Result<u64, WireError> {
+        self.array().map(u64::from_le_bytes)
+    }
+
+    /// The next 32-bit number, if it is at most `cap`.
+    ///
+    /// # Errors
+    /// When it is cut short or larger.
+    pub fn capped(&mut self, cap: usize) -> Result<usize, WireError> {
+        let number = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
+        if number > cap { Err(WireError::TooMany) } else { Ok(number) }
+    }
+
+    /// What was not read yet.
+    pub fn rest(&self) -> &'b [u8] {
+        self.rest
+    }
+
+    /// The end.
+    ///
+    /// # Errors
+    /// When there are bytes left.
+    pub fn end(&self) -> Result<(), WireError> {
+        if self.rest.is_empty() { Ok(()) } else { Err(WireError::TrailingBytes) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn delta() -> Answer {
+        Answer {
+            version: Version { source: 0x0102, seq: 9 },
+            sent_at_ms: 0x0304,
+            rules: None,
+            body: Body::Delta { base_seq: 8, ops: vec![Op::Revoke(Fingerprint(0x0a0b))] },
+        }
+    }
+
+    fn snapshot() -> Answer {
+        Answer {
+            version: Version { source: 1, seq: 2 },
+            sent_at_ms: 3,
+            rules: Some(b"{}".to_vec()),
+            body: Body::Snapshot { bits: 1, digests: vec![[0xaa; 32], [0xbb; 32]] },
+        }
+    }
+
+    #[test]
+    fn golden_bytes() {
+        let want = [
+            b"KGS1\x01".as_slice(),
+            &[0x02, 0x01, 0, 0, 0, 0, 0, 0],
+            &[9, 0, 0, 0, 0, 0, 0, 0],
+            &[0x04, 0x03, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0, 0],
+            &[8, 0, 0, 0, 0, 0, 0, 0],
+            &[1, 0, 0, 0],
+            &[1, 0x0b, 0x0a, 0, 0, 0, 0, 0, 0],
+        ]
+        .concat();
+        assert_eq!(delta().encode(), want);
+        assert_eq!(want.len(), 54, "the size stands in this module's documentation");
+        assert_eq!(Answer::decode(&want).unwrap(), delta());
+
+        let want = [
+            b"KGS1\x02".as_slice(),
+            &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0],
+            &[2, 0, 0, 0],
+            b"{}",
+            &[1],
+            &[0xaa; 32],
+            &[0xbb; 32],
+        ]
+        .concat();
+        assert_eq!(snapshot().encode(), want);
+        assert_eq!(Answer::decode(&want).unwrap(), snapshot());
+
+        let shards = encode_shards([b"ab".as_slice(), b"c"].into_iter());
+        assert_eq!(shards, b"KGB1\x02\0\0\0\x02\0\0\0ab\x01\0\0\0c");
+        assert_eq!(decode_shards(&shards).unwrap(), [b"ab".as_slice(), b"c"]);
+    }
+
+    #[test]
+    fn a_poll_is_this_json() {
+        let poll = Poll {
+            format: FORMAT,
+            proxy: Proxy {
+                id: "edge-1".into(),
+                cluster: "edge".into(),
+                incarnation: "00ff".into(),
+                filter: "0.1.0".into(),
+                workers: 5,
+            },
+            applied: Some(Version { source: 255, seq: 3 }),
+            wait_ms: 10_000,
+            resync: false,
+            refused_answers: 0,
+            last_error: None,
+        };
+        let json = r#"{"format":1,"proxy":{"id":"edge-1","cluster":"edge","incarnation":"00ff","filter":"0.1.0","workers":5},"applied":"ff.3","wait_ms":10000,"resync":false,"refused_answers":0}"#;
+        assert_eq!(serde_json::to_string(&poll).unwrap(), json);
+        assert_eq!(serde_json::from_str::<Poll>(json).unwrap(), poll);
+    }
+
+    #[test]
+    fn every_cut_and_every_addition_is_refused() {
+        for answer in [delta(), snapshot()] {
+            let bytes = answer.encode();
+            for cut in 0..bytes.len() {
+                assert!(Answer::decode(&bytes[..cut]).is_err());
+            }
+            assert_eq!(Answer::decode(&[bytes.as_slice(), &[0]].concat()), Err(WireError::TrailingBytes));
+        }
+        let mut other = delta().encode();
+        other[3] = b'2';
+        assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
+        other[3] = b'1';
+        other[4] = 3;
+        assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
+    }
+
+    #[test]
+    fn a_huge_count_allocates_nothing() {
+        let mut bytes = delta().encode();
+        let count_at = bytes.len() - 13;
+        bytes[count_at..count_at + 4].copy_from_slice(&u32::MAX.to_le_bytes());
+        assert_eq!(Answer::decode(&bytes), Err(WireError::TooMany));
+        assert_eq!(decode_shards(b"KGB1\xff\xff\xff\xff"), Err(WireError::TooMany));
+        assert_eq!(decode_shards(b"KGB1\x01\0\0\0\xff\xff\xff\x7f"), Err(WireError::TooMany));
+    }
+
+    proptest! {
+        #[test]
+        fn what_decodes_encodes_to_the_same_bytes(mut tail in prop::collection::vec(any::<u8>(), 0..200), kind in 1u8..3) {
+            let mut bytes = b"KGS1".to_vec();
+            bytes.push(kind);
+            bytes.append(&mut tail);
+            if let Ok(answer) = Answer::decode(&bytes) {
+                prop_assert_eq!(answer.encode(), bytes);
+            }
+        }
+
+        #[test]
+        fn deltas_survive_the_way(source: u64, seq: u64, base_seq: u64, ops in prop::collection::vec((0u8..4, any::<u64>()), 0..50)) {
+            let ops = ops.into_iter().map(|(kind, value)| {
+                let fingerprint = Fingerprint(value);
+                match kind { 0 => Op::Revoke(fingerprint), 1 => Op::Suspend(fingerprint), 2 => Op::Resume(fingerprint), _ => Op::Forget(fingerprint) }
+            }).collect();
+            let answer = Answer { version: Version { source, seq }, sent_at_ms: 1, rules: None, body: Body::Delta { base_seq, ops } };
+            prop_assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
+        }
+
+        #[test]
+        fn any_bytes_of_shards_are_read_or_refused(mut tail in prop::collection::vec(any::<u8>(), 0..100)) {
+            let mut bytes = b"KGB1".to_vec();
+            bytes.append(&mut tail);
+            let _ = decode_shards(&bytes);
+        }
+    }
+}
