@@ -78,7 +78,7 @@ impl Replica {
         self.rules.as_ref().map(|_| self.beacon.version)
     }
 
-    /// Nanoseconds since the control plane was last heard of.
+    /// Nanoseconds since the state was last known to be the newest.
     pub fn age_ns(&self, now_ns: u64) -> u64 {
         now_ns.saturating_sub(self.beacon.contact_ns)
     }
@@ -86,8 +86,8 @@ impl Replica {
     /// Now in Unix seconds: the later of the host's clock and the control plane's, so that a host clock
     /// that is set back revives no key.
     pub fn now_s(&self, host_unix_ms: u64, now_ns: u64) -> u64 {
-        let since_contact_ms = self.age_ns(now_ns) / 1_000_000;
-        let control_plane_ms = self.beacon.sent_at_ms.saturating_add(since_contact_ms);
+        let since_heard_ms = now_ns.saturating_sub(self.beacon.heard_ns) / 1_000_000;
+        let control_plane_ms = self.beacon.sent_at_ms.saturating_add(since_heard_ms);
         host_unix_ms.max(control_plane_ms) / 1_000
     }
 
@@ -141,8 +141,8 @@ mod tests {
     use crate::policy::Policy;
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
     use crate::rules;
-    use crate::shared::Publisher;
     use crate::shared::tests::{Memory, delta, snapshot};
+    use crate::shared::{Contact, Publisher};
 
     fn rules_bytes(hard_age_s: u64) -> Vec<u8> {
         Rules {
@@ -178,18 +178,18 @@ mod tests {
         replica.refresh(&mut data, 0);
         assert_eq!(replica.version(), None);
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), 0).unwrap();
+        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
         replica.refresh(&mut data, LOOK_EVERY_NS - 1);
         assert_eq!(replica.version(), None);
         replica.refresh(&mut data, LOOK_EVERY_NS);
         assert_eq!(replica.version().unwrap().seq, 1);
         let f = Fingerprint::of("a");
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Clear);
-        leader.publish(&mut data, &delta(2, vec![Op::Revoke(f)]), 0).unwrap();
+        leader.publish(&mut data, &delta(2, vec![Op::Revoke(f)]), Contact::default()).unwrap();
         replica.refresh(&mut data, 2 * LOOK_EVERY_NS);
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Revoked);
         // A clock that went back does not freeze the copy.
-        leader.publish(&mut data, &delta(3, vec![Op::Forget(f)]), 0).unwrap();
+        leader.publish(&mut data, &delta(3, vec![Op::Forget(f)]), Contact::default()).unwrap();
         replica.refresh(&mut data, 1);
         assert_eq!(replica.version().unwrap().seq, 3);
     }
@@ -198,13 +198,13 @@ mod tests {
     fn a_worker_that_slept_through_the_log_starts_anew() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), 0).unwrap();
+        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         while replica.derive_gate(&mut data) {}
         for seq in 2..LOG_ENTRIES + 10 {
             let op = Op::Revoke(Fingerprint::of(&seq.to_string()));
-            leader.publish(&mut data, &delta(seq, vec![op]), 0).unwrap();
+            leader.publish(&mut data, &delta(seq, vec![op]), Contact::default()).unwrap();
         }
         replica.look(&mut data, 0);
         for seq in 2..LOG_ENTRIES + 10 {
@@ -217,12 +217,12 @@ mod tests {
     fn too_many_changes_to_follow_are_not_missed() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), 0).unwrap();
+        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         while replica.derive_gate(&mut data) {}
         let ops: Vec<Op> = (0..5_000).map(|n| Op::Revoke(Fingerprint::of(&n.to_string()))).collect();
-        leader.publish(&mut data, &delta(2, ops.clone()), 0).unwrap();
+        leader.publish(&mut data, &delta(2, ops.clone()), Contact::default()).unwrap();
         replica.look(&mut data, 0);
         for op in ops {
             assert_eq!(standing(&mut replica, &mut data, op.fingerprint()), Standing::Revoked);
@@ -233,13 +233,13 @@ mod tests {
     fn rules_that_cannot_be_read_leave_no_state() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), 0).unwrap();
+        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         assert!(matches!(replica.view(&mut data, 0).0, State::Fresh(_)));
         let mut broken = delta(2, vec![]);
         broken.rules = Some(b"{}".to_vec());
-        leader.publish(&mut data, &broken, 0).unwrap();
+        leader.publish(&mut data, &broken, Contact::default()).unwrap();
         replica.look(&mut data, 0);
         assert!(matches!(replica.view(&mut data, 0).0, State::Missing));
     }
@@ -247,14 +247,15 @@ mod tests {
     #[test]
     fn the_state_ages_from_the_last_contact() {
         const S: u64 = 1_000_000_000;
+        let at = |s: u64| Contact { asked_ns: s * S, heard_ns: s * S };
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), 1_000 * S).unwrap();
+        leader.publish(&mut data, &first(&ExactSet::default()), at(1_000)).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 1_000 * S);
         assert!(matches!(replica.view(&mut data, 1_300 * S).0, State::Fresh(_)));
         assert!(matches!(replica.view(&mut data, 1_301 * S).0, State::Stale(_)));
-        leader.touch(&mut data, 1_200 * S, 0).unwrap();
+        leader.touch(&mut data, at(1_200), 0).unwrap();
         replica.look(&mut data, 1_301 * S);
         assert!(matches!(replica.view(&mut data, 1_301 * S).0, State::Fresh(_)));
     }
@@ -265,7 +266,7 @@ mod tests {
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
         let mut publication = first(&ExactSet::default());
         publication.sent_at_ms = 50_000;
-        leader.publish(&mut data, &publication, 0).unwrap();
+        leader.publish(&mut data, &publication, Contact::default()).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         assert_eq!(replica.now_s(10_000, 0), 50, "the host's clock was set back");
@@ -281,7 +282,7 @@ mod tests {
             let mut data = Memory::default();
             let mut leader = Publisher::take_over(&mut data, 1).unwrap();
             let mut set = ExactSet::default();
-            leader.publish(&mut data, &first(&set), 0).unwrap();
+            leader.publish(&mut data, &first(&set), Contact::default()).unwrap();
             let mut replica = Replica::default();
             let mut seq = 1;
             for (step, value) in steps {
@@ -304,13 +305,13 @@ mod tests {
                         seq += 1;
                         let mut publication = snapshot(seq, &set);
                         publication.rules = Some(rules_bytes(seq));
-                        leader.publish(&mut data, &publication, 0).unwrap();
+                        leader.publish(&mut data, &publication, Contact::default()).unwrap();
                         continue;
                     }
                 };
                 set.apply(op);
                 seq += 1;
-                leader.publish(&mut data, &delta(seq, vec![op]), 0).unwrap();
+                leader.publish(&mut data, &delta(seq, vec![op]), Contact::default()).unwrap();
             }
         }
     }

@@ -11,7 +11,7 @@
 //!    writes with compare-and-swap. So a stalled leader that wakes up changes nothing.
 //! 3. Changes can be applied again. A leader that died half-way is made good by the next one.
 
-use crate::revocation::{Op, Shard};
+use crate::revocation::{MAX_SHARD_ENTRIES, Op, Shard};
 use crate::sync::{Change, Publication};
 use crate::version::Version;
 use crate::wire::{self, Reader, WireError};
@@ -56,7 +56,7 @@ pub trait SharedData {
 /// ```text
 ///  0 4 magic "KGv1"
 ///  4 8 leader   12 8 term   20 8 counter   28 8 rules counter   36 8 generation
-/// 44 1 shard bits   45 8 source   53 8 seq   61 8 contact, ns   69 8 sent at, ms
+/// 44 1 shard bits   45 8 source   53 8 seq   61 8 contact, ns   69 8 heard, ns   77 8 sent at, ms
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Beacon {
@@ -74,10 +74,22 @@ pub struct Beacon {
     pub bits: u8,
     /// The version in force.
     pub version: Version,
-    /// When the control plane was last heard of, nanoseconds of the process's monotonic clock.
+    /// When the question was asked whose answer came last, nanoseconds of the process's monotonic clock.
+    /// The state was the newest then; of any later moment that is not known.
     pub contact_ns: u64,
-    /// What the control plane's clock said then, Unix milliseconds.
+    /// When that answer came, by the same clock.
+    pub heard_ns: u64,
+    /// What the control plane's clock said when it answered, Unix milliseconds.
     pub sent_at_ms: u64,
+}
+
+/// When an answer was asked for and when it came, nanoseconds of the process's monotonic clock.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Contact {
+    /// When the question was sent.
+    pub asked_ns: u64,
+    /// When the answer came.
+    pub heard_ns: u64,
 }
 
 impl Beacon {
@@ -87,7 +99,8 @@ impl Beacon {
             out.extend_from_slice(&number.to_le_bytes());
         }
         out.push(self.bits);
-        for number in [self.version.source, self.version.seq, self.contact_ns, self.sent_at_ms] {
+        for number in [self.version.source, self.version.seq, self.contact_ns, self.heard_ns, self.sent_at_ms]
+        {
             out.extend_from_slice(&number.to_le_bytes());
         }
         out
@@ -107,6 +120,7 @@ impl Beacon {
             bits: reader.u8()?,
             version: Version { source: reader.u64()?, seq: reader.u64()? },
             contact_ns: reader.u64()?,
+            heard_ns: reader.u64()?,
             sent_at_ms: reader.u64()?,
         };
         reader.end()?;
@@ -275,10 +289,11 @@ impl Publisher {
     pub fn touch(
         &mut self,
         data: &mut impl SharedData,
-        now_ns: u64,
+        contact: Contact,
         sent_at_ms: u64,
     ) -> Result<(), PublishError> {
-        let next = Beacon { contact_ns: now_ns, sent_at_ms, ..self.beacon };
+        let Contact { asked_ns, heard_ns } = contact;
+        let next = Beacon { contact_ns: asked_ns, heard_ns, sent_at_ms, ..self.beacon };
         self.light(data, next)
     }
 
@@ -290,12 +305,13 @@ impl Publisher {
         &mut self,
         data: &mut impl SharedData,
         publication: &Publication,
-        now_ns: u64,
+        contact: Contact,
     ) -> Result<(), PublishError> {
         let mut next = Beacon {
             counter: self.beacon.counter.saturating_add(1),
             version: publication.version,
-            contact_ns: now_ns,
+            contact_ns: contact.asked_ns,
+            heard_ns: contact.heard_ns,
             sent_at_ms: publication.sent_at_ms,
             ..self.beacon
         };
@@ -337,6 +353,9 @@ impl Publisher {
             let mut shard = Shard::decode(bytes).map_err(|_| PublishError::Incomplete)?;
             for op in ops.iter().filter(|op| shard_of(op) == index) {
                 shard.apply(*op);
+            }
+            if shard.len() > MAX_SHARD_ENTRIES {
+                return Err(PublishError::Incomplete); // The set outgrew its cut.
             }
             Self::own(data, self.beacon)?;
             data.set(&key, &with_stamp(self.beacon.generation, &shard.encode()), Some(cas))?;
@@ -457,13 +476,15 @@ pub(crate) mod tests {
     fn a_leader_that_was_replaced_writes_nothing_more() {
         let mut data = Memory::default();
         let mut old = Publisher::take_over(&mut data, 1).unwrap();
-        old.publish(&mut data, &snapshot(1, &ExactSet::default()), 0).unwrap();
+        old.publish(&mut data, &snapshot(1, &ExactSet::default()), Contact::default()).unwrap();
         let mut new = Publisher::take_over(&mut data, 2).unwrap();
-        new.publish(&mut data, &delta(2, vec![Op::Suspend(Fingerprint::of("a"))]), 0).unwrap();
-        new.publish(&mut data, &delta(3, vec![Op::Resume(Fingerprint::of("a"))]), 0).unwrap();
+        new.publish(&mut data, &delta(2, vec![Op::Suspend(Fingerprint::of("a"))]), Contact::default())
+            .unwrap();
+        new.publish(&mut data, &delta(3, vec![Op::Resume(Fingerprint::of("a"))]), Contact::default())
+            .unwrap();
         let late = delta(2, vec![Op::Suspend(Fingerprint::of("a"))]);
-        assert_eq!(old.publish(&mut data, &late, 0), Err(PublishError::Deposed));
-        assert_eq!(old.touch(&mut data, 0, 0), Err(PublishError::Deposed));
+        assert_eq!(old.publish(&mut data, &late, Contact::default()), Err(PublishError::Deposed));
+        assert_eq!(old.touch(&mut data, Contact::default(), 0), Err(PublishError::Deposed));
         assert_eq!(standing(&mut data, "a"), Standing::Clear);
         assert_eq!(beacon(&mut data).unwrap().version.seq, 3);
     }
@@ -472,7 +493,10 @@ pub(crate) mod tests {
     fn a_leader_that_dies_at_any_write_is_made_good_by_the_next() {
         let set = ExactSet::of(&[Op::Revoke(Fingerprint::of("old"))]);
         let mut before = Memory::default();
-        Publisher::take_over(&mut before, 1).unwrap().publish(&mut before, &snapshot(1, &set), 0).unwrap();
+        Publisher::take_over(&mut before, 1)
+            .unwrap()
+            .publish(&mut before, &snapshot(1, &set), Contact::default())
+            .unwrap();
         let publications = [
             delta(2, vec![Op::Revoke(Fingerprint::of("new")), Op::Suspend(Fingerprint::of("s"))]),
             snapshot(
@@ -486,7 +510,7 @@ pub(crate) mod tests {
                 let mut data = before.clone();
                 data.dies_at_write = Some(before.writes + death);
                 let lived = Publisher::take_over(&mut data, 2)
-                    .and_then(|mut leader| leader.publish(&mut data, &publication, 0))
+                    .and_then(|mut leader| leader.publish(&mut data, &publication, Contact::default()))
                     .is_ok();
                 data.dies_at_write = None;
                 // What was revoked stays so, whatever happened, and the version is old or new, whole.
@@ -494,7 +518,7 @@ pub(crate) mod tests {
                 let seq = beacon(&mut data).unwrap().version.seq;
                 assert_eq!(seq, if lived { 2 } else { 1 });
                 let mut next = Publisher::take_over(&mut data, 3).unwrap();
-                next.publish(&mut data, &publication, 0).unwrap();
+                next.publish(&mut data, &publication, Contact::default()).unwrap();
                 assert_eq!(standing(&mut data, "old"), Standing::Revoked);
                 assert_eq!(standing(&mut data, "new"), Standing::Revoked);
                 if lived {
@@ -511,7 +535,10 @@ pub(crate) mod tests {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
         let op = vec![Op::Revoke(Fingerprint(1))];
-        assert_eq!(leader.publish(&mut data, &delta(1, op), 0), Err(PublishError::Incomplete));
+        assert_eq!(
+            leader.publish(&mut data, &delta(1, op), Contact::default()),
+            Err(PublishError::Incomplete)
+        );
         assert!(!beacon(&mut data).unwrap().has_state());
     }
 
@@ -534,7 +561,7 @@ pub(crate) mod tests {
     #[test]
     fn a_damaged_beacon_is_no_beacon() {
         let good = Beacon { leader: 1, term: 2, ..Beacon::default() }.encode();
-        assert_eq!(good.len(), 77);
+        assert_eq!(good.len(), 85);
         assert!(Beacon::decode(&good).is_ok());
         for cut in 0..good.len() {
             assert!(Beacon::decode(&good[..cut]).is_err());

@@ -149,6 +149,12 @@ impl Follower {
         self.fetch = None;
     }
 
+    /// What is held is not whole: ask for all of it.
+    pub fn start_over(&mut self) {
+        self.fetch = None;
+        self.resync = true;
+    }
+
     /// A publication was carried out.
     pub fn published(&mut self, version: Version) {
         self.applied = Some(version);

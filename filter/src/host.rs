@@ -1,0 +1,170 @@
+//! The proxy, as far as the filter needs it. The only module that calls the host.
+//!
+//! Every value is taken as bytes: the SDK's text getters panic on a byte above 0x7f, which any client
+//! can send.
+
+use std::time::Duration;
+
+use keygate_core::shared::{Conflict, SharedData};
+use proxy_wasm::hostcalls;
+use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType};
+
+/// What the proxy answered to a call.
+pub struct Answer {
+    /// The HTTP status; 0 when it had none.
+    pub status: u16,
+    /// The body.
+    pub body: Vec<u8>,
+}
+
+/// Envoy's shared data.
+pub struct Shared;
+
+impl SharedData for Shared {
+    fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
+        match hostcalls::get_shared_data(key) {
+            Ok((Some(value), Some(cas))) => Some((value, cas)),
+            _ => None,
+        }
+    }
+
+    fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
+        hostcalls::set_shared_data(key, Some(value), cas).map_err(|_| Conflict)
+    }
+}
+
+/// The wall clock, Unix milliseconds.
+pub fn unix_ms() -> u64 {
+    hostcalls::get_current_time()
+        .ok()
+        .and_then(|now| now.duration_since(std::time::UNIX_EPOCH).ok())
+        .and_then(|since| u64::try_from(since.as_millis()).ok())
+        .unwrap_or(0)
+}
+
+/// The monotonic clock of the process, nanoseconds: the same for all its VMs.
+#[cfg(target_arch = "wasm32")]
+#[allow(unsafe_code)]
+pub fn monotonic_ns() -> u64 {
+    #[link(wasm_import_module = "wasi_snapshot_preview1")]
+    unsafe extern "C" {
+        fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u32;
+    }
+    const MONOTONIC: u32 = 1;
+    let mut now = 0;
+    // SAFETY: the host writes eight bytes to `now`, which outlives the call.
+    let status = unsafe { clock_time_get(MONOTONIC, 1, &raw mut now) };
+    // The end of time makes every state too old, so a clock that fails is answered with 503.
+    if status == 0 { now } else { u64::MAX }
+}
+
+/// For `cargo check` on the build machine; the filter runs nowhere but in a proxy.
+#[cfg(not(target_arch = "wasm32"))]
+pub fn monotonic_ns() -> u64 {
+    u64::MAX
+}
+
+/// All headers of the request, in order, as they came.
+pub fn request_headers() -> Option<Vec<(String, Vec<u8>)>> {
+    hostcalls::get_map_bytes(MapType::HttpRequestHeaders).ok()
+}
+
+/// Replaces all headers of the request; whether that worked.
+pub fn replace_request_headers(headers: Vec<(&str, &[u8])>) -> bool {
+    hostcalls::set_map_bytes(MapType::HttpRequestHeaders, headers).is_ok()
+}
+
+/// Answers the request here.
+pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
+    if hostcalls::send_http_response(u32::from(status), headers, Some(body)).is_err() {
+        error("the proxy did not take a local reply");
+    }
+}
+
+/// Sets filter state `wasm.<name>` of the request, which access logs can print.
+pub fn set_filter_state(name: &str, value: &str) {
+    let _best_effort = hostcalls::set_property(vec![name], Some(value.as_bytes()));
+}
+
+/// A property of the proxy as text; what is no text is nothing.
+pub fn property(path: &[&str]) -> Option<String> {
+    let bytes = hostcalls::get_property(path.to_vec()).ok()??;
+    String::from_utf8(bytes).ok()
+}
+
+/// The plugin's configuration.
+pub fn configuration() -> Vec<u8> {
+    hostcalls::get_buffer(BufferType::PluginConfiguration, 0, usize::MAX).ok().flatten().unwrap_or_default()
+}
+
+/// How often `on_tick` is called.
+pub fn set_tick_period(period: Duration) {
+    let _best_effort = hostcalls::set_tick_period(period);
+}
+
+/// Posts a JSON document to a cluster. `None` when the proxy has no such cluster.
+pub fn post(cluster: &str, path: &str, token: Option<&str>, body: &[u8], timeout: Duration) -> Option<u32> {
+    let bearer = token.map(|token| format!("Bearer {token}"));
+    let mut headers = vec![
+        (":method", "POST"),
+        (":path", path),
+        (":authority", cluster),
+        ("content-type", "application/json"),
+    ];
+    if let Some(bearer) = &bearer {
+        headers.push(("authorization", bearer));
+    }
+    hostcalls::dispatch_http_call(cluster, headers, Some(body), Vec::new(), timeout).ok()
+}
+
+/// The answer to a call, from within its callback, if it had headers.
+pub fn call_answer(body_bytes: usize) -> Answer {
+    let status = hostcalls::get_map_value_bytes(MapType::HttpCallResponseHeaders, ":status")
+        .ok()
+        .flatten()
+        .and_then(|status| std::str::from_utf8(&status).ok()?.parse().ok())
+        .unwrap_or(0);
+    let body = hostcalls::get_buffer(BufferType::HttpCallResponseBody, 0, body_bytes)
+        .ok()
+        .flatten()
+        .unwrap_or_default();
+    Answer { status, body }
+}
+
+/// Calls a function of the proxy by name.
+pub fn foreign_function(name: &str, arguments: &[u8]) -> Option<Vec<u8>> {
+    hostcalls::call_foreign_function(name, Some(arguments)).ok().flatten()
+}
+
+/// A counter of the proxy's.
+#[derive(Debug, Clone, Copy)]
+pub struct Counter(Option<u32>);
+
+impl Counter {
+    /// Defines it; counting where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(hostcalls::define_metric(MetricType::Counter, name).ok())
+    }
+
+    /// One more.
+    pub fn increment(self) {
+        if let Some(id) = self.0 {
+            let _best_effort = hostcalls::increment_metric(id, 1);
+        }
+    }
+}
+
+/// Writes a line to the proxy's log.
+pub fn info(message: &str) {
+    let _best_effort = hostcalls::log(LogLevel::Info, &format!("keygate: {message}"));
+}
+
+/// Writes a warning to the proxy's log.
+pub fn warn(message: &str) {
+    let _best_effort = hostcalls::log(LogLevel::Warn, &format!("keygate: {message}"));
+}
+
+/// Writes an error to the proxy's log.
+pub fn error(message: &str) {
+    let _best_effort = hostcalls::log(LogLevel::Error, &format!("keygate: {message}"));
+}

@@ -1,0 +1,49 @@
+//! Counters in Envoy's own stats. `/stats/prometheus` shows them as `keygate_decisions{reason="…"}` and so
+//! on; the `stats_tags` of the shipped Envoy configuration make the label.
+
+use keygate_core::decision::Reason;
+
+use crate::host::Counter;
+
+/// All counters of a VM. Envoy adds those of all VMs up.
+pub struct Metrics {
+    /// Decisions by precise reason, in the order of [`Reason::ALL`].
+    decisions: Vec<Counter>,
+    /// Requests that shadow mode let pass.
+    pub shadowed: Counter,
+    /// Questions to the control plane that had no usable answer.
+    pub sync_failures: Counter,
+    /// Answers of the control plane that were refused.
+    pub sync_refusals: Counter,
+    /// Versions put in force.
+    pub publications: Counter,
+    /// How often a VM began to lead.
+    pub takeovers: Counter,
+    /// VMs started; one for each worker and the main thread, more after traps.
+    pub starts: Counter,
+}
+
+impl Metrics {
+    /// Defines them all, so that they are there before anything happened.
+    pub fn define() -> Self {
+        Self {
+            decisions: Reason::ALL
+                .iter()
+                .map(|reason| Counter::define(&format!("keygate_decisions.reason.{}", reason.label())))
+                .collect(),
+            shadowed: Counter::define("keygate_shadowed"),
+            sync_failures: Counter::define("keygate_sync_failures"),
+            sync_refusals: Counter::define("keygate_sync_refusals"),
+            publications: Counter::define("keygate_publications"),
+            takeovers: Counter::define("keygate_leader_takeovers"),
+            starts: Counter::define("keygate_vm_starts"),
+        }
+    }
+
+    /// Counts a decision.
+    pub fn decided(&self, reason: Reason) {
+        if let Some(counter) = self.decisions.get(reason.index()) {
+            counter.increment();
+        }
+    }
+}

@@ -1,0 +1,140 @@
+//! What one VM of the filter holds, and its part in the process: the configuration, the copy of the
+//! state, the cache, and the leader when it leads.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::time::Duration;
+
+use keygate_core::cache::TokenCache;
+use keygate_core::replica::Replica;
+use keygate_core::shared;
+use serde::Deserialize;
+
+use crate::es256;
+use crate::host::{self, Answer};
+use crate::leader::Leader;
+use crate::metrics::Metrics;
+
+/// How often a VM ticks: renews or tries the lease, and derives gates.
+const TICK: Duration = Duration::from_millis(100);
+/// The same until there is a first state, which everybody waits for.
+const EAGER_TICK: Duration = Duration::from_millis(10);
+/// How often a VM says that it lives, in nanoseconds.
+const ROLL_CALL_NS: u64 = 1_000_000_000;
+
+/// The plugin's configuration. It shows in Envoy's `/config_dump`, so nothing secret stands in it: the
+/// fleet token comes by the environment variable [`FLEET_TOKEN`].
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Configuration {
+    /// The Envoy cluster of the control plane's sync port.
+    pub sync_cluster: String,
+    /// How long a poll is held back when there is nothing new, in milliseconds.
+    #[serde(default = "default_poll_wait_ms")]
+    pub poll_wait_ms: u64,
+    /// Memory of each worker for tokens verified before, in bytes.
+    #[serde(default = "default_token_cache_bytes")]
+    pub token_cache_bytes: usize,
+}
+
+fn default_poll_wait_ms() -> u64 {
+    10_000
+}
+
+fn default_token_cache_bytes() -> usize {
+    16 * 1024 * 1024
+}
+
+/// The environment variable with the fleet token.
+pub const FLEET_TOKEN: &str = "KEYGATE_FLEET_TOKEN";
+
+/// One VM's state, for its root context and the requests of its worker.
+pub type Shared = Rc<RefCell<Plugin>>;
+
+/// One VM's state.
+pub struct Plugin {
+    /// Tells this VM from the others of the process.
+    pub vm: u64,
+    /// The copy of the published state.
+    pub replica: Replica,
+    /// Tokens verified by this worker.
+    pub cache: TokenCache,
+    /// What is counted.
+    pub metrics: Metrics,
+    leader: Leader,
+    roll_called_ns: u64,
+    workers: usize,
+    tick: Duration,
+}
+
+impl Plugin {
+    /// Reads the configuration and starts to tick. A VM that is made anew after a trap finds the state in
+    /// shared data, before its first request.
+    ///
+    /// # Errors
+    /// What is wrong, for the operator.
+    pub fn start() -> Result<Self, String> {
+        let configuration: Configuration = serde_json::from_slice(&host::configuration())
+            .map_err(|e| format!("{e}; expected {{\"sync_cluster\": \"<an Envoy cluster>\"}}"))?;
+        es256::install()?;
+        let token = std::env::var(FLEET_TOKEN).ok().filter(|token| !token.is_empty());
+        if token.is_none() {
+            host::warn(&format!(
+                "no {FLEET_TOKEN} in the environment (vm_config.environment_variables.host_env_keys): \
+                 the control plane will answer only if it knows this proxy by mTLS"
+            ));
+        }
+        // A number of this VM's own: the keys of a fresh hasher are random.
+        let vm = ahash::RandomState::new().hash_one(host::unix_ms());
+        let metrics = Metrics::define();
+        metrics.starts.increment();
+        let mut plugin = Self {
+            vm,
+            replica: Replica::default(),
+            cache: TokenCache::new(configuration.token_cache_bytes),
+            metrics,
+            leader: Leader::new(vm, configuration, token),
+            roll_called_ns: 0,
+            workers: 1,
+            tick: Duration::ZERO,
+        };
+        plugin.replica.look(&mut host::Shared, host::monotonic_ns());
+        plugin.on_tick();
+        Ok(plugin)
+    }
+
+    /// For its contexts.
+    pub fn shared(self) -> Shared {
+        Rc::new(RefCell::new(self))
+    }
+
+    /// What is done now and then.
+    pub fn on_tick(&mut self) {
+        let now_ns = host::monotonic_ns();
+        self.replica.refresh(&mut host::Shared, now_ns);
+        if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
+            self.roll_called_ns = now_ns;
+            self.workers = shared::roll_call(&mut host::Shared, self.vm, now_ns);
+        }
+        self.replica.derive_gate(&mut host::Shared);
+        let wanted = self.leader.on_tick(now_ns, self.workers, &self.metrics);
+        self.set_tick(wanted);
+    }
+
+    /// An answer of the control plane, `None` when the call failed.
+    pub fn on_answer(&mut self, token: u32, answer: Option<Answer>) {
+        let now_ns = host::monotonic_ns();
+        let wanted = self.leader.on_answer(token, answer, now_ns, self.workers, &self.metrics);
+        self.replica.look(&mut host::Shared, now_ns);
+        self.set_tick(wanted);
+    }
+
+    fn set_tick(&mut self, wanted: Option<Duration>) {
+        let usual = if self.replica.version().is_some() { TICK } else { EAGER_TICK };
+        let tick = wanted.unwrap_or(usual).clamp(Duration::from_millis(1), TICK);
+        if tick != self.tick {
+            self.tick = tick;
+            host::set_tick_period(tick);
+        }
+    }
+}

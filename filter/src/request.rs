@@ -1,0 +1,170 @@
+//! What a worker does with a request: reads its headers once, has it decided, and carries that out.
+
+use keygate_core::credential;
+use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
+use keygate_core::forward;
+use keygate_core::refusal::Refusal;
+use proxy_wasm::types::Action;
+
+use crate::host;
+use crate::plugin::Plugin;
+
+/// Where a worker says whether it is ready, for load balancers.
+const READY_PATH: &[u8] = b"/.keygate/ready";
+/// The realm of challenges before there is a state that names one.
+const DEFAULT_REALM: &str = "keygate";
+
+/// What is to be done with a request.
+pub enum Outcome {
+    /// Let it pass, with these headers.
+    Pass(Vec<(String, Vec<u8>)>),
+    /// Answer it.
+    Respond {
+        /// The HTTP status.
+        status: u16,
+        /// Headers of the answer.
+        headers: Vec<(&'static str, String)>,
+        /// The body.
+        body: String,
+    },
+}
+
+impl Outcome {
+    /// The refusal where nothing can be decided.
+    pub fn unavailable() -> Self {
+        refuse(Refusal::Unavailable, DEFAULT_REALM, &[])
+    }
+}
+
+impl Plugin {
+    /// Decides on the current request.
+    pub fn on_request(&mut self) -> Outcome {
+        let now_ns = host::monotonic_ns();
+        self.replica.refresh(&mut host::Shared, now_ns);
+        let Some(headers) = host::request_headers() else { return Outcome::unavailable() };
+        let value = |wanted: &str| {
+            headers.iter().find(|(name, _)| name == wanted).map_or(b"".as_slice(), |(_, value)| value)
+        };
+        let (method, path) = (value(":method"), value(":path"));
+        if path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
+            return self.ready(now_ns);
+        }
+        let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));
+        let request = Request { method, path, credential: credential::find(pairs) };
+        let now_s = self.replica.now_s(host::unix_ms(), now_ns);
+        let mut outcome = self.decide(request, &headers, now_ns, now_s);
+        if outcome.is_none() {
+            // The revocation set was replaced between two looks: look now and ask once more.
+            self.replica.look(&mut host::Shared, now_ns);
+            outcome = self.decide(request, &headers, now_ns, now_s);
+        }
+        outcome.unwrap_or_else(|| {
+            self.metrics.decided(Reason::RevocationUnknown);
+            Outcome::unavailable()
+        })
+    }
+
+    /// `None` when the revocation set could not be read.
+    fn decide(
+        &mut self,
+        request: Request<'_>,
+        headers: &[(String, Vec<u8>)],
+        now_ns: u64,
+        now_s: u64,
+    ) -> Option<Outcome> {
+        let mut data = host::Shared;
+        let (state, revocations) = self.replica.view(&mut data, now_ns);
+        let realm = match state {
+            State::Missing => DEFAULT_REALM,
+            State::Stale(rules) | State::Fresh(rules) => &rules.realm,
+        };
+        let judge = Judge { cache: &mut self.cache, revocations, now: now_s, trace: &mut () };
+        let decision = decide(state, request, judge);
+        if decision.reason == Reason::RevocationUnknown {
+            return None;
+        }
+        self.metrics.decided(decision.reason);
+        if decision.shadowed {
+            self.metrics.shadowed.increment();
+        }
+        record(&decision);
+        Some(match decision.verdict {
+            Verdict::Forward => Outcome::Pass(rewritten(headers, &decision)),
+            Verdict::Refuse(refusal) => {
+                refuse(refusal, realm, decision.route.map_or(&[], |route| route.scopes.as_slice()))
+            }
+        })
+    }
+
+    fn ready(&mut self, now_ns: u64) -> Outcome {
+        let version = self.replica.version();
+        let mut data = host::Shared;
+        let ready = match self.replica.view(&mut data, now_ns).0 {
+            State::Missing => false,
+            State::Stale(rules) => rules.policy.allows_stale(),
+            State::Fresh(_) => true,
+        };
+        match version.filter(|_| ready) {
+            Some(version) => Outcome::Respond {
+                status: 200,
+                headers: vec![("content-type", "application/json".into())],
+                body: format!("{{\"ready\":true,\"version\":\"{version}\"}}\n"),
+            },
+            None => Outcome::unavailable(),
+        }
+    }
+}
+
+/// For access logs: whose key, and precisely what became of it. Also of a refused request.
+fn record(decision: &Decision<'_>) {
+    if let Some(key) = &decision.key {
+        host::set_filter_state("keygate.key_id", &key.claims.sub);
+    }
+    host::set_filter_state("keygate.outcome", decision.reason.label());
+    if let Some(route) = decision.route {
+        host::set_filter_state("keygate.route", &route.name);
+    }
+    if decision.shadowed {
+        host::set_filter_state("keygate.shadowed", "true");
+    }
+}
+
+/// The headers for the upstream: the client's without those that are ours to set, then ours.
+fn rewritten(headers: &[(String, Vec<u8>)], decision: &Decision<'_>) -> Vec<(String, Vec<u8>)> {
+    let kept = headers.iter().filter(|(name, _)| !forward::is_reserved(name.as_bytes())).cloned();
+    let ours = forward::headers(decision).map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec()));
+    kept.chain(ours).collect()
+}
+
+fn refuse(refusal: Refusal, realm: &str, scopes: &[String]) -> Outcome {
+    let mut headers = vec![
+        ("content-type", "application/problem+json".to_owned()),
+        ("cache-control", "no-store".to_owned()),
+    ];
+    if let Some(challenge) = refusal.challenge(realm, scopes) {
+        headers.push(("www-authenticate", challenge));
+    }
+    if let Some(seconds) = refusal.retry_after() {
+        headers.push(("retry-after", seconds.to_string()));
+    }
+    Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
+}
+
+/// Carries an outcome out. The only pause is that after a local reply.
+pub fn carry_out(outcome: Outcome) -> Action {
+    match outcome {
+        Outcome::Pass(headers) => {
+            let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.as_slice())).collect();
+            if host::replace_request_headers(pairs) {
+                return Action::Continue;
+            }
+            // A forged identity could be among those that were to be replaced.
+            carry_out(Outcome::unavailable())
+        }
+        Outcome::Respond { status, headers, body } => {
+            let pairs = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
+            host::respond(status, pairs, body.as_bytes());
+            Action::Pause
+        }
+    }
+}
