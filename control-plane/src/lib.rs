@@ -1,1 +1,24 @@
-//! Control plane.
+//! Keygate's control plane: issues keys, owns every rule, and pushes state to every proxy.
+//!
+//! A request to change something goes from [`api`] to the one [`writer`], which has it in the [`journal`]
+//! before it publishes a new [`state`]; [`sync`] carries that to the proxies, [`fleet`] knows how far it has
+//! got. Reading goes by the published state and the [`store`]. What a key may is decided by `keygate-core`.
+
+pub mod api;
+pub mod app;
+pub mod change;
+pub mod clock;
+pub mod config;
+pub mod files;
+pub mod fleet;
+pub mod journal;
+pub mod key;
+pub mod metrics;
+pub mod problem;
+pub mod random;
+pub mod roles;
+pub mod secret;
+pub mod state;
+pub mod store;
+pub mod sync;
+pub mod writer;

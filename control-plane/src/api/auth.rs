@@ -1,0 +1,219 @@
+//! `/api/auth/*`: what the holder of a key can do with it.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
+use keygate_core::policy::Route;
+
+use super::request::{self, Wait, authenticate};
+use super::{actor, json};
+use crate::app::App;
+use crate::change::{Change, Idempotency};
+use crate::clock;
+use crate::key::{self, Ended, KeyRecord, KeyRequest, RevocationReason};
+use crate::metrics::V2;
+use crate::problem::Problem;
+use crate::random;
+use crate::secret::Signer;
+use crate::writer::View;
+
+/// A key that was issued now or by the same request before.
+struct Issued {
+    key: KeyRecord,
+    signer: Arc<Signer>,
+    replayed: bool,
+}
+
+pub async fn register(
+    State(app): State<Arc<App>>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, Problem> {
+    let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?.0;
+    let request: KeyRequest = request::body(&bytes)?;
+    let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
+    let roles = app.config.roles.clone();
+    let caller_role = caller.claims.role.clone();
+    let plan = move |view: &View<'_>| {
+        if let Some(issued) = replay(view, idempotency.as_ref())? {
+            return Ok((Vec::new(), issued));
+        }
+        let signer = signer(view)?;
+        let key = request.record(&caller_role, &roles, random::identity(), &signer.kid, view.now)?;
+        let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency };
+        Ok::<_, Problem>((vec![change], Issued { key, signer, replayed: false }))
+    };
+    let (issued, _) = app.writer.submit(actor(&caller), plan).await??;
+    if !issued.replayed {
+        app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
+    }
+    Ok(json(StatusCode::CREATED, issued_view(&app, &issued)?))
+}
+
+pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, Problem> {
+    match authenticate(&app, &headers, &Route::keyed("validate", &[])) {
+        Ok(caller) => {
+            let claims = &caller.0.claims;
+            // Only roles of the configuration are labels: the set must stay closed.
+            let role =
+                if app.config.roles.contains_key(&claims.role) { claims.role.as_str() } else { "unknown" };
+            app.metrics.validated.with_label_values(&[role, V2, "success"]).inc();
+            let scopes: Vec<&str> = claims.scope.split_terminator(' ').collect();
+            Ok(json(
+                StatusCode::OK,
+                serde_json::json!({
+                    "valid": true,
+                    "key_id": claims.sub,
+                    "role": claims.role,
+                    "scopes": scopes,
+                    "expires_at": clock::rfc3339(claims.exp),
+                }),
+            ))
+        }
+        Err(problem) => {
+            app.metrics.validated.with_label_values(&["unknown", V2, "failure"]).inc();
+            Err(problem)
+        }
+    }
+}
+
+pub async fn refresh(
+    State(app): State<Arc<App>>,
+    query: Result<Query<Wait>, QueryRejection>,
+    headers: HeaderMap,
+    bytes: Bytes,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let since = Instant::now();
+    let caller = authenticate(&app, &headers, &Route::keyed("refresh", &[]))?.0;
+    let role = caller.claims.role.clone();
+    let count = |success: &str| {
+        if app.config.roles.contains_key(&role) {
+            app.metrics.refreshed.with_label_values(&[role.as_str(), success]).inc();
+        }
+    };
+    let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
+    let (key_id, by) = (caller.claims.sub.clone(), caller.claims.sub.clone());
+    let configured = app.config.roles.get(&role).cloned();
+    let plan = move |view: &View<'_>| {
+        let old = view.key(&key_id)?.ok_or_else(|| Problem::not_found("This key is not known here."))?;
+        if view.now < old.refresh_after() {
+            let after = clock::rfc3339(old.refresh_after());
+            let detail = format!("This key can be renewed from {after} on.");
+            return Err(
+                Problem::new(StatusCode::BAD_REQUEST, "too_early", detail).with("refresh_after", after)
+            );
+        }
+        if old.revoked.is_some() {
+            // Two renewals of one key at the same time: the first has ended it.
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "already_renewed",
+                "This key was renewed or revoked.",
+            ));
+        }
+        let signer = signer(view)?;
+        let key = key::renewal(&old, configured.as_ref(), random::identity(), &signer.kid, view.now);
+        let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by };
+        let changes =
+            vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency }, revoked(&old, ended)];
+        Ok((changes, Issued { key, signer, replayed: false }))
+    };
+    let submitted =
+        app.writer.submit(actor(&caller), plan).await.map_err(Problem::from).and_then(|done| done);
+    let (issued, committed) = submitted.inspect_err(|_| count("false"))?;
+    count("true");
+    app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
+    app.metrics
+        .revoked
+        .with_label_values(&[issued.key.role.as_str(), RevocationReason::Rotation.label()])
+        .inc();
+    let view = issued_view(&app, &issued)?;
+    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, view).await))
+}
+
+pub async fn revoke(
+    State(app): State<Arc<App>>,
+    query: Result<Query<Wait>, QueryRejection>,
+    headers: HeaderMap,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?.0;
+    super::keys::revoke_key(&app, actor(&caller), actor(&caller), RevocationReason::UserRequest, limit).await
+}
+
+/// The query, with a problem document instead of plain text when it cannot be read.
+pub fn wait(query: Result<Query<Wait>, QueryRejection>) -> Result<Wait, Problem> {
+    query.map(|Query(wait)| wait).map_err(|rejection| Problem::bad_request(rejection.body_text()))
+}
+
+/// The change that revokes a key.
+pub fn revoked(key: &KeyRecord, revocation: Ended<RevocationReason>) -> Change {
+    Change::KeyRevoked {
+        key_id: key.key_id.clone(),
+        jti: key.jti.clone(),
+        role: key.role.clone(),
+        expires_at: key.expires_at,
+        revocation,
+    }
+}
+
+fn signer(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
+    view.model.signer().cloned().ok_or_else(|| {
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "There is no signing secret.")
+    })
+}
+
+/// The key that the same request created before, if it did.
+fn replay(view: &View<'_>, idempotency: Option<&Idempotency>) -> Result<Option<Issued>, Problem> {
+    let Some(idempotency) = idempotency else { return Ok(None) };
+    let Some(seen) = view.request(&idempotency.request_id)? else { return Ok(None) };
+    if seen.body != idempotency.body {
+        return Err(Problem::new(
+            StatusCode::UNPROCESSABLE_ENTITY,
+            "idempotency_key_reused",
+            "This Idempotency-Key was used for another request; choose a new one.",
+        ));
+    }
+    let gone = || {
+        Problem::new(
+            StatusCode::CONFLICT,
+            "key_gone",
+            "The key that this request created cannot be shown again.",
+        )
+    };
+    let key = view.key(&seen.key_id)?.ok_or_else(gone)?;
+    let signer = signer(view)?;
+    if signer.kid != key.kid {
+        return Err(gone()); // Its secret signs no more.
+    }
+    Ok(Some(Issued { key, signer, replayed: true }))
+}
+
+fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Problem> {
+    let key = &issued.key;
+    let claims = key.claims(&app.config.issuer, app.config.audience.as_deref());
+    let token = issued.signer.sign(&claims).map_err(|error| {
+        tracing::error!(%error, "a key cannot be signed");
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The key cannot be signed; retry later.")
+    })?;
+    Ok(serde_json::json!({
+        "api_key": token.as_str(),
+        "key_id": key.key_id,
+        "jti": key.jti,
+        "name": key.name,
+        "role": key.role,
+        "scopes": key.scopes,
+        "owner": key.owner,
+        "issued_at": clock::rfc3339(key.issued_at),
+        "expires_at": clock::rfc3339(key.expires_at),
+        "refresh_after": clock::rfc3339(key.refresh_after()),
+        "renews": key.renews,
+        "metadata": key.metadata,
+    }))
+}

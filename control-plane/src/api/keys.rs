@@ -1,0 +1,201 @@
+//! `/api/admin/keys`: listing, showing, revoking, suspending and resuming keys.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Extension;
+use axum::body::Bytes;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Deserialize;
+
+use super::auth::{revoked, wait};
+use super::request::{self, Wait};
+use super::{Caller, actor, json, key_view};
+use crate::app::App;
+use crate::change::Change;
+use crate::key::{Ended, KeyRecord, KeyState, RevocationReason};
+use crate::problem::Problem;
+use crate::writer::View;
+
+const DEFAULT_LIMIT: usize = 100;
+const MAX_LIMIT: usize = 1_000;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListQuery {
+    role: Option<String>,
+    owner: Option<String>,
+    state: Option<KeyState>,
+    cursor: Option<String>,
+    limit: Option<usize>,
+}
+
+pub async fn list(
+    State(app): State<Arc<App>>,
+    query: Result<Query<ListQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let limit = query.limit.unwrap_or(DEFAULT_LIMIT);
+    if !(1..=MAX_LIMIT).contains(&limit) {
+        return Err(Problem::bad_request(format!("'limit' must be 1 to {MAX_LIMIT}.")));
+    }
+    let now = app.clock.now_s();
+    let store = Arc::clone(&app.store);
+    // Reading through many keys takes a while; not on a thread that answers others.
+    let read = tokio::task::spawn_blocking(move || {
+        store.keys(query.cursor.as_deref(), limit, |key| {
+            query.role.as_ref().is_none_or(|role| *role == key.role)
+                && query.owner.as_ref().is_none_or(|owner| key.owner.as_ref() == Some(owner))
+                && query.state.is_none_or(|state| state == key.state(now))
+        })
+    });
+    let (keys, more) = read
+        .await
+        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))??;
+    let next_cursor = keys.last().filter(|_| more).map(|key| key.key_id.clone());
+    let keys: Vec<_> = keys.iter().map(|key| key_view(key, now)).collect();
+    Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "next_cursor": next_cursor })))
+}
+
+pub async fn show(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Problem> {
+    let key = app.store.key(&id)?.ok_or_else(|| unknown())?;
+    Ok(json(StatusCode::OK, key_view(&key, app.clock.now_s())))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RevokeBody {
+    reason: Option<RevocationReason>,
+}
+
+pub async fn revoke(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+    query: Result<Query<Wait>, QueryRejection>,
+    bytes: Bytes,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let body: RevokeBody = request::body(&bytes)?;
+    let reason = body.reason.unwrap_or(RevocationReason::AdminAction);
+    revoke_key(&app, actor(&caller.0), &id, reason, limit).await
+}
+
+/// Revokes a key in the name of `actor`. One that is revoked already stays as it is.
+pub async fn revoke_key(
+    app: &App,
+    actor: &str,
+    id: &str,
+    reason: RevocationReason,
+    limit: Option<Duration>,
+) -> Result<Response, Problem> {
+    let (id, by) = (id.to_owned(), actor.to_owned());
+    change_key(app, actor, limit, move |view| {
+        let mut key = find(view, &id)?;
+        if key.revoked.is_some() {
+            return Ok((Vec::new(), key));
+        }
+        let ended = Ended { at: view.now, reason, by };
+        key.revoked = Some(ended.clone());
+        Ok((vec![revoked(&key, ended)], key))
+    })
+    .await
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SuspendBody {
+    reason: Option<String>,
+}
+
+pub async fn suspend(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+    query: Result<Query<Wait>, QueryRejection>,
+    bytes: Bytes,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let body: SuspendBody = request::body(&bytes)?;
+    if body.reason.as_ref().is_some_and(|reason| reason.chars().count() > 200) {
+        return Err(Problem::bad_request("'reason' must be at most 200 characters."));
+    }
+    let by = actor(&caller.0).to_owned();
+    change_key(&app, actor(&caller.0), limit, move |view| {
+        let mut key = find(view, &id)?;
+        if key.revoked.is_some() {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "revoked",
+                "This key is revoked; that is for good.",
+            ));
+        }
+        if key.suspended.is_some() {
+            return Ok((Vec::new(), key));
+        }
+        let suspension = Ended { at: view.now, reason: body.reason, by };
+        key.suspended = Some(suspension.clone());
+        let change = Change::KeySuspended { key_id: key.key_id.clone(), jti: key.jti.clone(), suspension };
+        Ok((vec![change], key))
+    })
+    .await
+}
+
+pub async fn resume(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+    query: Result<Query<Wait>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    change_key(&app, actor(&caller.0), limit, move |view| {
+        let mut key = find(view, &id)?;
+        if key.revoked.is_some() {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "revoked",
+                "This key is revoked; that is for good.",
+            ));
+        }
+        if key.suspended.take().is_none() {
+            return Ok((Vec::new(), key));
+        }
+        let change = Change::KeyResumed { key_id: key.key_id.clone(), jti: key.jti.clone() };
+        Ok((vec![change], key))
+    })
+    .await
+}
+
+/// Has a plan about one key carried out, and answers with the key as it is then.
+async fn change_key(
+    app: &App,
+    actor: &str,
+    limit: Option<Duration>,
+    plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, KeyRecord), Problem> + Send + 'static,
+) -> Result<Response, Problem> {
+    let since = Instant::now();
+    let plan = move |view: &View<'_>| {
+        let (changes, key) = plan(view)?;
+        let changed = !changes.is_empty();
+        Ok::<_, Problem>((changes, (key, changed)))
+    };
+    let ((key, changed), committed) = app.writer.submit(actor, plan).await??;
+    if changed && let Some(revoked) = &key.revoked {
+        app.metrics.revoked.with_label_values(&[key.role.as_str(), revoked.reason.label()]).inc();
+    }
+    let mut view = key_view(&key, app.clock.now_s());
+    view["changed"] = changed.into();
+    Ok(json(StatusCode::OK, request::finish(app, committed, since, limit, view).await))
+}
+
+fn find(view: &View<'_>, id: &str) -> Result<KeyRecord, Problem> {
+    view.key(id)?.ok_or_else(|| unknown())
+}
+
+fn unknown() -> Problem {
+    // The id is not repeated: it may be a key that was put there by mistake.
+    Problem::not_found("There is no key with this id. (The id begins with 'key_'; it is not the key itself.)")
+}

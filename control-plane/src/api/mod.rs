@@ -1,0 +1,273 @@
+//! The HTTP API: one table of operations, from which both the router and `/openapi.json` are made, so that
+//! the two cannot differ. An operation with a scope is behind the check of that scope; there is no other way
+//! to add one.
+
+mod auth;
+mod explain;
+mod fleet;
+mod health;
+mod keys;
+mod openapi;
+mod policy;
+mod request;
+mod secrets;
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::Router;
+use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{MethodRouter, get, post, put};
+use keygate_core::cache::Verified;
+use keygate_core::policy::Route;
+
+use crate::app::App;
+use crate::clock;
+use crate::key::{KeyRecord, KeyState};
+use crate::problem::Problem;
+
+pub use request::{Caller, authenticate};
+
+/// The most bytes of a request's body.
+const MAX_BODY_BYTES: usize = 1024 * 1024;
+
+/// Who may call an operation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Needs {
+    /// Anybody.
+    Nothing,
+    /// Whoever has a key; the operation is about that key.
+    Key,
+    /// Whoever has a key with this scope.
+    Scope(&'static str),
+}
+
+/// One operation.
+pub struct Operation {
+    verb: &'static str,
+    path: &'static str,
+    summary: &'static str,
+    needs: Needs,
+    /// The parameters of the query.
+    query: &'static [(&'static str, &'static str)],
+    /// An example of the body, if it takes one.
+    body: Option<&'static str>,
+    /// The status of success.
+    success: u16,
+    handler: MethodRouter<Arc<App>>,
+}
+
+const WAIT: &[(&str, &str)] = &[
+    ("wait", "`applied`: answer when every proxy enforces the change"),
+    ("timeout", "how long to wait for that, such as `5s` (the default)"),
+];
+const READ: Needs = Needs::Scope("admin:read");
+const WRITE: Needs = Needs::Scope("admin:write");
+
+/// Every operation.
+fn operations() -> Vec<Operation> {
+    let op = |verb: &'static str, path, needs, summary, handler: MethodRouter<Arc<App>>| Operation {
+        verb,
+        path,
+        summary,
+        needs,
+        query: &[],
+        body: None,
+        success: 200,
+        handler,
+    };
+    let waits = |op: Operation| Operation { query: WAIT, ..op };
+    let takes = |body: &'static str, op: Operation| Operation { body: Some(body), ..op };
+    vec![
+        Operation {
+            success: 201,
+            ..takes(
+                r#"{"name": "billing service", "role": "basic", "scopes": ["chat:read"], "owner": "team-7", "metadata": {}, "expires_in": "24h"}"#,
+                op(
+                    "post",
+                    "/api/auth/register",
+                    Needs::Key,
+                    "Issue a key; the caller's role must allow it",
+                    post(auth::register),
+                ),
+            )
+        },
+        op(
+            "get",
+            "/api/auth/validate",
+            Needs::Key,
+            "Say whether the key in the header counts",
+            get(auth::validate),
+        ),
+        waits(op(
+            "post",
+            "/api/auth/refresh",
+            Needs::Key,
+            "Renew the key in the header, within 24 h before it expires",
+            post(auth::refresh),
+        )),
+        waits(op("post", "/api/auth/revoke", Needs::Key, "Revoke the key in the header", post(auth::revoke))),
+        op(
+            "get",
+            "/.well-known/jwks.json",
+            Needs::Nothing,
+            "The public keys that verify keys (RFC 7517)",
+            get(secrets::jwks),
+        ),
+        Operation {
+            query: &[
+                ("role", "only keys of this role"),
+                ("owner", "only keys of this owner"),
+                ("state", "only keys that are `active`, `suspended`, `revoked` or `expired`"),
+                ("cursor", "where the page before ended"),
+                ("limit", "keys of a page, 1 to 1000 (100 is the default)"),
+            ],
+            ..op("get", "/api/admin/keys", READ, "List keys", get(keys::list))
+        },
+        op("get", "/api/admin/keys/{id}", READ, "Show a key", get(keys::show)),
+        waits(takes(
+            r#"{"reason": "compromised"}"#,
+            op("post", "/api/admin/keys/{id}/revoke", WRITE, "Revoke a key, for good", post(keys::revoke)),
+        )),
+        waits(takes(
+            r#"{"reason": "under investigation"}"#,
+            op("post", "/api/admin/keys/{id}/suspend", WRITE, "Suspend a key", post(keys::suspend)),
+        )),
+        waits(op("post", "/api/admin/keys/{id}/resume", WRITE, "End a suspension", post(keys::resume))),
+        op(
+            "get",
+            "/api/admin/secrets/status",
+            READ,
+            "The signing secrets; never their material",
+            get(secrets::status),
+        ),
+        op("get", "/api/admin/policy", READ, "The route policy; its version is the ETag", get(policy::show)),
+        waits(takes(
+            r#"{"mode": "enforce", "routes": [{"name": "home", "path": "/", "access": "public"}]}"#,
+            op(
+                "put",
+                "/api/admin/policy",
+                WRITE,
+                "Replace the members named of the route policy; honours If-Match",
+                put(policy::replace),
+            ),
+        )),
+        op("get", "/api/admin/fleet", READ, "The proxies and what they enforce", get(fleet::list)),
+        takes(
+            r#"{"token": "…", "method": "GET", "path": "/api/chat"}"#,
+            op(
+                "post",
+                "/api/admin/explain",
+                READ,
+                "How a request would be decided, step by step",
+                post(explain::explain),
+            ),
+        ),
+        op("get", "/health", Needs::Nothing, "Whether all is well, and if not, why", get(health::health)),
+        op("get", "/livez", Needs::Nothing, "Whether the process lives", get(health::livez)),
+        op("get", "/readyz", Needs::Nothing, "Whether changes are taken", get(health::readyz)),
+        op("get", "/metrics", Needs::Nothing, "Metrics, for Prometheus", get(health::metrics)),
+        op("get", "/openapi.json", Needs::Nothing, "This description", get(openapi::document)),
+        op("get", "/docs", Needs::Nothing, "This description, for people", get(openapi::page)),
+    ]
+}
+
+/// The API's routes.
+pub fn router(app: Arc<App>) -> Router {
+    let mut router = Router::new();
+    for operation in operations() {
+        let handler = match operation.needs {
+            // Operations on one's own key decide about that key themselves.
+            Needs::Nothing | Needs::Key => operation.handler,
+            Needs::Scope(scope) => {
+                let route = Arc::new(Route::keyed(operation.path, &[scope]));
+                operation.handler.route_layer(middleware::from_fn_with_state(
+                    Arc::clone(&app),
+                    move |app: State<Arc<App>>, request: Request, next: Next| {
+                        let route = Arc::clone(&route);
+                        async move { admitted(app, &route, request, next).await }
+                    },
+                ))
+            }
+        };
+        router = router.route(operation.path, handler);
+    }
+    router
+        .fallback(|| async { Problem::not_found("There is no such path; /docs lists what there is.") })
+        .method_not_allowed_fallback(|| async {
+            Problem::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "method_not_allowed",
+                "This path does not take that method; see /docs.",
+            )
+        })
+        .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
+        .layer(middleware::from_fn(logged))
+        .with_state(app)
+}
+
+/// Lets a request pass whose key has the operation's scope.
+async fn admitted(State(app): State<Arc<App>>, route: &Route, mut request: Request, next: Next) -> Response {
+    match authenticate(&app, request.headers(), route) {
+        Ok(caller) => {
+            request.extensions_mut().insert(caller);
+            next.run(request).await
+        }
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// One line a request: never a header, a body or a query, in all of which there may be keys.
+async fn logged(path: Option<MatchedPath>, request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let method = request.method().clone();
+    let mut response = next.run(request).await;
+    let path = path.as_ref().map_or("-", MatchedPath::as_str);
+    let micros = started.elapsed().as_micros();
+    tracing::debug!(target: "keygate::access", %method, path, status = response.status().as_u16(), micros);
+    response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// A key as the API shows it: everything but the token.
+fn key_view(key: &KeyRecord, now: u64) -> serde_json::Value {
+    let mut view = serde_json::json!({
+        "key_id": key.key_id,
+        "jti": key.jti,
+        "kid": key.kid,
+        "name": key.name,
+        "role": key.role,
+        "scopes": key.scopes,
+        "owner": key.owner,
+        "metadata": key.metadata,
+        "state": key.state(now),
+        "issued_at": clock::rfc3339(key.issued_at),
+        "expires_at": clock::rfc3339(key.expires_at),
+        "refresh_after": clock::rfc3339(key.refresh_after()),
+        "renews": key.renews,
+    });
+    if let Some(revoked) = &key.revoked {
+        view["revoked"] = serde_json::json!({
+            "at": clock::rfc3339(revoked.at), "reason": revoked.reason, "by": revoked.by,
+        });
+    }
+    if let Some(suspended) = key.suspended.as_ref().filter(|_| key.state(now) == KeyState::Suspended) {
+        view["suspended"] = serde_json::json!({
+            "at": clock::rfc3339(suspended.at), "reason": suspended.reason, "by": suspended.by,
+        });
+    }
+    view
+}
+
+/// The key's id of a caller, for the journal.
+fn actor(key: &Verified) -> &str {
+    &key.claims.sub
+}
+
+/// JSON with a status.
+fn json(status: StatusCode, body: serde_json::Value) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+}

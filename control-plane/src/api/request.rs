@@ -1,0 +1,150 @@
+//! What handlers take from a request: who calls, JSON bodies, and `wait=applied`.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::http::HeaderMap;
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use keygate_core::cache::Verified;
+use keygate_core::credential;
+use keygate_core::decision::{Judge, Verdict, decide_on_route};
+use keygate_core::policy::Route;
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use sha2::{Digest, Sha256};
+
+use crate::app::App;
+use crate::change::Idempotency;
+use crate::metrics::V2;
+use crate::problem::Problem;
+use crate::writer::Committed;
+
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
+const MAX_TIMEOUT: Duration = Duration::from_secs(900);
+const MAX_IDEMPOTENCY_KEY_BYTES: usize = 255;
+
+/// Whoever calls: a key whose token counts.
+#[derive(Debug, Clone)]
+pub struct Caller(pub Arc<Verified>);
+
+/// Decides on the key in the headers as a proxy would for `route`.
+///
+/// # Errors
+/// The refusal that a proxy would give.
+pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Caller, Problem> {
+    let started = Instant::now();
+    let state = app.state();
+    let pairs = headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    let decision = {
+        let mut cache = app.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let judge = Judge {
+            cache: &mut cache,
+            revocations: &state.revocations,
+            now: app.clock.now_s(),
+            trace: &mut (),
+        };
+        decide_on_route(&state.rules, route, credential::find(pairs), judge)
+    };
+    app.metrics.validation_seconds.with_label_values(&[V2]).observe(started.elapsed().as_secs_f64());
+    match (decision.verdict, decision.key) {
+        (Verdict::Forward, Some(key)) => Ok(Caller(key)),
+        (Verdict::Refuse(refusal), _) => {
+            app.metrics.auth_errors.with_label_values(&[decision.reason.label(), V2]).inc();
+            Err(Problem::refusal(refusal, &state.rules.realm, &route.scopes))
+        }
+        (Verdict::Forward, None) => Err(Problem::not_found("This path needs no key.")),
+    }
+}
+
+/// Reads a JSON body, whatever its `Content-Type` says: `curl -d` says "form". Nothing at all is `{}`.
+///
+/// # Errors
+/// 400 with what is wrong and where.
+pub fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
+    let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes.as_ref() };
+    serde_json::from_slice(bytes)
+        .map_err(|error| Problem::bad_request(format!("The body is not as expected: {error}.")))
+}
+
+/// The query of a call that may wait.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wait {
+    wait: Option<String>,
+    timeout: Option<String>,
+}
+
+impl Wait {
+    /// How long to wait, if at all.
+    ///
+    /// # Errors
+    /// 400 when the parameters say nothing sensible.
+    pub fn limit(&self) -> Result<Option<Duration>, Problem> {
+        let timeout = match &self.timeout {
+            None => DEFAULT_TIMEOUT,
+            Some(text) => {
+                humantime::parse_duration(text).ok().filter(|timeout| *timeout <= MAX_TIMEOUT).ok_or_else(
+                    || Problem::bad_request("'timeout' must be a duration such as 5s, at most 15m."),
+                )?
+            }
+        };
+        match self.wait.as_deref() {
+            None => Ok(None),
+            Some("applied") => Ok(Some(timeout)),
+            Some(_) => Err(Problem::bad_request("'wait' can only be 'applied'.")),
+        }
+    }
+}
+
+/// Adds what every answer to a change says: the version, how durable it is, and, if asked for, how far it
+/// has got. `since` is when the change was asked for.
+pub async fn finish(
+    app: &App,
+    committed: Committed,
+    since: Instant,
+    limit: Option<Duration>,
+    mut body: serde_json::Value,
+) -> serde_json::Value {
+    body["version"] = serde_json::json!(committed.version);
+    body["durability"] = "local".into();
+    if let Some(limit) = limit {
+        let state = app.state();
+        let propagation = app.fleet.wait_applied(committed.version, &state, since, limit).await;
+        if propagation.missing.is_empty() && propagation.total > 0 {
+            app.metrics
+                .propagation_seconds
+                .observe(Duration::from_millis(propagation.max_lag_ms).as_secs_f64());
+        }
+        body["propagation"] = serde_json::json!(propagation);
+    }
+    body
+}
+
+/// The `Idempotency-Key` of a request (draft-ietf-httpapi-idempotency-key-header), if it has one.
+///
+/// # Errors
+/// 400 when it is no key.
+pub fn idempotency(
+    headers: &HeaderMap,
+    caller: &str,
+    operation: &str,
+    body: &[u8],
+) -> Result<Option<Idempotency>, Problem> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    if value.is_empty() || value.len() > MAX_IDEMPOTENCY_KEY_BYTES {
+        return Err(Problem::bad_request(format!(
+            "'Idempotency-Key' must be 1 to {MAX_IDEMPOTENCY_KEY_BYTES} bytes."
+        )));
+    }
+    let mut request = Sha256::new();
+    for part in [caller.as_bytes(), operation.as_bytes(), value.as_bytes()] {
+        request.update(part.len().to_le_bytes());
+        request.update(part);
+    }
+    Ok(Some(Idempotency {
+        request_id: BASE64URL.encode(request.finalize()),
+        body: BASE64URL.encode(Sha256::digest(body)),
+    }))
+}

@@ -1,0 +1,263 @@
+//! The control plane as one value: what every handler needs, and how it starts and stops.
+
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::Router;
+use keygate_core::cache::TokenCache;
+use keygate_core::policy::Policy;
+use keygate_core::token::Claims;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use zeroize::Zeroizing;
+
+use crate::change::Change;
+use crate::clock::Clock;
+use crate::config::Config;
+use crate::fleet::Fleet;
+use crate::journal::JournalError;
+use crate::key::KeyRequest;
+use crate::metrics::Metrics;
+use crate::secret::{MasterKey, SecretError, SecretRecord};
+use crate::state::{Deltas, Settings, State};
+use crate::store::Store;
+use crate::writer::{self, History, OpenError, Start, Writer};
+use crate::{api, files, random, sync};
+
+/// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
+const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// Memory for the tokens of those who call this API.
+const TOKEN_CACHE_BYTES: usize = 1024 * 1024;
+
+/// Why the control plane does not start or stops.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// A file or an address.
+    #[error("{what}: {source}")]
+    Io {
+        /// Which.
+        what: String,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The first policy.
+    #[error("policy {path}: {problem}")]
+    Policy {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The master key.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The history.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+}
+
+/// What every handler needs.
+pub struct App {
+    /// The configuration.
+    pub config: Config,
+    /// Time.
+    pub clock: Clock,
+    /// Takes changes.
+    pub writer: Writer,
+    /// The state, as it changes.
+    pub states: watch::Receiver<Arc<State>>,
+    /// The latest changes.
+    pub deltas: Arc<Deltas>,
+    /// What is known of keys.
+    pub store: Arc<Store>,
+    /// The proxies.
+    pub fleet: Arc<Fleet>,
+    /// Snapshots that proxies are fetching.
+    pub snapshots: sync::Snapshots,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+    /// Tokens of callers that were verified before.
+    pub cache: Mutex<TokenCache>,
+    /// What proxies show.
+    pub fleet_token: Zeroizing<String>,
+    /// Turns true when the control plane is to stop.
+    pub stopping: watch::Receiver<bool>,
+}
+
+impl App {
+    /// The state now.
+    pub fn state(&self) -> Arc<State> {
+        Arc::clone(&self.states.borrow())
+    }
+}
+
+/// A control plane that listens.
+pub struct Serving {
+    /// What its handlers share.
+    pub app: Arc<App>,
+    api: TcpListener,
+    sync: TcpListener,
+    stop: watch::Sender<bool>,
+    writer_thread: std::thread::JoinHandle<()>,
+}
+
+/// Takes up or begins a history and listens; `fleet_token` overrides the file's.
+///
+/// # Errors
+/// See [`RunError`].
+pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) -> Result<Serving, RunError> {
+    keygate_core::crypto::native::install();
+    let dir = &config.data_dir;
+    let io = |what: String| move |source| RunError::Io { what, source };
+    std::fs::create_dir_all(dir).map_err(io(dir.display().to_string()))?;
+    // Listen first: a second control plane must not touch the files of the one that runs.
+    let api = TcpListener::bind(config.listen).await.map_err(io(format!("listen = {}", config.listen)))?;
+    let sync = TcpListener::bind(config.sync_listen)
+        .await
+        .map_err(io(format!("sync_listen = {}", config.sync_listen)))?;
+    let policy = match &config.policy_file {
+        Some(path) => read_policy(path)?,
+        None => Policy::default(),
+    };
+    let fleet_token = match fleet_token {
+        Some(token) => Zeroizing::new(token),
+        None => load_fleet_token(&config.fleet_token_file)
+            .map_err(io(format!("fleet_token_file = {}", config.fleet_token_file.display())))?,
+    };
+    let new = !dir.join("journal.jsonl").metadata().is_ok_and(|journal| journal.len() > 0);
+    let master = Arc::new(MasterKey::load(&config.master_key_file, new)?);
+    let metrics = Metrics::new(&config.roles);
+    let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
+    let History { writer, states, deltas, store, thread } = writer::open(Start {
+        dir,
+        settings: Settings::of(&config),
+        master,
+        first_changes: &first_changes,
+        clock: clock.clone(),
+        metrics: Arc::clone(&metrics),
+    })?;
+    let (stop, stopping) = watch::channel(false);
+    let app = Arc::new(App {
+        clock,
+        writer,
+        states,
+        deltas,
+        store,
+        fleet: Fleet::new(),
+        snapshots: sync::Snapshots::default(),
+        metrics,
+        cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
+        fleet_token,
+        stopping,
+        config,
+    });
+    Ok(Serving { app, api, sync, stop, writer_thread: thread })
+}
+
+impl Serving {
+    /// The address of the API.
+    pub fn api_address(&self) -> std::io::Result<std::net::SocketAddr> {
+        self.api.local_addr()
+    }
+
+    /// The address of the sync port.
+    pub fn sync_address(&self) -> std::io::Result<std::net::SocketAddr> {
+        self.sync.local_addr()
+    }
+
+    /// Serves until `shutdown`, then answers what is under way and stops.
+    ///
+    /// # Errors
+    /// When a listener fails.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+        let Self { app, api, sync, stop, writer_thread } = self;
+        let io = |source| RunError::Io { what: "serving".into(), source };
+        let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
+        let sync = serve(sync, sync::router(app), stop.subscribe());
+        let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
+        tokio::pin!(servers);
+        tokio::select! {
+            ended = &mut servers => return ended.map_err(io),
+            () = shutdown => {}
+        }
+        tracing::info!("stopping");
+        let _nobody_listens = stop.send(true);
+        match tokio::time::timeout(STOP_WITHIN, &mut servers).await {
+            Ok(ended) => ended.map_err(io)?,
+            Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
+        }
+        // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
+        let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
+        Ok(())
+    }
+}
+
+async fn serve(
+    listener: TcpListener,
+    router: Router,
+    mut stopping: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    use axum::serve::ListenerExt as _;
+    // A poll's answer is a few dozen bytes: Nagle's algorithm would hold it back for 40 ms.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY");
+        }
+    });
+    axum::serve(listener, router)
+        .with_graceful_shutdown(async move {
+            let _sender_gone = stopping.wait_for(|stop| *stop).await;
+        })
+        .await
+}
+
+fn read_policy(path: &Path) -> Result<Policy, RunError> {
+    let error = |problem: String| RunError::Policy { path: path.into(), problem };
+    let text = std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
+    let policy: Policy = serde_json::from_str(&text).map_err(|e| error(e.to_string()))?;
+    policy
+        .validate()
+        .map_err(|errors| error(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+    Ok(policy)
+}
+
+fn load_fleet_token(path: &Path) -> std::io::Result<Zeroizing<String>> {
+    match std::fs::read_to_string(path) {
+        Ok(token) if !token.trim().is_empty() => Ok(Zeroizing::new(token.trim().to_owned())),
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
+        _ => {
+            let token = Zeroizing::new(format!("{}{}", random::identifier(), random::identifier()));
+            files::write_private(path, token.as_bytes())?;
+            Ok(token)
+        }
+    }
+}
+
+/// What a new history begins with: a secret, the policy, and a key for the first operator. Its token is
+/// written to a file first: should this be cut short, the next start begins again with another one.
+fn first_changes(
+    config: &Config,
+    policy: &Policy,
+    master: &MasterKey,
+    now: u64,
+) -> Result<Vec<Change>, OpenError> {
+    let secret = SecretRecord::generate(config.algorithm, master, now);
+    let signer = secret.open(master)?;
+    let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
+    let key = request
+        .record("admin", &config.roles, random::identity(), &secret.kid, now)
+        .map_err(OpenError::FirstKey)?;
+    let claims: Claims = key.claims(&config.issuer, config.audience.as_deref());
+    let token = signer.sign(&claims)?;
+    files::write_private(&config.admin_key_file, token.as_bytes())
+        .map_err(|source| JournalError::Io { path: config.admin_key_file.clone(), source })?;
+    tracing::info!(path = %config.admin_key_file.display(), key_id = key.key_id, "wrote the first admin key");
+    Ok(vec![
+        Change::SecretCreated { secret },
+        Change::PolicyReplaced { policy: policy.clone() },
+        Change::KeyIssued { key: Box::new(key), idempotency: None },
+    ])
+}

@@ -1,0 +1,82 @@
+//! What can change, as it stands in the journal. Applying the changes of a journal in order gives the
+//! state; nothing else does.
+
+use keygate_core::policy::Policy;
+use serde::{Deserialize, Serialize};
+
+use crate::key::{Ended, KeyRecord, RevocationReason};
+use crate::secret::SecretRecord;
+use crate::state::Settings;
+
+/// One change.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Change {
+    /// A new line of history.
+    Genesis {
+        /// Its number: the Unix milliseconds of its beginning.
+        source: u64,
+    },
+    /// The configuration says something else than before.
+    SettingsChanged {
+        /// What it says.
+        settings: Settings,
+    },
+    /// A signing secret, active at once, sealed.
+    SecretCreated {
+        /// The secret.
+        secret: SecretRecord,
+    },
+    /// A key was issued.
+    KeyIssued {
+        /// The key; not the token, which can be signed again from it.
+        key: Box<KeyRecord>,
+        /// The request that created it, so that the same request again gives the same key.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        idempotency: Option<Idempotency>,
+    },
+    /// A key was revoked, for good.
+    KeyRevoked {
+        /// The key's id.
+        key_id: String,
+        /// The token's id.
+        jti: String,
+        /// The key's role.
+        role: String,
+        /// When the key would have expired; the revocation is kept until then. Unix seconds.
+        expires_at: u64,
+        /// When, why and by whom.
+        revocation: Ended<RevocationReason>,
+    },
+    /// A key was suspended.
+    KeySuspended {
+        /// The key's id.
+        key_id: String,
+        /// The token's id.
+        jti: String,
+        /// When, why and by whom.
+        suspension: Ended<Option<String>>,
+    },
+    /// A suspension ended.
+    KeyResumed {
+        /// The key's id.
+        key_id: String,
+        /// The token's id.
+        jti: String,
+    },
+    /// The route policy was replaced.
+    PolicyReplaced {
+        /// The new one.
+        policy: Policy,
+    },
+}
+
+/// A request that may come twice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Idempotency {
+    /// SHA-256 of caller, path and `Idempotency-Key`, base64url.
+    pub request_id: String,
+    /// SHA-256 of the body, base64url.
+    pub body: String,
+}

@@ -1,0 +1,354 @@
+//! The operator's subcommands: calls of the API at `KEYGATE_URL` with the key in `KEYGATE_ADMIN_KEY`. No
+//! key is ever taken from the command line, where every user of the machine could read it.
+
+use std::io::Read as _;
+use std::process::ExitCode;
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Subcommand};
+use serde_json::{Value, json};
+
+use super::Output;
+
+/// Keys.
+#[derive(Debug, Subcommand)]
+pub enum Keys {
+    /// Issue a key and print it; it is shown this once
+    Create {
+        /// What people will call it
+        #[arg(long)]
+        name: String,
+        /// Its role
+        #[arg(long)]
+        role: String,
+        /// A scope it shall have, of those of its role; may be given again [default: all of them]
+        #[arg(long = "scope")]
+        scopes: Vec<String>,
+        /// Whose it is, an opaque id
+        #[arg(long)]
+        owner: Option<String>,
+        /// How long it lives, such as 24h [default: as long as its role allows]
+        #[arg(long)]
+        expires_in: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// List keys
+    List {
+        /// Only keys of this role
+        #[arg(long)]
+        role: Option<String>,
+        /// Only keys of this owner
+        #[arg(long)]
+        owner: Option<String>,
+        /// Only active, suspended, revoked or expired keys
+        #[arg(long)]
+        state: Option<String>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Show a key
+    Show {
+        /// The key's id (key_…)
+        id: String,
+    },
+    /// Revoke a key, for good
+    Revoke {
+        /// The key's id (key_…)
+        id: String,
+        /// compromised, expired, user_request, admin_action, suspicious_activity, rotation or emergency
+        #[arg(long, default_value = "admin_action")]
+        reason: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// Suspend a key until it is resumed
+    Suspend {
+        /// The key's id (key_…)
+        id: String,
+        /// Why, for others to read
+        #[arg(long)]
+        reason: Option<String>,
+        #[command(flatten)]
+        wait: Wait,
+    },
+    /// End a suspension
+    Resume {
+        /// The key's id (key_…)
+        id: String,
+        #[command(flatten)]
+        wait: Wait,
+    },
+}
+
+/// Whether to wait for the proxies.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// Wait until every proxy enforces it; exit with 2 if one does not in time
+    #[arg(long)]
+    wait: bool,
+    /// How long to wait
+    #[arg(long, default_value = "5s")]
+    timeout: String,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// A question about a decision.
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// The request's method
+    #[arg(long, default_value = "GET")]
+    method: String,
+    /// The request's path
+    path: String,
+    /// Ask without a key
+    #[arg(long)]
+    no_key: bool,
+    #[command(flatten)]
+    output: Output,
+}
+
+impl Keys {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self {
+            Self::Create { name, role, scopes, owner, expires_in, output } => {
+                let mut body = json!({ "name": name, "role": role });
+                if !scopes.is_empty() {
+                    body["scopes"] = json!(scopes);
+                }
+                if let Some(owner) = owner {
+                    body["owner"] = owner.into();
+                }
+                if let Some(life) = expires_in {
+                    body["expires_in"] = life.into();
+                }
+                let key = call("POST", "/api/auth/register", &[], Some(&body))?;
+                if output.json {
+                    print_json(&key);
+                } else {
+                    // The key alone on standard output: for KEY=$(keygate keys create …).
+                    println!("{}", text(&key, "api_key"));
+                    eprintln!(
+                        "{} ({}: {}), until {}. The key is not shown again.",
+                        text(&key, "key_id"),
+                        text(&key, "role"),
+                        words(&key["scopes"]),
+                        text(&key, "expires_at"),
+                    );
+                }
+            }
+            Self::List { role, owner, state, output } => {
+                list(&[("role", role), ("owner", owner), ("state", state)], &output)?
+            }
+            Self::Show { id } => {
+                print_json(&call("GET", &format!("/api/admin/keys/{}", segment(&id)?), &[], None)?)
+            }
+            Self::Revoke { id, reason, wait } => {
+                return change(&id, "revoke", &json!({ "reason": reason }), &wait);
+            }
+            Self::Suspend { id, reason, wait } => {
+                let body = reason.map_or(json!({}), |reason| json!({ "reason": reason }));
+                return change(&id, "suspend", &body, &wait);
+            }
+            Self::Resume { id, wait } => return change(&id, "resume", &json!({}), &wait),
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn list(filters: &[(&'static str, Option<String>)], output: &Output) -> anyhow::Result<()> {
+    let mut cursor: Option<String> = None;
+    if !output.json {
+        println!("{:<27} {:<10} {:<14} {:<21} NAME", "KEY", "STATE", "ROLE", "EXPIRES");
+    }
+    loop {
+        let mut query: Vec<(&str, String)> =
+            filters.iter().filter_map(|(name, value)| Some((*name, value.clone()?))).collect();
+        if let Some(cursor) = cursor {
+            query.push(("cursor", cursor));
+        }
+        let page = call("GET", "/api/admin/keys", &query, None)?;
+        for key in page["keys"].as_array().into_iter().flatten() {
+            if output.json {
+                println!("{key}");
+            } else {
+                println!(
+                    "{:<27} {:<10} {:<14} {:<21} {}",
+                    text(key, "key_id"),
+                    text(key, "state"),
+                    text(key, "role"),
+                    text(key, "expires_at"),
+                    text(key, "name"),
+                );
+            }
+        }
+        cursor = page["next_cursor"].as_str().map(Into::into);
+        if cursor.is_none() {
+            return Ok(());
+        }
+    }
+}
+
+fn change(id: &str, verb: &str, body: &Value, wait: &Wait) -> anyhow::Result<ExitCode> {
+    let query = if wait.wait {
+        vec![("wait", "applied".to_owned()), ("timeout", wait.timeout.clone())]
+    } else {
+        Vec::new()
+    };
+    let key = call("POST", &format!("/api/admin/keys/{}/{verb}", segment(id)?), &query, Some(body))?;
+    let missing = key["propagation"]["missing"].as_array().is_some_and(|missing| !missing.is_empty());
+    if wait.output.json {
+        print_json(&key);
+    } else {
+        let already = if key["changed"] == true { "" } else { " already" };
+        println!(
+            "{} is{already} {} (version {})",
+            text(&key, "key_id"),
+            text(&key, "state"),
+            text(&key, "version")
+        );
+        if let Some(propagation) = key.get("propagation") {
+            println!(
+                "enforced by {} of {} proxies, the slowest after {} ms",
+                propagation["applied"], propagation["total"], propagation["max_lag_ms"],
+            );
+            if missing {
+                println!("not yet by: {}", words(&propagation["missing"]));
+            }
+        }
+    }
+    Ok(if missing { ExitCode::from(2) } else { ExitCode::SUCCESS })
+}
+
+/// Prints the proxies.
+pub fn fleet(output: &Output) -> anyhow::Result<ExitCode> {
+    let fleet = call("GET", "/api/admin/fleet", &[], None)?;
+    if output.json {
+        print_json(&fleet);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!(
+        "version {}, enforced by {} of {} proxies",
+        text(&fleet, "version"),
+        fleet["current"],
+        fleet["total"]
+    );
+    println!("{:<24} {:<9} {:<22} {:>7} {:>4}  LAST SEEN", "PROXY", "STATE", "VERSION", "LAG ms", "VMs");
+    for proxy in fleet["proxies"].as_array().into_iter().flatten() {
+        let state = match (proxy["stale"] == true, proxy["ahead"] == true, proxy["current"] == true) {
+            (true, ..) => "stale",
+            (_, true, _) => "ahead",
+            (_, _, true) => "current",
+            _ => "behind",
+        };
+        println!(
+            "{:<24} {state:<9} {:<22} {:>7} {:>4}  {}",
+            text(proxy, "id"),
+            text(proxy, "version"),
+            proxy["lag_ms"],
+            proxy["workers"],
+            text(proxy, "last_seen"),
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Explain {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let mut body = json!({ "method": self.method, "path": self.path });
+        if !self.no_key {
+            let token = match std::env::var("KEYGATE_KEY") {
+                Ok(token) => token,
+                Err(_) => {
+                    let mut token = String::new();
+                    std::io::stdin().read_to_string(&mut token)?;
+                    token
+                }
+            };
+            body["token"] = token.trim().into();
+        }
+        let answer = call("POST", "/api/admin/explain", &[], Some(&body))?;
+        if self.output.json {
+            print_json(&answer);
+            return Ok(ExitCode::SUCCESS);
+        }
+        for step in answer["steps"].as_array().into_iter().flatten() {
+            println!("{:<12} {}", text(step, "step"), text(step, "detail"));
+        }
+        let status =
+            answer["status"].as_u64().map(|status| format!(" with {status} {}", text(&answer, "code")));
+        println!(
+            "=> {}{}: {}",
+            text(&answer, "decision"),
+            status.unwrap_or_default(),
+            text(&answer, "reason")
+        );
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+/// Calls the API; anything but success is an error with the API's own sentence.
+fn call(method: &str, path: &str, query: &[(&str, String)], body: Option<&Value>) -> anyhow::Result<Value> {
+    let url = std::env::var("KEYGATE_URL").unwrap_or_else(|_| "http://localhost:8000".into());
+    let key = std::env::var("KEYGATE_ADMIN_KEY").context(
+        "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
+    )?;
+    // The longest wait is 15 minutes.
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .http_status_as_error(false)
+        .timeout_global(Some(std::time::Duration::from_secs(16 * 60)))
+        .build()
+        .into();
+    let target = format!("{}{path}", url.trim_end_matches('/'));
+    let bearer = format!("Bearer {}", key.trim());
+    let query = query.iter().map(|(name, value)| (*name, value.as_str()));
+    let sent = match (method, body) {
+        ("GET", _) => agent.get(&target).query_pairs(query).header("authorization", bearer).call(),
+        (_, body) => agent
+            .post(&target)
+            .query_pairs(query)
+            .header("authorization", bearer)
+            .send_json(body.unwrap_or(&json!({}))),
+    };
+    let mut response =
+        sent.with_context(|| format!("{url}: is the control plane running? (KEYGATE_URL says where)"))?;
+    let status = response.status();
+    let answer: Value =
+        response.body_mut().read_json().with_context(|| format!("{url} answered {status} without JSON"))?;
+    if !status.is_success() {
+        let code = text(&answer, "code");
+        let detail = text(&answer, "detail");
+        match code.as_str() {
+            "invalid_token" | "missing_credential" => {
+                bail!("the key in KEYGATE_ADMIN_KEY is not accepted ({code})")
+            }
+            _ => bail!("{detail} ({status}, {code})"),
+        }
+    }
+    Ok(answer)
+}
+
+/// An id as a segment of a path.
+fn segment(id: &str) -> anyhow::Result<&str> {
+    if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
+        bail!("that is no key id; ids begin with 'key_' and are listed by 'keygate keys list'");
+    }
+    Ok(id)
+}
+
+fn text(value: &Value, member: &str) -> String {
+    match &value[member] {
+        Value::String(text) => text.clone(),
+        Value::Null => "-".into(),
+        other => other.to_string(),
+    }
+}
+
+fn words(list: &Value) -> String {
+    list.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
+}
+
+fn print_json(value: &Value) {
+    println!("{value:#}");
+}

@@ -1,0 +1,47 @@
+//! The command line.
+
+mod client;
+mod serve;
+
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+/// API keys enforced inside Envoy: the control plane and its operator's commands.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the control plane
+    Serve(serve::Serve),
+    /// Create, list, show, revoke, suspend and resume keys
+    #[command(subcommand)]
+    Keys(client::Keys),
+    /// Show the proxies and what they enforce
+    Fleet(Output),
+    /// Say how a request would be decided; the key to ask about is read from KEYGATE_KEY or standard input
+    Explain(client::Explain),
+}
+
+/// How a subcommand prints.
+#[derive(Debug, Args)]
+struct Output {
+    /// Print the API's JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs what the command line says.
+pub fn run() -> anyhow::Result<ExitCode> {
+    match Cli::parse().command {
+        Command::Serve(serve) => serve.run(),
+        Command::Keys(keys) => keys.run(),
+        Command::Fleet(output) => client::fleet(&output),
+        Command::Explain(explain) => explain.run(),
+    }
+}

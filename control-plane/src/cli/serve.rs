@@ -1,0 +1,139 @@
+//! `keygate serve`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::Args;
+use keygate::app;
+use keygate::clock::Clock;
+use keygate::config::{self, Config, LogFormat, SETTINGS};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The file that is read when it is there and no other is named.
+const DEFAULT_FILE: &str = "keygate.toml";
+
+/// Settings come from keygate.toml, then KEYGATE_* variables, then these flags.
+#[derive(Debug, Args)]
+#[command(after_help = after_help())]
+pub struct Serve {
+    /// Configuration file [default: keygate.toml, if there is one]
+    #[arg(long, env = "KEYGATE_CONFIG")]
+    config: Option<PathBuf>,
+    /// Check the configuration and stop
+    #[arg(long)]
+    check: bool,
+    /// Address of the API, metrics and console
+    #[arg(long)]
+    listen: Option<String>,
+    /// Address of the sync port, for proxies only
+    #[arg(long)]
+    sync_listen: Option<String>,
+    /// Directory of the journal and the store
+    #[arg(long)]
+    data_dir: Option<String>,
+    /// Where the first admin key is written, once
+    #[arg(long)]
+    admin_key_file: Option<String>,
+    /// File with the token that proxies show; made if missing
+    #[arg(long)]
+    fleet_token_file: Option<String>,
+    /// File with the key that seals secrets; made if missing
+    #[arg(long)]
+    master_key_file: Option<String>,
+    /// Route policy that a new data directory begins with
+    #[arg(long, value_name = "FILE")]
+    policy: Option<String>,
+}
+
+fn after_help() -> String {
+    let mut text = "Settings, by their key in keygate.toml and their variable:\n".to_owned();
+    for (key, meaning) in SETTINGS {
+        text.push_str(&format!("  {key:<20} {:<28} {meaning}\n", variable(key)));
+    }
+    text.push_str(
+        "\nKEYGATE_FLEET_TOKEN overrides the file with the fleet token. Roles are tables of keygate.toml:\n",
+    );
+    text.push_str("  [roles.NAME]  life = \"7d\", requests_per_hour = 100 (-1: unlimited), scopes = [...], may_create = [...]\n");
+    text
+}
+
+fn variable(key: &str) -> String {
+    format!("KEYGATE_{}", key.replace('.', "_").to_uppercase())
+}
+
+impl Serve {
+    fn read(&self) -> anyhow::Result<Config> {
+        let text = match &self.config {
+            Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
+            None => match std::fs::read_to_string(DEFAULT_FILE) {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+                read => read.context(DEFAULT_FILE)?,
+            },
+        };
+        let mut overrides = Vec::new();
+        for (key, _) in SETTINGS {
+            let variable = variable(key);
+            if let Some(value) = std::env::var(&variable).ok().filter(|value| !value.is_empty()) {
+                overrides.push((key, value, variable));
+            }
+        }
+        for (key, flag, value) in [
+            ("listen", "--listen", &self.listen),
+            ("sync_listen", "--sync-listen", &self.sync_listen),
+            ("data_dir", "--data-dir", &self.data_dir),
+            ("admin_key_file", "--admin-key-file", &self.admin_key_file),
+            ("fleet_token_file", "--fleet-token-file", &self.fleet_token_file),
+            ("master_key_file", "--master-key-file", &self.master_key_file),
+            ("policy_file", "--policy", &self.policy),
+        ] {
+            if let Some(value) = value {
+                overrides.push((key, value.clone(), flag.to_owned()));
+            }
+        }
+        Ok(config::read(&text, &overrides)?)
+    }
+
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let config = self.read()?;
+        if self.check {
+            println!("The configuration is valid.");
+            return Ok(ExitCode::SUCCESS);
+        }
+        start_log(config.log_format);
+        let fleet_token = std::env::var("KEYGATE_FLEET_TOKEN").ok().filter(|token| !token.is_empty());
+        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let serving = app::start(config, Clock::system(), fleet_token).await?;
+            tracing::info!(
+                api = %serving.api_address()?,
+                sync = %serving.sync_address()?,
+                version = %serving.app.state().version,
+                data_dir = %serving.app.config.data_dir.display(),
+                "keygate serves"
+            );
+            let mut terminate = signal(SignalKind::terminate())?;
+            let mut interrupt = signal(SignalKind::interrupt())?;
+            let shutdown = async move {
+                tokio::select! {
+                    _ = terminate.recv() => {}
+                    _ = interrupt.recv() => {}
+                }
+            };
+            serving.run(shutdown).await?;
+            anyhow::Ok(())
+        })?;
+        Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn start_log(format: LogFormat) {
+    use tracing_subscriber::EnvFilter;
+    // KEYGATE_LOG=debug shows a line a request.
+    let filter = EnvFilter::try_from_env("KEYGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
+}

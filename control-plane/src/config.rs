@@ -1,0 +1,401 @@
+//! The configuration: what was typed (`keygate.toml`, then `KEYGATE_*`, then flags), then what is valid.
+//! Every error is reported at once, each with its key and what would be right.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use keygate_core::crypto::Algorithm;
+use keygate_core::rules::MAX_LEEWAY_S;
+use keygate_core::token;
+use toml::Value;
+
+use crate::roles::{self, Role, Roles};
+
+/// The settings that a variable or a flag can set: their key in the file, and what they are.
+/// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
+pub const SETTINGS: [(&str, &str); 14] = [
+    ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
+    ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
+    ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
+    ("admin_key_file", "Where the first admin key is written, once [default: <data_dir>/admin.key]"),
+    (
+        "fleet_token_file",
+        "File with the token that proxies show; made if missing [default: <data_dir>/fleet.token]",
+    ),
+    (
+        "master_key_file",
+        "File with the key that seals secrets; made if missing [default: <data_dir>/master.key]",
+    ),
+    ("policy_file", "Route policy that a new data directory begins with"),
+    ("tokens.issuer", "The `iss` of keys [default: keygate]"),
+    ("tokens.audience", "The `aud` of keys, if they shall have one"),
+    ("tokens.realm", "The realm in challenges [default: keygate]"),
+    ("tokens.leeway", "How far clocks may differ, at most 60s [default: 0s]"),
+    ("secrets.algorithm", "ES256, EdDSA or HS256, for new secrets [default: ES256]"),
+    ("fleet.hard_age", "How long proxies go on without news before they answer 503 [default: 300s]"),
+    ("log.format", "text or json [default: text]"),
+];
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// For machines.
+    Json,
+}
+
+/// A valid configuration.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Address of the API.
+    pub listen: SocketAddr,
+    /// Address of the sync port.
+    pub sync_listen: SocketAddr,
+    /// Directory of the journal and the store.
+    pub data_dir: PathBuf,
+    /// Where the first admin key is written.
+    pub admin_key_file: PathBuf,
+    /// File with the fleet token.
+    pub fleet_token_file: PathBuf,
+    /// File with the master key.
+    pub master_key_file: PathBuf,
+    /// The route policy to begin with.
+    pub policy_file: Option<PathBuf>,
+    /// The `iss` of keys.
+    pub issuer: String,
+    /// The `aud` of keys.
+    pub audience: Option<String>,
+    /// The realm in challenges.
+    pub realm: String,
+    /// How far clocks may differ.
+    pub leeway: Duration,
+    /// The algorithm of new secrets.
+    pub algorithm: Algorithm,
+    /// How long proxies go on without news.
+    pub hard_age: Duration,
+    /// How log lines look.
+    pub log_format: LogFormat,
+    /// The roles.
+    pub roles: Roles,
+}
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, thiserror::Error)]
+#[error("the configuration has {} error(s):\n{}", .0.len(), .0.iter().map(|e| format!("  {e}")).collect::<Vec<_>>().join("\n"))]
+pub struct ConfigErrors(pub Vec<String>);
+
+/// Reads the file's text and the overrides (`(key, value, where it came from)`, later ones win).
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn read(file: &str, overrides: &[(&str, String, String)]) -> Result<Config, ConfigErrors> {
+    let mut typed = Typed::default();
+    match file.parse::<toml::Table>() {
+        Ok(table) => typed.flatten(String::new(), Value::Table(table)),
+        Err(error) => typed.errors.push(format!("keygate.toml: {}", error.to_string().trim_end())),
+    }
+    for (key, value, origin) in overrides {
+        typed.values.insert((*key).to_owned(), (Value::String(value.clone()), origin.clone()));
+    }
+    typed.validate()
+}
+
+/// What was typed, by dotted key, with where it came from.
+#[derive(Default)]
+struct Typed {
+    values: BTreeMap<String, (Value, String)>,
+    errors: Vec<String>,
+}
+
+impl Typed {
+    fn flatten(&mut self, prefix: String, value: Value) {
+        match value {
+            Value::Table(table) => {
+                for (name, value) in table {
+                    let key = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
+                    self.flatten(key, value);
+                }
+            }
+            value => {
+                self.values.insert(prefix, (value, "keygate.toml".into()));
+            }
+        }
+    }
+
+    fn take<T>(&mut self, key: &str, parse: impl FnOnce(&Value) -> Result<T, String>) -> Option<T> {
+        let (value, origin) = self.values.remove(key)?;
+        match parse(&value) {
+            Ok(parsed) => Some(parsed),
+            Err(problem) => {
+                self.errors.push(format!("{key}: {problem} (from {origin})"));
+                None
+            }
+        }
+    }
+
+    fn validate(mut self) -> Result<Config, ConfigErrors> {
+        let data_dir = self.take("data_dir", path).unwrap_or_else(|| ".keygate/data".into());
+        let file = |given: Option<PathBuf>, name: &str| given.unwrap_or_else(|| data_dir.join(name));
+        let listen = self.take("listen", address).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8000)));
+        let sync_listen =
+            self.take("sync_listen", address).unwrap_or(SocketAddr::from(([127, 0, 0, 1], 8001)));
+        if listen == sync_listen && listen.port() != 0 {
+            self.errors.push(format!("sync_listen: {listen} is the API's address too; give it another port"));
+        }
+        let config = Config {
+            listen,
+            sync_listen,
+            admin_key_file: file(self.take("admin_key_file", path), "admin.key"),
+            fleet_token_file: file(self.take("fleet_token_file", path), "fleet.token"),
+            master_key_file: file(self.take("master_key_file", path), "master.key"),
+            policy_file: self.take("policy_file", path),
+            issuer: self.take("tokens.issuer", identifier).unwrap_or_else(|| "keygate".into()),
+            audience: self.take("tokens.audience", identifier),
+            realm: self.take("tokens.realm", realm).unwrap_or_else(|| "keygate".into()),
+            leeway: self.take("tokens.leeway", leeway).unwrap_or_default(),
+            algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
+            hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
+            log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
+            roles: self.roles(),
+            data_dir,
+        };
+        for (key, (_, origin)) in std::mem::take(&mut self.values) {
+            self.errors.push(format!("{key}: no such setting (from {origin}){}", suggestion(&key)));
+        }
+        if self.errors.is_empty() { Ok(config) } else { Err(ConfigErrors(self.errors)) }
+    }
+
+    /// The default roles, changed member by member and added to by `[roles.NAME]` tables.
+    fn roles(&mut self) -> Roles {
+        let mut roles = roles::defaults();
+        let named: Vec<String> = self
+            .values
+            .keys()
+            .filter_map(|key| Some(key.strip_prefix("roles.")?.split_once('.')?.0.to_owned()))
+            .collect();
+        for name in named {
+            let key = |member: &str| format!("roles.{name}.{member}");
+            let life = self.take(&key("life"), life);
+            let limit = self.take(&key("requests_per_hour"), requests_per_hour);
+            let scopes = self.take(&key("scopes"), scopes);
+            let may_create = self.take(&key("may_create"), words);
+            if !token::is_identifier(&name) {
+                self.errors.push(format!("roles.{name}: a role's name is one word of visible ASCII"));
+            }
+            let known = roles.contains_key(&name);
+            if !known && (life.is_none() || scopes.is_none()) {
+                let key = format!("roles.{name}");
+                if !self.errors.iter().any(|error| error.starts_with(&key)) {
+                    self.errors.push(format!("{key}: a new role needs at least 'life' and 'scopes'"));
+                }
+            }
+            let role = roles.entry(name).or_insert_with(|| Role {
+                life: Duration::ZERO,
+                requests_per_hour: None,
+                scopes: Vec::new(),
+                may_create: Vec::new(),
+            });
+            role.life = life.unwrap_or(role.life);
+            role.requests_per_hour = limit.unwrap_or(role.requests_per_hour);
+            role.scopes = scopes.unwrap_or_else(|| std::mem::take(&mut role.scopes));
+            role.may_create = may_create.unwrap_or_else(|| std::mem::take(&mut role.may_create));
+        }
+        for (name, role) in &roles {
+            for other in role.may_create.iter().filter(|other| *other != roles::ALL) {
+                if !roles.contains_key(other) {
+                    self.errors.push(format!("roles.{name}.may_create: there is no role {other:?}"));
+                }
+            }
+        }
+        roles::expand(roles)
+    }
+}
+
+fn suggestion(key: &str) -> String {
+    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
+    SETTINGS
+        .iter()
+        .find(|(known, _)| {
+            last(known) == last(key) || known.replace(['_', '.'], "") == key.replace(['_', '.', '-'], "")
+        })
+        .map(|(known, _)| format!("; did you mean '{known}'?"))
+        .unwrap_or_default()
+}
+
+fn text(value: &Value) -> Result<&str, String> {
+    value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| format!("{value} is not a text"))
+}
+
+fn path(value: &Value) -> Result<PathBuf, String> {
+    text(value).map(PathBuf::from)
+}
+
+fn address(value: &Value) -> Result<SocketAddr, String> {
+    let text = text(value)?;
+    text.parse().map_err(|_| format!("{text:?} is not an address such as \"127.0.0.1:8000\""))
+}
+
+fn identifier(value: &Value) -> Result<String, String> {
+    let text = text(value)?;
+    if token::is_identifier(text) {
+        Ok(text.into())
+    } else {
+        Err(format!(
+            "{text:?} must be visible ASCII without spaces, at most {} bytes",
+            token::MAX_IDENTIFIER_BYTES
+        ))
+    }
+}
+
+fn realm(value: &Value) -> Result<String, String> {
+    let text = text(value)?;
+    let plain = |b: u8| (b' '..=b'~').contains(&b) && b != b'"' && b != b'\\';
+    if text.bytes().all(plain) {
+        Ok(text.into())
+    } else {
+        Err(format!("{text:?} must be printable ASCII without quotes and backslashes"))
+    }
+}
+
+fn duration(value: &Value) -> Result<Duration, String> {
+    let text = text(value)?;
+    humantime::parse_duration(text)
+        .map_err(|_| format!("{text:?} is not a duration such as \"5s\" or \"24h\""))
+}
+
+fn leeway(value: &Value) -> Result<Duration, String> {
+    let leeway = duration(value)?;
+    if leeway.as_secs() <= MAX_LEEWAY_S && leeway.subsec_nanos() == 0 {
+        Ok(leeway)
+    } else {
+        Err(format!("must be whole seconds, at most {MAX_LEEWAY_S}s"))
+    }
+}
+
+fn hard_age(value: &Value) -> Result<Duration, String> {
+    let age = duration(value)?;
+    let range = Duration::from_secs(1)..=Duration::from_secs(86_400);
+    if range.contains(&age) && age.subsec_nanos() == 0 {
+        Ok(age)
+    } else {
+        Err("must be whole seconds from 1s to 24h".into())
+    }
+}
+
+fn life(value: &Value) -> Result<Duration, String> {
+    let life = duration(value)?;
+    let range = Duration::from_secs(60)..=Duration::from_secs(10 * 366 * 86_400);
+    if range.contains(&life) { Ok(life) } else { Err("must be from 1m to 10 years".into()) }
+}
+
+fn algorithm(value: &Value) -> Result<Algorithm, String> {
+    let text = text(value)?;
+    Algorithm::from_name(text).ok_or_else(|| format!("{text:?} is none of \"ES256\", \"EdDSA\", \"HS256\""))
+}
+
+fn log_format(value: &Value) -> Result<LogFormat, String> {
+    match text(value)? {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        other => Err(format!("{other:?} is neither \"text\" nor \"json\"")),
+    }
+}
+
+fn requests_per_hour(value: &Value) -> Result<Option<u64>, String> {
+    match value.as_integer() {
+        Some(-1) => Ok(None),
+        Some(limit) => {
+            u64::try_from(limit).map(Some).map_err(|_| "must be -1 (unlimited) or 0 and more".into())
+        }
+        None => Err(format!("{value} is not a whole number; -1 is unlimited")),
+    }
+}
+
+fn words(value: &Value) -> Result<Vec<String>, String> {
+    let list = value.as_array().ok_or_else(|| format!("{value} is not a list of texts"))?;
+    list.iter().map(identifier).collect()
+}
+
+fn scopes(value: &Value) -> Result<Vec<String>, String> {
+    let words = words(value)?;
+    match words.iter().find(|scope| !token::is_scope(scope)) {
+        None => Ok(words),
+        Some(bad) => Err(format!("{bad:?} is no scope (RFC 6749 section 3.3)")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_typed_is_valid() {
+        let config = read("", &[]).unwrap();
+        assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
+        assert_eq!(config.admin_key_file.to_str(), Some(".keygate/data/admin.key"));
+        assert_eq!(config.roles.len(), 4);
+    }
+
+    #[test]
+    fn later_sources_win() {
+        let file = "listen = \"127.0.0.1:1\"\n[tokens]\nissuer = \"a\"";
+        let overrides = [
+            ("listen", "127.0.0.1:2".to_owned(), "KEYGATE_LISTEN".to_owned()),
+            ("listen", "127.0.0.1:3".to_owned(), "--listen".to_owned()),
+        ];
+        let config = read(file, &overrides).unwrap();
+        assert_eq!((config.listen.port(), config.issuer.as_str()), (3, "a"));
+    }
+
+    #[test]
+    fn every_error_is_reported_at_once_and_unknown_settings_are_named() {
+        let file = r#"
+            listen = "nowhere"
+            sync_listn = "127.0.0.1:1"
+            [tokens]
+            leeway = "2h"
+            isuer = "x"
+            [secrets]
+            algorithm = "none"
+            [fleet]
+            hard_age = 300
+            [roles.basic]
+            life = "1s"
+            requests_per_hour = -2
+            [roles.robot]
+            may_create = ["nobody"]
+        "#;
+        let errors = read(file, &[("log.format", "xml".into(), "KEYGATE_LOG_FORMAT".into())]).unwrap_err().0;
+        for start in [
+            "listen: \"nowhere\" is not an address",
+            "tokens.leeway: must be whole seconds, at most 60s",
+            "secrets.algorithm: \"none\" is none of",
+            "fleet.hard_age: 300 is not a text",
+            "log.format: \"xml\" is neither \"text\" nor \"json\" (from KEYGATE_LOG_FORMAT)",
+            "roles.basic.life: must be from 1m",
+            "roles.basic.requests_per_hour: must be -1",
+            "roles.robot: a new role needs",
+            "roles.robot.may_create: there is no role \"nobody\"",
+            "sync_listn: no such setting",
+            "tokens.isuer: no such setting",
+        ] {
+            assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
+        }
+        assert_eq!(errors.len(), 11, "{errors:#?}");
+    }
+
+    #[test]
+    fn a_role_is_changed_member_by_member() {
+        let config =
+            read("[roles.basic]\nlife = \"1d\"\n[roles.robot]\nlife = \"1h\"\nscopes = [\"x\"]", &[])
+                .unwrap();
+        assert_eq!(config.roles["basic"].life, Duration::from_secs(86_400));
+        assert_eq!(config.roles["basic"].scopes, ["chat:read", "chat:write"]);
+        assert_eq!(config.roles["robot"].requests_per_hour, None);
+        assert!(config.roles["admin"].may_create.contains(&"robot".to_owned()));
+        assert!(config.roles["admin"].scopes.contains(&"x".to_owned()));
+    }
+}

@@ -1,0 +1,290 @@
+//! The proxies: who they are, what they enforce, and waiting until all of them enforce a version.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use keygate_core::version::Version;
+use keygate_core::wire::Poll;
+use serde::Serialize;
+use tokio::sync::watch;
+
+use crate::state::State;
+
+/// A proxy that was not heard of for this long is forgotten, unless the hard age is longer.
+const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// The most proxies kept; beyond, the one heard of longest ago is forgotten.
+const MAX_PROXIES: usize = 10_000;
+
+/// The fleet.
+#[derive(Debug)]
+pub struct Fleet {
+    proxies: Mutex<HashMap<Id, Entry>>,
+    changes: watch::Sender<u64>,
+}
+
+/// A process: its node id and the number that it drew at its start.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Id {
+    proxy: String,
+    incarnation: String,
+}
+
+#[derive(Debug)]
+struct Entry {
+    poll: Poll,
+    /// When the last poll came. What the proxy enforces was the newest at most until then, so it stops
+    /// serving at the latest one hard age after.
+    heard: Instant,
+    heard_ms: u64,
+    applied_since: Instant,
+    lag: Option<Duration>,
+    /// Whether it enforces a newer state than this control plane has, so that nothing from here reaches it.
+    ahead: bool,
+    polling: u32,
+}
+
+/// A proxy, for operators.
+#[derive(Debug, Serialize)]
+pub struct ProxyView {
+    /// Envoy's node id.
+    pub id: String,
+    /// Envoy's node cluster.
+    pub cluster: String,
+    /// Tells a restarted proxy from the one before.
+    pub incarnation: String,
+    /// The version that it enforces.
+    pub version: Option<Version>,
+    /// Whether that is the newest.
+    pub current: bool,
+    /// Milliseconds from the publication of that version to its acknowledgement.
+    pub lag_ms: Option<u64>,
+    /// When it was last heard of.
+    pub last_seen: String,
+    /// Seconds since.
+    pub last_seen_age_s: u64,
+    /// Whether it waits for news right now.
+    pub connected: bool,
+    /// Whether it enforces a newer state than this control plane has.
+    pub ahead: bool,
+    /// Whether it was silent for longer than the hard age, and so answers 503.
+    pub stale: bool,
+    /// Its VMs: workers and the main thread.
+    pub workers: u32,
+    /// The filter's version.
+    pub filter: String,
+    /// Answers that it refused.
+    pub refused_answers: u64,
+    /// Why it refused the last one.
+    pub last_error: Option<String>,
+}
+
+/// How far a version has got.
+#[derive(Debug, Serialize)]
+pub struct Propagation {
+    /// The version.
+    pub version: Version,
+    /// Proxies that enforce it, or serve no keys any more.
+    pub applied: usize,
+    /// Proxies there are.
+    pub total: usize,
+    /// Milliseconds from the change to the acknowledgement of the slowest of those that enforce it.
+    pub max_lag_ms: u64,
+    /// The ids of the others.
+    pub missing: Vec<String>,
+}
+
+/// Says that a proxy waits for news, until dropped.
+pub struct Polling {
+    fleet: Arc<Fleet>,
+    id: Id,
+}
+
+impl Drop for Polling {
+    fn drop(&mut self) {
+        if let Some(entry) = self.fleet.lock().get_mut(&self.id) {
+            entry.polling = entry.polling.saturating_sub(1);
+        }
+    }
+}
+
+impl Fleet {
+    /// Nobody yet.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self { proxies: Mutex::default(), changes: watch::Sender::new(0) })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<Id, Entry>> {
+        self.proxies.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes note of a poll; keep what it returns for as long as the poll is held back.
+    pub fn heard(self: &Arc<Self>, poll: Poll, state: &State, now_ms: u64) -> Polling {
+        let now = Instant::now();
+        let id = Id { proxy: poll.proxy.id.clone(), incarnation: poll.proxy.incarnation.clone() };
+        let mut proxies = self.lock();
+        // Node ids are unique, so a new process under an id means that the one before is gone; unless
+        // that one still waits for news, in which case both are shown.
+        proxies.retain(|other, entry| {
+            other.proxy != id.proxy || other.incarnation == id.incarnation || entry.polling > 0
+        });
+        let forget_after = FORGET_AFTER.max(2 * hard_age(state));
+        proxies.retain(|_, entry| now.duration_since(entry.heard) < forget_after);
+        if proxies.len() >= MAX_PROXIES
+            && !proxies.contains_key(&id)
+            && let Some(oldest) =
+                proxies.iter().min_by_key(|(_, entry)| entry.heard).map(|(id, _)| id.clone())
+        {
+            proxies.remove(&oldest);
+        }
+        let entry = proxies.entry(id.clone()).or_insert_with(|| Entry {
+            poll: Poll { applied: None, ..poll.clone() },
+            heard: now,
+            heard_ms: now_ms,
+            applied_since: now,
+            lag: None,
+            ahead: false,
+            polling: 0,
+        });
+        if entry.poll.applied != poll.applied {
+            entry.applied_since = now;
+            entry.lag = (poll.applied == Some(state.version)).then(|| now.duration_since(state.published));
+        }
+        entry.ahead = poll.applied.is_some_and(|applied| applied > state.version);
+        entry.poll = poll;
+        entry.heard = now;
+        entry.heard_ms = now_ms;
+        entry.polling = entry.polling.saturating_add(1);
+        drop(proxies);
+        self.changes.send_modify(|count| *count = count.wrapping_add(1));
+        Polling { fleet: Arc::clone(self), id }
+    }
+
+    /// Every proxy, by id.
+    pub fn view(&self, state: &State) -> Vec<ProxyView> {
+        let now = Instant::now();
+        let mut proxies: Vec<ProxyView> = self
+            .lock()
+            .iter()
+            .map(|(id, entry)| {
+                let age = now.duration_since(entry.heard);
+                ProxyView {
+                    id: id.proxy.clone(),
+                    cluster: entry.poll.proxy.cluster.clone(),
+                    incarnation: id.incarnation.clone(),
+                    version: entry.poll.applied,
+                    current: entry.poll.applied == Some(state.version),
+                    lag_ms: entry.lag.map(millis),
+                    last_seen: crate::clock::rfc3339_ms(entry.heard_ms),
+                    last_seen_age_s: age.as_secs(),
+                    connected: entry.polling > 0,
+                    ahead: entry.ahead,
+                    stale: age > hard_age(state),
+                    workers: entry.poll.proxy.workers,
+                    filter: entry.poll.proxy.filter.clone(),
+                    refused_answers: entry.poll.refused_answers,
+                    last_error: entry.poll.last_error.clone(),
+                }
+            })
+            .collect();
+        proxies.sort_by(|a, b| (&a.id, &a.incarnation).cmp(&(&b.id, &b.incarnation)));
+        proxies
+    }
+
+    /// Waits until every proxy that was heard of within the hard age enforces `version`, or has been
+    /// silent for the hard age and so serves no keys any more, or the time is up. Lag counts from `since`.
+    pub async fn wait_applied(
+        &self,
+        version: Version,
+        state: &State,
+        since: Instant,
+        timeout: Duration,
+    ) -> Propagation {
+        let deadline = tokio::time::Instant::now() + timeout;
+        let mut changes = self.changes.subscribe();
+        // Those that serve keys at this moment; one that comes later comes with this version or a newer one.
+        let waited_for: Vec<Id> = {
+            let now = Instant::now();
+            let proxies = self.lock();
+            proxies
+                .iter()
+                .filter(|(_, e)| now.duration_since(e.heard) <= hard_age(state))
+                .map(|(id, _)| id.clone())
+                .collect()
+        };
+        loop {
+            changes.mark_unchanged();
+            let (propagation, next_silence) = self.propagation(version, state, since, &waited_for);
+            if propagation.missing.is_empty() {
+                return propagation;
+            }
+            let wake = next_silence.map_or(deadline, |silence| deadline.min(silence));
+            tokio::select! {
+                _ = changes.changed() => {}
+                () = tokio::time::sleep_until(wake) => {
+                    if wake == deadline {
+                        return self.propagation(version, state, since, &waited_for).0;
+                    }
+                }
+            }
+        }
+    }
+
+    fn propagation(
+        &self,
+        version: Version,
+        state: &State,
+        since: Instant,
+        waited_for: &[Id],
+    ) -> (Propagation, Option<tokio::time::Instant>) {
+        let now = Instant::now();
+        let proxies = self.lock();
+        let mut propagation =
+            Propagation { version, applied: 0, total: waited_for.len(), max_lag_ms: 0, missing: Vec::new() };
+        let mut next_silence: Option<tokio::time::Instant> = None;
+        for id in waited_for {
+            // One that is gone was superseded by its own successor, which began with a newer state.
+            let Some(entry) = proxies.get(id) else {
+                propagation.applied += 1;
+                continue;
+            };
+            if !entry.ahead && entry.poll.applied.is_some_and(|applied| applied >= version) {
+                let lag = entry.applied_since.saturating_duration_since(since);
+                propagation.max_lag_ms = propagation.max_lag_ms.max(millis(lag));
+                propagation.applied += 1;
+                continue;
+            }
+            // A route that goes on without news would still let a revoked key pass.
+            let silence = entry.heard + hard_age(state);
+            if now > silence && !state.rules.policy.allows_stale() {
+                propagation.applied += 1;
+                continue;
+            }
+            if now <= silence && !state.rules.policy.allows_stale() {
+                let silence = tokio::time::Instant::from_std(silence + Duration::from_millis(1));
+                next_silence = Some(next_silence.map_or(silence, |next| next.min(silence)));
+            }
+            propagation.missing.push(id.proxy.clone());
+        }
+        propagation.missing.sort();
+        (propagation, next_silence)
+    }
+
+    /// How many proxies there are, and how many of them are behind.
+    pub fn counts(&self, state: &State) -> (usize, usize) {
+        let now = Instant::now();
+        let proxies = self.lock();
+        let live = proxies.values().filter(|entry| now.duration_since(entry.heard) <= hard_age(state));
+        live.fold((0, 0), |(all, behind), entry| {
+            (all + 1, behind + usize::from(entry.poll.applied != Some(state.version)))
+        })
+    }
+}
+
+fn hard_age(state: &State) -> Duration {
+    Duration::from_secs(state.rules.hard_age_s)
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

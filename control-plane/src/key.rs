@@ -1,0 +1,386 @@
+//! Keys: their records, and the rules for issuing, ending and renewing them. Pure: what is to change is
+//! returned, the writer carries it out.
+
+use std::time::Duration;
+
+use keygate_core::revocation::Fingerprint;
+use keygate_core::token::{Claims, is_identifier};
+use serde::{Deserialize, Serialize};
+
+use crate::roles::{Role, Roles};
+
+/// A key may be renewed from this long before it expires.
+pub const REFRESH_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
+const MAX_NAME_CHARS: usize = 200;
+const MAX_METADATA_BYTES: usize = 4_096;
+/// Owners and ids travel in headers; long ones would crowd a token.
+const MAX_OWNER_BYTES: usize = 128;
+
+/// What is known of a key. The token itself is kept nowhere.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRecord {
+    /// The key's id, the `sub` of its token.
+    pub key_id: String,
+    /// The token's id.
+    pub jti: String,
+    /// The secret that signed it.
+    pub kid: String,
+    /// What people call it.
+    pub name: String,
+    /// Its role.
+    pub role: String,
+    /// Its scopes.
+    pub scopes: Vec<String>,
+    /// Whose it is, an opaque identifier.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub owner: Option<String>,
+    /// Whatever its creator wants to keep with it.
+    #[serde(default)]
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    /// Unix seconds.
+    pub issued_at: u64,
+    /// Unix seconds: the first at which it is refused.
+    pub expires_at: u64,
+    /// The key that it renews.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renews: Option<String>,
+    /// Its revocation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub revoked: Option<Ended<RevocationReason>>,
+    /// Its suspension.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub suspended: Option<Ended<Option<String>>>,
+}
+
+/// When, why and by whom a key was ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ended<R> {
+    /// Unix seconds.
+    pub at: u64,
+    /// Why.
+    pub reason: R,
+    /// Whose key did it.
+    pub by: String,
+}
+
+/// Why a key is revoked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RevocationReason {
+    /// It got into wrong hands.
+    Compromised,
+    /// It ended.
+    Expired,
+    /// Its holder asked for it.
+    UserRequest,
+    /// An operator decided so.
+    AdminAction,
+    /// It behaved oddly.
+    SuspiciousActivity,
+    /// Another one took its place.
+    Rotation,
+    /// An emergency.
+    Emergency,
+}
+
+impl RevocationReason {
+    /// All of them.
+    pub const ALL: [Self; 7] = [
+        Self::Compromised,
+        Self::Expired,
+        Self::UserRequest,
+        Self::AdminAction,
+        Self::SuspiciousActivity,
+        Self::Rotation,
+        Self::Emergency,
+    ];
+
+    /// Its name in the API and in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Compromised => "compromised",
+            Self::Expired => "expired",
+            Self::UserRequest => "user_request",
+            Self::AdminAction => "admin_action",
+            Self::SuspiciousActivity => "suspicious_activity",
+            Self::Rotation => "rotation",
+            Self::Emergency => "emergency",
+        }
+    }
+}
+
+/// Whether a key counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KeyState {
+    /// It does.
+    Active,
+    /// Not until it is resumed.
+    Suspended,
+    /// Never again.
+    Revoked,
+    /// Its time is over.
+    Expired,
+}
+
+impl KeyRecord {
+    /// Whether it counts at `now`, Unix seconds. A revoked key is revoked also after it expired.
+    pub fn state(&self, now: u64) -> KeyState {
+        if self.revoked.is_some() {
+            KeyState::Revoked
+        } else if now >= self.expires_at {
+            KeyState::Expired
+        } else if self.suspended.is_some() {
+            KeyState::Suspended
+        } else {
+            KeyState::Active
+        }
+    }
+
+    /// The claims of its token.
+    pub fn claims(&self, issuer: &str, audience: Option<&str>) -> Claims {
+        Claims {
+            iss: issuer.into(),
+            sub: self.key_id.clone(),
+            jti: self.jti.clone(),
+            iat: self.issued_at,
+            exp: self.expires_at,
+            nbf: None,
+            aud: audience.map(Into::into),
+            role: self.role.clone(),
+            scope: self.scopes.join(" "),
+            own: self.owner.clone(),
+        }
+    }
+
+    /// What revocation knows it by.
+    pub fn fingerprint(&self) -> Fingerprint {
+        Fingerprint::of(&self.jti)
+    }
+
+    /// The first second at which it may be renewed.
+    pub fn refresh_after(&self) -> u64 {
+        self.expires_at.saturating_sub(REFRESH_WINDOW.as_secs()).max(self.issued_at)
+    }
+}
+
+/// A request for a key, as it was typed.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRequest {
+    /// What people will call it.
+    #[serde(default)]
+    pub name: String,
+    /// Its role.
+    #[serde(default)]
+    pub role: String,
+    /// Its scopes; all of the role's if not given.
+    pub scopes: Option<Vec<String>>,
+    /// Whose it is.
+    pub owner: Option<String>,
+    /// Whatever is to be kept with it.
+    #[serde(default)]
+    pub metadata: serde_json::Map<String, serde_json::Value>,
+    /// How long it lives, such as `24h`; as long as the role allows if not given.
+    pub expires_in: Option<String>,
+}
+
+/// Why a key is not issued.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyRequestError {
+    /// What is wrong with the request, member by member.
+    #[error("{}", .0.join("; "))]
+    Invalid(Vec<String>),
+    /// The caller's role may not create keys of this one.
+    #[error("keys of role '{caller}' may not create keys of role '{wanted}'")]
+    RoleNotAllowed {
+        /// The caller's role.
+        caller: String,
+        /// The role asked for.
+        wanted: String,
+    },
+}
+
+/// Random identifiers of a key to be.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// The key's id.
+    pub key_id: String,
+    /// The token's id.
+    pub jti: String,
+}
+
+impl KeyRequest {
+    /// The record of the key that is to be issued.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the request, or that the caller may not.
+    pub fn record(
+        self,
+        caller_role: &str,
+        roles: &Roles,
+        identity: Identity,
+        kid: &str,
+        now: u64,
+    ) -> Result<KeyRecord, KeyRequestError> {
+        let mut wrong = Vec::new();
+        if self.name.trim().is_empty()
+            || self.name.chars().count() > MAX_NAME_CHARS
+            || self.name.chars().any(char::is_control)
+        {
+            wrong.push(format!("'name' must be 1 to {MAX_NAME_CHARS} printable characters"));
+        }
+        let role = roles.get(&self.role);
+        if role.is_none() {
+            let known: Vec<&str> = roles.keys().map(String::as_str).collect();
+            wrong.push(format!("'role' must be one of {}", known.join(", ")));
+        }
+        if let Some(owner) = &self.owner
+            && (!is_identifier(owner) || owner.len() > MAX_OWNER_BYTES)
+        {
+            wrong.push(format!(
+                "'owner' must be 1 to {MAX_OWNER_BYTES} bytes of visible ASCII; an id, not a name"
+            ));
+        }
+        if serde_json::to_vec(&self.metadata).map_or(usize::MAX, |bytes| bytes.len()) > MAX_METADATA_BYTES {
+            wrong.push(format!("'metadata' must be at most {MAX_METADATA_BYTES} bytes of JSON"));
+        }
+        let (mut scopes, mut life) = (Vec::new(), Duration::ZERO);
+        if let Some(role) = role {
+            scopes = self.scopes.unwrap_or_else(|| role.scopes.clone());
+            scopes.sort();
+            scopes.dedup();
+            if let Some(other) = scopes.iter().find(|scope| !role.scopes.contains(scope)) {
+                wrong.push(format!(
+                    "'scopes': role '{}' does not have {other:?}; it has {}",
+                    self.role,
+                    role.scopes.join(" ")
+                ));
+            }
+            match life_of(self.expires_in.as_deref(), role) {
+                Ok(wanted) => life = wanted,
+                Err(problem) => wrong.push(problem),
+            }
+        }
+        if !wrong.is_empty() {
+            return Err(KeyRequestError::Invalid(wrong));
+        }
+        if !roles.get(caller_role).is_some_and(|caller| caller.may_create.contains(&self.role)) {
+            return Err(KeyRequestError::RoleNotAllowed { caller: caller_role.into(), wanted: self.role });
+        }
+        Ok(KeyRecord {
+            key_id: identity.key_id,
+            jti: identity.jti,
+            kid: kid.into(),
+            name: self.name,
+            role: self.role,
+            scopes,
+            owner: self.owner,
+            metadata: self.metadata,
+            issued_at: now,
+            expires_at: now.saturating_add(life.as_secs()),
+            renews: None,
+            revoked: None,
+            suspended: None,
+        })
+    }
+}
+
+fn life_of(expires_in: Option<&str>, role: &Role) -> Result<Duration, String> {
+    let Some(text) = expires_in else { return Ok(role.life) };
+    let range = Duration::from_secs(1)..=role.life;
+    match humantime::parse_duration(text) {
+        Ok(life) if range.contains(&life) => Ok(Duration::from_secs(life.as_secs())),
+        Ok(_) => Err(format!("'expires_in' must be from 1s to {}", humantime::format_duration(role.life))),
+        Err(_) => Err(format!("'expires_in': {text:?} is not a duration such as \"24h\"")),
+    }
+}
+
+/// The record of a key that renews `old`: the same in all but its ids, its secret and its time.
+pub fn renewal(old: &KeyRecord, role: Option<&Role>, identity: Identity, kid: &str, now: u64) -> KeyRecord {
+    let life = old.expires_at.saturating_sub(old.issued_at);
+    let longest = role.map_or(life, |role| role.life.as_secs());
+    KeyRecord {
+        key_id: identity.key_id,
+        jti: identity.jti,
+        kid: kid.into(),
+        issued_at: now,
+        expires_at: now.saturating_add(life.min(longest)),
+        renews: Some(old.key_id.clone()),
+        revoked: None,
+        suspended: None,
+        ..old.clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::roles;
+
+    fn identity() -> Identity {
+        Identity { key_id: "key_1".into(), jti: "j1".into() }
+    }
+
+    fn request(json: &str, caller: &str) -> Result<KeyRecord, KeyRequestError> {
+        let request: KeyRequest = serde_json::from_str(json).unwrap();
+        request.record(caller, &roles::expand(roles::defaults()), identity(), "k1", 1_000)
+    }
+
+    #[test]
+    fn a_key_has_its_roles_scopes_and_life_or_fewer() {
+        let key = request(r#"{"name":"a","role":"basic"}"#, "admin").unwrap();
+        assert_eq!(key.scopes, ["chat:read", "chat:write"]);
+        assert_eq!(key.expires_at, 1_000 + 7 * 86_400);
+        assert_eq!(key.refresh_after(), 1_000 + 6 * 86_400);
+        let key = request(r#"{"name":"a","role":"basic","scopes":["chat:read"],"expires_in":"1h"}"#, "basic")
+            .unwrap();
+        assert_eq!(key.scopes, ["chat:read"]);
+        assert_eq!((key.expires_at, key.refresh_after()), (4_600, 1_000));
+    }
+
+    #[test]
+    fn what_a_role_does_not_allow_is_refused_with_every_problem() {
+        let Err(KeyRequestError::Invalid(wrong)) = request(
+            r#"{"name":" ","role":"basic","scopes":["admin:write"],"owner":"a b","expires_in":"8d"}"#,
+            "admin",
+        ) else {
+            panic!("accepted")
+        };
+        assert_eq!(wrong.len(), 4, "{wrong:?}");
+        assert!(matches!(request(r#"{"name":"a","role":"god"}"#, "admin"), Err(KeyRequestError::Invalid(_))));
+        assert!(matches!(
+            request(r#"{"name":"a","role":"admin"}"#, "basic"),
+            Err(KeyRequestError::RoleNotAllowed { .. })
+        ));
+        assert!(request(r#"{"name":"a","role":"basic"}"#, "contributor").is_ok());
+        assert!(request(r#"{"name":"a","role":"basic"}"#, "unknown").is_err());
+        for life in ["0s", "nonsense", "-1h", "999999999999999999999d"] {
+            assert!(
+                request(&format!(r#"{{"name":"a","role":"basic","expires_in":"{life}"}}"#), "admin").is_err()
+            );
+        }
+    }
+
+    #[test]
+    fn a_renewal_is_the_same_key_for_the_same_time() {
+        let old = request(r#"{"name":"a","role":"basic","owner":"o","expires_in":"1h"}"#, "admin").unwrap();
+        let new = renewal(&old, None, Identity { key_id: "key_2".into(), jti: "j2".into() }, "k2", 4_000);
+        assert_eq!((new.issued_at, new.expires_at), (4_000, 7_600));
+        assert_eq!((new.owner.as_deref(), new.renews.as_deref()), (Some("o"), Some("key_1")));
+    }
+
+    #[test]
+    fn a_revoked_key_is_revoked_whatever_else_it_is() {
+        let mut key = request(r#"{"name":"a","role":"basic","expires_in":"1h"}"#, "admin").unwrap();
+        assert_eq!(key.state(1_000), KeyState::Active);
+        assert_eq!(key.state(4_600), KeyState::Expired);
+        key.suspended = Some(Ended { at: 1, reason: None, by: "x".into() });
+        assert_eq!(key.state(1_000), KeyState::Suspended);
+        key.revoked = Some(Ended { at: 1, reason: RevocationReason::Rotation, by: "x".into() });
+        assert_eq!(key.state(1_000), KeyState::Revoked);
+        assert_eq!(key.state(9_999), KeyState::Revoked);
+    }
+}

@@ -1,0 +1,207 @@
+//! Metrics. Every series exists from the start, with 0, so that alerts see a first event; labels come
+//! from closed sets, never a key, path or owner.
+
+use std::sync::Arc;
+
+use keygate_core::decision::Reason;
+use prometheus::{
+    Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
+    Registry, TextEncoder,
+};
+
+use crate::key::RevocationReason;
+use crate::roles::Roles;
+
+/// The version label: keys of Keygate.
+pub const V2: &str = "v2";
+/// Buckets from 10 µs to 100 ms, for what takes microseconds.
+const MICROSECONDS: [f64; 13] =
+    [1e-5, 2.5e-5, 5e-5, 1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 1e-2, 2.5e-2, 5e-2, 1e-1];
+/// Buckets from 1 ms to 10 s, for what crosses the network.
+const MILLISECONDS: [f64; 13] =
+    [1e-3, 2.5e-3, 5e-3, 1e-2, 1.5e-2, 2e-2, 5e-2, 1e-1, 2.5e-1, 5e-1, 1.0, 5.0, 10.0];
+
+/// All metrics.
+pub struct Metrics {
+    registry: Registry,
+    /// Keys issued.
+    pub created: IntCounterVec,
+    /// Keys validated by `/api/auth/validate`.
+    pub validated: IntCounterVec,
+    /// Renewals, tried and done.
+    pub refreshed: IntCounterVec,
+    /// Keys revoked.
+    pub revoked: IntCounterVec,
+    /// Refused credentials by precise reason.
+    pub auth_errors: IntCounterVec,
+    /// Time to decide on a key.
+    pub validation_seconds: HistogramVec,
+    /// Live keys.
+    pub active_keys: GaugeVec,
+    /// Time to write and sync a batch of changes.
+    pub journal_append_seconds: Histogram,
+    /// Batches of changes that could not be written.
+    pub journal_failures: IntCounter,
+    /// From a change to its enforcement by the slowest proxy that was waited for.
+    pub propagation_seconds: Histogram,
+    /// Proxies that were heard of within the hard age.
+    pub fleet_proxies: Gauge,
+    /// Proxies among them that do not enforce the newest version yet.
+    pub fleet_behind: Gauge,
+    /// Polls refused for lack of the fleet token.
+    pub sync_unauthorized: IntCounter,
+    /// Polls of proxies that enforce a newer version than there is here.
+    pub sync_ahead: IntCounter,
+    /// Revoked and suspended keys that proxies know.
+    pub revocations: Gauge,
+    /// The version's sequence number.
+    pub state_seq: Gauge,
+}
+
+impl Metrics {
+    /// Makes and registers all of them.
+    pub fn new(roles: &Roles) -> Arc<Self> {
+        let registry = Registry::new();
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            let counters = IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric");
+            registry.register(Box::new(counters.clone())).expect("a name of its own");
+            counters
+        };
+        let counter = |name: &str, help: &str| {
+            let counter = IntCounter::new(name, help).expect("a valid metric");
+            registry.register(Box::new(counter.clone())).expect("a name of its own");
+            counter
+        };
+        let gauge = |name: &str, help: &str| {
+            let gauge = Gauge::new(name, help).expect("a valid metric");
+            registry.register(Box::new(gauge.clone())).expect("a name of its own");
+            gauge
+        };
+        let histogram = |name: &str, help: &str, buckets: &[f64]| {
+            let opts = HistogramOpts::new(name, help).buckets(buckets.to_vec());
+            let histogram = Histogram::with_opts(opts).expect("a valid metric");
+            registry.register(Box::new(histogram.clone())).expect("a name of its own");
+            histogram
+        };
+        let validation_seconds = HistogramVec::new(
+            HistogramOpts::new("key_validation_duration_seconds", "Time to decide on a key.")
+                .buckets(MICROSECONDS.to_vec()),
+            &["version"],
+        )
+        .expect("a valid metric");
+        registry.register(Box::new(validation_seconds.clone())).expect("a name of its own");
+        let active_keys = GaugeVec::new(
+            Opts::new("active_api_keys", "Keys neither revoked nor expired, to the minute."),
+            &["role"],
+        )
+        .expect("a valid metric");
+        registry.register(Box::new(active_keys.clone())).expect("a name of its own");
+
+        let metrics = Self {
+            created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
+            validated: counters(
+                "api_key_validated_total",
+                "Keys asked about by /api/auth/validate; role is 'unknown' when the signature did not verify.",
+                &["role", "version", "result"],
+            ),
+            refreshed: counters("api_key_refreshed_total", "Renewals asked for.", &["role", "success"]),
+            revoked: counters("api_key_revoked_total", "Keys revoked.", &["role", "reason"]),
+            auth_errors: counters(
+                "auth_errors_total",
+                "Credentials refused by the control plane's own API, by precise reason.",
+                &["error_type", "version"],
+            ),
+            validation_seconds,
+            active_keys,
+            journal_append_seconds: histogram(
+                "keygate_journal_append_seconds",
+                "Time to write a batch of changes to the journal and sync it.",
+                &MICROSECONDS,
+            ),
+            journal_failures: counter(
+                "keygate_journal_failures_total",
+                "Batches of changes that could not be written.",
+            ),
+            propagation_seconds: histogram(
+                "keygate_propagation_seconds",
+                "From a change to its acknowledgement by the slowest proxy, for calls with wait=applied.",
+                &MILLISECONDS,
+            ),
+            fleet_proxies: gauge("keygate_fleet_proxies", "Proxies heard of within the hard age."),
+            fleet_behind: gauge(
+                "keygate_fleet_behind",
+                "Proxies that do not enforce the newest version yet.",
+            ),
+            sync_unauthorized: counter(
+                "keygate_sync_unauthorized_total",
+                "Polls without the right fleet token.",
+            ),
+            sync_ahead: counter(
+                "keygate_sync_ahead_total",
+                "Polls of proxies that enforce a newer version than this control plane has.",
+            ),
+            revocations: gauge("keygate_revocations", "Revoked and suspended keys that proxies know."),
+            state_seq: gauge("keygate_state_seq", "Sequence number of the newest version."),
+            registry,
+        };
+        #[cfg(target_os = "linux")]
+        metrics
+            .registry
+            .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
+            .expect("a name of its own");
+        metrics.begin(roles);
+        Arc::new(metrics)
+    }
+
+    /// Makes every series, with 0.
+    fn begin(&self, roles: &Roles) {
+        for role in roles.keys() {
+            self.created.with_label_values(&[role.as_str(), V2]);
+            self.active_keys.with_label_values(&[role]);
+            for success in ["true", "false"] {
+                self.refreshed.with_label_values(&[role.as_str(), success]);
+            }
+            for result in ["success", "failure"] {
+                self.validated.with_label_values(&[role.as_str(), V2, result]);
+            }
+            for reason in RevocationReason::ALL {
+                self.revoked.with_label_values(&[role.as_str(), reason.label()]);
+            }
+        }
+        self.validated.with_label_values(&["unknown", V2, "failure"]);
+        self.validation_seconds.with_label_values(&[V2]);
+        for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
+            self.auth_errors.with_label_values(&[reason.label(), V2]);
+        }
+    }
+
+    /// The text that Prometheus reads.
+    pub fn text(&self) -> String {
+        let mut text = Vec::new();
+        // Writing into memory fails only for metrics without names.
+        let _never = TextEncoder::new().encode(&self.registry.gather(), &mut text);
+        String::from_utf8(text).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_series_is_there_before_anything_happened() {
+        let text = Metrics::new(&crate::roles::expand(crate::roles::defaults())).text();
+        for series in [
+            "api_key_created_total{role=\"basic\",version=\"v2\"} 0",
+            "api_key_validated_total{result=\"failure\",role=\"admin\",version=\"v2\"} 0",
+            "api_key_refreshed_total{role=\"basic\",success=\"false\"} 0",
+            "api_key_revoked_total{reason=\"compromised\",role=\"contributor\"} 0",
+            "auth_errors_total{error_type=\"revoked\",version=\"v2\"} 0",
+            "key_validation_duration_seconds_count{version=\"v2\"} 0",
+            "active_api_keys{role=\"node_operator\"} 0",
+            "keygate_journal_failures_total 0",
+        ] {
+            assert!(text.contains(series), "{series}");
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Errors over HTTP: problem documents (RFC 9457) with a stable `code`. A client gets a sentence; the cause
+//! goes to the log, once, here.
+
+use axum::http::{HeaderName, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use keygate_core::refusal::Refusal;
+
+use crate::key::KeyRequestError;
+use crate::store::StoreError;
+use crate::writer::CommitError;
+
+/// An error for a client.
+#[derive(Debug)]
+pub struct Problem {
+    status: StatusCode,
+    code: &'static str,
+    detail: String,
+    headers: Vec<(HeaderName, String)>,
+    members: Vec<(&'static str, serde_json::Value)>,
+}
+
+impl Problem {
+    /// An error with a status, a code and a sentence.
+    pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
+        Self { status, code, detail: detail.into(), headers: Vec::new(), members: Vec::new() }
+    }
+
+    /// 400: the request cannot be understood.
+    pub fn bad_request(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "bad_request", detail)
+    }
+
+    /// 404: there is no such thing.
+    pub fn not_found(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", detail)
+    }
+
+    /// The same refusal as a proxy gives, for `scopes` of a route.
+    pub fn refusal(refusal: Refusal, realm: &str, scopes: &[String]) -> Self {
+        let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+        let mut problem = Self::new(status, refusal.code(), refusal.detail());
+        if let Some(challenge) = refusal.challenge(realm, scopes) {
+            problem = problem.with_header(header::WWW_AUTHENTICATE, challenge);
+        }
+        problem
+    }
+
+    /// With a header.
+    pub fn with_header(mut self, name: HeaderName, value: impl Into<String>) -> Self {
+        self.headers.push((name, value.into()));
+        self
+    }
+
+    /// With another member.
+    pub fn with(mut self, name: &'static str, value: impl Into<serde_json::Value>) -> Self {
+        self.members.push((name, value.into()));
+        self
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let mut body = serde_json::json!({
+            "type": "about:blank",
+            "title": self.status.canonical_reason().unwrap_or_default(),
+            "status": self.status.as_u16(),
+            "code": self.code,
+            "detail": self.detail,
+        });
+        for (name, value) in self.members {
+            body[name] = value;
+        }
+        let headers =
+            [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")];
+        let mut response = (self.status, headers, body.to_string()).into_response();
+        for (name, value) in self.headers {
+            if let Ok(value) = HeaderValue::from_str(&value) {
+                response.headers_mut().insert(name, value);
+            }
+        }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        response
+    }
+}
+
+impl From<StoreError> for Problem {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(%error, "the store cannot be read");
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The store cannot be read; retry later.")
+    }
+}
+
+impl From<CommitError> for Problem {
+    fn from(error: CommitError) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+    }
+}
+
+impl From<KeyRequestError> for Problem {
+    fn from(error: KeyRequestError) -> Self {
+        let detail = error.to_string();
+        match error {
+            KeyRequestError::Invalid(errors) => Self::bad_request(detail).with("errors", errors),
+            KeyRequestError::RoleNotAllowed { .. } => {
+                Self::new(StatusCode::FORBIDDEN, "role_not_allowed", detail)
+            }
+        }
+    }
+}

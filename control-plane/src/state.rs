@@ -1,0 +1,335 @@
+//! The state that proxies enforce: one immutable [`State`], built anew by the writer with every change,
+//! and read by everybody through a `watch` channel.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use keygate_core::policy::Policy;
+use keygate_core::revocation::{ExactSet, Fingerprint, Op};
+use keygate_core::rules::{self, Rules, RulesError, Ruleset};
+use keygate_core::version::Version;
+use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS};
+use serde::{Deserialize, Serialize};
+
+use crate::change::Change;
+use crate::config::Config;
+use crate::secret::{MasterKey, SecretError, SecretRecord, Signer};
+
+/// How many changes back a proxy can follow by delta.
+const DELTAS_KEPT: usize = 65_536;
+
+/// The state, as one version of it.
+#[derive(Debug)]
+pub struct State {
+    /// Its version.
+    pub version: Version,
+    /// When it was published.
+    pub published: Instant,
+    /// The rules, ready to decide with.
+    pub rules: Ruleset,
+    /// The rules' bytes.
+    pub rules_bytes: Vec<u8>,
+    /// The revoked and the suspended.
+    pub revocations: ExactSet,
+    /// The version of the last change of the policy, for `If-Match`.
+    pub policy_seq: u64,
+    /// The secrets.
+    pub secrets: Vec<SecretRecord>,
+    /// The secret that signs.
+    pub signer: Arc<Signer>,
+    /// Keys that are neither revoked nor expired, by role and the minute of their expiry.
+    pub census: Census,
+}
+
+/// Counts live keys by role and by the minute in which they expire.
+#[derive(Debug, Clone, Default)]
+pub struct Census(Arc<BTreeMap<String, BTreeMap<u64, u64>>>);
+
+impl Census {
+    fn change(&mut self, role: &str, expires_at: u64, by: i64) {
+        let minutes = Arc::make_mut(&mut self.0).entry(role.to_owned()).or_default();
+        let count = minutes.entry(expires_at / 60).or_default();
+        *count = count.saturating_add_signed(by);
+    }
+
+    /// Keys of each role that count at `now`, Unix seconds; to the minute.
+    pub fn live(&self, now: u64) -> impl Iterator<Item = (&str, u64)> {
+        self.0
+            .iter()
+            .map(move |(role, minutes)| (role.as_str(), minutes.range(now / 60..).map(|(_, n)| n).sum()))
+    }
+}
+
+/// What the writer changes. [`State`] is a picture of it.
+#[derive(Debug, Clone)]
+pub struct Model {
+    settings: Arc<Settings>,
+    source: u64,
+    seq: u64,
+    policy: Arc<Policy>,
+    policy_seq: u64,
+    secrets: Vec<SecretRecord>,
+    signers: Vec<Arc<Signer>>,
+    revocations: ExactSet,
+    census: Census,
+}
+
+/// What the configuration says of the state. Journalled when it changed, so that proxies get a new version.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    issuer: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    audience: Option<String>,
+    realm: String,
+    leeway_s: u64,
+    max_life_s: u64,
+    hard_age_s: u64,
+}
+
+impl Settings {
+    /// Those of a configuration.
+    pub fn of(config: &Config) -> Self {
+        Self {
+            issuer: config.issuer.clone(),
+            audience: config.audience.clone(),
+            realm: config.realm.clone(),
+            leeway_s: config.leeway.as_secs(),
+            max_life_s: config.roles.values().map(|role| role.life.as_secs()).max().unwrap_or(1),
+            hard_age_s: config.hard_age.as_secs(),
+        }
+    }
+}
+
+/// What a change means for proxies.
+#[derive(Debug, Default)]
+pub struct Effect {
+    /// Changes of the revocation set.
+    pub ops: Vec<Op>,
+    /// Whether the rules changed.
+    pub rules: bool,
+}
+
+impl Effect {
+    /// Whether proxies need not know.
+    pub fn is_empty(&self) -> bool {
+        self.ops.is_empty() && !self.rules
+    }
+}
+
+impl Model {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self {
+            settings: Arc::default(),
+            source: 0,
+            seq: 0,
+            policy: Arc::default(),
+            policy_seq: 0,
+            secrets: Vec::new(),
+            signers: Vec::new(),
+            revocations: ExactSet::default(),
+            census: Census::default(),
+        }
+    }
+
+    /// Applies a change that is number `seq` of the journal.
+    ///
+    /// # Errors
+    /// When a secret does not open.
+    pub fn apply(&mut self, change: &Change, seq: u64, master: &MasterKey) -> Result<Effect, SecretError> {
+        let mut effect = Effect::default();
+        let mut op = |op: Op, revocations: &mut ExactSet| {
+            revocations.apply(op);
+            effect.ops.push(op);
+        };
+        match change {
+            Change::Genesis { source } => {
+                self.source = *source;
+                effect.rules = true;
+            }
+            Change::SettingsChanged { settings } => {
+                self.settings = Arc::new(settings.clone());
+                effect.rules = true;
+            }
+            Change::SecretCreated { secret } => {
+                self.signers.push(Arc::new(secret.open(master)?));
+                self.secrets.push(secret.clone());
+                effect.rules = true;
+            }
+            Change::PolicyReplaced { policy } => {
+                self.policy = Arc::new(policy.clone());
+                self.policy_seq = seq;
+                effect.rules = true;
+            }
+            Change::KeyIssued { key, .. } => self.census.change(&key.role, key.expires_at, 1),
+            Change::KeyRevoked { jti, role, expires_at, .. } => {
+                self.census.change(role, *expires_at, -1);
+                op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
+            }
+            Change::KeySuspended { jti, .. } => op(Op::Suspend(Fingerprint::of(jti)), &mut self.revocations),
+            Change::KeyResumed { jti, .. } => op(Op::Resume(Fingerprint::of(jti)), &mut self.revocations),
+        }
+        if !effect.is_empty() {
+            self.seq = seq;
+        }
+        Ok(effect)
+    }
+
+    /// Whether there is a history at all.
+    pub fn is_empty(&self) -> bool {
+        self.source == 0
+    }
+
+    /// The last change that proxies must know.
+    pub fn seq(&self) -> u64 {
+        self.seq
+    }
+
+    /// The line of history.
+    pub fn source(&self) -> u64 {
+        self.source
+    }
+
+    /// What the configuration said last.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The policy and the number of its last change.
+    pub fn policy(&self) -> (&Policy, u64) {
+        (&self.policy, self.policy_seq)
+    }
+
+    /// The secret that signs, once there is one.
+    pub fn signer(&self) -> Option<&Arc<Signer>> {
+        self.signers.last()
+    }
+
+    /// The `iss` and `aud` of keys.
+    pub fn issuer(&self) -> (&str, Option<&str>) {
+        (&self.settings.issuer, self.settings.audience.as_deref())
+    }
+
+    /// The rules that proxies would get.
+    pub fn rules(&self) -> Rules {
+        let settings = &self.settings;
+        Rules {
+            format: rules::FORMAT,
+            issuer: settings.issuer.clone(),
+            audience: settings.audience.clone(),
+            realm: settings.realm.clone(),
+            leeway_s: settings.leeway_s,
+            max_life_s: settings.max_life_s,
+            hard_age_s: settings.hard_age_s,
+            keys: self.signers.iter().map(|signer| signer.verification_key()).collect(),
+            policy: (*self.policy).clone(),
+            cutoffs: Vec::new(),
+            lockdown: None,
+        }
+    }
+
+    /// Cuts the revocation set anew when it has outgrown its cut.
+    pub fn relay(&mut self) {
+        if let Some(relaid) = self.revocations.relaid() {
+            self.revocations = relaid;
+        }
+    }
+
+    /// A picture of it, `rules` taken over from `before` if they did not change.
+    ///
+    /// # Errors
+    /// When the rules do not hold or no secret signs.
+    pub fn picture(&self, before: Option<&State>) -> Result<State, RulesError> {
+        let (rules, rules_bytes) = match before {
+            Some(before) => (before.rules.clone(), before.rules_bytes.clone()),
+            None => {
+                let bytes = self.rules().encode();
+                // Through the bytes, as proxies read them.
+                (Ruleset::try_from(Rules::decode(&bytes)?)?, bytes)
+            }
+        };
+        Ok(State {
+            version: Version { source: self.source, seq: self.seq },
+            published: Instant::now(),
+            rules,
+            rules_bytes,
+            revocations: self.revocations.clone(),
+            policy_seq: self.policy_seq,
+            secrets: self.secrets.clone(),
+            signer: self.signer().cloned().ok_or(RulesError::Invalid("no secret signs"))?,
+            census: self.census.clone(),
+        })
+    }
+}
+
+/// The latest changes, for proxies that are a little behind.
+#[derive(Debug)]
+pub struct Deltas(Mutex<Kept>);
+
+#[derive(Debug)]
+struct Kept {
+    /// Everything after this is kept.
+    floor: u64,
+    entries: VecDeque<(u64, Effect)>,
+    ops: usize,
+}
+
+impl Deltas {
+    /// None yet, all after `seq` will be kept.
+    pub fn after(seq: u64) -> Self {
+        Self(Mutex::new(Kept { floor: seq, entries: VecDeque::new(), ops: 0 }))
+    }
+
+    /// Keeps the effect of change `seq`.
+    pub fn push(&self, seq: u64, effect: Effect) {
+        let mut kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        kept.ops += effect.ops.len();
+        kept.entries.push_back((seq, effect));
+        while kept.entries.len() > DELTAS_KEPT || kept.ops > MAX_DELTA_OPS {
+            let Some((seq, effect)) = kept.entries.pop_front() else { break };
+            kept.floor = seq;
+            kept.ops -= effect.ops.len();
+        }
+    }
+
+    /// What brings a proxy from `applied` to `state`: a delta if that is kept, else a snapshot.
+    pub fn answer(&self, state: &State, applied: Option<Version>, sent_at_ms: u64) -> Answer {
+        let kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let base =
+            applied.filter(|applied| applied.source == state.version.source && applied.seq >= kept.floor);
+        let Some(base) = base else {
+            drop(kept);
+            return Self::snapshot(state, sent_at_ms);
+        };
+        let start = kept.entries.partition_point(|(seq, _)| *seq <= base.seq);
+        let (mut ops, mut rules) = (Vec::new(), false);
+        for (_, effect) in kept.entries.range(start..).take_while(|(seq, _)| *seq <= state.version.seq) {
+            ops.extend_from_slice(&effect.ops);
+            rules |= effect.rules;
+        }
+        Answer {
+            version: state.version,
+            sent_at_ms,
+            rules: rules.then(|| state.rules_bytes.clone()),
+            body: Body::Delta { base_seq: base.seq, ops },
+        }
+    }
+
+    fn snapshot(state: &State, sent_at_ms: u64) -> Answer {
+        let shards = state.revocations.shards();
+        Answer {
+            version: state.version,
+            sent_at_ms,
+            rules: Some(state.rules_bytes.clone()),
+            body: Body::Snapshot {
+                bits: state.revocations.bits(),
+                digests: shards
+                    .iter()
+                    .map(|shard| keygate_core::revocation::digest(&shard.encode()))
+                    .collect(),
+            },
+        }
+    }
+}

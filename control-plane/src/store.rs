@@ -1,0 +1,218 @@
+//! The embedded store: key records and remembered requests, in a `redb` file. It is a projection of the
+//! journal: what it lacks is applied again at the start, so its own commits need not be durable.
+
+use std::path::Path;
+
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+
+use crate::change::Change;
+use crate::key::KeyRecord;
+
+const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
+const REQUESTS: TableDefinition<'_, &str, (&str, &str)> = TableDefinition::new("requests");
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
+
+const APPLIED_SEQ: &str = "applied_seq";
+const SOURCE: &str = "source";
+/// How many batches are applied again after a crash, at most.
+const BATCHES_PER_DURABLE_COMMIT: u32 = 1_000;
+
+/// The store failed.
+#[derive(Debug, thiserror::Error)]
+#[error("store: {0}")]
+pub struct StoreError(#[from] redb::Error);
+
+macro_rules! from_redb {
+    ($($error:ty),*) => {$(
+        impl From<$error> for StoreError {
+            fn from(error: $error) -> Self {
+                Self(error.into())
+            }
+        }
+    )*};
+}
+from_redb!(
+    redb::DatabaseError,
+    redb::TransactionError,
+    redb::TableError,
+    redb::StorageError,
+    redb::CommitError,
+    redb::SetDurabilityError
+);
+
+/// The store.
+#[derive(Debug)]
+pub struct Store {
+    database: Database,
+    batches: std::sync::atomic::AtomicU32,
+}
+
+/// A request that came before.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// The digest of its body.
+    pub body: String,
+    /// The key that it created.
+    pub key_id: String,
+}
+
+impl Store {
+    /// Opens or makes the store of a directory.
+    ///
+    /// # Errors
+    /// When the file cannot be opened.
+    pub fn open(dir: &Path) -> Result<Self, StoreError> {
+        let database = Database::create(dir.join("store.redb"))?;
+        let write = database.begin_write()?;
+        write.open_table(KEYS)?;
+        write.open_table(REQUESTS)?;
+        write.open_table(META)?;
+        write.commit()?;
+        Ok(Self { database, batches: 0.into() })
+    }
+
+    /// The line of history and the last change that it has applied.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn applied(&self) -> Result<(u64, u64), StoreError> {
+        let meta = self.database.begin_read()?.open_table(META)?;
+        let number = |name| Ok::<_, StoreError>(meta.get(name)?.map_or(0, |value| value.value()));
+        Ok((number(SOURCE)?, number(APPLIED_SEQ)?))
+    }
+
+    /// Empties it, so that another line of history can be applied.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn clear(&self) -> Result<(), StoreError> {
+        let write = self.database.begin_write()?;
+        write.delete_table(KEYS)?;
+        write.delete_table(REQUESTS)?;
+        write.delete_table(META)?;
+        write.open_table(KEYS)?;
+        write.open_table(REQUESTS)?;
+        write.open_table(META)?;
+        Ok(write.commit()?)
+    }
+
+    /// A key by its id.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn key(&self, key_id: &str) -> Result<Option<KeyRecord>, StoreError> {
+        let keys = self.database.begin_read()?.open_table(KEYS)?;
+        let record = keys.get(key_id)?;
+        Ok(record.and_then(|bytes| serde_json::from_slice(bytes.value()).ok()))
+    }
+
+    /// Keys in the order of their ids, after `cursor`, that `wanted` takes; at most `limit`, and whether
+    /// there may be more.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn keys(
+        &self,
+        cursor: Option<&str>,
+        limit: usize,
+        wanted: impl Fn(&KeyRecord) -> bool,
+    ) -> Result<(Vec<KeyRecord>, bool), StoreError> {
+        let keys = self.database.begin_read()?.open_table(KEYS)?;
+        let mut found = Vec::new();
+        for entry in keys.range(cursor.unwrap_or("")..)? {
+            let (id, bytes) = entry?;
+            if Some(id.value()) == cursor {
+                continue;
+            }
+            if let Ok(record) = serde_json::from_slice::<KeyRecord>(bytes.value())
+                && wanted(&record)
+            {
+                if found.len() == limit {
+                    return Ok((found, true));
+                }
+                found.push(record);
+            }
+        }
+        Ok((found, false))
+    }
+
+    /// A request that came before, by its id.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn request(&self, request_id: &str) -> Result<Option<Seen>, StoreError> {
+        let requests = self.database.begin_read()?.open_table(REQUESTS)?;
+        Ok(requests.get(request_id)?.map(|seen| {
+            let (body, key_id) = seen.value();
+            Seen { body: body.into(), key_id: key_id.into() }
+        }))
+    }
+
+    /// Applies changes; `last_seq` is the number of the last one.
+    ///
+    /// # Errors
+    /// When the file cannot be written. The changes are in the journal and are applied at the next start.
+    pub fn apply<'c>(
+        &self,
+        changes: impl IntoIterator<Item = &'c Change>,
+        last_seq: u64,
+    ) -> Result<(), StoreError> {
+        let mut write = self.database.begin_write()?;
+        let batch = self.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        if !batch.is_multiple_of(BATCHES_PER_DURABLE_COMMIT) {
+            write.set_durability(Durability::None)?;
+        }
+        {
+            let mut keys = write.open_table(KEYS)?;
+            let mut requests = write.open_table(REQUESTS)?;
+            let mut meta = write.open_table(META)?;
+            for change in changes {
+                match change {
+                    Change::Genesis { source } => {
+                        meta.insert(SOURCE, source)?;
+                    }
+                    Change::SettingsChanged { .. }
+                    | Change::SecretCreated { .. }
+                    | Change::PolicyReplaced { .. } => {}
+                    Change::KeyIssued { key, idempotency } => {
+                        if let Some(seen) = idempotency {
+                            requests.insert(
+                                seen.request_id.as_str(),
+                                (seen.body.as_str(), key.key_id.as_str()),
+                            )?;
+                        }
+                        keys.insert(key.key_id.as_str(), encode(key).as_slice())?;
+                    }
+                    Change::KeyRevoked { key_id, revocation, .. } => {
+                        alter(&mut keys, key_id, |key| key.revoked = Some(revocation.clone()))?;
+                    }
+                    Change::KeySuspended { key_id, suspension, .. } => {
+                        alter(&mut keys, key_id, |key| key.suspended = Some(suspension.clone()))?;
+                    }
+                    Change::KeyResumed { key_id, .. } => {
+                        alter(&mut keys, key_id, |key| key.suspended = None)?
+                    }
+                }
+            }
+            meta.insert(APPLIED_SEQ, last_seq)?;
+        }
+        Ok(write.commit()?)
+    }
+}
+
+fn alter(
+    keys: &mut redb::Table<'_, &str, &[u8]>,
+    key_id: &str,
+    change: impl FnOnce(&mut KeyRecord),
+) -> Result<(), StoreError> {
+    let record = keys.get(key_id)?.and_then(|bytes| serde_json::from_slice::<KeyRecord>(bytes.value()).ok());
+    if let Some(mut record) = record {
+        change(&mut record);
+        keys.insert(key_id, encode(&record).as_slice())?;
+    }
+    Ok(())
+}
+
+fn encode(record: &KeyRecord) -> Vec<u8> {
+    serde_json::to_vec(record).expect("a key record is plain data")
+}

@@ -1,0 +1,158 @@
+//! The sync port: proxies ask for news and acknowledge what they enforce.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use keygate_core::version::Version;
+use keygate_core::wire::{self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, ShardRequest};
+use sha2::{Digest, Sha256};
+
+use crate::app::App;
+use crate::problem::Problem;
+use crate::state;
+
+/// The longest time for which a poll is held back.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+/// The most bytes of a request; the largest has sixteen numbers.
+const MAX_REQUEST_BYTES: usize = 64 * 1024;
+/// The longest node id that is kept.
+const MAX_ID_BYTES: usize = 256;
+
+/// Snapshots that were handed out lately, so that a proxy can fetch their shards while the state moves on.
+/// Shards are shared between versions; keeping one costs what it has of its own.
+#[derive(Debug, Default)]
+pub struct Snapshots(Mutex<VecDeque<Arc<state::State>>>);
+
+impl Snapshots {
+    const KEPT: usize = 16;
+
+    fn keep(&self, state: Arc<state::State>) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.iter().all(|other| other.version != state.version) {
+            kept.push_back(state);
+        }
+        if kept.len() > Self::KEPT {
+            kept.pop_front();
+        }
+    }
+
+    fn find(&self, version: Version) -> Option<Arc<state::State>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.iter().find(|state| state.version == version).cloned()
+    }
+}
+
+/// The sync port's routes.
+pub fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/sync/v1/poll", post(poll))
+        .route("/sync/v1/shards", post(shards))
+        .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
+        .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
+        .with_state(app)
+}
+
+async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let poll: Poll = read(&body)?;
+    if poll.format != FORMAT
+        || poll.proxy.id.len() > MAX_ID_BYTES
+        || poll.proxy.incarnation.len() > MAX_ID_BYTES
+    {
+        return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
+    }
+    let applied = poll.applied;
+    let base = applied.filter(|_| !poll.resync);
+    let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
+    let mut states = app.states.clone();
+    let state = states.borrow_and_update().clone();
+    let polling = app.fleet.heard(poll, &state, app.clock.now_ms());
+    if let Some(applied) = applied.filter(|applied| *applied > state.version) {
+        app.metrics.sync_ahead.inc();
+        return Err(ahead(applied, state.version));
+    }
+    // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
+    let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
+    let mut stopping = app.stopping.clone();
+    let news = async {
+        while base == Some(states.borrow_and_update().version) {
+            if states.changed().await.is_err() {
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = news => {}
+        () = tokio::time::sleep(wait) => {}
+        _ = stopping.wait_for(|stop| *stop) => {}
+    }
+    let state = app.state();
+    let answer = app.deltas.answer(&state, base, app.clock.now_ms());
+    if let Body::Snapshot { .. } = answer.body {
+        app.snapshots.keep(state);
+    }
+    drop(polling);
+    Ok(octets(answer.encode()))
+}
+
+async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let request: ShardRequest = read(&body)?;
+    if request.format != FORMAT || request.shards.len() > MAX_SHARDS_PER_REQUEST {
+        return Err(Problem::bad_request(format!(
+            "This control plane reads format {FORMAT}, and gives {MAX_SHARDS_PER_REQUEST} shards at a time."
+        )));
+    }
+    let state = app.snapshots.find(request.version).ok_or_else(|| {
+        Problem::new(StatusCode::GONE, "version_gone", "That snapshot is not kept any more; poll again.")
+    })?;
+    let found: Option<Vec<Vec<u8>>> = request
+        .shards
+        .iter()
+        .map(|index| state.revocations.shards().get(usize::from(*index)).map(|shard| shard.encode()))
+        .collect();
+    let found = found.ok_or_else(|| Problem::not_found("There is no such shard."))?;
+    Ok(octets(wire::encode_shards(found.iter().map(Vec::as_slice))))
+}
+
+fn ahead(applied: Version, have: Version) -> Problem {
+    tracing::error!(
+        enforced = %applied, have = %have,
+        "a proxy enforces a newer state than this control plane has: was it restored from an old copy?"
+    );
+    Problem::new(
+        StatusCode::CONFLICT,
+        "proxy_ahead",
+        format!("The proxy enforces {applied}, this control plane has only {have}."),
+    )
+}
+
+fn authenticate(app: &App, headers: &HeaderMap) -> Result<(), Problem> {
+    let shown =
+        headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    // Digests of equal length: how long the comparison takes says nothing about the token.
+    let matches =
+        shown.is_some_and(|shown| Sha256::digest(shown) == Sha256::digest(app.fleet_token.as_bytes()));
+    if matches {
+        return Ok(());
+    }
+    app.metrics.sync_unauthorized.inc();
+    Err(Problem::new(StatusCode::UNAUTHORIZED, "invalid_token", "The fleet token is missing or wrong.")
+        .with_header(header::WWW_AUTHENTICATE, "Bearer realm=\"keygate fleet\""))
+}
+
+fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice(body).map_err(|error| Problem::bad_request(error.to_string()))
+}
+
+fn octets(bytes: Vec<u8>) -> Response {
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, bytes).into_response()
+}

@@ -1,0 +1,415 @@
+//! The one writer. Every change goes through it, in this order: planned against what stands, written to
+//! the journal and on disk, published to the proxies, kept in the store, answered.
+//!
+//! Changes that come at the same time share one fsync (group commit). A plan sees the effect of those
+//! before it in the same batch; if the write fails, none of them happened.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread;
+
+use keygate_core::rules::RulesError;
+use keygate_core::version::Version;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::change::Change;
+use crate::clock::{self, Clock};
+use crate::journal::{Journal, JournalError};
+use crate::key::KeyRecord;
+use crate::metrics::Metrics;
+use crate::secret::{MasterKey, SecretError};
+use crate::state::{Deltas, Effect, Model, Settings, State};
+use crate::store::{Seen, Store, StoreError};
+
+/// Jobs that may wait; beyond that callers wait to hand theirs in.
+const QUEUE: usize = 1_024;
+/// The most jobs that share an fsync.
+const BATCH: usize = 256;
+
+/// Why a history cannot be taken up.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The rules.
+    #[error(transparent)]
+    Rules(#[from] RulesError),
+    /// The first admin key.
+    #[error("the first admin key cannot be issued: {0}")]
+    FirstKey(#[source] crate::key::KeyRequestError),
+    /// The store knows more than the journal.
+    #[error(
+        "the store has applied change {store}, but the journal ends at {journal}: the journal was lost or set back; restore it"
+    )]
+    JournalBehind {
+        /// The store's last change.
+        store: u64,
+        /// The journal's.
+        journal: u64,
+    },
+}
+
+/// Why a change did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError {
+    /// The journal cannot be written.
+    #[error("the journal cannot be written; nothing was changed")]
+    Journal,
+    /// The writer has stopped.
+    #[error("the control plane is stopping; nothing was changed")]
+    Stopped,
+}
+
+/// A change that happened.
+#[derive(Debug, Clone, Copy)]
+pub struct Committed {
+    /// The version from which on it is enforced.
+    pub version: Version,
+}
+
+/// What a plan is made against.
+pub struct View<'v> {
+    /// The state as it stands.
+    pub model: &'v Model,
+    /// Unix seconds.
+    pub now: u64,
+    store: &'v Store,
+    pending: &'v Pending,
+}
+
+/// What earlier jobs of the batch changed and the store does not have yet.
+#[derive(Default)]
+struct Pending {
+    keys: HashMap<String, KeyRecord>,
+    requests: HashMap<String, Seen>,
+}
+
+impl View<'_> {
+    /// A key by its id.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn key(&self, key_id: &str) -> Result<Option<KeyRecord>, StoreError> {
+        match self.pending.keys.get(key_id) {
+            Some(key) => Ok(Some(key.clone())),
+            None => self.store.key(key_id),
+        }
+    }
+
+    /// A request that came before.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn request(&self, request_id: &str) -> Result<Option<Seen>, StoreError> {
+        match self.pending.requests.get(request_id) {
+            Some(seen) => Ok(Some(seen.clone())),
+            None => self.store.request(request_id),
+        }
+    }
+}
+
+impl Pending {
+    fn note(&mut self, change: &Change, store: &Store) {
+        match change {
+            Change::KeyIssued { key, idempotency } => {
+                self.keys.insert(key.key_id.clone(), (**key).clone());
+                if let Some(seen) = idempotency {
+                    let (body, key_id) = (seen.body.clone(), key.key_id.clone());
+                    self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
+                }
+            }
+            Change::KeyRevoked { key_id, revocation, .. } => {
+                self.alter(key_id, store, |key| key.revoked = Some(revocation.clone()));
+            }
+            Change::KeySuspended { key_id, suspension, .. } => {
+                self.alter(key_id, store, |key| key.suspended = Some(suspension.clone()));
+            }
+            Change::KeyResumed { key_id, .. } => self.alter(key_id, store, |key| key.suspended = None),
+            Change::Genesis { .. }
+            | Change::SettingsChanged { .. }
+            | Change::SecretCreated { .. }
+            | Change::PolicyReplaced { .. } => {}
+        }
+    }
+
+    fn alter(&mut self, key_id: &str, store: &Store, change: impl FnOnce(&mut KeyRecord)) {
+        let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
+        if let Some(mut record) = record {
+            change(&mut record);
+            self.keys.insert(key_id.to_owned(), record);
+        }
+    }
+}
+
+type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Change> + Send>;
+
+struct Job {
+    actor: String,
+    plan: Plan,
+    done: oneshot::Sender<Result<Committed, CommitError>>,
+}
+
+/// Hands jobs to the writer.
+#[derive(Clone)]
+pub struct Writer {
+    jobs: mpsc::Sender<Job>,
+}
+
+impl Writer {
+    /// Has `plan` made against what stands and its changes carried out, in the name of `actor`. The plan
+    /// gives its changes and an answer, or refuses; no changes is a fine plan.
+    ///
+    /// # Errors
+    /// The plan's refusal, or that the journal cannot be written.
+    pub async fn submit<T, E>(
+        &self,
+        actor: &str,
+        plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), E> + Send + 'static,
+    ) -> Result<Result<(T, Committed), E>, CommitError>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+    {
+        let (done, committed) = oneshot::channel();
+        let (answer, answered) = oneshot::channel();
+        let plan: Plan = Box::new(move |view| match plan(view) {
+            Ok((changes, value)) => {
+                let _caller_gone = answer.send(Ok(value));
+                changes
+            }
+            Err(refusal) => {
+                let _caller_gone = answer.send(Err(refusal));
+                Vec::new()
+            }
+        });
+        let job = Job { actor: actor.to_owned(), plan, done };
+        self.jobs.send(job).await.map_err(|_| CommitError::Stopped)?;
+        let committed = committed.await.map_err(|_| CommitError::Stopped)??;
+        match answered.await.map_err(|_| CommitError::Stopped)? {
+            Ok(value) => Ok(Ok((value, committed))),
+            Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+}
+
+/// A history taken up: its state, and the writer that goes on with it.
+pub struct History {
+    /// Hands jobs to the writer.
+    pub writer: Writer,
+    /// The state, as it changes.
+    pub states: watch::Receiver<Arc<State>>,
+    /// The latest changes.
+    pub deltas: Arc<Deltas>,
+    /// What is known of keys.
+    pub store: Arc<Store>,
+    /// The writer's thread; it ends when the last [`Writer`] is gone.
+    pub thread: thread::JoinHandle<()>,
+}
+
+struct Thread {
+    journal: Journal,
+    store: Arc<Store>,
+    model: Model,
+    master: Arc<MasterKey>,
+    states: watch::Sender<Arc<State>>,
+    deltas: Arc<Deltas>,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+}
+
+/// What a new history begins with, and what this start brings along.
+pub struct Start<'s> {
+    /// The directory.
+    pub dir: &'s Path,
+    /// What the configuration says.
+    pub settings: Settings,
+    /// The key that seals secrets.
+    pub master: Arc<MasterKey>,
+    /// The changes that a new history begins with, after its genesis and its settings.
+    pub first_changes: &'s dyn Fn(&MasterKey) -> Result<Vec<Change>, OpenError>,
+    /// Time.
+    pub clock: Clock,
+    /// Metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Takes up the history of a directory, or begins one.
+///
+/// # Errors
+/// See [`OpenError`].
+pub fn open(start: Start<'_>) -> Result<History, OpenError> {
+    let Start { dir, settings, master, first_changes, clock, metrics } = start;
+    let store = Arc::new(Store::open(dir)?);
+    let (stored_source, mut applied) = store.applied()?;
+    let mut model = Model::new();
+    let mut behind: Vec<(u64, Change)> = Vec::new();
+    let mut failed: Option<OpenError> = None;
+    let mut journal = Journal::open(dir, |record| {
+        if let Change::Genesis { source } = record.change
+            && stored_source != source
+            && stored_source != 0
+        {
+            // The store belongs to another history; it is made anew from this one.
+            if let Err(error) = store.clear() {
+                failed = Some(error.into());
+            }
+            applied = 0;
+        }
+        if let Err(error) = model.apply(&record.change, record.seq, &master) {
+            failed = Some(error.into());
+        }
+        if record.seq > applied {
+            behind.push((record.seq, record.change));
+            if behind.len() >= 10_000 {
+                catch_up(&store, &mut behind).unwrap_or_else(|error| failed = Some(error.into()));
+            }
+        }
+        failed.as_ref().map_or(Ok(()), |error| Err(error.to_string()))
+    })
+    .map_err(|error| failed.take().unwrap_or(error.into()))?;
+    catch_up(&store, &mut behind)?;
+    if applied > journal.last_seq() {
+        return Err(OpenError::JournalBehind { store: applied, journal: journal.last_seq() });
+    }
+
+    let mut first = Vec::new();
+    if model.is_empty() {
+        first.push(Change::Genesis { source: clock.now_ms() });
+        first.push(Change::SettingsChanged { settings });
+        first.extend(first_changes(&master)?);
+    } else if *model.settings() != settings {
+        first.push(Change::SettingsChanged { settings });
+    }
+    if !first.is_empty() {
+        let mut seq = journal.last_seq();
+        for change in &first {
+            seq += 1;
+            model.apply(change, seq, &master)?;
+        }
+        model.picture(None)?; // Nothing that does not hold goes into the journal.
+        let records: Vec<_> = first.iter().map(|change| ("system".to_owned(), change.clone())).collect();
+        journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
+        store.apply(&first, seq)?;
+    }
+    model.relay();
+    let state = Arc::new(model.picture(None)?);
+    let deltas = Arc::new(Deltas::after(state.version.seq));
+    let (states, receiver) = watch::channel(state);
+    let (jobs, queue) = mpsc::channel(QUEUE);
+    let thread = Thread {
+        journal,
+        store: store.clone(),
+        model,
+        master,
+        states,
+        deltas: deltas.clone(),
+        clock,
+        metrics,
+    };
+    let thread = thread::Builder::new()
+        .name("writer".into())
+        .spawn(move || thread.run(queue))
+        .map_err(|source| JournalError::Io { path: dir.into(), source })?;
+    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, thread })
+}
+
+fn catch_up(store: &Store, behind: &mut Vec<(u64, Change)>) -> Result<(), StoreError> {
+    if let Some((last, _)) = behind.last() {
+        store.apply(behind.iter().map(|(_, change)| change), *last)?;
+        behind.clear();
+    }
+    Ok(())
+}
+
+impl Thread {
+    fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        while let Some(job) = queue.blocking_recv() {
+            let mut batch = vec![job];
+            while batch.len() < BATCH {
+                match queue.try_recv() {
+                    Ok(job) => batch.push(job),
+                    Err(_) => break,
+                }
+            }
+            self.commit(batch);
+        }
+    }
+
+    fn commit(&mut self, batch: Vec<Job>) {
+        let now_ms = self.clock.now_ms();
+        let mut model = self.model.clone();
+        let mut pending = Pending::default();
+        let (mut changes, mut effects, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        let mut seq = self.journal.last_seq();
+        for job in batch {
+            let view = View { model: &model, now: now_ms / 1_000, store: &self.store, pending: &pending };
+            let planned = (job.plan)(&view);
+            for change in planned {
+                seq += 1;
+                match model.apply(&change, seq, &self.master) {
+                    Ok(effect) if effect.is_empty() => {}
+                    Ok(effect) => effects.push((seq, effect)),
+                    Err(error) => {
+                        // Only a secret that this process sealed a moment ago can fail to open.
+                        tracing::error!(%error, "a planned change cannot be applied; nothing of its batch was changed");
+                        return;
+                    }
+                }
+                pending.note(&change, &self.store);
+                changes.push((job.actor.clone(), change));
+            }
+            waiting.push((
+                job.done,
+                Committed { version: Version { source: model.source(), seq: model.seq() } },
+            ));
+        }
+        if !changes.is_empty() {
+            let started = std::time::Instant::now();
+            if let Err(error) = self.journal.append(&clock::rfc3339_ms(now_ms), &changes) {
+                self.metrics.journal_failures.inc();
+                tracing::error!(%error, "the journal cannot be written; changes are refused");
+                for (done, _) in waiting {
+                    let _caller_gone = done.send(Err(CommitError::Journal));
+                }
+                return;
+            }
+            self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
+            self.publish(model, effects);
+            let applied = self.store.apply(changes.iter().map(|(_, change)| change), self.journal.last_seq());
+            if let Err(error) = applied {
+                // The journal has it: the next start applies it. Until then reads may lack it.
+                tracing::error!(%error, "the store cannot be written; it is made good at the next start");
+            }
+        }
+        for (done, committed) in waiting {
+            let _caller_gone = done.send(Ok(committed));
+        }
+    }
+
+    fn publish(&mut self, mut model: Model, effects: Vec<(u64, Effect)>) {
+        model.relay();
+        let before = self.states.borrow().clone();
+        let same_rules = effects.iter().all(|(_, effect)| !effect.rules);
+        match model.picture(same_rules.then_some(&before)) {
+            Ok(state) => {
+                for (seq, effect) in effects {
+                    self.deltas.push(seq, effect);
+                }
+                self.states.send_replace(Arc::new(state));
+            }
+            // Plans check what they change; this is for what nobody thought of.
+            Err(error) => {
+                tracing::error!(%error, "the new rules do not hold; proxies keep the version they have")
+            }
+        }
+        self.model = model;
+    }
+}
