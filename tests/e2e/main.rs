@@ -1,0 +1,10 @@
+//! End-to-end tests with a real Envoy. One program, so that it links once.
+
+mod api;
+mod config;
+mod hostile;
+mod outage;
+mod requests;
+mod revocation;
+mod secrets;
+mod wasm_imports;

@@ -1,0 +1,211 @@
+//! A revoked key is dead on every worker once the answer is there, and a good one never suffers.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use keygate_e2e::api::Propagation;
+use keygate_e2e::{Connection, Key, Request, SOON, Stack, wait_until};
+use serde_json::json;
+
+use crate::requests::assert_serves;
+
+fn chat(key: &Key) -> Request {
+    Request::get("/api/chat").bearer(&key.token)
+}
+
+#[test]
+fn once_applied_the_next_request_on_any_worker_is_refused() {
+    let stack = Stack::start();
+    let api = stack.api();
+    let mut workers = stack.envoy.connect_to_all_workers();
+    for _ in 0..20 {
+        let key = api.issue("basic");
+        assert_serves(&mut workers, &key.token);
+        let propagation = api.revoke(&key.id).expect_everywhere(1);
+        for (worker, connection) in workers.iter_mut().enumerate() {
+            let answer = connection.send(&chat(&key));
+            assert_eq!(answer.status, 401, "worker {worker} after {propagation:?}");
+            answer.expect_problem(401, "invalid_token");
+        }
+        assert!(propagation.max_lag_ms < 5000.0, "{propagation:?}");
+    }
+}
+
+#[test]
+fn a_thousand_revocations_under_traffic_refuse_exactly_the_revoked() {
+    const REVOCATIONS: usize = 1000;
+
+    let stack = Stack::start();
+    let api = stack.api();
+    let mut workers = stack.envoy.connect_to_all_workers();
+    let good: Vec<Key> = (0..8).map(|_| api.issue("node_operator")).collect();
+    let keys: Vec<Key> = (0..REVOCATIONS).map(|_| api.issue("basic")).collect();
+
+    let stop = AtomicBool::new(false);
+    let passed = AtomicU64::new(0);
+    let (mut answered, mut enforced, mut accepted) = (Vec::new(), Vec::new(), 0);
+    std::thread::scope(|scope| {
+        // If this thread panics, the others must end for the scope to end.
+        let _stop = StopOnDrop(&stop);
+        // Good traffic, on a worker each.
+        for pair in good.chunks(4) {
+            let mut connection = stack.envoy.connect();
+            let (stop, passed) = (&stop, &passed);
+            scope.spawn(move || {
+                for key in pair.iter().cycle() {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let answer = connection.send(&chat(key));
+                    assert_eq!(answer.status, 200, "a good key was refused: {}", answer.text());
+                    passed.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        // Uses the key that is being revoked until it is refused for the first time.
+        let (to_watch, watched) = channel::<&Key>();
+        let (to_report, report) = channel::<Instant>();
+        let mut watching = stack.envoy.connect();
+        scope.spawn(move || {
+            for key in watched {
+                while watching.send(&chat(key)).status == 200 {}
+                if to_report.send(Instant::now()).is_err() {
+                    return;
+                }
+            }
+        });
+
+        for (number, key) in keys.iter().enumerate() {
+            // Known to a worker as verified, as a key in use is.
+            let worker = number % workers.len();
+            workers[worker].send(&chat(key)).expect(200);
+            to_watch.send(key).expect("the watcher lives");
+            let begun = Instant::now();
+            api.revoke(&key.id).expect_everywhere(1);
+            answered.push(begun.elapsed());
+            for connection in &mut workers {
+                accepted += usize::from(connection.send(&chat(key)).status != 401);
+            }
+            enforced.push(report.recv_timeout(SOON).expect("a refusal").duration_since(begun));
+        }
+    });
+
+    println!("revoke to enforced: {}", percentiles(&mut enforced));
+    println!("revoke to answered (wait=applied): {}", percentiles(&mut answered));
+    println!("good requests beside it: {}", passed.load(Ordering::Relaxed));
+    assert_eq!(accepted, 0, "revoked keys accepted after the answer");
+    assert!(passed.load(Ordering::Relaxed) >= REVOCATIONS as u64, "there was hardly any traffic");
+    assert_serves(&mut workers, &good[0].token);
+    stack.envoy.assert_no_vm_died();
+}
+
+struct StopOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn percentiles(times: &mut [Duration]) -> String {
+    times.sort();
+    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64() * 1000.0;
+    format!("p50 {:.1} ms, p99 {:.1} ms, worst {:.1} ms", at(50), at(99), at(100))
+}
+
+#[test]
+fn a_revocation_is_for_ever_and_a_suspension_is_not() {
+    let stack = Stack::start();
+    let api = stack.api();
+    let mut workers = stack.envoy.connect_to_all_workers();
+
+    let key = api.issue("basic");
+    for _ in 0..3 {
+        assert_serves(&mut workers, &key.token);
+        api.change(&format!("/api/admin/keys/{}/suspend", key.id), &json!({})).expect_everywhere(1);
+        for connection in &mut workers {
+            connection.send(&chat(&key)).expect_problem(401, "invalid_token");
+        }
+        api.change(&format!("/api/admin/keys/{}/resume", key.id), &json!({})).expect_everywhere(1);
+    }
+    assert_serves(&mut workers, &key.token);
+
+    api.revoke(&key.id);
+    // Once more is no error, and resuming is no way back.
+    api.revoke(&key.id);
+    let resumed = api.post(&format!("/api/admin/keys/{}/resume", key.id), &json!({}));
+    assert_eq!(resumed.status, 409, "{}", resumed.text());
+    for connection in &mut workers {
+        connection.send(&chat(&key)).expect(401);
+    }
+    api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(401);
+}
+
+#[test]
+fn the_holder_of_a_key_can_end_it() {
+    let stack = Stack::start();
+    let key = stack.api().issue("basic");
+    let path = "/api/auth/revoke?wait=applied&timeout=5s";
+    let answer = stack.call(&Request::post(path, &json!({})).bearer(&key.token)).expect(200);
+    Propagation::from_answer(&answer.json()).expect_everywhere(1);
+    stack.get("/api/chat", &key.token).expect(401);
+    stack.call(&Request::post(path, &json!({})).bearer(&key.token)).expect(401);
+}
+
+#[test]
+fn what_was_revoked_stays_so_over_every_restart() {
+    let mut stack = Stack::start();
+    let dead = stack.api().issue("basic");
+    let good = stack.api().issue("basic");
+    stack.api().revoke(&dead.id);
+
+    stack.envoy.kill();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    stack.get("/api/chat", &dead.token).expect(401);
+    stack.get("/api/chat", &good.token).expect(200);
+
+    stack.envoy.stop();
+    stack.control_plane.stop();
+    stack.control_plane.start();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    stack.get("/api/chat", &dead.token).expect(401);
+    stack.get("/api/chat", &good.token).expect(200);
+}
+
+#[test]
+fn the_answer_counts_every_proxy_and_names_those_that_are_silent() {
+    let stack = Stack::start();
+    let api = stack.api();
+    let mut second = stack.another_envoy("envoy-2", 1);
+    wait_until(SOON, "two proxies in the fleet", || api.fleet().len() == 2);
+
+    let key = api.issue("basic");
+    api.revoke(&key.id).expect_everywhere(2);
+    second.call(&chat(&key)).expect(401);
+    stack.call(&chat(&key)).expect(401);
+
+    // It does not enforce what comes now, so nobody may be told that it does.
+    second.kill();
+    let key = api.issue("basic");
+    let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=500ms", key.id);
+    let begun = Instant::now();
+    let answer = api.post(&path, &json!({ "reason": "compromised" })).json();
+    assert!(begun.elapsed() < Duration::from_secs(5), "it waits no longer than it was told to");
+    let propagation = Propagation::from_answer(&answer);
+    assert_eq!((propagation.applied, propagation.total), (1, 2), "{answer}");
+    assert_eq!(propagation.missing.len(), 1, "{answer}");
+    assert!(propagation.missing[0].to_string().contains("envoy-2"), "{answer}");
+    stack.call(&chat(&key)).expect(401);
+}
+
+#[test]
+fn a_key_is_good_on_every_worker_as_soon_as_it_is_issued() {
+    let stack = Stack::start();
+    let mut workers: Vec<Connection> = stack.envoy.connect_to_all_workers();
+    for _ in 0..50 {
+        assert_serves(&mut workers, &stack.api().issue("basic").token);
+    }
+}

@@ -1,0 +1,57 @@
+//! Where the programs under test are.
+
+use std::path::{Path, PathBuf};
+
+/// The root of the checkout.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate is in a workspace")
+}
+
+/// The control plane.
+pub fn keygate() -> PathBuf {
+    existing("KEYGATE_BIN", target().join("debug/keygate"))
+}
+
+/// The filter.
+pub fn filter() -> PathBuf {
+    existing("KEYGATE_WASM", target().join("wasm32-wasip1/filter/keygate_filter.wasm"))
+}
+
+/// Envoy: the one named, else one on `PATH`, else the one that `scripts/setup` downloads.
+pub fn envoy() -> PathBuf {
+    let on_path = std::env::var_os("PATH")
+        .into_iter()
+        .flat_map(|path| std::env::split_paths(&path).collect::<Vec<_>>())
+        .map(|directory| directory.join("envoy"))
+        .find(|candidate| candidate.is_file());
+    existing("KEYGATE_ENVOY", on_path.unwrap_or_else(|| cache().join("envoy-1.40.0/envoy/_bin/envoy")))
+}
+
+fn target() -> PathBuf {
+    // A test runs as `target/debug/deps/e2e-…`, also when the target directory is elsewhere.
+    let this = std::env::current_exe().expect("a program knows its path");
+    this.ancestors()
+        .find(|directory| directory.ends_with("debug"))
+        .and_then(Path::parent)
+        .map_or_else(|| root().join("target"), Path::to_owned)
+}
+
+fn cache() -> PathBuf {
+    let named = |name| std::env::var_os(name).map(PathBuf::from);
+    named("KEYGATE_CACHE").unwrap_or_else(|| {
+        named("XDG_CACHE_HOME")
+            .or_else(|| named("HOME").map(|home| home.join(".cache")))
+            .unwrap_or_else(|| PathBuf::from("/tmp"))
+            .join("keygate")
+    })
+}
+
+fn existing(variable: &str, usual: PathBuf) -> PathBuf {
+    let path = std::env::var_os(variable).map_or(usual, PathBuf::from);
+    assert!(
+        path.is_file(),
+        "{} is missing: run scripts/setup and scripts/build first, or set {variable}",
+        path.display()
+    );
+    path
+}

@@ -1,0 +1,150 @@
+//! The control plane under test.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+
+use crate::api::Api;
+use crate::binaries;
+use crate::http::{self, Request};
+use crate::ports::Port;
+use crate::process::Process;
+use crate::wait::wait_until;
+use crate::{SOON, process};
+
+/// One `keygate serve` with a directory and ports of its own, running or not.
+#[derive(Debug)]
+pub struct ControlPlane {
+    directory: PathBuf,
+    api_port: Port,
+    sync_port: Port,
+    process: Option<Process>,
+}
+
+impl ControlPlane {
+    /// One that does not run yet.
+    pub fn new(directory: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            api_port: Port::reserve(),
+            sync_port: Port::reserve(),
+            process: None,
+        }
+    }
+
+    /// Starts it and waits until it is ready.
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.launch();
+        self.wait_ready();
+    }
+
+    /// Starts it.
+    #[track_caller]
+    pub fn launch(&mut self) {
+        assert!(self.process.is_none(), "the control plane runs already");
+        let started = Process::start("keygate", &binaries::keygate(), &self.log(), |command| {
+            self.arguments(command);
+        });
+        self.process = Some(started);
+    }
+
+    /// Adds the arguments it is started with.
+    pub fn arguments(&self, command: &mut Command) {
+        command
+            .arg("serve")
+            .arg("--data-dir")
+            .arg(self.data())
+            .arg("--listen")
+            .arg(format!("127.0.0.1:{}", self.api_port()))
+            .arg("--sync-listen")
+            .arg(format!("127.0.0.1:{}", self.sync_port()))
+            .arg("--admin-key-file")
+            .arg(self.admin_key_file())
+            .arg("--fleet-token-file")
+            .arg(self.fleet_token_file())
+            .arg("--policy")
+            .arg(binaries::root().join("envoy/demo-policy.json"));
+        if self.config_file().exists() {
+            command.arg("--config").arg(self.config_file());
+        }
+    }
+
+    /// Waits until it is ready.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        let port = self.api_port();
+        wait_until(SOON, "the control plane to be ready", || {
+            self.process.as_mut().expect("it runs").assert_runs();
+            http::try_call(port, &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
+        });
+    }
+
+    /// Stops it the polite way.
+    #[track_caller]
+    pub fn stop(&mut self) -> ExitStatus {
+        self.process.take().expect("it runs").stop()
+    }
+
+    /// Kills it as a crash would.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.process.take().expect("it runs").kill();
+    }
+
+    /// Whether it was started and not stopped since.
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// Its API with the bootstrap admin's key.
+    #[track_caller]
+    pub fn api(&self) -> Api {
+        Api::new(self.api_port(), &self.admin_key())
+    }
+
+    /// The bootstrap admin's key.
+    #[track_caller]
+    pub fn admin_key(&self) -> String {
+        std::fs::read_to_string(self.admin_key_file()).expect("the admin key").trim().to_owned()
+    }
+
+    /// Where the bootstrap admin's key is.
+    pub fn admin_key_file(&self) -> PathBuf {
+        self.directory.join("admin.key")
+    }
+
+    /// Where the proxies' token is.
+    pub fn fleet_token_file(&self) -> PathBuf {
+        self.directory.join("fleet.token")
+    }
+
+    /// Its configuration file; used when there is one.
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.join("keygate.toml")
+    }
+
+    /// Its data.
+    pub fn data(&self) -> PathBuf {
+        self.directory.join("data")
+    }
+
+    /// Its log.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join("keygate.log")
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        process::tail(&self.log())
+    }
+
+    /// The port of its API.
+    pub fn api_port(&self) -> u16 {
+        self.api_port.number()
+    }
+
+    /// The port for filters.
+    pub fn sync_port(&self) -> u16 {
+        self.sync_port.number()
+    }
+}

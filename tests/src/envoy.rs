@@ -1,0 +1,237 @@
+//! The Envoy under test.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::http::{self, Connection, Request, Response};
+use crate::ports::Port;
+use crate::process::{self, Process};
+use crate::wait::{wait_for, wait_until};
+use crate::{SOON, binaries};
+
+/// What an Envoy is connected with.
+#[derive(Debug, Clone)]
+pub struct Neighbours {
+    /// The port of the control plane's API.
+    pub api_port: u16,
+    /// The port of the control plane for filters.
+    pub sync_port: u16,
+    /// The port of the upstream.
+    pub upstream_port: u16,
+    /// What the filter presents to the control plane.
+    pub fleet_token: String,
+}
+
+/// One Envoy with the filter, with a directory and ports of its own, running or not.
+#[derive(Debug)]
+pub struct Envoy {
+    directory: PathBuf,
+    node: String,
+    workers: usize,
+    port: Port,
+    admin_port: Port,
+    process: Option<Process>,
+}
+
+impl Envoy {
+    /// One that does not run yet. `node` is its identity in the fleet.
+    pub fn new(directory: &Path, node: &str, workers: usize) -> Self {
+        let directory = directory.join(node);
+        fs::create_dir_all(&directory).expect("a directory for Envoy");
+        Self {
+            directory,
+            node: node.to_owned(),
+            workers,
+            port: Port::reserve(),
+            admin_port: Port::reserve(),
+            process: None,
+        }
+    }
+
+    /// Starts it; it then listens, and is ready or not.
+    #[track_caller]
+    pub fn start(&mut self, neighbours: &Neighbours) {
+        assert!(self.process.is_none(), "Envoy runs already");
+        let config = self.directory.join("keygate-envoy.yaml");
+        fs::write(&config, self.config(neighbours)).expect("Envoy's configuration");
+        let started = Process::start("envoy", &binaries::envoy(), &self.log(), |command| {
+            command
+                .arg("--config-path")
+                .arg(&config)
+                .args(["--concurrency", &self.workers.to_string()])
+                .args(["--service-node", &self.node, "--service-cluster", "e2e"])
+                .args(["--disable-hot-restart", "--file-flush-interval-msec", "50"])
+                .args(["--log-level", "warning", "--component-log-level", "wasm:info"])
+                .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token);
+        });
+        self.process = Some(started);
+        wait_until(SOON, "Envoy to listen", || {
+            self.process.as_mut().expect("it runs").assert_runs();
+            Connection::open(self.port()).is_ok()
+        });
+    }
+
+    fn config(&self, neighbours: &Neighbours) -> String {
+        let template = binaries::root().join("envoy/local.yaml.in");
+        let template = fs::read_to_string(template).expect("Envoy's template");
+        [
+            ("@ENVOY_ADDRESS@", "127.0.0.1".to_owned()),
+            ("@ENVOY_PORT@", self.port().to_string()),
+            ("@ENVOY_ADMIN_PORT@", self.admin_port().to_string()),
+            ("@API_PORT@", neighbours.api_port.to_string()),
+            ("@SYNC_PORT@", neighbours.sync_port.to_string()),
+            ("@UPSTREAM_PORT@", neighbours.upstream_port.to_string()),
+            ("@ACCESS_LOG@", self.access_log_file().display().to_string()),
+            ("@FILTER_WASM@", binaries::filter().display().to_string()),
+        ]
+        .iter()
+        .fold(template, |text, (place, value)| text.replace(place, value))
+    }
+
+    /// Waits until it says that it enforces a state.
+    #[track_caller]
+    pub fn wait_ready(&mut self) {
+        wait_until(SOON, "Envoy to be ready", || {
+            self.process.as_mut().expect("it runs").assert_runs();
+            self.ready_status() == Some(200)
+        });
+    }
+
+    /// The status of its readiness.
+    pub fn ready_status(&self) -> Option<u16> {
+        http::try_call(self.port(), &Request::get("/.keygate/ready")).ok().map(|answer| answer.status)
+    }
+
+    /// Stops it the polite way.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.process.take().expect("it runs").stop();
+    }
+
+    /// Kills it as a crash would.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.process.take().expect("it runs").kill();
+    }
+
+    /// A connection for clients' requests.
+    #[track_caller]
+    pub fn connect(&self) -> Connection {
+        Connection::open(self.port()).expect("Envoy listens")
+    }
+
+    /// One request over a connection of its own.
+    #[track_caller]
+    pub fn call(&self, request: &Request) -> Response {
+        http::call(self.port(), request)
+    }
+
+    /// Connections that together reach every worker. To be called while no other is open, or its worker
+    /// is taken for covered.
+    #[track_caller]
+    pub fn connect_to_all_workers(&self) -> Vec<Connection> {
+        wait_until(SOON, "earlier connections to be gone", || {
+            self.active_by_worker().iter().sum::<u64>() == 0
+        });
+        // Envoy gives a new connection to the worker that has fewest (`exact_balance`).
+        let connections: Vec<_> = (0..self.workers).map(|_| self.connect()).collect();
+        wait_until(SOON, "a connection on every worker", || self.active_by_worker() == vec![1; self.workers]);
+        connections
+    }
+
+    fn active_by_worker(&self) -> Vec<u64> {
+        let stats = self.stats();
+        (0..self.workers)
+            .map(|worker| {
+                let name = format!("listener.127.0.0.1_{}.worker_{worker}.downstream_cx_active", self.port());
+                stats.iter().find(|(have, _)| *have == name).map_or(0, |(_, value)| *value)
+            })
+            .collect()
+    }
+
+    /// All counters and gauges.
+    #[track_caller]
+    pub fn stats(&self) -> Vec<(String, u64)> {
+        let text = self.admin("/stats").expect(200).text();
+        text.lines()
+            .filter_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                Some((name.to_owned(), value.parse().ok()?))
+            })
+            .collect()
+    }
+
+    /// Panics when any VM of the filter has died, on whatever thread.
+    #[track_caller]
+    pub fn assert_no_vm_died(&self) {
+        let reloads: Vec<_> = self
+            .stats()
+            .into_iter()
+            .filter(|(name, value)| name.starts_with("wasm.keygate.vm_reload") && *value > 0)
+            .collect();
+        assert!(reloads.is_empty(), "a VM of the filter was started again: {reloads:?}");
+        // A VM that serves no requests is never started again, so no counter tells.
+        let log = self.log_text();
+        let died =
+            log.lines().find(|line| line.contains(" failed: Uncaught ") || line.contains("panicked at"));
+        assert_eq!(died, None, "a VM of the filter died");
+    }
+
+    /// A call to its admin.
+    #[track_caller]
+    pub fn admin(&self, path: &str) -> Response {
+        http::call(self.admin_port(), &Request::get(path))
+    }
+
+    /// Waits for the access log's line of the request with that user agent.
+    #[track_caller]
+    pub fn logged(&self, user_agent: &str) -> Value {
+        wait_for(SOON, "a line in the access log", || {
+            let text = fs::read_to_string(self.access_log_file()).unwrap_or_default();
+            text.lines()
+                .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+                .find(|line| line["user_agent"] == user_agent)
+        })
+    }
+
+    /// Its own log, whole.
+    pub fn log_text(&self) -> String {
+        String::from_utf8_lossy(&fs::read(self.log()).unwrap_or_default()).into_owned()
+    }
+
+    /// The end of its log.
+    pub fn log_tail(&self) -> String {
+        process::tail(&self.log())
+    }
+
+    fn log(&self) -> PathBuf {
+        self.directory.join("envoy.log")
+    }
+
+    /// Its access log.
+    pub fn access_log_file(&self) -> PathBuf {
+        self.directory.join("access.log")
+    }
+
+    /// Its identity in the fleet.
+    pub fn node(&self) -> &str {
+        &self.node
+    }
+
+    /// How many workers it has.
+    pub fn workers(&self) -> usize {
+        self.workers
+    }
+
+    /// The port for clients.
+    pub fn port(&self) -> u16 {
+        self.port.number()
+    }
+
+    /// The port of its admin.
+    pub fn admin_port(&self) -> u16 {
+        self.admin_port.number()
+    }
+}

@@ -1,0 +1,27 @@
+//! The harness of the end-to-end tests: a whole Keygate with a real Envoy for one test alone.
+//!
+//! Start with [`Stack`]. Every test owns its ports, its directory and its processes, so tests run side
+//! by side; when a test ends, by whatever way, its processes end with it.
+
+pub mod api;
+pub mod binaries;
+pub mod control_plane;
+pub mod envoy;
+pub mod fake_sync;
+pub mod forge;
+pub mod http;
+pub mod ports;
+pub mod process;
+pub mod stack;
+pub mod upstream;
+pub mod wait;
+
+pub use api::{Api, Key};
+pub use http::{Connection, Request, Response};
+pub use stack::Stack;
+pub use wait::{wait_for, wait_until};
+
+use std::time::Duration;
+
+/// For what happens at once on an idle machine; long enough for a busy one.
+pub const SOON: Duration = Duration::from_secs(20);
