@@ -18,7 +18,7 @@ use crate::clock::Clock;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::journal::JournalError;
-use crate::key::KeyRequest;
+use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError, SecretRecord};
 use crate::state::{Deltas, Settings, State};
@@ -246,9 +246,16 @@ fn first_changes(
 ) -> Result<Vec<Change>, OpenError> {
     let secret = SecretRecord::generate(config.algorithm, master, now);
     let signer = secret.open(master)?;
+    let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
     let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
     let key = request
-        .record("admin", &config.roles, random::identity(), &secret.kid, now)
+        .record(
+            Creator { role: "admin", scopes: &scopes },
+            &config.roles,
+            random::identity(),
+            &secret.kid,
+            now,
+        )
         .map_err(OpenError::FirstKey)?;
     let claims: Claims = key.claims(&config.issuer, config.audience.as_deref());
     let token = signer.sign(&claims)?;

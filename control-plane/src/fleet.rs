@@ -13,6 +13,9 @@ use crate::state::State;
 
 /// A proxy that was not heard of for this long is forgotten, unless the hard age is longer.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
+/// A proxy that does not ask for this long, while another has its id, is gone. Between two polls there are
+/// 5 ms, after a failure up to 1 s.
+const GONE_AFTER: Duration = Duration::from_secs(2);
 /// The most proxies kept; beyond, the one heard of longest ago is forgotten.
 const MAX_PROXIES: usize = 10_000;
 
@@ -42,6 +45,8 @@ struct Entry {
     /// Whether it enforces a newer state than this control plane has, so that nothing from here reaches it.
     ahead: bool,
     polling: u32,
+    /// When it last stopped waiting for news.
+    left: Instant,
 }
 
 /// A proxy, for operators.
@@ -104,6 +109,7 @@ impl Drop for Polling {
     fn drop(&mut self) {
         if let Some(entry) = self.fleet.lock().get_mut(&self.id) {
             entry.polling = entry.polling.saturating_sub(1);
+            entry.left = Instant::now();
         }
     }
 }
@@ -124,9 +130,10 @@ impl Fleet {
         let id = Id { proxy: poll.proxy.id.clone(), incarnation: poll.proxy.incarnation.clone() };
         let mut proxies = self.lock();
         // Node ids are unique, so a new process under an id means that the one before is gone; unless
-        // that one still waits for news, in which case both are shown.
+        // that one still asks for news, in which case both are waited for.
         proxies.retain(|other, entry| {
-            other.proxy != id.proxy || other.incarnation == id.incarnation || entry.polling > 0
+            let asks = entry.polling > 0 || now.duration_since(entry.left) < GONE_AFTER;
+            other.proxy != id.proxy || other.incarnation == id.incarnation || asks
         });
         let forget_after = FORGET_AFTER.max(2 * hard_age(state));
         proxies.retain(|_, entry| now.duration_since(entry.heard) < forget_after);
@@ -145,6 +152,7 @@ impl Fleet {
             lag: None,
             ahead: false,
             polling: 0,
+            left: now,
         });
         if entry.poll.applied != poll.applied {
             entry.applied_since = now;

@@ -193,6 +193,9 @@ pub enum KeyRequestError {
     /// What is wrong with the request, member by member.
     #[error("{}", .0.join("; "))]
     Invalid(Vec<String>),
+    /// The caller would give away a scope that its own key does not have.
+    #[error("a key cannot give what it does not have: {}", .0.join(" "))]
+    ScopeNotHeld(Vec<String>),
     /// The caller's role may not create keys of this one.
     #[error("keys of role '{caller}' may not create keys of role '{wanted}'")]
     RoleNotAllowed {
@@ -201,6 +204,15 @@ pub enum KeyRequestError {
         /// The role asked for.
         wanted: String,
     },
+}
+
+/// Who asks for a key.
+#[derive(Debug, Clone, Copy)]
+pub struct Creator<'c> {
+    /// The role of its key.
+    pub role: &'c str,
+    /// The scopes of its key, which may be fewer than its role has.
+    pub scopes: &'c str,
 }
 
 /// Random identifiers of a key to be.
@@ -219,7 +231,7 @@ impl KeyRequest {
     /// Everything that is wrong with the request, or that the caller may not.
     pub fn record(
         self,
-        caller_role: &str,
+        creator: Creator<'_>,
         roles: &Roles,
         identity: Identity,
         kid: &str,
@@ -267,8 +279,14 @@ impl KeyRequest {
         if !wrong.is_empty() {
             return Err(KeyRequestError::Invalid(wrong));
         }
-        if !roles.get(caller_role).is_some_and(|caller| caller.may_create.contains(&self.role)) {
-            return Err(KeyRequestError::RoleNotAllowed { caller: caller_role.into(), wanted: self.role });
+        if !roles.get(creator.role).is_some_and(|role| role.may_create.contains(&self.role)) {
+            return Err(KeyRequestError::RoleNotAllowed { caller: creator.role.into(), wanted: self.role });
+        }
+        let held: Vec<&str> = creator.scopes.split(' ').collect();
+        let beyond: Vec<String> =
+            scopes.iter().filter(|scope| !held.contains(&scope.as_str())).cloned().collect();
+        if !beyond.is_empty() {
+            return Err(KeyRequestError::ScopeNotHeld(beyond));
         }
         Ok(KeyRecord {
             key_id: identity.key_id,
@@ -325,8 +343,27 @@ mod tests {
     }
 
     fn request(json: &str, caller: &str) -> Result<KeyRecord, KeyRequestError> {
+        let roles = roles::expand(roles::defaults());
+        let scopes = roles.get(caller).map_or_else(String::new, |role| role.scopes.join(" "));
+        request_of(json, Creator { role: caller, scopes: &scopes })
+    }
+
+    fn request_of(json: &str, creator: Creator<'_>) -> Result<KeyRecord, KeyRequestError> {
         let request: KeyRequest = serde_json::from_str(json).unwrap();
-        request.record(caller, &roles::expand(roles::defaults()), identity(), "k1", 1_000)
+        request.record(creator, &roles::expand(roles::defaults()), identity(), "k1", 1_000)
+    }
+
+    #[test]
+    fn a_key_gives_no_scope_that_it_does_not_have() {
+        let narrow = Creator { role: "admin", scopes: "admin:read" };
+        assert!(matches!(
+            request_of(r#"{"name":"a","role":"admin"}"#, narrow),
+            Err(KeyRequestError::ScopeNotHeld(_))
+        ));
+        assert!(request_of(r#"{"name":"a","role":"admin","scopes":["admin:read"]}"#, narrow).is_ok());
+        let reader = Creator { role: "basic", scopes: "chat:read" };
+        assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:write"]}"#, reader).is_err());
+        assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:read"]}"#, reader).is_ok());
     }
 
     #[test]

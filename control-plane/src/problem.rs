@@ -103,6 +103,7 @@ impl From<KeyRequestError> for Problem {
         let detail = error.to_string();
         match error {
             KeyRequestError::Invalid(errors) => Self::bad_request(detail).with("errors", errors),
+            KeyRequestError::ScopeNotHeld(_) => Self::new(StatusCode::FORBIDDEN, "scope_not_held", detail),
             KeyRequestError::RoleNotAllowed { .. } => {
                 Self::new(StatusCode::FORBIDDEN, "role_not_allowed", detail)
             }

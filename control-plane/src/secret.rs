@@ -266,14 +266,15 @@ impl Signer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::{Identity, KeyRequest};
+    use crate::key::{Creator, Identity, KeyRequest};
     use crate::roles;
 
     fn claims() -> Claims {
         let request: KeyRequest = serde_json::from_str(r#"{"name":"a","role":"basic"}"#).unwrap();
+        let creator = Creator { role: "admin", scopes: "chat:read chat:write" };
         let identity = Identity { key_id: "key_1".into(), jti: "j".into() };
         request
-            .record("admin", &roles::expand(roles::defaults()), identity, "k", 1_000)
+            .record(creator, &roles::expand(roles::defaults()), identity, "k", 1_000)
             .unwrap()
             .claims("keygate", None)
     }

@@ -62,7 +62,7 @@ impl Census {
 }
 
 /// What the writer changes. [`State`] is a picture of it.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Default)]
 pub struct Model {
     settings: Arc<Settings>,
     source: u64,
@@ -119,21 +119,6 @@ impl Effect {
 }
 
 impl Model {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Self {
-            settings: Arc::default(),
-            source: 0,
-            seq: 0,
-            policy: Arc::default(),
-            policy_seq: 0,
-            secrets: Vec::new(),
-            signers: Vec::new(),
-            revocations: ExactSet::default(),
-            census: Census::default(),
-        }
-    }
-
     /// Applies a change that is number `seq` of the journal.
     ///
     /// # Errors

@@ -249,7 +249,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     let Start { dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
-    let mut model = Model::new();
+    let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
     let mut journal = Journal::open(dir, |record| {

@@ -45,7 +45,7 @@ struct Leading {
 impl Leader {
     /// A VM that does not lead yet.
     pub fn new(vm: u64, configuration: Configuration, token: Option<String>) -> Self {
-        let proxy_id = host::property(&["node", "id"]).filter(|id| !id.is_empty());
+        let proxy_id = host::property(&["xds", "node", "id"]).filter(|id| !id.is_empty());
         if proxy_id.is_none() {
             host::warn("this proxy has no node id (--service-node); it will be known by a random one");
         }
@@ -54,7 +54,7 @@ impl Leader {
             configuration,
             token,
             proxy_id: proxy_id.unwrap_or_default(),
-            proxy_cluster: host::property(&["node", "cluster"]).unwrap_or_default(),
+            proxy_cluster: host::property(&["xds", "node", "cluster"]).unwrap_or_default(),
             leading: None,
             refused_answers: 0,
             last_error: None,

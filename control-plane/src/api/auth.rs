@@ -3,19 +3,19 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
+use keygate_core::cache::Verified;
 use keygate_core::policy::Route;
 
-use super::request::{self, Wait, authenticate};
+use super::request::{self, Body, Wait, authenticate};
 use super::{actor, json};
 use crate::app::App;
 use crate::change::{Change, Idempotency};
 use crate::clock;
-use crate::key::{self, Ended, KeyRecord, KeyRequest, RevocationReason};
+use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
 use crate::problem::Problem;
 use crate::random;
@@ -32,19 +32,19 @@ struct Issued {
 pub async fn register(
     State(app): State<Arc<App>>,
     headers: HeaderMap,
-    bytes: Bytes,
+    Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?.0;
     let request: KeyRequest = request::body(&bytes)?;
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
     let roles = app.config.roles.clone();
-    let caller_role = caller.claims.role.clone();
+    let creator = Arc::clone(&caller);
     let plan = move |view: &View<'_>| {
         if let Some(issued) = replay(view, idempotency.as_ref())? {
             return Ok((Vec::new(), issued));
         }
         let signer = signer(view)?;
-        let key = request.record(&caller_role, &roles, random::identity(), &signer.kid, view.now)?;
+        let key = request.record(creator_of(&creator), &roles, random::identity(), &signer.kid, view.now)?;
         let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency };
         Ok::<_, Problem>((vec![change], Issued { key, signer, replayed: false }))
     };
@@ -86,7 +86,7 @@ pub async fn refresh(
     State(app): State<Arc<App>>,
     query: Result<Query<Wait>, QueryRejection>,
     headers: HeaderMap,
-    bytes: Bytes,
+    Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
     let since = Instant::now();
@@ -161,6 +161,10 @@ pub fn revoked(key: &KeyRecord, revocation: Ended<RevocationReason>) -> Change {
         expires_at: key.expires_at,
         revocation,
     }
+}
+
+fn creator_of(key: &Verified) -> Creator<'_> {
+    Creator { role: &key.claims.role, scopes: &key.claims.scope }
 }
 
 fn signer(view: &View<'_>) -> Result<Arc<Signer>, Problem> {

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -13,7 +12,7 @@ use keygate_core::forward;
 use serde::Deserialize;
 
 use super::json;
-use super::request;
+use super::request::{self, Body};
 use crate::app::App;
 use crate::problem::Problem;
 
@@ -35,7 +34,7 @@ impl Trace for Steps {
     }
 }
 
-pub async fn explain(State(app): State<Arc<App>>, bytes: Bytes) -> Result<Response, Problem> {
+pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<Response, Problem> {
     // An error about this body must not repeat any of it: there is a key in it.
     let question: Question = request::body(&bytes).map_err(|_| {
         Problem::bad_request("The body must be {\"method\", \"path\", \"token\"?}, all of them texts.")

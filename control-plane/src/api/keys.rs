@@ -4,15 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Extension;
-use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
 
 use super::auth::{revoked, wait};
-use super::request::{self, Wait};
+use super::request::{self, Body, KeyId, Wait};
 use super::{Caller, actor, json, key_view};
 use crate::app::App;
 use crate::change::Change;
@@ -60,8 +59,8 @@ pub async fn list(
     Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "next_cursor": next_cursor })))
 }
 
-pub async fn show(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Response, Problem> {
-    let key = app.store.key(&id)?.ok_or_else(|| unknown())?;
+pub async fn show(State(app): State<Arc<App>>, KeyId(id): KeyId) -> Result<Response, Problem> {
+    let key = app.store.key(&id)?.ok_or_else(unknown)?;
     Ok(json(StatusCode::OK, key_view(&key, app.clock.now_s())))
 }
 
@@ -74,9 +73,9 @@ struct RevokeBody {
 pub async fn revoke(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    KeyId(id): KeyId,
     query: Result<Query<Wait>, QueryRejection>,
-    bytes: Bytes,
+    Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
     let body: RevokeBody = request::body(&bytes)?;
@@ -114,9 +113,9 @@ struct SuspendBody {
 pub async fn suspend(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    KeyId(id): KeyId,
     query: Result<Query<Wait>, QueryRejection>,
-    bytes: Bytes,
+    Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
     let body: SuspendBody = request::body(&bytes)?;
@@ -147,7 +146,7 @@ pub async fn suspend(
 pub async fn resume(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    Path(id): Path<String>,
+    KeyId(id): KeyId,
     query: Result<Query<Wait>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
@@ -192,7 +191,7 @@ async fn change_key(
 }
 
 fn find(view: &View<'_>, id: &str) -> Result<KeyRecord, Problem> {
-    view.key(id)?.ok_or_else(|| unknown())
+    view.key(id)?.ok_or_else(unknown)
 }
 
 fn unknown() -> Problem {

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Extension;
-use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
@@ -14,7 +13,7 @@ use keygate_core::rules::MAX_RULES_BYTES;
 use serde::Deserialize;
 
 use super::auth::wait;
-use super::request::{self, Wait};
+use super::request::{self, Body, Wait};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
@@ -42,7 +41,7 @@ pub async fn replace(
     Extension(caller): Extension<Caller>,
     query: Result<Query<Wait>, QueryRejection>,
     headers: HeaderMap,
-    bytes: Bytes,
+    Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
     let since = Instant::now();

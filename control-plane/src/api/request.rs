@@ -4,7 +4,9 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::http::HeaderMap;
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, StatusCode};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::cache::Verified;
@@ -55,6 +57,36 @@ pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Cal
             Err(Problem::refusal(refusal, &state.rules.realm, &route.scopes))
         }
         (Verdict::Forward, None) => Err(Problem::not_found("This path needs no key.")),
+    }
+}
+
+/// A request's body, with a problem document when it is too long or breaks off.
+pub struct Body(pub Bytes);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        Bytes::from_request(request, state).await.map(Self).map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => {
+                Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The body is longer than 1 MiB.")
+            }
+            _ => Problem::bad_request(rejection.body_text()),
+        })
+    }
+}
+
+/// A key's id in the path, with a problem document when it is no text.
+pub struct KeyId(pub String);
+
+impl<S: Send + Sync> FromRequestParts<S> for KeyId {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        Path::from_request_parts(parts, state)
+            .await
+            .map(|Path(id)| Self(id))
+            .map_err(|rejection| Problem::bad_request(rejection.body_text()))
     }
 }
 
