@@ -1,6 +1,7 @@
 //! The control plane as one value: what every handler needs, and how it starts and stops.
 
 use std::future::Future;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -112,7 +113,11 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     keygate_core::crypto::native::install();
     let dir = &config.data_dir;
     let io = |what: String| move |source| RunError::Io { what, source };
-    std::fs::create_dir_all(dir).map_err(io(dir.display().to_string()))?;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(io(dir.display().to_string()))?;
     // Listen first: a second control plane must not touch the files of the one that runs.
     let api = TcpListener::bind(config.listen).await.map_err(io(format!("listen = {}", config.listen)))?;
     let sync = TcpListener::bind(config.sync_listen)
@@ -139,6 +144,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         clock: clock.clone(),
         metrics: Arc::clone(&metrics),
     })?;
+    metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let (stop, stopping) = watch::channel(false);
     let app = Arc::new(App {
         clock,

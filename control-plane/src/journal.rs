@@ -8,8 +8,9 @@
 //! {"seq":7,"at":"2026-01-01T00:00:00.000Z","actor":"key_…","change":{…},"prev":"<hash of 6>","hash":"…"}
 //! ```
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -61,7 +62,7 @@ pub enum JournalError {
         problem: String,
     },
     /// Another process writes it.
-    #[error("{path}: another keygate process has this journal open")]
+    #[error("{path}: another keygate process has this data directory open")]
     InUse {
         /// The file.
         path: PathBuf,
@@ -71,38 +72,43 @@ pub enum JournalError {
     Sealed,
 }
 
-/// The journal, open for appending.
+/// A journal that no other process has open, not read yet. Claim it before touching anything beside it.
 #[derive(Debug)]
-pub struct Journal {
+pub struct Claim {
     path: PathBuf,
     file: File,
-    last_seq: u64,
-    last_hash: String,
-    sealed: bool,
 }
 
-impl Journal {
-    /// Opens the journal of a directory and hands every record to `each`, oldest first. A last line that
-    /// was only half written, and so never answered, is cut off.
+impl Claim {
+    /// Claims the journal of a directory; makes an empty one if there is none.
     ///
     /// # Errors
-    /// When the disk fails or any other line is not what was written.
-    pub fn open(
-        dir: &Path,
-        mut each: impl FnMut(Record) -> Result<(), String>,
-    ) -> Result<Self, JournalError> {
+    /// When another process has it, or the disk fails.
+    pub fn new(dir: &Path) -> Result<Self, JournalError> {
         let path = dir.join(FILE);
         let io = |source| JournalError::Io { path: path.clone(), source };
         let new = !path.exists();
-        let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(io)?;
+        let mut options = OpenOptions::new();
+        let file = options.read(true).append(true).create(true).mode(0o600).open(&path).map_err(io)?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => return Err(JournalError::InUse { path }),
-            Err(std::fs::TryLockError::Error(source)) => return Err(io(source)),
+            Err(TryLockError::WouldBlock) => return Err(JournalError::InUse { path }),
+            Err(TryLockError::Error(source)) => return Err(io(source)),
         }
         if new {
             sync_dir(dir).map_err(io)?;
         }
+        Ok(Self { path, file })
+    }
+
+    /// Hands every record to `each`, oldest first, and gives the journal for appending. A last line that
+    /// was only half written, and so never answered, is cut off.
+    ///
+    /// # Errors
+    /// When the disk fails or any other line is not what was written.
+    pub fn read(self, mut each: impl FnMut(Record) -> Result<(), String>) -> Result<Journal, JournalError> {
+        let Self { path, mut file } = self;
+        let io = |source| JournalError::Io { path: path.clone(), source };
         let (mut last_seq, mut last_hash, mut good_bytes) = (0, NO_HASH.to_owned(), 0);
         let mut reader = BufReader::new(&file);
         let mut line = Vec::new();
@@ -128,9 +134,21 @@ impl Journal {
             file.set_len(good_bytes).and_then(|()| file.sync_all()).map_err(io)?;
         }
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok(Self { path, file, last_seq, last_hash, sealed: false })
+        Ok(Journal { path, file, last_seq, last_hash, sealed: false })
     }
+}
 
+/// The journal, open for appending.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    last_seq: u64,
+    last_hash: String,
+    sealed: bool,
+}
+
+impl Journal {
     /// The number of the last record; 0 when there is none.
     pub fn last_seq(&self) -> u64 {
         self.last_seq
@@ -215,7 +233,7 @@ mod tests {
 
     fn reopen(dir: &Path) -> Result<(Journal, usize), JournalError> {
         let mut records = 0;
-        let journal = Journal::open(dir, |_| {
+        let journal = Claim::new(dir)?.read(|_| {
             records += 1;
             Ok(())
         })?;

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use keygate_core::decision::Reason;
+use keygate_core::policy::Policy;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
     Registry, TextEncoder,
@@ -34,8 +35,14 @@ pub struct Metrics {
     pub revoked: IntCounterVec,
     /// Refused credentials by precise reason.
     pub auth_errors: IntCounterVec,
-    /// Time to decide on a key.
+    /// Time to decide on a key, from the request's headers to the answer.
     pub validation_seconds: HistogramVec,
+    /// Time to read and verify the token in that, or to find it remembered.
+    pub decode_seconds: Histogram,
+    /// Requests beyond a key's limit.
+    pub rate_limit_exceeded: IntCounterVec,
+    /// Rotations of signing secrets that failed.
+    pub secret_rotation_failures: IntCounter,
     /// Live keys.
     pub active_keys: GaugeVec,
     /// Time to write and sync a batch of changes.
@@ -112,6 +119,20 @@ impl Metrics {
                 &["error_type", "version"],
             ),
             validation_seconds,
+            decode_seconds: histogram(
+                "jwt_decode_duration_seconds",
+                "Time to decide on a token: to read and verify it, or to find it remembered.",
+                &MICROSECONDS,
+            ),
+            rate_limit_exceeded: counters(
+                "rate_limit_exceeded_total",
+                "Requests beyond a key's limit; endpoint is the route's name in the policy.",
+                &["role", "endpoint"],
+            ),
+            secret_rotation_failures: counter(
+                "secret_rotation_failures",
+                "Rotations of signing secrets that failed.",
+            ),
             active_keys,
             journal_append_seconds: histogram(
                 "keygate_journal_append_seconds",
@@ -172,6 +193,15 @@ impl Metrics {
         self.validation_seconds.with_label_values(&[V2]);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.auth_errors.with_label_values(&[reason.label(), V2]);
+        }
+    }
+
+    /// Makes the series of a policy's routes, with 0.
+    pub fn begin_routes(&self, roles: &Roles, policy: &Policy) {
+        for role in roles.keys() {
+            for route in &policy.routes {
+                self.rate_limit_exceeded.with_label_values(&[role.as_str(), &route.name]);
+            }
         }
     }
 

@@ -1,6 +1,8 @@
 //! The embedded store: key records and remembered requests, in a `redb` file. It is a projection of the
 //! journal: what it lacks is applied again at the start, so its own commits need not be durable.
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
@@ -62,7 +64,9 @@ impl Store {
     /// # Errors
     /// When the file cannot be opened.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        let database = Database::create(dir.join("store.redb"))?;
+        let path = dir.join("store.redb");
+        let database = Database::create(&path)?;
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(redb::Error::Io)?;
         let write = database.begin_write()?;
         write.open_table(KEYS)?;
         write.open_table(REQUESTS)?;

@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::change::Change;
 use crate::clock::{self, Clock};
-use crate::journal::{Journal, JournalError};
+use crate::journal::{Claim, Journal, JournalError};
 use crate::key::KeyRecord;
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
@@ -247,34 +247,36 @@ pub struct Start<'s> {
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     let Start { dir, settings, master, first_changes, clock, metrics } = start;
+    let claim = Claim::new(dir)?;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
-    let mut journal = Journal::open(dir, |record| {
-        if let Change::Genesis { source } = record.change
-            && stored_source != source
-            && stored_source != 0
-        {
-            // The store belongs to another history; it is made anew from this one.
-            if let Err(error) = store.clear() {
+    let mut journal = claim
+        .read(|record| {
+            if let Change::Genesis { source } = record.change
+                && stored_source != source
+                && stored_source != 0
+            {
+                // The store belongs to another history; it is made anew from this one.
+                if let Err(error) = store.clear() {
+                    failed = Some(error.into());
+                }
+                applied = 0;
+            }
+            if let Err(error) = model.apply(&record.change, record.seq, &master) {
                 failed = Some(error.into());
             }
-            applied = 0;
-        }
-        if let Err(error) = model.apply(&record.change, record.seq, &master) {
-            failed = Some(error.into());
-        }
-        if record.seq > applied {
-            behind.push((record.seq, record.change));
-            if behind.len() >= 10_000 {
-                catch_up(&store, &mut behind).unwrap_or_else(|error| failed = Some(error.into()));
+            if record.seq > applied {
+                behind.push((record.seq, record.change));
+                if behind.len() >= 10_000 {
+                    catch_up(&store, &mut behind).unwrap_or_else(|error| failed = Some(error.into()));
+                }
             }
-        }
-        failed.as_ref().map_or(Ok(()), |error| Err(error.to_string()))
-    })
-    .map_err(|error| failed.take().unwrap_or(error.into()))?;
+            failed.as_ref().map_or(Ok(()), |error| Err(error.to_string()))
+        })
+        .map_err(|error| failed.take().unwrap_or(error.into()))?;
     catch_up(&store, &mut behind)?;
     if applied > journal.last_seq() {
         return Err(OpenError::JournalBehind { store: applied, journal: journal.last_seq() });

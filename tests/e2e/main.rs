@@ -1,5 +1,6 @@
 //! End-to-end tests with a real Envoy. One program, so that it links once.
 
+mod agreement;
 mod api;
 mod config;
 mod hostile;

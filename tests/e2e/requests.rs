@@ -159,7 +159,7 @@ fn what_the_policy_does_not_name_is_refused() {
         ("GET", "/api/chat/more"),
         ("GET", "/API/chat"),
         ("PUT", "/api/chat"),
-        ("FETCH", "/api/chat"),
+        ("PATCH", "/api/chat"),
         ("GET", "/index.html"),
     ] {
         for request in [

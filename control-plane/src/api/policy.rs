@@ -79,6 +79,7 @@ pub async fn replace(
         Ok((changes, policy))
     };
     let (policy, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    app.metrics.begin_routes(&app.config.roles, &policy);
     let body = request::finish(&app, committed, since, limit, serde_json::json!(policy)).await;
     Ok(tagged(json(StatusCode::OK, body), app.state().policy_seq))
 }

@@ -41,6 +41,7 @@ pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Cal
     let pairs = headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
     let decision = {
         let mut cache = app.cache.lock().unwrap_or_else(PoisonError::into_inner);
+        let _timer = app.metrics.decode_seconds.start_timer();
         let judge = Judge {
             cache: &mut cache,
             revocations: &state.revocations,
