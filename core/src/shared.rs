@@ -17,7 +17,7 @@ use crate::version::Version;
 use crate::wire::{self, Reader, WireError};
 
 /// How long a lease holds, in nanoseconds. The leader renews it at every tick, several times as often.
-pub const LEASE_NS: u64 = 3_000_000_000;
+pub const LEASE_NS: u64 = 1_500_000_000;
 /// How many publications back a worker can follow change by change; further behind, it starts anew.
 pub const LOG_ENTRIES: u64 = 1_024;
 /// The most changes of a publication that workers follow one by one.

@@ -87,6 +87,8 @@ impl Leader {
                 Err(PublishError::Deposed | PublishError::Incomplete) => return None,
             }
         }
+        #[cfg(feature = "trap")]
+        crate::trap::on_leader_tick();
         self.ask_if_due(now_ns, workers, metrics)
     }
 

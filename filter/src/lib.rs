@@ -22,6 +22,8 @@ mod leader;
 mod metrics;
 mod plugin;
 mod request;
+#[cfg(feature = "trap")]
+mod trap;
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType};

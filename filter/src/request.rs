@@ -42,6 +42,8 @@ impl Plugin {
         let now_ns = host::monotonic_ns();
         self.replica.refresh(&mut host::Shared, now_ns);
         let Some(headers) = host::request_headers() else { return Outcome::unavailable() };
+        #[cfg(feature = "trap")]
+        crate::trap::on_request(&headers);
         let value = |wanted: &str| {
             headers.iter().find(|(name, _)| name == wanted).map_or(b"".as_slice(), |(_, value)| value)
         };

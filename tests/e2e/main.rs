@@ -8,4 +8,5 @@ mod outage;
 mod requests;
 mod revocation;
 mod secrets;
+mod trap;
 mod wasm_imports;

@@ -17,6 +17,11 @@ pub fn filter() -> PathBuf {
     existing("KEYGATE_WASM", target().join("wasm32-wasip1/filter/keygate_filter.wasm"))
 }
 
+/// The filter that a test can make trap.
+pub fn trap_filter() -> PathBuf {
+    existing("KEYGATE_TRAP_WASM", target().join("wasm32-wasip1/filter-trap/keygate_filter.wasm"))
+}
+
 /// Envoy: the one named, else one on `PATH`, else the one that `scripts/setup` downloads.
 pub fn envoy() -> PathBuf {
     let on_path = std::env::var_os("PATH")
@@ -50,7 +55,7 @@ fn existing(variable: &str, usual: PathBuf) -> PathBuf {
     let path = std::env::var_os(variable).map_or(usual, PathBuf::from);
     assert!(
         path.is_file(),
-        "{} is missing: run scripts/setup and scripts/build first, or set {variable}",
+        "{} is missing: run scripts/setup, scripts/build and scripts/build trap-filter first, or set {variable}",
         path.display()
     );
     path

@@ -30,6 +30,7 @@ pub struct Envoy {
     directory: PathBuf,
     node: String,
     workers: usize,
+    filter: PathBuf,
     port: Port,
     admin_port: Port,
     process: Option<Process>,
@@ -44,10 +45,16 @@ impl Envoy {
             directory,
             node: node.to_owned(),
             workers,
+            filter: binaries::filter(),
             port: Port::reserve(),
             admin_port: Port::reserve(),
             process: None,
         }
+    }
+
+    /// With the filter that a test can make trap.
+    pub fn use_trap_filter(&mut self) {
+        self.filter = binaries::trap_filter();
     }
 
     /// Starts it; it then listens, and is ready or not.
@@ -84,7 +91,7 @@ impl Envoy {
             ("@SYNC_PORT@", neighbours.sync_port.to_string()),
             ("@UPSTREAM_PORT@", neighbours.upstream_port.to_string()),
             ("@ACCESS_LOG@", self.access_log_file().display().to_string()),
-            ("@FILTER_WASM@", binaries::filter().display().to_string()),
+            ("@FILTER_WASM@", self.filter.display().to_string()),
         ]
         .iter()
         .fold(template, |text, (place, value)| text.replace(place, value))
@@ -161,6 +168,12 @@ impl Envoy {
                 Some((name.to_owned(), value.parse().ok()?))
             })
             .collect()
+    }
+
+    /// One of its counters, of all workers together; 0 when there is none.
+    #[track_caller]
+    pub fn stat(&self, name: &str) -> u64 {
+        self.stats().into_iter().filter(|(have, _)| have.ends_with(name)).map(|(_, value)| value).sum()
     }
 
     /// Panics when any VM of the filter has died, on whatever thread.

@@ -21,6 +21,7 @@ pub struct Builder {
     config: Option<String>,
     control_plane: bool,
     envoy: bool,
+    trap_filter: bool,
 }
 
 impl Builder {
@@ -48,6 +49,12 @@ impl Builder {
         self
     }
 
+    /// Uses the filter that a test can make trap.
+    pub fn trap_filter(mut self) -> Self {
+        self.trap_filter = true;
+        self
+    }
+
     /// Starts it, and waits until all of it is ready that can be.
     #[track_caller]
     pub fn start(self) -> Stack {
@@ -58,6 +65,9 @@ impl Builder {
             upstream: Upstream::start("v2"),
             directory,
         };
+        if self.trap_filter {
+            stack.envoy.use_trap_filter();
+        }
         if let Some(toml) = self.config {
             fs::write(stack.control_plane.config_file(), toml).expect("the configuration");
         }
@@ -90,7 +100,7 @@ pub struct Stack {
 impl Stack {
     /// Sets one up.
     pub fn builder() -> Builder {
-        Builder { workers: 4, config: None, control_plane: true, envoy: true }
+        Builder { workers: 4, config: None, control_plane: true, envoy: true, trap_filter: false }
     }
 
     /// Starts one as usual.

@@ -1,0 +1,59 @@
+//! VMs that trap: the others go on, nothing gets through meanwhile, and what was enforced stays so.
+
+use std::time::Duration;
+
+use keygate_e2e::{Request, SOON, Stack, wait_until};
+use serde_json::json;
+
+/// Longer than a lease, after which another VM leads.
+const TAKEOVER: Duration = Duration::from_secs(10);
+
+fn stack() -> Stack {
+    Stack::builder().workers(2).trap_filter().start()
+}
+
+#[test]
+fn a_leader_that_dies_is_replaced_and_revocations_go_on() {
+    let stack = stack();
+    let api = stack.api();
+    let (revoked, good) = (api.issue("basic"), api.issue("basic"));
+    api.post(&format!("/api/admin/keys/{}/revoke?wait=applied", revoked.id), &json!({})).expect(200);
+    for round in 0..3 {
+        let takeovers = stack.envoy.stat("keygate_leader_takeovers");
+        stack.call(&Request::get("/").header("x-trap", "leader")).expect(200);
+        wait_until(TAKEOVER, "another VM to lead", || {
+            stack.envoy.stat("keygate_leader_takeovers") > takeovers
+        });
+
+        let next = api.issue("basic");
+        stack.get("/api/chat", &next.token).expect(200);
+        let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=10s", next.id);
+        let answer = api.post(&path, &json!({})).expect(200).json();
+        assert_eq!(answer["propagation"]["missing"], json!([]), "round {round}");
+        stack.get("/api/chat", &next.token).expect(401);
+        stack.get("/api/chat", &revoked.token).expect(401);
+        stack.get("/api/chat", &good.token).expect(200);
+    }
+}
+
+#[test]
+fn a_worker_that_traps_lets_nothing_through_and_comes_back_with_its_state() {
+    let mut stack = stack();
+    let api = stack.api();
+    let (revoked, good) = (api.issue("basic"), api.issue("basic"));
+    api.post(&format!("/api/admin/keys/{}/revoke?wait=applied", revoked.id), &json!({})).expect(200);
+    // What comes back has its state from the other VMs, not from the control plane.
+    stack.control_plane.kill();
+    for _ in 0..5 {
+        let answer = stack.call(&Request::get("/api/chat").bearer(&good.token).header("x-trap", "worker"));
+        assert_eq!(answer.status, 503, "{}", answer.text());
+        let seen = stack.upstream.seen();
+        wait_until(SOON, "the worker's VM to be made anew", || {
+            // Never a 200 for the one, whatever the worker's state; 503 or 200 for the other.
+            let answer = stack.get("/api/chat", &revoked.token);
+            assert!(matches!(answer.status, 401 | 503), "{} {}", answer.status, answer.text());
+            stack.get("/api/chat", &good.token).status == 200
+        });
+        assert_eq!(stack.upstream.seen(), seen + 1, "only the good key's request got through");
+    }
+}
