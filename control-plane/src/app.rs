@@ -18,7 +18,7 @@ use crate::change::Change;
 use crate::clock::Clock;
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::journal::JournalError;
+use crate::journal::{Claim, JournalError};
 use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError, SecretRecord};
@@ -118,11 +118,11 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         .mode(0o700)
         .create(dir)
         .map_err(io(dir.display().to_string()))?;
-    // Listen first: a second control plane must not touch the files of the one that runs.
     let api = TcpListener::bind(config.listen).await.map_err(io(format!("listen = {}", config.listen)))?;
     let sync = TcpListener::bind(config.sync_listen)
         .await
         .map_err(io(format!("sync_listen = {}", config.sync_listen)))?;
+    let claim = Claim::new(dir).map_err(OpenError::from)?;
     let policy = match &config.policy_file {
         Some(path) => read_policy(path)?,
         None => Policy::default(),
@@ -132,11 +132,11 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         None => load_fleet_token(&config.fleet_token_file)
             .map_err(io(format!("fleet_token_file = {}", config.fleet_token_file.display())))?,
     };
-    let new = !dir.join("journal.jsonl").metadata().is_ok_and(|journal| journal.len() > 0);
-    let master = Arc::new(MasterKey::load(&config.master_key_file, new)?);
+    let master = Arc::new(MasterKey::load(&config.master_key_file, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let History { writer, states, deltas, store, thread } = writer::open(Start {
+        claim,
         dir,
         settings: Settings::of(&config),
         master,
@@ -145,6 +145,15 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         metrics: Arc::clone(&metrics),
     })?;
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
+    let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
+    let active = states.borrow().signer.alg;
+    if active != config.algorithm {
+        tracing::warn!(
+            active = active.name(),
+            configured = config.algorithm.name(),
+            "secrets.algorithm counts for new secrets; the one that signs keeps its own"
+        );
+    }
     let (stop, stopping) = watch::channel(false);
     let app = Arc::new(App {
         clock,
@@ -152,7 +161,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         states,
         deltas,
         store,
-        fleet: Fleet::new(),
+        fleet,
         snapshots: sync::Snapshots::default(),
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
@@ -256,7 +265,7 @@ fn first_changes(
     let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
     let key = request
         .record(
-            Creator { role: "admin", scopes: &scopes },
+            Creator { role: "admin", scopes: &scopes, owner: None },
             &config.roles,
             random::identity(),
             &secret.kid,

@@ -5,11 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use keygate_core::version::Version;
-use keygate_core::wire::Poll;
+use keygate_core::wire::{self, Poll};
 use serde::Serialize;
 use tokio::sync::watch;
 
 use crate::state::State;
+use crate::store::{Store, StoreError};
 
 /// A proxy that was not heard of for this long is forgotten, unless the hard age is longer.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
@@ -24,6 +25,7 @@ const MAX_PROXIES: usize = 10_000;
 pub struct Fleet {
     proxies: Mutex<HashMap<Id, Entry>>,
     changes: watch::Sender<u64>,
+    store: Arc<Store>,
 }
 
 /// A process: its node id and the number that it drew at its start.
@@ -40,6 +42,7 @@ struct Entry {
     /// serving at the latest one hard age after.
     heard: Instant,
     heard_ms: u64,
+    joined: Instant,
     applied_since: Instant,
     lag: Option<Duration>,
     /// Whether it enforces a newer state than this control plane has, so that nothing from here reaches it.
@@ -115,9 +118,55 @@ impl Drop for Polling {
 }
 
 impl Fleet {
-    /// Nobody yet.
-    pub fn new() -> Arc<Self> {
-        Arc::new(Self { proxies: Mutex::default(), changes: watch::Sender::new(0) })
+    /// Those that were there when this control plane stopped. One that does not come back may be cut off and
+    /// still serve keys, so it is waited for until its hard age has passed, counted from now.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn open(store: Arc<Store>, now_ms: u64) -> Result<Arc<Self>, StoreError> {
+        let now = Instant::now();
+        let names = store.fleet()?;
+        let known = names.iter().filter_map(|name| {
+            let (incarnation, proxy) = name.split_once(' ')?;
+            let poll = Poll {
+                format: wire::FORMAT,
+                proxy: wire::Proxy {
+                    id: proxy.into(),
+                    cluster: String::new(),
+                    incarnation: incarnation.into(),
+                    filter: String::new(),
+                    workers: 0,
+                },
+                applied: None,
+                wait_ms: 0,
+                resync: false,
+                refused_answers: 0,
+                last_error: None,
+            };
+            let entry = Entry {
+                poll,
+                heard: now,
+                heard_ms: now_ms,
+                joined: now,
+                applied_since: now,
+                lag: None,
+                ahead: false,
+                polling: 0,
+                left: now.checked_sub(GONE_AFTER).unwrap_or(now),
+            };
+            Some((Id { proxy: proxy.into(), incarnation: incarnation.into() }, entry))
+        });
+        let proxies = Mutex::new(known.collect());
+        Ok(Arc::new(Self { proxies, changes: watch::Sender::new(0), store }))
+    }
+
+    /// Keeps who is there, when that has changed.
+    fn keep(&self) {
+        let names: Vec<String> =
+            self.lock().keys().map(|id| format!("{} {}", id.incarnation, id.proxy)).collect();
+        if let Err(error) = self.store.keep_fleet(&names) {
+            tracing::error!(%error, "the fleet cannot be kept; after a restart a silent proxy may be missed");
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Id, Entry>> {
@@ -129,6 +178,7 @@ impl Fleet {
         let now = Instant::now();
         let id = Id { proxy: poll.proxy.id.clone(), incarnation: poll.proxy.incarnation.clone() };
         let mut proxies = self.lock();
+        let (known, count) = (proxies.contains_key(&id), proxies.len());
         // Node ids are unique, so a new process under an id means that the one before is gone; unless
         // that one still asks for news, in which case both are waited for.
         proxies.retain(|other, entry| {
@@ -148,6 +198,7 @@ impl Fleet {
             poll: Poll { applied: None, ..poll.clone() },
             heard: now,
             heard_ms: now_ms,
+            joined: now,
             applied_since: now,
             lag: None,
             ahead: false,
@@ -156,14 +207,20 @@ impl Fleet {
         });
         if entry.poll.applied != poll.applied {
             entry.applied_since = now;
-            entry.lag = (poll.applied == Some(state.version)).then(|| now.duration_since(state.published));
+            // A proxy that joins late is not behind for the time before.
+            let due = state.published.max(entry.joined);
+            entry.lag = (poll.applied == Some(state.version)).then(|| now.saturating_duration_since(due));
         }
         entry.ahead = poll.applied.is_some_and(|applied| applied > state.version);
         entry.poll = poll;
         entry.heard = now;
         entry.heard_ms = now_ms;
         entry.polling = entry.polling.saturating_add(1);
+        let changed = !known || proxies.len() != count;
         drop(proxies);
+        if changed {
+            self.keep();
+        }
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
         Polling { fleet: Arc::clone(self), id }
     }
@@ -210,13 +267,15 @@ impl Fleet {
     ) -> Propagation {
         let deadline = tokio::time::Instant::now() + timeout;
         let mut changes = self.changes.subscribe();
-        // Those that serve keys at this moment; one that comes later comes with this version or a newer one.
+        // Those that may serve keys at this moment; one that comes later has this version or a newer one.
         let waited_for: Vec<Id> = {
             let now = Instant::now();
             let proxies = self.lock();
             proxies
                 .iter()
-                .filter(|(_, e)| now.duration_since(e.heard) <= hard_age(state))
+                .filter(|(_, entry)| {
+                    now.duration_since(entry.heard) <= hard_age(state) || state.rules.policy.allows_stale()
+                })
                 .map(|(id, _)| id.clone())
                 .collect()
         };
@@ -251,9 +310,13 @@ impl Fleet {
             Propagation { version, applied: 0, total: waited_for.len(), max_lag_ms: 0, missing: Vec::new() };
         let mut next_silence: Option<tokio::time::Instant> = None;
         for id in waited_for {
-            // One that is gone was superseded by its own successor, which began with a newer state.
             let Some(entry) = proxies.get(id) else {
-                propagation.applied += 1;
+                // Gone: made way for its own successor, which is waited for if it was there; or forgotten.
+                if proxies.keys().any(|other| other.proxy == id.proxy) {
+                    propagation.applied += 1;
+                } else {
+                    propagation.missing.push(id.proxy.clone());
+                }
                 continue;
             };
             if !entry.ahead && entry.poll.applied.is_some_and(|applied| applied >= version) {

@@ -101,6 +101,11 @@ impl Claim {
         Ok(Self { path, file })
     }
 
+    /// Whether nothing was ever written to it.
+    pub fn is_empty(&self) -> bool {
+        self.file.metadata().is_ok_and(|journal| journal.len() == 0)
+    }
+
     /// Hands every record to `each`, oldest first, and gives the journal for appending. A last line that
     /// was only half written, and so never answered, is cut off.
     ///

@@ -15,6 +15,8 @@ const MAX_NAME_CHARS: usize = 200;
 const MAX_METADATA_BYTES: usize = 4_096;
 /// Owners and ids travel in headers; long ones would crowd a token.
 const MAX_OWNER_BYTES: usize = 128;
+/// With this scope a key may create keys for any owner; without it, for its own.
+const ANY_OWNER: &str = "admin:write";
 
 /// What is known of a key. The token itself is kept nowhere.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -196,6 +198,9 @@ pub enum KeyRequestError {
     /// The caller would give away a scope that its own key does not have.
     #[error("a key cannot give what it does not have: {}", .0.join(" "))]
     ScopeNotHeld(Vec<String>),
+    /// The caller would act for another owner.
+    #[error("only a key with the scope {ANY_OWNER} may create keys for another owner than its own")]
+    OwnerNotAllowed,
     /// The caller's role may not create keys of this one.
     #[error("keys of role '{caller}' may not create keys of role '{wanted}'")]
     RoleNotAllowed {
@@ -213,6 +218,8 @@ pub struct Creator<'c> {
     pub role: &'c str,
     /// The scopes of its key, which may be fewer than its role has.
     pub scopes: &'c str,
+    /// Whose its key is.
+    pub owner: Option<&'c str>,
 }
 
 /// Random identifiers of a key to be.
@@ -283,6 +290,14 @@ impl KeyRequest {
             return Err(KeyRequestError::RoleNotAllowed { caller: creator.role.into(), wanted: self.role });
         }
         let held: Vec<&str> = creator.scopes.split(' ').collect();
+        // Upstreams take the owner for who calls: nobody may put another one there.
+        let owner = if held.contains(&ANY_OWNER) {
+            self.owner
+        } else if self.owner.is_none() || self.owner.as_deref() == creator.owner {
+            creator.owner.map(Into::into)
+        } else {
+            return Err(KeyRequestError::OwnerNotAllowed);
+        };
         let beyond: Vec<String> =
             scopes.iter().filter(|scope| !held.contains(&scope.as_str())).cloned().collect();
         if !beyond.is_empty() {
@@ -295,7 +310,7 @@ impl KeyRequest {
             name: self.name,
             role: self.role,
             scopes,
-            owner: self.owner,
+            owner,
             metadata: self.metadata,
             issued_at: now,
             expires_at: now.saturating_add(life.as_secs()),
@@ -345,7 +360,7 @@ mod tests {
     fn request(json: &str, caller: &str) -> Result<KeyRecord, KeyRequestError> {
         let roles = roles::expand(roles::defaults());
         let scopes = roles.get(caller).map_or_else(String::new, |role| role.scopes.join(" "));
-        request_of(json, Creator { role: caller, scopes: &scopes })
+        request_of(json, Creator { role: caller, scopes: &scopes, owner: None })
     }
 
     fn request_of(json: &str, creator: Creator<'_>) -> Result<KeyRecord, KeyRequestError> {
@@ -355,15 +370,33 @@ mod tests {
 
     #[test]
     fn a_key_gives_no_scope_that_it_does_not_have() {
-        let narrow = Creator { role: "admin", scopes: "admin:read" };
+        let narrow = Creator { role: "admin", scopes: "admin:read", owner: None };
         assert!(matches!(
             request_of(r#"{"name":"a","role":"admin"}"#, narrow),
             Err(KeyRequestError::ScopeNotHeld(_))
         ));
         assert!(request_of(r#"{"name":"a","role":"admin","scopes":["admin:read"]}"#, narrow).is_ok());
-        let reader = Creator { role: "basic", scopes: "chat:read" };
+        let reader = Creator { role: "basic", scopes: "chat:read", owner: None };
         assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:write"]}"#, reader).is_err());
         assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:read"]}"#, reader).is_ok());
+    }
+
+    #[test]
+    fn a_key_creates_keys_for_its_own_owner_unless_it_is_an_administrators() {
+        let scopes = "admin:write chat:read chat:write";
+        let of = |json: &str, creator| request_of(json, creator).map(|key| key.owner);
+        let own = r#"{"name":"a","role":"basic","owner":"acme"}"#;
+        let none = r#"{"name":"a","role":"basic"}"#;
+        let admin = Creator { role: "admin", scopes, owner: None };
+        assert_eq!(of(own, admin).unwrap().as_deref(), Some("acme"));
+        assert_eq!(of(none, admin).unwrap(), None);
+        let acme = Creator { role: "basic", scopes: "chat:read chat:write", owner: Some("acme") };
+        assert_eq!(of(own, acme).unwrap().as_deref(), Some("acme"));
+        assert_eq!(of(none, acme).unwrap().as_deref(), Some("acme"));
+        for other in [Some("other"), None] {
+            let creator = Creator { owner: other, ..acme };
+            assert!(matches!(of(own, creator), Err(KeyRequestError::OwnerNotAllowed)));
+        }
     }
 
     #[test]

@@ -49,6 +49,8 @@ pub struct Metrics {
     pub journal_append_seconds: Histogram,
     /// Batches of changes that could not be written.
     pub journal_failures: IntCounter,
+    /// Batches of changes that the store could not take.
+    pub store_failures: IntCounter,
     /// From a change to its enforcement by the slowest proxy that was waited for.
     pub propagation_seconds: Histogram,
     /// Proxies that were heard of within the hard age.
@@ -142,6 +144,10 @@ impl Metrics {
             journal_failures: counter(
                 "keygate_journal_failures_total",
                 "Batches of changes that could not be written.",
+            ),
+            store_failures: counter(
+                "keygate_store_failures_total",
+                "Batches of changes that the store could not take; they are in the journal and tried again.",
             ),
             propagation_seconds: histogram(
                 "keygate_propagation_seconds",

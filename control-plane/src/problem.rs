@@ -104,6 +104,7 @@ impl From<KeyRequestError> for Problem {
         match error {
             KeyRequestError::Invalid(errors) => Self::bad_request(detail).with("errors", errors),
             KeyRequestError::ScopeNotHeld(_) => Self::new(StatusCode::FORBIDDEN, "scope_not_held", detail),
+            KeyRequestError::OwnerNotAllowed => Self::new(StatusCode::FORBIDDEN, "owner_not_allowed", detail),
             KeyRequestError::RoleNotAllowed { .. } => {
                 Self::new(StatusCode::FORBIDDEN, "role_not_allowed", detail)
             }

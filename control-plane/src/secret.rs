@@ -271,7 +271,7 @@ mod tests {
 
     fn claims() -> Claims {
         let request: KeyRequest = serde_json::from_str(r#"{"name":"a","role":"basic"}"#).unwrap();
-        let creator = Creator { role: "admin", scopes: "chat:read chat:write" };
+        let creator = Creator { role: "admin", scopes: "chat:read chat:write", owner: None };
         let identity = Identity { key_id: "key_1".into(), jti: "j".into() };
         request
             .record(creator, &roles::expand(roles::defaults()), identity, "k", 1_000)

@@ -12,6 +12,7 @@ use crate::key::KeyRecord;
 
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
 const REQUESTS: TableDefinition<'_, &str, (&str, &str)> = TableDefinition::new("requests");
+const FLEET: TableDefinition<'_, &str, ()> = TableDefinition::new("fleet");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
 const APPLIED_SEQ: &str = "applied_seq";
@@ -70,6 +71,7 @@ impl Store {
         let write = database.begin_write()?;
         write.open_table(KEYS)?;
         write.open_table(REQUESTS)?;
+        write.open_table(FLEET)?;
         write.open_table(META)?;
         write.commit()?;
         Ok(Self { database, batches: 0.into() })
@@ -150,6 +152,33 @@ impl Store {
             let (body, key_id) = seen.value();
             Seen { body: body.into(), key_id: key_id.into() }
         }))
+    }
+
+    /// The proxies that were there, as [`Store::keep_fleet`] got them.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn fleet(&self) -> Result<Vec<String>, StoreError> {
+        let fleet = self.database.begin_read()?.open_table(FLEET)?;
+        let names =
+            fleet.iter()?.map(|entry| entry.map(|(name, _)| name.value().to_owned()).map_err(Into::into));
+        names.collect()
+    }
+
+    /// Keeps who is in the fleet, so that a restart does not forget a proxy that is cut off meanwhile.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn keep_fleet(&self, names: &[String]) -> Result<(), StoreError> {
+        let write = self.database.begin_write()?;
+        write.delete_table(FLEET)?;
+        {
+            let mut fleet = write.open_table(FLEET)?;
+            for name in names {
+                fleet.insert(name.as_str(), ())?;
+            }
+        }
+        Ok(write.commit()?)
     }
 
     /// Applies changes; `last_seq` is the number of the last one.

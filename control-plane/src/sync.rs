@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, ShardRequest};
+use keygate_core::wire::{self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, Proxy, ShardRequest};
 use sha2::{Digest, Sha256};
 
 use crate::app::App;
@@ -62,11 +62,13 @@ pub fn router(app: Arc<App>) -> Router {
 async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let poll: Poll = read(&body)?;
-    if poll.format != FORMAT
-        || poll.proxy.id.len() > MAX_ID_BYTES
-        || poll.proxy.incarnation.len() > MAX_ID_BYTES
-    {
+    if poll.format != FORMAT {
         return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
+    }
+    let Proxy { id, incarnation, .. } = &poll.proxy;
+    let fits = |name: &String| (1..=MAX_ID_BYTES).contains(&name.len());
+    if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
+        return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
     }
     let applied = poll.applied;
     let base = applied.filter(|_| !poll.resync);

@@ -63,6 +63,9 @@ pub enum CommitError {
     /// The journal cannot be written.
     #[error("the journal cannot be written; nothing was changed")]
     Journal,
+    /// A change of the same batch cannot be applied.
+    #[error("the change cannot be applied; nothing was changed")]
+    Inapplicable,
     /// The writer has stopped.
     #[error("the control plane is stopping; nothing was changed")]
     Stopped,
@@ -223,10 +226,14 @@ struct Thread {
     deltas: Arc<Deltas>,
     clock: Clock,
     metrics: Arc<Metrics>,
+    /// Changes of the journal that the store could not take yet.
+    unstored: Vec<Change>,
 }
 
 /// What a new history begins with, and what this start brings along.
 pub struct Start<'s> {
+    /// The journal, claimed.
+    pub claim: Claim,
     /// The directory.
     pub dir: &'s Path,
     /// What the configuration says.
@@ -246,8 +253,7 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { dir, settings, master, first_changes, clock, metrics } = start;
-    let claim = Claim::new(dir)?;
+    let Start { claim, dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let mut model = Model::default();
@@ -315,6 +321,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         deltas: deltas.clone(),
         clock,
         metrics,
+        unstored: Vec::new(),
     };
     let thread = thread::Builder::new()
         .name("writer".into())
@@ -353,7 +360,8 @@ impl Thread {
         let mut seq = self.journal.last_seq();
         for job in batch {
             let view = View { model: &model, now: now_ms / 1_000, store: &self.store, pending: &pending };
-            let planned = (job.plan)(&view);
+            let Job { actor, plan, done } = job;
+            let planned = plan(&view);
             for change in planned {
                 seq += 1;
                 match model.apply(&change, seq, &self.master) {
@@ -362,16 +370,17 @@ impl Thread {
                     Err(error) => {
                         // Only a secret that this process sealed a moment ago can fail to open.
                         tracing::error!(%error, "a planned change cannot be applied; nothing of its batch was changed");
+                        let dones = waiting.into_iter().map(|(done, _)| done);
+                        for waits in dones.chain([done]) {
+                            let _caller_gone = waits.send(Err(CommitError::Inapplicable));
+                        }
                         return;
                     }
                 }
                 pending.note(&change, &self.store);
-                changes.push((job.actor.clone(), change));
+                changes.push((actor.clone(), change));
             }
-            waiting.push((
-                job.done,
-                Committed { version: Version { source: model.source(), seq: model.seq() } },
-            ));
+            waiting.push((done, Committed { version: Version { source: model.source(), seq: model.seq() } }));
         }
         if !changes.is_empty() {
             let started = std::time::Instant::now();
@@ -385,10 +394,15 @@ impl Thread {
             }
             self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
             self.publish(model, effects);
-            let applied = self.store.apply(changes.iter().map(|(_, change)| change), self.journal.last_seq());
-            if let Err(error) = applied {
-                // The journal has it: the next start applies it. Until then reads may lack it.
-                tracing::error!(%error, "the store cannot be written; it is made good at the next start");
+            self.unstored.extend(changes.into_iter().map(|(_, change)| change));
+            match self.store.apply(&self.unstored, self.journal.last_seq()) {
+                Ok(()) => self.unstored.clear(),
+                // The journal has them: they are tried again with the next ones, or at the next start. Until
+                // then reads may lack them.
+                Err(error) => {
+                    self.metrics.store_failures.inc();
+                    tracing::error!(%error, waiting = self.unstored.len(), "the store cannot be written");
+                }
             }
         }
         for (done, committed) in waiting {

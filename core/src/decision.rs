@@ -39,9 +39,11 @@ pub enum State<'s> {
 }
 
 impl<'s> State<'s> {
-    /// The state of `rules` that were confirmed `age_s` seconds ago.
-    pub fn aged(rules: &'s Ruleset, age_s: u64) -> Self {
-        if age_s > rules.hard_age_s { Self::Stale(rules) } else { Self::Fresh(rules) }
+    /// The state of `rules` that were last known to be the newest `age_ns` nanoseconds ago. At the hard age
+    /// it is stale, not after it: the control plane counts on that.
+    pub fn aged(rules: &'s Ruleset, age_ns: u64) -> Self {
+        let hard_age_ns = rules.hard_age_s.saturating_mul(1_000_000_000);
+        if age_ns >= hard_age_ns { Self::Stale(rules) } else { Self::Fresh(rules) }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The route policy: which requests need which key. Routes are tried in order, the first match wins, and
 //! what matches none is refused.
 
+use std::borrow::Cow;
+
 use serde::{Deserialize, Serialize};
 
 use crate::token;
@@ -94,8 +96,13 @@ pub struct PolicyError {
 
 impl Policy {
     /// The first route that matches. `path` has no query.
+    ///
+    /// Letters that are percent-encoded without need are the letters that they stand for (RFC 3986 section
+    /// 6.2.2.2), and a path that an upstream could read as another one matches nothing: see
+    /// [`canonical_path`]. Else `/%61dmin` would be public where `/admin` is not.
     pub fn route(&self, method: &[u8], path: &[u8]) -> Option<&Route> {
-        self.routes.iter().find(|route| route.matches(method, path))
+        let path = canonical_path(path)?;
+        self.routes.iter().find(|route| route.matches(method, &path))
     }
 
     /// Whether any route goes on without news from the control plane.
@@ -166,11 +173,54 @@ fn check_path(path: &str) -> Result<(), &'static str> {
     if path.bytes().any(|b| !b.is_ascii_graphic() || b == b'?' || b == b'#') {
         return Err("must be visible ASCII without query or fragment");
     }
-    // The proxy normalises the path before the policy sees it: these would never match.
-    if path.contains("//") || fixed.split('/').any(|segment| segment == "." || segment == "..") {
-        return Err("must be normalised: no '//', '.' or '..' segments");
+    match canonical_path(fixed.as_bytes()) {
+        Some(canonical) if *canonical == *fixed.as_bytes() => Ok(()),
+        _ => Err("would never match: no '.', '..' or empty segments, no encoded letters or slashes"),
     }
-    Ok(())
+}
+
+/// A path with its needlessly percent-encoded letters decoded. `None` when upstreams may differ about which
+/// path it is: dot segments, empty segments, backslashes, encoded slashes, backslashes, percent signs or
+/// zero bytes, and encodings that are none. The shipped Envoy configuration normalises most of these before
+/// the filter sees them; this is for configurations that do not.
+pub fn canonical_path(path: &[u8]) -> Option<Cow<'_, [u8]>> {
+    let path = if path.contains(&b'%') { Cow::Owned(decode_unreserved(path)?) } else { Cow::Borrowed(path) };
+    if path.contains(&b'\\') {
+        return None;
+    }
+    let mut segments = path.split(|byte| *byte == b'/').skip(1).peekable();
+    while let Some(segment) = segments.next() {
+        let last = segments.peek().is_none();
+        if matches!(segment, b"." | b"..") || (segment.is_empty() && !last) {
+            return None;
+        }
+    }
+    Some(path)
+}
+
+fn decode_unreserved(path: &[u8]) -> Option<Vec<u8>> {
+    let hex = |digit: &u8| char::from(*digit).to_digit(16).and_then(|value| u8::try_from(value).ok());
+    let mut out = Vec::with_capacity(path.len());
+    let mut rest = path;
+    while let Some((byte, tail)) = rest.split_first() {
+        rest = tail;
+        if *byte != b'%' {
+            out.push(*byte);
+            continue;
+        }
+        let (digits, tail) = rest.split_first_chunk::<2>()?;
+        rest = tail;
+        let value = hex(&digits[0])?.wrapping_shl(4) | hex(&digits[1])?;
+        match value {
+            b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(value),
+            b'/' | b'\\' | b'%' | 0 => return None,
+            _ => {
+                out.push(b'%');
+                out.extend_from_slice(&digits.map(|digit| digit.to_ascii_uppercase()));
+            }
+        }
+    }
+    Some(out)
 }
 
 impl Route {
@@ -203,7 +253,21 @@ impl Route {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #[test]
+        fn a_canonical_path_is_canonical(path in prop::collection::vec(any::<u8>(), 0..60), slashes in "[/.%a2fF5cC]{0,20}") {
+            for path in [path, slashes.into_bytes()] {
+                if let Some(once) = canonical_path(&path) {
+                    let twice = canonical_path(&once).map(Cow::into_owned);
+                    prop_assert_eq!(twice.as_deref(), Some(&*once));
+                }
+            }
+        }
+    }
 
     fn policy(json: &str) -> Policy {
         serde_json::from_str(json).unwrap()
@@ -243,9 +307,50 @@ mod tests {
     fn a_star_alone_matches_everything() {
         let policy = policy(r#"{"routes":[{"name":"all","path":"/*","access":"public"}]}"#);
         assert!(policy.validate().is_ok());
-        for path in ["/", "/a", "/a/b"] {
+        for path in ["/", "/a", "/a/b", "/a/b/"] {
             assert!(policy.route(b"GET", path.as_bytes()).is_some(), "{path}");
         }
+    }
+
+    #[test]
+    fn a_path_in_another_spelling_is_the_same_path_or_none() {
+        for (path, canonical) in [
+            ("/", Some("/")),
+            ("/a/b/", Some("/a/b/")),
+            ("/%61dmin", Some("/admin")),
+            ("/%41%2D%2e%5F%7E%30", Some("/A-._~0")),
+            ("/a%20b%c3%A4", Some("/a%20b%C3%A4")),
+            ("/...", Some("/...")),
+            ("/.well-known/x", Some("/.well-known/x")),
+            ("", Some("")),
+            ("*", Some("*")),
+            ("/a/../b", None),
+            ("/a/%2e%2E/b", None),
+            ("/a/.", None),
+            ("/..", None),
+            ("//admin", None),
+            ("/a//b", None),
+            ("/a%2fb", None),
+            ("/a%2Fb", None),
+            ("/a%5cb", None),
+            ("/a\\b", None),
+            ("/a%00", None),
+            ("/a%2561", None),
+            ("/a%", None),
+            ("/a%6", None),
+            ("/a%6g", None),
+        ] {
+            let found = canonical_path(path.as_bytes()).map(|p| String::from_utf8(p.into_owned()).unwrap());
+            assert_eq!(found.as_deref(), canonical, "{path}");
+        }
+        let policy = policy(
+            r#"{"routes":[{"name":"admin","path":"/admin/*","access":"key"},{"name":"all","path":"/*","access":"public"}]}"#,
+        );
+        let name = |path: &str| policy.route(b"GET", path.as_bytes()).map(|route| route.name.as_str());
+        assert_eq!(name("/%61dmin/x"), Some("admin"));
+        assert_eq!(name("/x/../admin"), None);
+        assert_eq!(name("//admin"), None);
+        assert_eq!(name("/x"), Some("all"));
     }
 
     #[test]

@@ -22,10 +22,12 @@ pub struct Replica {
 impl Replica {
     /// Looks for a newer state if the last look is [`LOOK_EVERY_NS`] ago.
     pub fn refresh(&mut self, data: &mut impl SharedData, now_ns: u64) {
-        let due = self.looked_ns.is_none_or(|looked| {
-            // A clock that went backwards is a reason to look, too.
-            now_ns < looked || now_ns.saturating_sub(looked) >= LOOK_EVERY_NS
-        });
+        let waiting = self.rules.is_none(); // Nothing to trust yet: look every time.
+        let due = waiting
+            || self.looked_ns.is_none_or(|looked| {
+                // A clock that went backwards is a reason to look, too.
+                now_ns < looked || now_ns.saturating_sub(looked) >= LOOK_EVERY_NS
+            });
         if due {
             self.look(data, now_ns);
         }
@@ -102,10 +104,10 @@ impl Replica {
         data: &'r mut D,
         now_ns: u64,
     ) -> (State<'r>, Gated<'r, Shards<'r, D>>) {
-        let age_s = self.age_ns(now_ns) / 1_000_000_000;
+        let age_ns = self.age_ns(now_ns);
         let state = match &self.rules {
             None => State::Missing,
-            Some(rules) => State::aged(rules, age_s),
+            Some(rules) => State::aged(rules, age_ns),
         };
         let source = Shards { data, generation: self.beacon.generation };
         (state, Gated { gate: &mut self.gate, source })
@@ -179,18 +181,18 @@ mod tests {
         assert_eq!(replica.version(), None);
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
         leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
-        replica.refresh(&mut data, LOOK_EVERY_NS - 1);
-        assert_eq!(replica.version(), None);
-        replica.refresh(&mut data, LOOK_EVERY_NS);
-        assert_eq!(replica.version().unwrap().seq, 1);
+        replica.refresh(&mut data, 1);
+        assert_eq!(replica.version().unwrap().seq, 1, "the first one is not waited for");
         let f = Fingerprint::of("a");
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Clear);
         leader.publish(&mut data, &delta(2, vec![Op::Revoke(f)]), Contact::default()).unwrap();
-        replica.refresh(&mut data, 2 * LOOK_EVERY_NS);
+        replica.refresh(&mut data, LOOK_EVERY_NS);
+        assert_eq!(replica.version().unwrap().seq, 1);
+        replica.refresh(&mut data, LOOK_EVERY_NS + 1);
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Revoked);
         // A clock that went back does not freeze the copy.
         leader.publish(&mut data, &delta(3, vec![Op::Forget(f)]), Contact::default()).unwrap();
-        replica.refresh(&mut data, 1);
+        replica.refresh(&mut data, 2);
         assert_eq!(replica.version().unwrap().seq, 3);
     }
 
@@ -253,8 +255,8 @@ mod tests {
         leader.publish(&mut data, &first(&ExactSet::default()), at(1_000)).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 1_000 * S);
-        assert!(matches!(replica.view(&mut data, 1_300 * S).0, State::Fresh(_)));
-        assert!(matches!(replica.view(&mut data, 1_301 * S).0, State::Stale(_)));
+        assert!(matches!(replica.view(&mut data, 1_300 * S - 1).0, State::Fresh(_)));
+        assert!(matches!(replica.view(&mut data, 1_300 * S).0, State::Stale(_)));
         leader.touch(&mut data, at(1_200), 0).unwrap();
         replica.look(&mut data, 1_301 * S);
         assert!(matches!(replica.view(&mut data, 1_301 * S).0, State::Fresh(_)));

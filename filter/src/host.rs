@@ -156,15 +156,15 @@ impl Counter {
 
 /// Writes a line to the proxy's log.
 pub fn info(message: &str) {
-    let _best_effort = hostcalls::log(LogLevel::Info, &format!("keygate: {message}"));
+    let _best_effort = hostcalls::log(LogLevel::Info, message);
 }
 
 /// Writes a warning to the proxy's log.
 pub fn warn(message: &str) {
-    let _best_effort = hostcalls::log(LogLevel::Warn, &format!("keygate: {message}"));
+    let _best_effort = hostcalls::log(LogLevel::Warn, message);
 }
 
 /// Writes an error to the proxy's log.
 pub fn error(message: &str) {
-    let _best_effort = hostcalls::log(LogLevel::Error, &format!("keygate: {message}"));
+    let _best_effort = hostcalls::log(LogLevel::Error, message);
 }

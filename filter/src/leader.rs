@@ -113,7 +113,7 @@ impl Leader {
                         if published {
                             metrics.publications.increment();
                             // Workers look every 5 ms; only then is the version what all of them enforce.
-                            leading.ask_at_ns = now_ns.saturating_add(LOOK_EVERY_NS);
+                            leading.ask_at_ns = host::monotonic_ns().saturating_add(LOOK_EVERY_NS);
                         }
                         None
                     }
@@ -161,6 +161,13 @@ impl Leader {
             host::info("in touch with the control plane again");
         }
         self.ask_if_due(now_ns, workers, metrics)
+    }
+
+    /// Lets another VM lead at once, when this one is to end.
+    pub fn resign(&mut self) {
+        if self.leading.take().is_some() {
+            shared::release_lease(&mut Shared, self.vm);
+        }
     }
 
     fn ask_if_due(&mut self, now_ns: u64, workers: usize, metrics: &Metrics) -> Option<Duration> {

@@ -50,6 +50,15 @@ struct Root {
 }
 
 impl Context for Root {
+    fn on_done(&mut self) -> bool {
+        if let Some(plugin) = &self.plugin
+            && let Ok(mut plugin) = plugin.try_borrow_mut()
+        {
+            plugin.on_done();
+        }
+        true
+    }
+
     fn on_http_call_response(&mut self, token: u32, headers: usize, body_bytes: usize, _trailers: usize) {
         if let Some(plugin) = &self.plugin
             && let Ok(mut plugin) = plugin.try_borrow_mut()

@@ -81,7 +81,7 @@ impl Plugin {
         if token.is_none() {
             host::warn(&format!(
                 "no {FLEET_TOKEN} in the environment (vm_config.environment_variables.host_env_keys): \
-                 the control plane will answer only if it knows this proxy by mTLS"
+                 the control plane will refuse this proxy"
             ));
         }
         // A number of this VM's own: the keys of a fresh hasher are random.
@@ -127,6 +127,11 @@ impl Plugin {
         let wanted = self.leader.on_answer(token, answer, now_ns, self.workers, &self.metrics);
         self.replica.look(&mut host::Shared, now_ns);
         self.set_tick(wanted);
+    }
+
+    /// The VM ends, for instance since there is a new configuration.
+    pub fn on_done(&mut self) {
+        self.leader.resign();
     }
 
     fn set_tick(&mut self, wanted: Option<Duration>) {

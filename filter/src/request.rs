@@ -48,7 +48,8 @@ impl Plugin {
             headers.iter().find(|(name, _)| name == wanted).map_or(b"".as_slice(), |(_, value)| value)
         };
         let (method, path) = (value(":method"), value(":path"));
-        if path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
+        let asks_readiness = matches!(method, b"GET" | b"HEAD");
+        if asks_readiness && path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
             return self.ready(now_ns);
         }
         let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));

@@ -200,6 +200,40 @@ fn a_key_is_renewed_only_near_its_end() {
     let validate = |key: &Key| api.call(&Request::get("/api/auth/validate").bearer(&key.token)).status;
     assert_eq!((validate(&old), validate(&new)), (401, 200));
     refresh(&old).expect(401);
+
+    // Whoever did not get the answer asks again, with the key that the renewal has ended.
+    let once = |key: &Key, name: &str| {
+        let request = Request::post("/api/auth/refresh", &json!({})).bearer(&key.token);
+        api.call(&request.header("idempotency-key", name))
+    };
+    let first = once(&new, "n-1").expect(200).json();
+    let again = once(&new, "n-1").expect(200).json();
+    assert_eq!(first["api_key"], again["api_key"]);
+    once(&new, "n-2").expect_problem(401, "invalid_token");
+    let newest = Key::from_answer(&first);
+    api.post(&format!("/api/admin/keys/{}/revoke", newest.id), &json!({})).expect(200);
+    once(&newest, "n-1").expect_problem(401, "invalid_token");
+}
+
+#[test]
+fn a_restart_does_not_forget_a_proxy_that_is_cut_off() {
+    let mut stack = Stack::builder().config("[fleet]\nhard_age = \"8s\"\n").start();
+    let acknowledged = |stack: &Stack| stack.api().fleet().iter().any(|proxy| proxy["current"] == true);
+    wait_until(Duration::from_secs(10), "the proxy acknowledges", || acknowledged(&stack));
+    stack.control_plane.kill();
+    stack.envoy.kill();
+    stack.control_plane.start();
+    // It may be cut off and serve keys for the rest of its hard age.
+    let api = stack.api();
+    let (first, second) = (api.issue("basic"), api.issue("basic"));
+    let revoke = |key: &Key, timeout: &str| {
+        let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout={timeout}", key.id);
+        api.post(&path, &json!({})).expect(200).json()["propagation"].clone()
+    };
+    let early = revoke(&first, "100ms");
+    assert_eq!((&early["total"], &early["missing"]), (&json!(1), &json!(["envoy-1"])), "{early}");
+    let late = revoke(&second, "20s");
+    assert_eq!((&late["applied"], &late["missing"]), (&json!(1), &json!([])), "{late}");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! End-to-end tests with a real Envoy. One program, so that it links once.
 
 mod agreement;
+mod algorithms;
 mod api;
 mod config;
 mod hostile;

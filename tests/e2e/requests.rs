@@ -321,6 +321,20 @@ fn readiness_is_answered_by_every_worker_and_nobody_else() {
 }
 
 #[test]
+fn envoys_own_stats_count_decisions_by_reason() {
+    let stack = Stack::builder().workers(1).start();
+    let count = |reason: &str| {
+        let text = stack.envoy.admin("/stats/prometheus").expect(200).text();
+        let series = format!("keygate_decisions{{reason=\"{reason}\"}} ");
+        let value = text.lines().find_map(|line| line.strip_prefix(series.as_str()).map(str::to_owned));
+        value.unwrap_or_else(|| panic!("no {series} in {text}")).parse::<u64>().expect("a count")
+    };
+    assert_eq!((count("no_route"), count("revoked")), (0, 0), "every series is there from the start");
+    stack.call(&Request::get("/nowhere")).expect(403);
+    assert_eq!(count("no_route"), 1);
+}
+
+#[test]
 fn the_access_log_says_who_and_why_and_never_the_key() {
     let stack = Stack::start();
     let key = stack.api().issue("basic");

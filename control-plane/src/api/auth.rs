@@ -8,9 +8,11 @@ use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use keygate_core::cache::Verified;
+use keygate_core::decision::Reason;
 use keygate_core::policy::Route;
+use keygate_core::refusal::Refusal;
 
-use super::request::{self, Body, Wait, authenticate};
+use super::request::{self, Body, Wait, authenticate, authenticate_or};
 use super::{actor, json};
 use crate::app::App;
 use crate::change::{Change, Idempotency};
@@ -90,7 +92,11 @@ pub async fn refresh(
 ) -> Result<Response, Problem> {
     let limit = wait(query)?.limit()?;
     let since = Instant::now();
-    let caller = authenticate(&app, &headers, &Route::keyed("refresh", &[]))?.0;
+    let route = Route::keyed("refresh", &[]);
+    // The renewal itself revokes this key. Whoever did not get the answer asks again with it.
+    let again = headers.contains_key("idempotency-key");
+    let caller = authenticate_or(&app, &headers, &route, |reason| again && reason == Reason::Revoked)?.0;
+    let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
@@ -102,20 +108,19 @@ pub async fn refresh(
     let configured = app.config.roles.get(&role).cloned();
     let plan = move |view: &View<'_>| {
         let old = view.key(&key_id)?.ok_or_else(|| Problem::not_found("This key is not known here."))?;
+        let renewed = old.revoked.as_ref().is_some_and(|ended| ended.reason == RevocationReason::Rotation);
+        if renewed && let Some(issued) = replay(view, idempotency.as_ref())? {
+            return Ok((Vec::new(), issued));
+        }
+        if old.revoked.is_some() {
+            return Err(refusal);
+        }
         if view.now < old.refresh_after() {
             let after = clock::rfc3339(old.refresh_after());
             let detail = format!("This key can be renewed from {after} on.");
             return Err(
                 Problem::new(StatusCode::BAD_REQUEST, "too_early", detail).with("refresh_after", after)
             );
-        }
-        if old.revoked.is_some() {
-            // Two renewals of one key at the same time: the first has ended it.
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "already_renewed",
-                "This key was renewed or revoked.",
-            ));
         }
         let signer = signer(view)?;
         let key = key::renewal(&old, configured.as_ref(), random::identity(), &signer.kid, view.now);
@@ -127,12 +132,12 @@ pub async fn refresh(
     let submitted =
         app.writer.submit(actor(&caller), plan).await.map_err(Problem::from).and_then(|done| done);
     let (issued, committed) = submitted.inspect_err(|_| count("false"))?;
-    count("true");
-    app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
-    app.metrics
-        .revoked
-        .with_label_values(&[issued.key.role.as_str(), RevocationReason::Rotation.label()])
-        .inc();
+    if !issued.replayed {
+        count("true");
+        let role = issued.key.role.as_str();
+        app.metrics.created.with_label_values(&[role, V2]).inc();
+        app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
+    }
     let view = issued_view(&app, &issued)?;
     Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, view).await))
 }
@@ -164,7 +169,7 @@ pub fn revoked(key: &KeyRecord, revocation: Ended<RevocationReason>) -> Change {
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {
-    Creator { role: &key.claims.role, scopes: &key.claims.scope }
+    Creator { role: &key.claims.role, scopes: &key.claims.scope, owner: key.claims.own.as_deref() }
 }
 
 fn signer(view: &View<'_>) -> Result<Arc<Signer>, Problem> {

@@ -11,7 +11,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::cache::Verified;
 use keygate_core::credential;
-use keygate_core::decision::{Judge, Verdict, decide_on_route};
+use keygate_core::decision::{Judge, Reason, Verdict, decide_on_route};
 use keygate_core::policy::Route;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -36,6 +36,19 @@ pub struct Caller(pub Arc<Verified>);
 /// # Errors
 /// The refusal that a proxy would give.
 pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Caller, Problem> {
+    authenticate_or(app, headers, route, |_| false)
+}
+
+/// The same, and lets a key pass that is refused for a reason which `but` takes, if its signature is good.
+///
+/// # Errors
+/// The refusal that a proxy would give.
+pub fn authenticate_or(
+    app: &App,
+    headers: &HeaderMap,
+    route: &Route,
+    but: impl Fn(Reason) -> bool,
+) -> Result<Caller, Problem> {
     let started = Instant::now();
     let state = app.state();
     let pairs = headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
@@ -53,6 +66,7 @@ pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Cal
     app.metrics.validation_seconds.with_label_values(&[V2]).observe(started.elapsed().as_secs_f64());
     match (decision.verdict, decision.key) {
         (Verdict::Forward, Some(key)) => Ok(Caller(key)),
+        (Verdict::Refuse(_), Some(key)) if but(decision.reason) => Ok(Caller(key)),
         (Verdict::Refuse(refusal), _) => {
             app.metrics.auth_errors.with_label_values(&[decision.reason.label(), V2]).inc();
             Err(Problem::refusal(refusal, &state.rules.realm, &route.scopes))
