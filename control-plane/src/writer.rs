@@ -228,6 +228,8 @@ struct Thread {
     metrics: Arc<Metrics>,
     /// Changes of the journal that the store could not take yet.
     unstored: Vec<Change>,
+    /// Whether the rules changed since they were last published.
+    rules_changed: bool,
 }
 
 /// What a new history begins with, and what this start brings along.
@@ -322,6 +324,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         clock,
         metrics,
         unstored: Vec::new(),
+        rules_changed: false,
     };
     let thread = thread::Builder::new()
         .name("writer".into())
@@ -413,17 +416,23 @@ impl Thread {
     fn publish(&mut self, mut model: Model, effects: Vec<(u64, Effect)>) {
         model.relay();
         let before = self.states.borrow().clone();
-        let same_rules = effects.iter().all(|(_, effect)| !effect.rules);
-        match model.picture(same_rules.then_some(&before)) {
+        self.rules_changed |= effects.iter().any(|(_, effect)| effect.rules);
+        // Kept whatever becomes of the rules: the next version must bring every revocation of this one.
+        for (seq, effect) in effects {
+            self.deltas.push(seq, effect);
+        }
+        let with_rules_of = if self.rules_changed { None } else { Some(&*before) };
+        match model.picture(with_rules_of) {
             Ok(state) => {
-                for (seq, effect) in effects {
-                    self.deltas.push(seq, effect);
-                }
+                self.rules_changed = false;
                 self.states.send_replace(Arc::new(state));
             }
-            // Plans check what they change; this is for what nobody thought of.
+            // Plans check what they change; this is for what nobody thought of. Revocations go on.
             Err(error) => {
-                tracing::error!(%error, "the new rules do not hold; proxies keep the version they have")
+                tracing::error!(%error, "the new rules do not hold; proxies keep those they have");
+                if let Ok(state) = model.picture(Some(&before)) {
+                    self.states.send_replace(Arc::new(state));
+                }
             }
         }
         self.model = model;
