@@ -17,12 +17,14 @@ pub struct Problem {
     detail: String,
     headers: Vec<(HeaderName, String)>,
     members: Vec<(&'static str, serde_json::Value)>,
+    /// The refusal that it is, whose body is then the very same as a proxy's.
+    refusal: Option<Refusal>,
 }
 
 impl Problem {
     /// An error with a status, a code and a sentence.
     pub fn new(status: StatusCode, code: &'static str, detail: impl Into<String>) -> Self {
-        Self { status, code, detail: detail.into(), headers: Vec::new(), members: Vec::new() }
+        Self { status, code, detail: detail.into(), headers: Vec::new(), members: Vec::new(), refusal: None }
     }
 
     /// 400: the request cannot be understood.
@@ -39,6 +41,7 @@ impl Problem {
     pub fn refusal(refusal: Refusal, realm: &str, scopes: &[String]) -> Self {
         let status = StatusCode::from_u16(refusal.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
         let mut problem = Self::new(status, refusal.code(), refusal.detail());
+        problem.refusal = Some(refusal);
         if let Some(challenge) = refusal.challenge(realm, scopes) {
             problem = problem.with_header(header::WWW_AUTHENTICATE, challenge);
         }
@@ -70,9 +73,10 @@ impl IntoResponse for Problem {
         for (name, value) in self.members {
             body[name] = value;
         }
+        let body = self.refusal.map_or_else(|| body.to_string(), Refusal::body);
         let headers =
             [(header::CONTENT_TYPE, "application/problem+json"), (header::CACHE_CONTROL, "no-store")];
-        let mut response = (self.status, headers, body.to_string()).into_response();
+        let mut response = (self.status, headers, body).into_response();
         for (name, value) in self.headers {
             if let Ok(value) = HeaderValue::from_str(&value) {
                 response.headers_mut().insert(name, value);
