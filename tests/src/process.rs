@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::LazyLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::wait::try_wait_for;
 use crate::wait::wait_for;
 
 /// A running process. Asked to stop, then killed, when dropped.
@@ -89,21 +90,14 @@ impl Process {
     }
 
     fn end(&mut self) -> ExitStatus {
-        let deadline = Instant::now() + Duration::from_secs(10);
         let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if let (None, Some(id)) = (self.ended(), id) {
             let _ = kill_process(id, Signal::TERM);
         }
-        loop {
-            if let Some(status) = self.ended() {
-                return status;
-            }
-            if Instant::now() > deadline {
-                let _ = self.child.kill();
-                return self.child.wait().expect("the child is ours");
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
+        try_wait_for(Duration::from_secs(10), || self.ended()).unwrap_or_else(|| {
+            let _ = self.child.kill();
+            self.child.wait().expect("the child is ours")
+        })
     }
 }
 

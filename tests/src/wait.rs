@@ -8,13 +8,18 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// Waits until `find` finds something. Panics when it does not in time; `what` completes "waited in
 /// vain for …".
 #[track_caller]
-pub fn wait_for<T>(within: Duration, what: &str, mut find: impl FnMut() -> Option<T>) -> T {
+pub fn wait_for<T>(within: Duration, what: &str, find: impl FnMut() -> Option<T>) -> T {
+    try_wait_for(within, find).unwrap_or_else(|| panic!("waited {within:?} in vain for {what}"))
+}
+
+/// Waits until `find` finds something; `None` when it does not in time.
+pub fn try_wait_for<T>(within: Duration, mut find: impl FnMut() -> Option<T>) -> Option<T> {
     let deadline = Instant::now() + within;
     loop {
-        if let Some(found) = find() {
+        let found = find();
+        if found.is_some() || Instant::now() >= deadline {
             return found;
         }
-        assert!(Instant::now() < deadline, "waited {within:?} in vain for {what}");
         std::thread::sleep(INTERVAL);
     }
 }
