@@ -1,6 +1,7 @@
 //! What can change, as it stands in the journal. Applying the changes of a journal in order gives the
 //! state; nothing else does.
 
+use keygate_core::cutoff::Lockdown;
 use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -63,6 +64,12 @@ pub enum Change {
         key_id: String,
         /// The token's id.
         jti: String,
+    },
+    /// A lockdown was put in place of the one before, or lifted.
+    LockdownChanged {
+        /// The new one; `None`: lifted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lockdown: Option<Lockdown>,
     },
     /// The route policy was replaced.
     PolicyReplaced {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
+use keygate_core::cutoff::Lockdown;
 use keygate_core::policy::Policy;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op};
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
@@ -72,6 +73,7 @@ pub struct Model {
     secrets: Vec<SecretRecord>,
     signers: Vec<Arc<Signer>>,
     revocations: ExactSet,
+    lockdown: Option<Lockdown>,
     census: Census,
 }
 
@@ -143,6 +145,10 @@ impl Model {
                 self.secrets.push(secret.clone());
                 effect.rules = true;
             }
+            Change::LockdownChanged { lockdown } => {
+                self.lockdown = lockdown.clone();
+                effect.rules = true;
+            }
             Change::PolicyReplaced { policy } => {
                 self.policy = Arc::new(policy.clone());
                 self.policy_seq = seq;
@@ -182,6 +188,11 @@ impl Model {
         &self.settings
     }
 
+    /// The lockdown that was set last, also when its end has passed.
+    pub fn lockdown(&self) -> Option<&Lockdown> {
+        self.lockdown.as_ref()
+    }
+
     /// The policy and the number of its last change.
     pub fn policy(&self) -> (&Policy, u64) {
         (&self.policy, self.policy_seq)
@@ -211,7 +222,7 @@ impl Model {
             keys: self.signers.iter().map(|signer| signer.verification_key()).collect(),
             policy: (*self.policy).clone(),
             cutoffs: Vec::new(),
-            lockdown: None,
+            lockdown: self.lockdown.clone(),
         }
     }
 

@@ -206,6 +206,7 @@ impl Store {
                     }
                     Change::SettingsChanged { .. }
                     | Change::SecretCreated { .. }
+                    | Change::LockdownChanged { .. }
                     | Change::PolicyReplaced { .. } => {}
                     Change::KeyIssued { key, idempotency } => {
                         if let Some(seen) = idempotency {

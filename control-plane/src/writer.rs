@@ -139,6 +139,7 @@ impl Pending {
             Change::Genesis { .. }
             | Change::SettingsChanged { .. }
             | Change::SecretCreated { .. }
+            | Change::LockdownChanged { .. }
             | Change::PolicyReplaced { .. } => {}
         }
     }

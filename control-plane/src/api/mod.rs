@@ -3,6 +3,7 @@
 //! to add one.
 
 mod auth;
+mod emergency;
 mod explain;
 mod fleet;
 mod health;
@@ -20,7 +21,7 @@ use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post, put};
+use axum::routing::{MethodRouter, delete, get, post, put};
 use keygate_core::cache::Verified;
 use keygate_core::policy::Route;
 
@@ -66,6 +67,7 @@ const WAIT: &[(&str, &str)] = &[
 ];
 const READ: Needs = Needs::Scope("admin:read");
 const WRITE: Needs = Needs::Scope("admin:write");
+const MANAGE: Needs = Needs::Scope("system:manage");
 
 /// Every operation.
 fn operations() -> Vec<Operation> {
@@ -154,6 +156,24 @@ fn operations() -> Vec<Operation> {
                 "Replace the members named of the route policy; honours If-Match",
                 put(policy::replace),
             ),
+        )),
+        op("get", "/api/admin/emergency", READ, "What emergency measures are in force", get(emergency::show)),
+        waits(takes(
+            r#"{"ttl": "1h", "exempt_roles": ["admin"]}"#,
+            op(
+                "post",
+                "/api/admin/emergency/lockdown",
+                MANAGE,
+                "Refuse every key but those of exempt roles, for a time",
+                post(emergency::lock_down),
+            ),
+        )),
+        waits(op(
+            "delete",
+            "/api/admin/emergency/lockdown",
+            MANAGE,
+            "Lift the lockdown before its end",
+            delete(emergency::lift),
         )),
         op("get", "/api/admin/fleet", READ, "The proxies and what they enforce", get(fleet::list)),
         takes(
