@@ -49,6 +49,15 @@ pub enum Change {
         /// When, why and by whom.
         revocation: Ended<RevocationReason>,
     },
+    /// A token's id was revoked that belongs to no key known here: of a key not seen yet, or a foreign one.
+    JtiRevoked {
+        /// The token's id.
+        jti: String,
+        /// Until when the revocation is kept: no key issued before it lives longer. Unix seconds.
+        expires_at: u64,
+        /// When, why and by whom.
+        revocation: Ended<RevocationReason>,
+    },
     /// A key was suspended.
     KeySuspended {
         /// The key's id.

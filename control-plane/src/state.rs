@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use keygate_core::cutoff::Lockdown;
 use keygate_core::policy::Policy;
-use keygate_core::revocation::{ExactSet, Fingerprint, Op};
+use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
 use keygate_core::version::Version;
 use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS};
@@ -159,6 +159,7 @@ impl Model {
                 self.census.change(role, *expires_at, -1);
                 op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
             }
+            Change::JtiRevoked { jti, .. } => op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations),
             Change::KeySuspended { jti, .. } => op(Op::Suspend(Fingerprint::of(jti)), &mut self.revocations),
             Change::KeyResumed { jti, .. } => op(Op::Resume(Fingerprint::of(jti)), &mut self.revocations),
         }
@@ -186,6 +187,16 @@ impl Model {
     /// What the configuration said last.
     pub fn settings(&self) -> &Settings {
         &self.settings
+    }
+
+    /// How long a key lives at most, in seconds.
+    pub fn longest_life_s(&self) -> u64 {
+        self.settings.max_life_s
+    }
+
+    /// Whether a token's id is revoked.
+    pub fn is_revoked(&self, jti: &str) -> bool {
+        (&self.revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
     }
 
     /// The lockdown that was set last, also when its end has passed.

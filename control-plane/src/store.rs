@@ -11,12 +11,16 @@ use crate::change::Change;
 use crate::key::KeyRecord;
 
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
+const BY_JTI: TableDefinition<'_, &str, &str> = TableDefinition::new("key_id_by_jti");
 const REQUESTS: TableDefinition<'_, &str, (&str, &str)> = TableDefinition::new("requests");
 const FLEET: TableDefinition<'_, &str, ()> = TableDefinition::new("fleet");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
 const APPLIED_SEQ: &str = "applied_seq";
 const SOURCE: &str = "source";
+const FORMAT: &str = "format";
+/// The tables as this version has them. Another format is emptied and applied again from the journal.
+const CURRENT_FORMAT: u64 = 2;
 /// How many batches are applied again after a crash, at most.
 const BATCHES_PER_DURABLE_COMMIT: u32 = 1_000;
 
@@ -69,12 +73,14 @@ impl Store {
         let database = Database::create(&path)?;
         std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(redb::Error::Io)?;
         let write = database.begin_write()?;
-        write.open_table(KEYS)?;
-        write.open_table(REQUESTS)?;
         write.open_table(FLEET)?;
-        write.open_table(META)?;
+        let format = write.open_table(META)?.get(FORMAT)?.map(|format| format.value());
         write.commit()?;
-        Ok(Self { database, batches: 0.into() })
+        let store = Self { database, batches: 0.into() };
+        if format != Some(CURRENT_FORMAT) {
+            store.clear()?;
+        }
+        Ok(store)
     }
 
     /// The line of history and the last change that it has applied.
@@ -94,11 +100,13 @@ impl Store {
     pub fn clear(&self) -> Result<(), StoreError> {
         let write = self.database.begin_write()?;
         write.delete_table(KEYS)?;
+        write.delete_table(BY_JTI)?;
         write.delete_table(REQUESTS)?;
         write.delete_table(META)?;
         write.open_table(KEYS)?;
+        write.open_table(BY_JTI)?;
         write.open_table(REQUESTS)?;
-        write.open_table(META)?;
+        write.open_table(META)?.insert(FORMAT, CURRENT_FORMAT)?;
         Ok(write.commit()?)
     }
 
@@ -110,6 +118,15 @@ impl Store {
         let keys = self.database.begin_read()?.open_table(KEYS)?;
         let record = keys.get(key_id)?;
         Ok(record.and_then(|bytes| serde_json::from_slice(bytes.value()).ok()))
+    }
+
+    /// The id of the key with a token's id.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn key_id_of(&self, jti: &str) -> Result<Option<String>, StoreError> {
+        let by_jti = self.database.begin_read()?.open_table(BY_JTI)?;
+        Ok(by_jti.get(jti)?.map(|key_id| key_id.value().to_owned()))
     }
 
     /// Keys in the order of their ids, after `cursor`, that `wanted` takes; at most `limit`, and whether
@@ -197,6 +214,7 @@ impl Store {
         }
         {
             let mut keys = write.open_table(KEYS)?;
+            let mut by_jti = write.open_table(BY_JTI)?;
             let mut requests = write.open_table(REQUESTS)?;
             let mut meta = write.open_table(META)?;
             for change in changes {
@@ -207,6 +225,7 @@ impl Store {
                     Change::SettingsChanged { .. }
                     | Change::SecretCreated { .. }
                     | Change::LockdownChanged { .. }
+                    | Change::JtiRevoked { .. }
                     | Change::PolicyReplaced { .. } => {}
                     Change::KeyIssued { key, idempotency } => {
                         if let Some(seen) = idempotency {
@@ -216,6 +235,7 @@ impl Store {
                             )?;
                         }
                         keys.insert(key.key_id.as_str(), encode(key).as_slice())?;
+                        by_jti.insert(key.jti.as_str(), key.key_id.as_str())?;
                     }
                     Change::KeyRevoked { key_id, revocation, .. } => {
                         alter(&mut keys, key_id, |key| key.revoked = Some(revocation.clone()))?;

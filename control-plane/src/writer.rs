@@ -107,6 +107,17 @@ impl View<'_> {
         }
     }
 
+    /// The key with a token's id.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn key_of_jti(&self, jti: &str) -> Result<Option<KeyRecord>, StoreError> {
+        if let Some(key) = self.pending.keys.values().find(|key| key.jti == jti) {
+            return Ok(Some(key.clone()));
+        }
+        self.store.key_id_of(jti)?.map_or(Ok(None), |key_id| self.key(&key_id))
+    }
+
     /// A request that came before.
     ///
     /// # Errors
@@ -140,6 +151,7 @@ impl Pending {
             | Change::SettingsChanged { .. }
             | Change::SecretCreated { .. }
             | Change::LockdownChanged { .. }
+            | Change::JtiRevoked { .. }
             | Change::PolicyReplaced { .. } => {}
         }
     }

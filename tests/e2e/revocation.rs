@@ -209,3 +209,48 @@ fn a_key_is_good_on_every_worker_as_soon_as_it_is_issued() {
         assert_serves(&mut workers, &stack.api().issue("basic").token);
     }
 }
+
+#[test]
+fn a_batch_is_revoked_as_one_with_a_result_for_each() {
+    let stack = Stack::builder().workers(2).start();
+    let api = stack.api();
+    let keys: Vec<Key> = (0..50).map(|_| api.issue("basic")).collect();
+    let spared = api.issue("basic");
+    for key in keys.iter().chain([&spared]) {
+        stack.call(&chat(key)).expect(200);
+    }
+    let body = json!({
+        "key_ids": keys[..30].iter().map(|key| &key.id).chain([&keys[0].id, &"key_unknown".to_owned()]).collect::<Vec<_>>(),
+        "jtis": keys[29..].iter().map(|key| key.jti.as_str()).chain(["never-seen"]).collect::<Vec<_>>(),
+        "reason": "compromised",
+    });
+    let path = "/api/admin/revocations?wait=applied&timeout=10s";
+    let answer = api.post(path, &body).expect(200).json();
+    assert_eq!(answer["propagation"]["missing"], json!([]), "{answer}");
+    assert_eq!(
+        (&answer["revoked"], &answer["already_revoked"], &answer["unknown"]),
+        (&json!(51), &json!(2), &json!(1)),
+        "{answer}"
+    );
+    let results = answer["results"].as_array().expect("results");
+    assert_eq!(results.len(), 54);
+    assert_eq!(results[31], json!({ "key_id": "key_unknown", "result": "unknown_key" }));
+    assert_eq!(results[53], json!({ "jti": "never-seen", "result": "revoked_unseen" }));
+    for key in &keys {
+        stack.call(&chat(key)).expect(401);
+    }
+    stack.call(&chat(&spared)).expect(200);
+    let show = api.get(&format!("/api/admin/keys/{}", keys[40].id)).expect(200).json();
+    assert_eq!((&show["state"], &show["revoked"]["reason"]), (&json!("revoked"), &json!("compromised")));
+
+    // The same again changes nothing, so it is no new version.
+    let again = api.post(path, &body).expect(200).json();
+    assert_eq!((&again["revoked"], &again["version"]), (&json!(0), &answer["version"]));
+    for bad in [
+        json!({ "reason": "compromised" }),
+        json!({ "jtis": ["a"] }),
+        json!({ "jtis": [""], "reason": "emergency" }),
+    ] {
+        api.post(path, &bad).expect_problem(400, "bad_request");
+    }
+}

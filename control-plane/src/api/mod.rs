@@ -11,6 +11,7 @@ mod keys;
 mod openapi;
 mod policy;
 mod request;
+mod revocations;
 mod secrets;
 
 use std::sync::Arc;
@@ -155,6 +156,16 @@ fn operations() -> Vec<Operation> {
                 WRITE,
                 "Replace the members named of the route policy; honours If-Match",
                 put(policy::replace),
+            ),
+        )),
+        waits(takes(
+            r#"{"key_ids": ["key_…"], "jtis": ["…"], "reason": "compromised"}"#,
+            op(
+                "post",
+                "/api/admin/revocations",
+                WRITE,
+                "Revoke many at once, by key id or token id, also ids not known here",
+                post(revocations::revoke_many),
             ),
         )),
         op("get", "/api/admin/emergency", READ, "What emergency measures are in force", get(emergency::show)),
