@@ -1,7 +1,7 @@
 //! What can change, as it stands in the journal. Applying the changes of a journal in order gives the
 //! state; nothing else does.
 
-use keygate_core::cutoff::Lockdown;
+use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,18 @@ pub enum Change {
         key_id: String,
         /// The token's id.
         jti: String,
+    },
+    /// Many keys were revoked by a rule.
+    CutoffAdded {
+        /// The rule.
+        cutoff: Cutoff,
+        /// Why.
+        reason: RevocationReason,
+    },
+    /// Such a rule was lifted.
+    CutoffLifted {
+        /// Its id.
+        id: String,
     },
     /// A lockdown was put in place of the one before, or lifted.
     LockdownChanged {

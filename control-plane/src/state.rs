@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use keygate_core::cutoff::Lockdown;
+use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
@@ -73,6 +73,7 @@ pub struct Model {
     secrets: Vec<SecretRecord>,
     signers: Vec<Arc<Signer>>,
     revocations: ExactSet,
+    cutoffs: Vec<Cutoff>,
     lockdown: Option<Lockdown>,
     census: Census,
 }
@@ -145,6 +146,14 @@ impl Model {
                 self.secrets.push(secret.clone());
                 effect.rules = true;
             }
+            Change::CutoffAdded { cutoff, .. } => {
+                self.cutoffs.push(cutoff.clone());
+                effect.rules = true;
+            }
+            Change::CutoffLifted { id } => {
+                self.cutoffs.retain(|cutoff| cutoff.id != *id);
+                effect.rules = true;
+            }
             Change::LockdownChanged { lockdown } => {
                 self.lockdown = lockdown.clone();
                 effect.rules = true;
@@ -199,6 +208,11 @@ impl Model {
         (&self.revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
     }
 
+    /// The cut-offs in force.
+    pub fn cutoffs(&self) -> &[Cutoff] {
+        &self.cutoffs
+    }
+
     /// The lockdown that was set last, also when its end has passed.
     pub fn lockdown(&self) -> Option<&Lockdown> {
         self.lockdown.as_ref()
@@ -232,7 +246,7 @@ impl Model {
             hard_age_s: settings.hard_age_s,
             keys: self.signers.iter().map(|signer| signer.verification_key()).collect(),
             policy: (*self.policy).clone(),
-            cutoffs: Vec::new(),
+            cutoffs: self.cutoffs.clone(),
             lockdown: self.lockdown.clone(),
         }
     }

@@ -159,6 +159,20 @@ impl Store {
         Ok((found, false))
     }
 
+    /// Hands every key to `each`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn each_key(&self, mut each: impl FnMut(KeyRecord)) -> Result<(), StoreError> {
+        let keys = self.database.begin_read()?.open_table(KEYS)?;
+        for entry in keys.iter()? {
+            if let Ok(record) = serde_json::from_slice(entry?.1.value()) {
+                each(record);
+            }
+        }
+        Ok(())
+    }
+
     /// A request that came before, by its id.
     ///
     /// # Errors
@@ -224,6 +238,8 @@ impl Store {
                     }
                     Change::SettingsChanged { .. }
                     | Change::SecretCreated { .. }
+                    | Change::CutoffAdded { .. }
+                    | Change::CutoffLifted { .. }
                     | Change::LockdownChanged { .. }
                     | Change::JtiRevoked { .. }
                     | Change::PolicyReplaced { .. } => {}

@@ -150,6 +150,8 @@ impl Pending {
             Change::Genesis { .. }
             | Change::SettingsChanged { .. }
             | Change::SecretCreated { .. }
+            | Change::CutoffAdded { .. }
+            | Change::CutoffLifted { .. }
             | Change::LockdownChanged { .. }
             | Change::JtiRevoked { .. }
             | Change::PolicyReplaced { .. } => {}

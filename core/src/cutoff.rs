@@ -32,6 +32,9 @@ pub struct Cutoff {
     /// Unix seconds; a key issued before this second is not hit.
     #[serde(default)]
     pub created_after: u64,
+    /// The id of a key that it does not hit: of whoever ordered it, who must be able to go on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spares: Option<String>,
 }
 
 impl Cutoff {
@@ -42,6 +45,7 @@ impl Cutoff {
             Some(wanted) => have == Some(wanted.as_str()),
         };
         (self.created_after..self.created_before).contains(&claims.iat)
+            && self.spares.as_deref() != Some(&claims.sub)
             && matches(&self.scope.role, Some(&claims.role))
             && matches(&self.scope.owner, claims.own.as_deref())
             && matches(&self.scope.kid, Some(kid))
@@ -88,7 +92,7 @@ mod tests {
     fn cutoff(role: Option<&str>, owner: Option<&str>, kid: Option<&str>, after: u64, before: u64) -> Cutoff {
         let scope =
             Scope { role: role.map(Into::into), owner: owner.map(Into::into), kid: kid.map(Into::into) };
-        Cutoff { id: "c".into(), scope, created_before: before, created_after: after }
+        Cutoff { id: "c".into(), scope, created_before: before, created_after: after, spares: None }
     }
 
     #[test]
@@ -111,6 +115,9 @@ mod tests {
         ] {
             assert_eq!(cutoff.hits(&key, "k1"), hits, "{cutoff:?}");
         }
+        let spares = |id: &str| Cutoff { spares: Some(id.into()), ..cutoff(None, None, None, 0, 101) };
+        assert!(!spares("key_1").hits(&key, "k1"));
+        assert!(spares("key_2").hits(&key, "k1"));
         assert!(!cutoff(None, Some("acme"), None, 0, 101).hits(&claims("basic", None, 100), "k1"));
     }
 

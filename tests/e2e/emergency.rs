@@ -72,3 +72,75 @@ fn who_may_lock_down_and_how_long() {
     api.call(&request).expect_problem(403, "insufficient_scope");
     assert_eq!(api.get("/api/admin/emergency").expect(200).json()["active"], false);
 }
+
+#[test]
+fn a_cutoff_ends_what_it_says_at_once_and_one_that_is_lifted_ends_nothing() {
+    const REVOKE: &str = "/api/admin/emergency/revoke";
+    let mut stack = Stack::builder().workers(2).start();
+    let api = stack.api();
+    let keys: Vec<_> = (0..20).map(|_| api.issue("basic")).collect();
+    let owned = api.issue_with(&json!({ "name": "o", "role": "basic", "owner": "acme" }));
+    let contributor = api.issue("contributor");
+    let status = |stack: &Stack, token: &str| stack.get("/api/chat", token).status;
+
+    let dry = api.post(REVOKE, &json!({ "scope": { "role": "basic" }, "dry_run": true })).expect(200).json();
+    assert_eq!((&dry["keys"], &dry["by_role"]), (&json!(21), &json!({ "basic": 21 })), "{dry}");
+    assert_eq!(status(&stack, &owned.token), 200, "a dry run ends nothing");
+
+    let order = |scope: Value| {
+        let answer = api.post(&format!("{REVOKE}?wait=applied&timeout=10s"), &json!({ "scope": scope }));
+        let answer = answer.expect(200).json();
+        applied(&answer);
+        answer
+    };
+    order(json!({ "owner": "acme" }));
+    assert_eq!((status(&stack, &owned.token), status(&stack, &keys[0].token)), (401, 200));
+    let basic = order(json!({ "role": "basic" }));
+    assert_eq!(basic["keys"], 21);
+    for key in &keys {
+        assert_eq!(status(&stack, &key.token), 401);
+    }
+    assert_eq!(status(&stack, &contributor.token), 200);
+    let all = order(json!({}));
+    assert_eq!(status(&stack, &contributor.token), 401);
+    assert_eq!(status(&stack, &api.key()), 200, "whoever orders it goes on");
+
+    // What is issued after it counts; it hits keys of the same second too.
+    let now = || std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
+    let second = now();
+    wait_until(Duration::from_secs(5), "the next second", || now() > second);
+    let newer = api.issue("basic");
+    assert_eq!(status(&stack, &newer.token), 200);
+
+    stack.control_plane.kill();
+    stack.control_plane.start();
+    let api = stack.api();
+    let cutoffs = api.get("/api/admin/emergency").expect(200).json()["cutoffs"].clone();
+    assert_eq!(cutoffs.as_array().map(Vec::len), Some(3), "{cutoffs}");
+    for answer in [&all, &basic] {
+        let id = answer["cutoff"]["id"].as_str().expect("an id");
+        applied(
+            &api.send(Request::new("DELETE", format!("{REVOKE}/{id}?wait=applied&timeout=10s")))
+                .expect(200)
+                .json(),
+        );
+        api.send(Request::new("DELETE", format!("{REVOKE}/{id}"))).expect_problem(404, "not_found");
+    }
+    assert_eq!((status(&stack, &keys[0].token), status(&stack, &owned.token)), (200, 401));
+}
+
+#[test]
+fn a_cutoff_that_says_nothing_sensible_is_refused() {
+    let stack = Stack::builder().without_envoy().start();
+    let api = stack.api();
+    for scope in [
+        json!({ "role": "nobody" }),
+        json!({ "kid": "nothing" }),
+        json!({ "created_before": "yesterday" }),
+        json!({ "created_before": "2026-01-01T00:00:00Z", "created_after": "2026-01-01T00:00:00Z" }),
+        json!({ "color": "red" }),
+    ] {
+        let answer = api.post("/api/admin/emergency/revoke", &json!({ "scope": scope }));
+        answer.expect_problem(400, "bad_request");
+    }
+}

@@ -79,6 +79,11 @@ impl Propagation {
 }
 
 impl Api {
+    /// The key that it is called with.
+    pub fn key(&self) -> String {
+        self.key.clone()
+    }
+
     /// The API at `port`, called with `key`.
     pub fn new(port: u16, key: &str) -> Self {
         Self { port, key: key.to_owned() }

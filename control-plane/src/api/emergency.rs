@@ -1,5 +1,6 @@
 //! `/api/admin/emergency`: what is done when there is no time to look at keys one by one.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,16 +9,19 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::cutoff::Lockdown;
+use keygate_core::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
 use super::auth::wait;
-use super::request::{self, Body, Wait};
+use super::request::{self, Body, KeyId, Wait};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
+use crate::key::{KeyState, RevocationReason};
 use crate::problem::Problem;
+use crate::random;
+use crate::store::StoreError;
 use crate::writer::View;
 
 /// The playbook's: "all validations fail for one hour".
@@ -25,6 +29,166 @@ const DEFAULT_TTL: Duration = Duration::from_secs(60 * 60);
 const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// Whoever would lift it must get through.
 const DEFAULT_EXEMPT: &str = "admin";
+
+/// The most cut-offs in force at a time. Each is asked about every request.
+const MAX_CUTOFFS: usize = 256;
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CutoffBody {
+    #[serde(default)]
+    scope: CutoffScope,
+    #[serde(default)]
+    dry_run: bool,
+    reason: Option<RevocationReason>,
+}
+
+/// Which keys; without any member, all of them.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CutoffScope {
+    role: Option<String>,
+    owner: Option<String>,
+    kid: Option<String>,
+    created_before: Option<String>,
+    created_after: Option<String>,
+}
+
+impl CutoffScope {
+    /// The rule. Without `created_before` it hits every key issued until now, this second included.
+    fn cutoff(self, app: &App, spares: &str, now: u64) -> Result<Cutoff, Problem> {
+        let time = |name: &str, text: Option<String>, default: u64| match text {
+            None => Ok(default),
+            Some(text) => humantime::parse_rfc3339_weak(&text)
+                .ok()
+                .and_then(|time| time.duration_since(std::time::UNIX_EPOCH).ok())
+                .map(|since| since.as_secs())
+                .ok_or_else(|| {
+                    Problem::bad_request(format!("'{name}' must be a time such as {}.", clock::rfc3339(now)))
+                }),
+        };
+        let created_before = time("created_before", self.created_before, now.saturating_add(1))?;
+        let created_after = time("created_after", self.created_after, 0)?;
+        if created_after >= created_before {
+            return Err(Problem::bad_request("'created_after' must be before 'created_before'."));
+        }
+        if self.role.as_ref().is_some_and(|role| !app.config.roles.contains_key(role)) {
+            return Err(Problem::bad_request("'role': there is no such role."));
+        }
+        if self.kid.as_ref().is_some_and(|kid| app.state().secrets.iter().all(|secret| secret.kid != *kid)) {
+            return Err(Problem::bad_request(
+                "'kid': there is no such secret; see /api/admin/secrets/status.",
+            ));
+        }
+        Ok(Cutoff {
+            id: format!("cutoff_{}", random::identifier()),
+            scope: Scope { role: self.role, owner: self.owner, kid: self.kid },
+            created_before,
+            created_after,
+            spares: Some(spares.into()),
+        })
+    }
+}
+
+pub async fn cut_off(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    query: Result<Query<Wait>, QueryRejection>,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let since = Instant::now();
+    let body: CutoffBody = request::body(&bytes)?;
+    let now = app.clock.now_s();
+    let reason = body.reason.unwrap_or(RevocationReason::Emergency);
+    let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
+    let by_role = hits(&app, &cutoff, now).await?;
+    let mut answer = serde_json::json!({
+        "dry_run": body.dry_run,
+        "cutoff": cutoff_view(&cutoff),
+        "keys": by_role.values().sum::<u64>(),
+        "by_role": by_role,
+    });
+    if body.dry_run {
+        return Ok(json(StatusCode::OK, answer));
+    }
+    answer["reason"] = serde_json::json!(reason);
+    let id = cutoff.id.clone();
+    let plan = move |view: &View<'_>| {
+        if view.model.cutoffs().len() >= MAX_CUTOFFS {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "too_many_cutoffs",
+                format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
+            ));
+        }
+        // One whose every key has expired by itself says nothing any more.
+        let spent =
+            view.model.cutoffs().iter().filter(|cutoff| {
+                cutoff.created_before.saturating_add(view.model.longest_life_s()) <= view.now
+            });
+        let mut changes: Vec<Change> =
+            spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
+        changes.push(Change::CutoffAdded { cutoff, reason });
+        Ok((changes, ()))
+    };
+    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    for (role, keys) in &by_role {
+        app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
+    }
+    tracing::warn!(by = actor(&caller.0), id, keys = %answer["keys"], "mass revocation");
+    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, answer).await))
+}
+
+pub async fn lift_cut_off(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    KeyId(id): KeyId,
+    query: Result<Query<Wait>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let limit = wait(query)?.limit()?;
+    let since = Instant::now();
+    let plan = move |view: &View<'_>| {
+        let cutoff = view.model.cutoffs().iter().find(|cutoff| cutoff.id == id).cloned();
+        let cutoff =
+            cutoff.ok_or_else(|| Problem::not_found("There is no cut-off with this id in force."))?;
+        Ok::<_, Problem>((vec![Change::CutoffLifted { id: cutoff.id.clone() }], cutoff))
+    };
+    let (cutoff, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    tracing::warn!(by = actor(&caller.0), id = cutoff.id, "a mass revocation was lifted");
+    let body = serde_json::json!({ "lifted": cutoff_view(&cutoff) });
+    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, body).await))
+}
+
+/// How many live keys a cut-off ends, by role.
+async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<BTreeMap<String, u64>, Problem> {
+    let (app, cutoff) = (Arc::clone(app), cutoff.clone());
+    // Reading through all keys takes a while; not on a thread that answers others.
+    let counted = tokio::task::spawn_blocking(move || {
+        let mut by_role = BTreeMap::new();
+        app.store.each_key(|key| {
+            let live = matches!(key.state(now), KeyState::Active | KeyState::Suspended);
+            if live && cutoff.hits(&key.claims(&app.config.issuer, None), &key.kid) {
+                *by_role.entry(key.role).or_insert(0_u64) += 1;
+            }
+        })?;
+        Ok::<_, StoreError>(by_role)
+    });
+    let unavailable = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later.");
+    Ok(counted.await.map_err(unavailable)??)
+}
+
+fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
+    serde_json::json!({
+        "id": cutoff.id,
+        "role": cutoff.scope.role,
+        "owner": cutoff.scope.owner,
+        "kid": cutoff.scope.kid,
+        "created_before": clock::rfc3339(cutoff.created_before),
+        "created_after": (cutoff.created_after > 0).then(|| clock::rfc3339(cutoff.created_after)),
+        "spares": cutoff.spares,
+    })
+}
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -52,7 +216,10 @@ impl LockdownBody {
 
 pub async fn show(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
-    json(StatusCode::OK, view(state.rules.lockdown.as_ref(), app.clock.now_s()))
+    let mut body = view(state.rules.lockdown.as_ref(), app.clock.now_s());
+    let cutoffs: Vec<_> = state.rules.cutoffs.iter().map(cutoff_view).collect();
+    body["cutoffs"] = serde_json::json!(cutoffs);
+    json(StatusCode::OK, body)
 }
 
 pub async fn lock_down(

@@ -168,6 +168,23 @@ fn operations() -> Vec<Operation> {
                 post(revocations::revoke_many),
             ),
         )),
+        waits(takes(
+            r#"{"scope": {"role": "basic", "created_before": "2026-01-01T00:00:00Z"}, "dry_run": true, "reason": "emergency"}"#,
+            op(
+                "post",
+                "/api/admin/emergency/revoke",
+                MANAGE,
+                "Revoke every key of a scope that was issued within a time, but the caller's own; a dry run counts them",
+                post(emergency::cut_off),
+            ),
+        )),
+        waits(op(
+            "delete",
+            "/api/admin/emergency/revoke/{id}",
+            MANAGE,
+            "Lift such a revocation",
+            delete(emergency::lift_cut_off),
+        )),
         op("get", "/api/admin/emergency", READ, "What emergency measures are in force", get(emergency::show)),
         waits(takes(
             r#"{"ttl": "1h", "exempt_roles": ["admin"]}"#,

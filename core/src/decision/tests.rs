@@ -236,6 +236,7 @@ fn revocation_suspension_cutoffs_and_lockdown_end_a_remembered_key() {
         scope: Scope { role: Some("basic".into()), ..Scope::default() },
         created_before: NOW,
         created_after: 0,
+        spares: None,
     });
     assert_eq!(world.get("/chat", &token), Reason::Cutoff);
     world.rules.lockdown = Some(Lockdown { until: NOW + 1, exempt_roles: vec!["admin".into()] });
