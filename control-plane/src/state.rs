@@ -41,6 +41,8 @@ pub struct State {
     pub signer: Arc<Signer>,
     /// Keys that are neither revoked nor expired, by role and the minute of their expiry.
     pub census: Census,
+    /// The revocations of the last day.
+    pub recent: Recent,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -62,6 +64,25 @@ impl Census {
     }
 }
 
+/// Counts revocations of the last day by the minute.
+#[derive(Debug, Clone, Default)]
+pub struct Recent(Arc<BTreeMap<u64, u64>>);
+
+impl Recent {
+    const MINUTES: u64 = 24 * 60;
+
+    fn add(&mut self, at: u64) {
+        let minutes = Arc::make_mut(&mut self.0);
+        *minutes.entry(at / 60).or_default() += 1;
+        *minutes = minutes.split_off(&(at / 60).saturating_sub(Self::MINUTES));
+    }
+
+    /// How many there were in the day before `now`, Unix seconds; to the minute.
+    pub fn last_24h(&self, now: u64) -> u64 {
+        self.0.range((now / 60).saturating_sub(Self::MINUTES)..).map(|(_, count)| count).sum()
+    }
+}
+
 /// What the writer changes. [`State`] is a picture of it.
 #[derive(Debug, Clone, Default)]
 pub struct Model {
@@ -75,6 +96,7 @@ pub struct Model {
     revocations: ExactSet,
     cutoffs: Vec<Cutoff>,
     lockdown: Option<Lockdown>,
+    recent: Recent,
     census: Census,
 }
 
@@ -164,11 +186,15 @@ impl Model {
                 effect.rules = true;
             }
             Change::KeyIssued { key, .. } => self.census.change(&key.role, key.expires_at, 1),
-            Change::KeyRevoked { jti, role, expires_at, .. } => {
+            Change::KeyRevoked { jti, role, expires_at, revocation, .. } => {
+                self.recent.add(revocation.at);
                 self.census.change(role, *expires_at, -1);
                 op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
             }
-            Change::JtiRevoked { jti, .. } => op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations),
+            Change::JtiRevoked { jti, revocation, .. } => {
+                self.recent.add(revocation.at);
+                op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
+            }
             Change::KeySuspended { jti, .. } => op(Op::Suspend(Fingerprint::of(jti)), &mut self.revocations),
             Change::KeyResumed { jti, .. } => op(Op::Resume(Fingerprint::of(jti)), &mut self.revocations),
         }
@@ -281,6 +307,7 @@ impl Model {
             secrets: self.secrets.clone(),
             signer: self.signer().cloned().ok_or(RulesError::Invalid("no secret signs"))?,
             census: self.census.clone(),
+            recent: self.recent.clone(),
         })
     }
 }
@@ -352,5 +379,36 @@ impl Deltas {
                     .collect(),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_day_is_counted_to_the_minute_and_forgotten_after() {
+        let mut recent = Recent::default();
+        let day = 86_400;
+        for at in [1_000, 1_001, 1_000 + day / 2, 1_000 + day] {
+            recent.add(at);
+        }
+        assert_eq!(recent.last_24h(1_000 + day), 4);
+        assert_eq!(recent.last_24h(1_100 + day), 2);
+        assert_eq!(recent.last_24h(2_000 + 2 * day), 0);
+        recent.add(1_000 + 3 * day);
+        assert_eq!(recent.0.len(), 1, "older ones take no room");
+    }
+
+    #[test]
+    fn the_census_counts_what_is_live() {
+        let mut census = Census::default();
+        census.change("basic", 6_000, 1);
+        census.change("basic", 12_000, 1);
+        census.change("admin", 12_000, 1);
+        census.change("admin", 12_000, -1);
+        let live = |now| census.live(now).map(|(role, n)| (role.to_owned(), n)).collect::<Vec<_>>();
+        assert_eq!(live(0), [("admin".to_owned(), 0), ("basic".to_owned(), 2)]);
+        assert_eq!(live(6_060)[1].1, 1);
     }
 }

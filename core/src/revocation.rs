@@ -127,6 +127,11 @@ impl Shard {
         self.len() == 0
     }
 
+    /// How many of them are revoked.
+    pub fn revoked(&self) -> usize {
+        self.revoked.len()
+    }
+
     /// Its place among the 2^bits shards.
     pub fn index(&self) -> u16 {
         self.index
@@ -171,11 +176,14 @@ impl Shard {
         }
     }
 
+    /// How many bytes it is encoded.
+    pub fn encoded_bytes(&self) -> usize {
+        SHARD_HEADER_BYTES.saturating_add(self.len().saturating_mul(size_of::<u64>()))
+    }
+
     /// The bytes; equal shards have equal bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = Vec::with_capacity(
-            SHARD_HEADER_BYTES.saturating_add(self.len().saturating_mul(size_of::<u64>())),
-        );
+        let mut out = Vec::with_capacity(self.encoded_bytes());
         out.extend_from_slice(SHARD_MAGIC);
         out.extend_from_slice(&[self.bits, 0]);
         out.extend_from_slice(&self.index.to_le_bytes());
@@ -344,6 +352,11 @@ impl ExactSet {
         self.len == 0
     }
 
+    /// How many are revoked.
+    pub fn revoked(&self) -> usize {
+        self.shards.iter().map(|shard| shard.revoked()).fold(0, usize::saturating_add)
+    }
+
     /// The number of shards as a power of two.
     pub fn bits(&self) -> u8 {
         self.bits
@@ -444,6 +457,7 @@ mod tests {
         ]
         .concat();
         assert_eq!(shard.encode(), want);
+        assert_eq!(shard.encoded_bytes(), want.len());
         assert_eq!(Shard::decode(&want).unwrap(), shard);
     }
 
@@ -547,7 +561,7 @@ mod tests {
             }
             let revoked = model.values().filter(|(revoked, _)| *revoked).count();
             let suspended = model.values().filter(|(_, suspended)| *suspended).count();
-            prop_assert_eq!(set.len(), revoked + suspended);
+            prop_assert_eq!((set.len(), set.revoked()), (revoked + suspended, revoked));
         }
 
         #[test]

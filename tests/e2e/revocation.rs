@@ -243,6 +243,16 @@ fn a_batch_is_revoked_as_one_with_a_result_for_each() {
     let show = api.get(&format!("/api/admin/keys/{}", keys[40].id)).expect(200).json();
     assert_eq!((&show["state"], &show["revoked"]["reason"]), (&json!("revoked"), &json!("compromised")));
 
+    let stats = api.get("/api/admin/revocations/stats").expect(200).json();
+    assert_eq!(
+        (&stats["total_revoked"], &stats["revoked_last_24h"], &stats["emergency_active"]),
+        (&json!(51), &json!(51), &json!(false)),
+        "{stats}"
+    );
+    assert_eq!(stats["exact_bytes"], 16 + 8 * 51);
+    assert!(stats["bloom_bits"].as_u64().is_some_and(|bits| bits >= 51 * 20), "{stats}");
+    assert!(stats["bloom_fp_rate"].as_f64().is_some_and(|rate| rate < 1e-4), "{stats}");
+
     // The same again changes nothing, so it is no new version.
     let again = api.post(path, &body).expect(200).json();
     assert_eq!((&again["revoked"], &again["version"]), (&json!(0), &answer["version"]));

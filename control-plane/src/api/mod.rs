@@ -185,6 +185,13 @@ fn operations() -> Vec<Operation> {
             "Lift such a revocation",
             delete(emergency::lift_cut_off),
         )),
+        op(
+            "get",
+            "/api/admin/revocations/stats",
+            READ,
+            "How much is revoked, and what that costs a proxy",
+            get(revocations::stats),
+        ),
         op("get", "/api/admin/emergency", READ, "What emergency measures are in force", get(emergency::show)),
         waits(takes(
             r#"{"ttl": "1h", "exempt_roles": ["admin"]}"#,

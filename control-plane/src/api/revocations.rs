@@ -9,6 +9,7 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
+use keygate_core::gate;
 use keygate_core::token::is_identifier;
 use serde::Deserialize;
 use serde_json::json as value;
@@ -147,4 +148,34 @@ pub async fn revoke_many(
         "results": results,
     });
     Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, body).await))
+}
+
+/// How much is revoked, and what that costs a proxy. Keys that a cut-off ends are not counted: it is a rule.
+pub async fn stats(State(app): State<Arc<App>>) -> Response {
+    let state = app.state();
+    let now = app.clock.now_s();
+    let (mut bits, mut expected_hits, mut bytes) = (0, 0.0, 0);
+    for shard in state.revocations.shards() {
+        let (shard_bits, rate) = gate::size_for(shard.len());
+        bits += shard_bits;
+        expected_hits += rate;
+        bytes += shard.encoded_bytes();
+    }
+    // A key that is not revoked falls into each shard alike.
+    #[allow(clippy::cast_precision_loss)]
+    let rate = expected_hits / state.revocations.shards().len() as f64;
+    let locked = state.rules.lockdown.as_ref().is_some_and(|lockdown| now < lockdown.until);
+    json(
+        StatusCode::OK,
+        value!({
+            "total_revoked": state.revocations.revoked(),
+            "total_suspended": state.revocations.len() - state.revocations.revoked(),
+            "revoked_last_24h": state.recent.last_24h(now),
+            "emergency_active": locked,
+            "cutoffs": state.rules.cutoffs.len(),
+            "bloom_bits": bits,
+            "bloom_fp_rate": rate,
+            "exact_bytes": bytes,
+        }),
+    )
 }
