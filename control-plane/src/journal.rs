@@ -139,7 +139,7 @@ impl Claim {
             file.set_len(good_bytes).and_then(|()| file.sync_all()).map_err(io)?;
         }
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        Ok(Journal { path, file, last_seq, last_hash, sealed: false })
+        Ok(Journal { path, file, last_seq, last_hash, bytes: good_bytes, sealed: false })
     }
 }
 
@@ -150,6 +150,7 @@ pub struct Journal {
     file: File,
     last_seq: u64,
     last_hash: String,
+    bytes: u64,
     sealed: bool,
 }
 
@@ -183,8 +184,12 @@ impl Journal {
         }
         if let Err(source) = self.file.write_all(&lines).and_then(|()| self.file.sync_data()) {
             self.sealed = true;
+            // What was written of it was not answered. If it can be taken back now, it is not there after a
+            // restart either.
+            let _best_effort = self.file.set_len(self.bytes).and_then(|()| self.file.sync_all());
             return Err(JournalError::Io { path: self.path.clone(), source });
         }
+        self.bytes += lines.len() as u64;
         (self.last_seq, self.last_hash) = (seq, prev);
         Ok(())
     }
@@ -298,6 +303,22 @@ mod tests {
             std::fs::write(&path, bad).unwrap();
             assert!(matches!(reopen(dir.path()), Err(JournalError::Damaged { .. })));
         }
+    }
+
+    #[test]
+    fn a_journal_that_could_not_be_written_takes_nothing_more_until_it_is_opened_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut journal, _) = reopen(dir.path()).unwrap();
+        journal.append("t", &changes(2)).unwrap();
+        let writable = std::mem::replace(&mut journal.file, File::open(&journal.path).unwrap());
+        assert!(matches!(journal.append("t", &changes(1)), Err(JournalError::Io { .. })));
+        journal.file = writable;
+        assert!(matches!(journal.append("t", &changes(1)), Err(JournalError::Sealed)));
+        assert!(journal.is_sealed());
+        drop(journal);
+        let (mut journal, records) = reopen(dir.path()).unwrap();
+        assert_eq!(records, 2);
+        journal.append("t", &changes(1)).unwrap();
     }
 
     #[test]

@@ -440,16 +440,26 @@ impl Thread {
         match model.picture(with_rules_of) {
             Ok(state) => {
                 self.rules_changed = false;
-                self.states.send_replace(Arc::new(state));
+                self.show(state);
             }
             // Plans check what they change; this is for what nobody thought of. Revocations go on.
             Err(error) => {
                 tracing::error!(%error, "the new rules do not hold; proxies keep those they have");
                 if let Ok(state) = model.picture(Some(&before)) {
-                    self.states.send_replace(Arc::new(state));
+                    self.show(state);
                 }
             }
         }
         self.model = model;
+    }
+
+    /// Makes a state the one that is read, and wakes the polls if it is news for them: that a key was issued
+    /// is not.
+    fn show(&self, state: State) {
+        self.states.send_if_modified(|current| {
+            let news = current.version != state.version;
+            *current = Arc::new(state);
+            news
+        });
     }
 }
