@@ -455,9 +455,12 @@ impl Thread {
 
     /// Makes a state the one that is read, and wakes the polls if it is news for them: that a key was issued
     /// is not.
-    fn show(&self, state: State) {
+    fn show(&self, mut state: State) {
         self.states.send_if_modified(|current| {
             let news = current.version != state.version;
+            if !news {
+                state.published = current.published;
+            }
             *current = Arc::new(state);
             news
         });
