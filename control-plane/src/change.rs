@@ -99,6 +99,36 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// The id of the key whose record it alters, if it alters one.
+    pub fn altered_key(&self) -> Option<&str> {
+        match self {
+            Self::KeyRevoked { key_id, .. }
+            | Self::KeySuspended { key_id, .. }
+            | Self::KeyResumed { key_id, .. } => Some(key_id),
+            Self::Genesis { .. }
+            | Self::SettingsChanged { .. }
+            | Self::SecretCreated { .. }
+            | Self::KeyIssued { .. }
+            | Self::JtiRevoked { .. }
+            | Self::CutoffAdded { .. }
+            | Self::CutoffLifted { .. }
+            | Self::LockdownChanged { .. }
+            | Self::PolicyReplaced { .. } => None,
+        }
+    }
+
+    /// Alters the record of [`Change::altered_key`].
+    pub fn alter(&self, key: &mut KeyRecord) {
+        match self {
+            Self::KeyRevoked { revocation, .. } => key.revoked = Some(revocation.clone()),
+            Self::KeySuspended { suspension, .. } => key.suspended = Some(suspension.clone()),
+            Self::KeyResumed { .. } => key.suspended = None,
+            _ => {}
+        }
+    }
+}
+
 /// A request that may come twice.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

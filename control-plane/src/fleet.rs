@@ -52,6 +52,22 @@ struct Entry {
     left: Instant,
 }
 
+impl Entry {
+    fn new(poll: Poll, now: Instant, now_ms: u64) -> Self {
+        Self {
+            poll,
+            heard: now,
+            heard_ms: now_ms,
+            joined: now,
+            applied_since: now,
+            lag: None,
+            ahead: false,
+            polling: 0,
+            left: now,
+        }
+    }
+}
+
 /// A proxy, for operators.
 #[derive(Debug, Serialize)]
 pub struct ProxyView {
@@ -143,17 +159,8 @@ impl Fleet {
                 refused_answers: 0,
                 last_error: None,
             };
-            let entry = Entry {
-                poll,
-                heard: now,
-                heard_ms: now_ms,
-                joined: now,
-                applied_since: now,
-                lag: None,
-                ahead: false,
-                polling: 0,
-                left: now.checked_sub(GONE_AFTER).unwrap_or(now),
-            };
+            let mut entry = Entry::new(poll, now, now_ms);
+            entry.left = now.checked_sub(GONE_AFTER).unwrap_or(now); // It does not ask this process yet.
             Some((Id { proxy: proxy.into(), incarnation: incarnation.into() }, entry))
         });
         let proxies = Mutex::new(known.collect());
@@ -194,16 +201,9 @@ impl Fleet {
         {
             proxies.remove(&oldest);
         }
-        let entry = proxies.entry(id.clone()).or_insert_with(|| Entry {
-            poll: Poll { applied: None, ..poll.clone() },
-            heard: now,
-            heard_ms: now_ms,
-            joined: now,
-            applied_since: now,
-            lag: None,
-            ahead: false,
-            polling: 0,
-            left: now,
+        let entry = proxies.entry(id.clone()).or_insert_with(|| {
+            let silent = Poll { applied: None, ..poll.clone() };
+            Entry::new(silent, now, now_ms)
         });
         if entry.poll.applied != poll.applied {
             entry.applied_since = now;

@@ -94,6 +94,7 @@ pub struct Model {
     secrets: Vec<SecretRecord>,
     signers: Vec<Arc<Signer>>,
     revocations: ExactSet,
+    longest_life_s: u64,
     cutoffs: Vec<Cutoff>,
     lockdown: Option<Lockdown>,
     recent: Recent,
@@ -160,6 +161,7 @@ impl Model {
                 effect.rules = true;
             }
             Change::SettingsChanged { settings } => {
+                self.longest_life_s = self.longest_life_s.max(settings.max_life_s);
                 self.settings = Arc::new(settings.clone());
                 effect.rules = true;
             }
@@ -224,9 +226,10 @@ impl Model {
         &self.settings
     }
 
-    /// How long a key lives at most, in seconds.
+    /// The longest life that was ever issued, in seconds. Not only the one of now: were it shortened and
+    /// lengthened again, what ended the keys of before must still be there.
     pub fn longest_life_s(&self) -> u64 {
-        self.settings.max_life_s
+        self.longest_life_s
     }
 
     /// Whether a token's id is revoked.

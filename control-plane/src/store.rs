@@ -232,35 +232,22 @@ impl Store {
             let mut requests = write.open_table(REQUESTS)?;
             let mut meta = write.open_table(META)?;
             for change in changes {
-                match change {
-                    Change::Genesis { source } => {
-                        meta.insert(SOURCE, source)?;
+                if let Change::Genesis { source } = change {
+                    meta.insert(SOURCE, source)?;
+                }
+                if let Change::KeyIssued { key, idempotency } = change {
+                    if let Some(seen) = idempotency {
+                        requests
+                            .insert(seen.request_id.as_str(), (seen.body.as_str(), key.key_id.as_str()))?;
                     }
-                    Change::SettingsChanged { .. }
-                    | Change::SecretCreated { .. }
-                    | Change::CutoffAdded { .. }
-                    | Change::CutoffLifted { .. }
-                    | Change::LockdownChanged { .. }
-                    | Change::JtiRevoked { .. }
-                    | Change::PolicyReplaced { .. } => {}
-                    Change::KeyIssued { key, idempotency } => {
-                        if let Some(seen) = idempotency {
-                            requests.insert(
-                                seen.request_id.as_str(),
-                                (seen.body.as_str(), key.key_id.as_str()),
-                            )?;
-                        }
-                        keys.insert(key.key_id.as_str(), encode(key).as_slice())?;
-                        by_jti.insert(key.jti.as_str(), key.key_id.as_str())?;
-                    }
-                    Change::KeyRevoked { key_id, revocation, .. } => {
-                        alter(&mut keys, key_id, |key| key.revoked = Some(revocation.clone()))?;
-                    }
-                    Change::KeySuspended { key_id, suspension, .. } => {
-                        alter(&mut keys, key_id, |key| key.suspended = Some(suspension.clone()))?;
-                    }
-                    Change::KeyResumed { key_id, .. } => {
-                        alter(&mut keys, key_id, |key| key.suspended = None)?
+                    keys.insert(key.key_id.as_str(), encode(key).as_slice())?;
+                    by_jti.insert(key.jti.as_str(), key.key_id.as_str())?;
+                }
+                if let Some(key_id) = change.altered_key() {
+                    let record = keys.get(key_id)?.and_then(|b| serde_json::from_slice(b.value()).ok());
+                    if let Some(mut record) = record {
+                        change.alter(&mut record);
+                        keys.insert(key_id, encode(&record).as_slice())?;
                     }
                 }
             }
@@ -268,19 +255,6 @@ impl Store {
         }
         Ok(write.commit()?)
     }
-}
-
-fn alter(
-    keys: &mut redb::Table<'_, &str, &[u8]>,
-    key_id: &str,
-    change: impl FnOnce(&mut KeyRecord),
-) -> Result<(), StoreError> {
-    let record = keys.get(key_id)?.and_then(|bytes| serde_json::from_slice::<KeyRecord>(bytes.value()).ok());
-    if let Some(mut record) = record {
-        change(&mut record);
-        keys.insert(key_id, encode(&record).as_slice())?;
-    }
-    Ok(())
 }
 
 fn encode(record: &KeyRecord) -> Vec<u8> {

@@ -132,37 +132,19 @@ impl View<'_> {
 
 impl Pending {
     fn note(&mut self, change: &Change, store: &Store) {
-        match change {
-            Change::KeyIssued { key, idempotency } => {
-                self.keys.insert(key.key_id.clone(), (**key).clone());
-                if let Some(seen) = idempotency {
-                    let (body, key_id) = (seen.body.clone(), key.key_id.clone());
-                    self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
-                }
+        if let Change::KeyIssued { key, idempotency } = change {
+            self.keys.insert(key.key_id.clone(), (**key).clone());
+            if let Some(seen) = idempotency {
+                let (body, key_id) = (seen.body.clone(), key.key_id.clone());
+                self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
             }
-            Change::KeyRevoked { key_id, revocation, .. } => {
-                self.alter(key_id, store, |key| key.revoked = Some(revocation.clone()));
-            }
-            Change::KeySuspended { key_id, suspension, .. } => {
-                self.alter(key_id, store, |key| key.suspended = Some(suspension.clone()));
-            }
-            Change::KeyResumed { key_id, .. } => self.alter(key_id, store, |key| key.suspended = None),
-            Change::Genesis { .. }
-            | Change::SettingsChanged { .. }
-            | Change::SecretCreated { .. }
-            | Change::CutoffAdded { .. }
-            | Change::CutoffLifted { .. }
-            | Change::LockdownChanged { .. }
-            | Change::JtiRevoked { .. }
-            | Change::PolicyReplaced { .. } => {}
         }
-    }
-
-    fn alter(&mut self, key_id: &str, store: &Store, change: impl FnOnce(&mut KeyRecord)) {
-        let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
-        if let Some(mut record) = record {
-            change(&mut record);
-            self.keys.insert(key_id.to_owned(), record);
+        if let Some(key_id) = change.altered_key() {
+            let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
+            if let Some(mut record) = record {
+                change.alter(&mut record);
+                self.keys.insert(key_id.to_owned(), record);
+            }
         }
     }
 }

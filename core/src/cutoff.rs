@@ -50,6 +50,12 @@ impl Cutoff {
             && matches(&self.scope.owner, claims.own.as_deref())
             && matches(&self.scope.kid, Some(kid))
     }
+
+    /// Whether every key that it could hit has expired by itself at `now`; `longest_life_s` is the longest
+    /// that was ever issued.
+    pub fn is_spent(&self, longest_life_s: u64, now: u64) -> bool {
+        self.created_before.saturating_add(longest_life_s) <= now
+    }
 }
 
 /// For a time, no key passes except those of exempt roles.
@@ -64,9 +70,14 @@ pub struct Lockdown {
 }
 
 impl Lockdown {
+    /// Whether it is in force at `now`.
+    pub fn is_active(&self, now: u64) -> bool {
+        now < self.until
+    }
+
     /// Whether it holds for a role at `now`.
     pub fn holds(&self, role: &str, now: u64) -> bool {
-        now < self.until && !self.exempt_roles.iter().any(|exempt| exempt == role)
+        self.is_active(now) && !self.exempt_roles.iter().any(|exempt| exempt == role)
     }
 }
 
@@ -127,5 +138,13 @@ mod tests {
         assert!(lockdown.holds("basic", 99));
         assert!(!lockdown.holds("admin", 99));
         assert!(!lockdown.holds("basic", 100));
+        assert!(lockdown.is_active(99) && !lockdown.is_active(100));
+    }
+
+    #[test]
+    fn a_cutoff_is_spent_when_its_last_key_has_expired() {
+        let cutoff = cutoff(None, None, None, 0, 100);
+        assert!(!cutoff.is_spent(50, 149));
+        assert!(cutoff.is_spent(50, 150));
     }
 }

@@ -45,6 +45,15 @@ impl<'s> State<'s> {
         let hard_age_ns = rules.hard_age_s.saturating_mul(1_000_000_000);
         if age_ns >= hard_age_ns { Self::Stale(rules) } else { Self::Fresh(rules) }
     }
+
+    /// Whether any route is served with it: what a load balancer wants to know.
+    pub fn serves(self) -> bool {
+        match self {
+            Self::Missing => false,
+            Self::Stale(rules) => rules.policy.allows_stale(),
+            Self::Fresh(_) => true,
+        }
+    }
 }
 
 /// The decision.
@@ -410,5 +419,5 @@ fn permits(route: &Route, key: &Verified) -> Result<(), Reason> {
     Ok(())
 }
 
-#[cfg(all(test, feature = "native"))]
+#[cfg(test)]
 mod tests;

@@ -105,9 +105,10 @@ impl Policy {
         self.routes.iter().find(|route| route.matches(method, &path))
     }
 
-    /// Whether any route goes on without news from the control plane.
+    /// Whether anything goes on without news from the control plane: a route that says so, or all of them
+    /// in shadow mode, which refuses nothing.
     pub fn allows_stale(&self) -> bool {
-        self.routes.iter().any(|route| route.stale == Stale::Allow)
+        self.mode == Mode::Shadow || self.routes.iter().any(|route| route.stale == Stale::Allow)
     }
 
     /// Everything that is wrong with it.

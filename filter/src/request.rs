@@ -55,25 +55,22 @@ impl Plugin {
         let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));
         let request = Request { method, path, credential: credential::find(pairs) };
         let now_s = self.replica.now_s(host::unix_ms(), now_ns);
-        let mut outcome = self.decide(request, &headers, now_ns, now_s);
-        if outcome.is_none() {
+        self.decide(request, &headers, now_ns, now_s, false).unwrap_or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
-            outcome = self.decide(request, &headers, now_ns, now_s);
-        }
-        outcome.unwrap_or_else(|| {
-            self.metrics.decided(Reason::RevocationUnknown);
-            Outcome::unavailable()
+            let decided = self.decide(request, &headers, now_ns, now_s, true);
+            decided.unwrap_or_else(Outcome::unavailable)
         })
     }
 
-    /// `None` when the revocation set could not be read.
+    /// `None` when the revocation set could not be read and this is not `for_good`.
     fn decide(
         &mut self,
         request: Request<'_>,
         headers: &[(String, Vec<u8>)],
         now_ns: u64,
         now_s: u64,
+        for_good: bool,
     ) -> Option<Outcome> {
         let mut data = host::Shared;
         let (state, revocations) = self.replica.view(&mut data, now_ns);
@@ -83,7 +80,7 @@ impl Plugin {
         };
         let judge = Judge { cache: &mut self.cache, revocations, now: now_s, trace: &mut () };
         let decision = decide(state, request, judge);
-        if decision.reason == Reason::RevocationUnknown {
+        if decision.reason == Reason::RevocationUnknown && !for_good {
             return None;
         }
         self.metrics.decided(decision.reason);
@@ -102,11 +99,7 @@ impl Plugin {
     fn ready(&mut self, now_ns: u64) -> Outcome {
         let version = self.replica.version();
         let mut data = host::Shared;
-        let ready = match self.replica.view(&mut data, now_ns).0 {
-            State::Missing => false,
-            State::Stale(rules) => rules.policy.allows_stale(),
-            State::Fresh(_) => true,
-        };
+        let ready = self.replica.view(&mut data, now_ns).0.serves();
         match version.filter(|_| ready) {
             Some(version) => Outcome::Respond {
                 status: 200,

@@ -1,10 +1,8 @@
 //! `/api/auth/*`: what the holder of a key can do with it.
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use keygate_core::cache::Verified;
@@ -12,7 +10,7 @@ use keygate_core::decision::Reason;
 use keygate_core::policy::Route;
 use keygate_core::refusal::Refusal;
 
-use super::request::{self, Body, Wait, authenticate, authenticate_or};
+use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
 use crate::app::App;
 use crate::change::{Change, Idempotency};
@@ -86,12 +84,10 @@ pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result
 
 pub async fn refresh(
     State(app): State<Arc<App>>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     headers: HeaderMap,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let route = Route::keyed("refresh", &[]);
     // The renewal itself revokes this key. Whoever did not get the answer asks again with it.
     let again = headers.contains_key("idempotency-key");
@@ -139,22 +135,16 @@ pub async fn refresh(
         app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
     }
     let view = issued_view(&app, &issued)?;
-    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, view).await))
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, view).await))
 }
 
 pub async fn revoke(
     State(app): State<Arc<App>>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
     let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?.0;
-    super::keys::revoke_key(&app, actor(&caller), actor(&caller), RevocationReason::UserRequest, limit).await
-}
-
-/// The query, with a problem document instead of plain text when it cannot be read.
-pub fn wait(query: Result<Query<Wait>, QueryRejection>) -> Result<Wait, Problem> {
-    query.map(|Query(wait)| wait).map_err(|rejection| Problem::bad_request(rejection.body_text()))
+    super::keys::revoke_key(&app, actor(&caller), actor(&caller), RevocationReason::UserRequest, waits).await
 }
 
 /// The change that revokes a key.

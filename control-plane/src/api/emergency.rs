@@ -2,18 +2,16 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Extension;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
-use super::auth::wait;
-use super::request::{self, Body, KeyId, Wait};
+use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
@@ -93,11 +91,9 @@ impl CutoffScope {
 pub async fn cut_off(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let body: CutoffBody = request::body(&bytes)?;
     let now = app.clock.now_s();
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
@@ -123,10 +119,11 @@ pub async fn cut_off(
             ));
         }
         // One whose every key has expired by itself says nothing any more.
-        let spent =
-            view.model.cutoffs().iter().filter(|cutoff| {
-                cutoff.created_before.saturating_add(view.model.longest_life_s()) <= view.now
-            });
+        let spent = view
+            .model
+            .cutoffs()
+            .iter()
+            .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.now));
         let mut changes: Vec<Change> =
             spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
         changes.push(Change::CutoffAdded { cutoff, reason });
@@ -137,17 +134,15 @@ pub async fn cut_off(
         app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
     }
     tracing::warn!(by = actor(&caller.0), id, keys = %answer["keys"], "mass revocation");
-    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, answer).await))
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
 }
 
 pub async fn lift_cut_off(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let plan = move |view: &View<'_>| {
         let cutoff = view.model.cutoffs().iter().find(|cutoff| cutoff.id == id).cloned();
         let cutoff =
@@ -157,7 +152,7 @@ pub async fn lift_cut_off(
     let (cutoff, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     tracing::warn!(by = actor(&caller.0), id = cutoff.id, "a mass revocation was lifted");
     let body = serde_json::json!({ "lifted": cutoff_view(&cutoff) });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, body).await))
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
 }
 
 /// How many live keys a cut-off ends, by role.
@@ -225,30 +220,28 @@ pub async fn show(State(app): State<Arc<App>>) -> Response {
 pub async fn lock_down(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let body: LockdownBody = request::body(&bytes)?;
     let lockdown = body.lockdown(&app, app.clock.now_s())?;
-    change(&app, &caller, query, Some(lockdown)).await
+    change(&app, &caller, waits, Some(lockdown)).await
 }
 
 pub async fn lift(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
 ) -> Result<Response, Problem> {
-    change(&app, &caller, query, None).await
+    change(&app, &caller, waits, None).await
 }
 
 async fn change(
     app: &App,
     caller: &Caller,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     lockdown: Option<Lockdown>,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let body = view(lockdown.as_ref(), app.clock.now_s());
     let plan = move |view: &View<'_>| {
         let changes = if view.model.lockdown() == lockdown.as_ref() {
@@ -260,11 +253,11 @@ async fn change(
     };
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     tracing::warn!(by = actor(&caller.0), lockdown = %body["lockdown"], "the lockdown was changed");
-    Ok(json(StatusCode::OK, request::finish(app, committed, since, limit, body).await))
+    Ok(json(StatusCode::OK, request::finish(app, committed, waits, body).await))
 }
 
 fn view(lockdown: Option<&Lockdown>, now: u64) -> serde_json::Value {
-    let lockdown = lockdown.filter(|lockdown| now < lockdown.until).map(|lockdown| {
+    let lockdown = lockdown.filter(|lockdown| lockdown.is_active(now)).map(|lockdown| {
         serde_json::json!({
             "until": clock::rfc3339(lockdown.until),
             "remaining_s": lockdown.until.saturating_sub(now),

@@ -1,7 +1,6 @@
 //! `/api/admin/keys`: listing, showing, revoking, suspending and resuming keys.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use axum::Extension;
 use axum::extract::rejection::QueryRejection;
@@ -10,8 +9,8 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::auth::{revoked, wait};
-use super::request::{self, Body, KeyId, Wait};
+use super::auth::revoked;
+use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json, key_view};
 use crate::app::App;
 use crate::change::Change;
@@ -74,13 +73,12 @@ pub async fn revoke(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
     let body: RevokeBody = request::body(&bytes)?;
     let reason = body.reason.unwrap_or(RevocationReason::AdminAction);
-    revoke_key(&app, actor(&caller.0), &id, reason, limit).await
+    revoke_key(&app, actor(&caller.0), &id, reason, waits).await
 }
 
 /// Revokes a key in the name of `actor`. One that is revoked already stays as it is.
@@ -89,10 +87,10 @@ pub async fn revoke_key(
     actor: &str,
     id: &str,
     reason: RevocationReason,
-    limit: Option<Duration>,
+    waits: Waits,
 ) -> Result<Response, Problem> {
     let (id, by) = (id.to_owned(), actor.to_owned());
-    change_key(app, actor, limit, move |view| {
+    change_key(app, actor, waits, move |view| {
         let mut key = find(view, &id)?;
         if key.revoked.is_some() {
             return Ok((Vec::new(), key));
@@ -114,16 +112,15 @@ pub async fn suspend(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
     let body: SuspendBody = request::body(&bytes)?;
     if body.reason.as_ref().is_some_and(|reason| reason.chars().count() > 200) {
         return Err(Problem::bad_request("'reason' must be at most 200 characters."));
     }
     let by = actor(&caller.0).to_owned();
-    change_key(&app, actor(&caller.0), limit, move |view| {
+    change_key(&app, actor(&caller.0), waits, move |view| {
         let mut key = find(view, &id)?;
         if key.revoked.is_some() {
             return Err(Problem::new(
@@ -147,10 +144,9 @@ pub async fn resume(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    change_key(&app, actor(&caller.0), limit, move |view| {
+    change_key(&app, actor(&caller.0), waits, move |view| {
         let mut key = find(view, &id)?;
         if key.revoked.is_some() {
             return Err(Problem::new(
@@ -172,10 +168,9 @@ pub async fn resume(
 async fn change_key(
     app: &App,
     actor: &str,
-    limit: Option<Duration>,
+    waits: Waits,
     plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, KeyRecord), Problem> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let since = Instant::now();
     let plan = move |view: &View<'_>| {
         let (changes, key) = plan(view)?;
         let changed = !changes.is_empty();
@@ -187,7 +182,7 @@ async fn change_key(
     }
     let mut view = key_view(&key, app.clock.now_s());
     view["changed"] = changed.into();
-    Ok(json(StatusCode::OK, request::finish(app, committed, since, limit, view).await))
+    Ok(json(StatusCode::OK, request::finish(app, committed, waits, view).await))
 }
 
 fn find(view: &View<'_>, id: &str) -> Result<KeyRecord, Problem> {

@@ -1,19 +1,16 @@
 //! `/api/admin/policy`: the route policy.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Extension;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
 use keygate_core::policy::{Mode, Policy, Route};
 use keygate_core::rules::MAX_RULES_BYTES;
 use serde::Deserialize;
 
-use super::auth::wait;
-use super::request::{self, Body, Wait};
+use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
@@ -39,12 +36,10 @@ pub async fn show(State(app): State<Arc<App>>) -> Response {
 pub async fn replace(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     headers: HeaderMap,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let change: PolicyChange = request::body(&bytes)?;
     let wanted = headers.get(header::IF_MATCH).map(|value| value.as_bytes().to_vec());
     let plan = move |view: &View<'_>| {
@@ -80,7 +75,7 @@ pub async fn replace(
     };
     let (policy, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     app.metrics.begin_routes(&app.config.roles, &policy);
-    let body = request::finish(&app, committed, since, limit, serde_json::json!(policy)).await;
+    let body = request::finish(&app, committed, waits, serde_json::json!(policy)).await;
     Ok(tagged(json(StatusCode::OK, body), app.state().policy_seq))
 }
 

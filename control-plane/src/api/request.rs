@@ -4,7 +4,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use base64::Engine as _;
@@ -115,20 +115,35 @@ pub fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
         .map_err(|error| Problem::bad_request(format!("The body is not as expected: {error}.")))
 }
 
+/// When a change was asked for, and how long its caller waits for the proxies, if at all.
+#[derive(Debug, Clone, Copy)]
+pub struct Waits {
+    since: Instant,
+    limit: Option<Duration>,
+}
+
+impl<S: Send + Sync> FromRequestParts<S> for Waits {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Problem> {
+        let since = Instant::now();
+        let Query(wait) = Query::<Wait>::from_request_parts(parts, state)
+            .await
+            .map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+        Ok(Self { since, limit: wait.limit()? })
+    }
+}
+
 /// The query of a call that may wait.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Wait {
+struct Wait {
     wait: Option<String>,
     timeout: Option<String>,
 }
 
 impl Wait {
-    /// How long to wait, if at all.
-    ///
-    /// # Errors
-    /// 400 when the parameters say nothing sensible.
-    pub fn limit(&self) -> Result<Option<Duration>, Problem> {
+    fn limit(&self) -> Result<Option<Duration>, Problem> {
         let timeout = match &self.timeout {
             None => DEFAULT_TIMEOUT,
             Some(text) => {
@@ -146,19 +161,18 @@ impl Wait {
 }
 
 /// Adds what every answer to a change says: the version, how durable it is, and, if asked for, how far it
-/// has got. `since` is when the change was asked for.
+/// has got.
 pub async fn finish(
     app: &App,
     committed: Committed,
-    since: Instant,
-    limit: Option<Duration>,
+    waits: Waits,
     mut body: serde_json::Value,
 ) -> serde_json::Value {
     body["version"] = serde_json::json!(committed.version);
     body["durability"] = "local".into();
-    if let Some(limit) = limit {
+    if let Some(limit) = waits.limit {
         let state = app.state();
-        let propagation = app.fleet.wait_applied(committed.version, &state, since, limit).await;
+        let propagation = app.fleet.wait_applied(committed.version, &state, waits.since, limit).await;
         if propagation.missing.is_empty() && propagation.total > 0 {
             app.metrics
                 .propagation_seconds

@@ -2,11 +2,9 @@
 
 use std::collections::HashSet;
 use std::sync::Arc;
-use std::time::Instant;
 
 use axum::Extension;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::gate;
@@ -14,8 +12,8 @@ use keygate_core::token::is_identifier;
 use serde::Deserialize;
 use serde_json::json as value;
 
-use super::auth::{revoked, wait};
-use super::request::{self, Body, Wait};
+use super::auth::revoked;
+use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
@@ -110,11 +108,9 @@ impl Planned {
 pub async fn revoke_many(
     State(app): State<Arc<App>>,
     Extension(caller): Extension<Caller>,
-    query: Result<Query<Wait>, QueryRejection>,
+    waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let limit = wait(query)?.limit()?;
-    let since = Instant::now();
     let batch: Batch = request::body(&bytes)?;
     batch.check()?;
     let (by, reason) = (actor(&caller.0).to_owned(), batch.reason);
@@ -147,7 +143,7 @@ pub async fn revoke_many(
         "unknown": count("unknown_key"),
         "results": results,
     });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, since, limit, body).await))
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
 }
 
 /// How much is revoked, and what that costs a proxy. Keys that a cut-off ends are not counted: it is a rule.
@@ -164,7 +160,7 @@ pub async fn stats(State(app): State<Arc<App>>) -> Response {
     // A key that is not revoked falls into each shard alike.
     #[allow(clippy::cast_precision_loss)]
     let rate = expected_hits / state.revocations.shards().len() as f64;
-    let locked = state.rules.lockdown.as_ref().is_some_and(|lockdown| now < lockdown.until);
+    let locked = state.rules.lockdown.as_ref().is_some_and(|lockdown| lockdown.is_active(now));
     json(
         StatusCode::OK,
         value!({

@@ -263,6 +263,28 @@ fn what_revocation_cannot_answer_is_no_yes() {
     let request = Request { method: b"GET", path: b"/chat", credential: Credential::One(token.as_bytes()) };
     let decision = decide(State::Fresh(&rules), request, judge);
     assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
+
+    let mut shadow = rules.clone();
+    shadow.policy.mode = Mode::Shadow;
+    let judge = Judge { cache: &mut TokenCache::new(0), revocations: Unknown, now: NOW, trace: &mut () };
+    let decision = decide(State::Fresh(&shadow), request, judge);
+    assert_eq!((decision.verdict, decision.shadowed), (Verdict::Forward, true));
+}
+
+#[test]
+fn a_state_serves_if_any_route_passes_with_it() {
+    let mut world = world();
+    let serves = |world: &World, age_ns: u64| {
+        State::aged(&Ruleset::try_from(world.rules.clone()).unwrap(), age_ns).serves()
+    };
+    const HARD_AGE_NS: u64 = 300_000_000_000;
+    assert!(!State::Missing.serves());
+    assert!(serves(&world, HARD_AGE_NS), "a route allows stale");
+    world.rules.policy.routes.retain(|route| route.stale == Stale::Deny);
+    assert!(serves(&world, HARD_AGE_NS - 1));
+    assert!(!serves(&world, HARD_AGE_NS));
+    world.rules.policy.mode = Mode::Shadow;
+    assert!(serves(&world, HARD_AGE_NS), "shadow mode refuses nothing");
 }
 
 #[test]
