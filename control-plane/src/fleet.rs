@@ -68,6 +68,13 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Whether it asks for news, so that its process is surely alive.
+    fn asks(&self, now: Instant) -> bool {
+        self.polling > 0 || now.duration_since(self.left) < GONE_AFTER
+    }
+}
+
 /// A proxy, for operators.
 #[derive(Debug, Serialize)]
 pub struct ProxyView {
@@ -95,12 +102,20 @@ pub struct ProxyView {
     pub stale: bool,
     /// Its VMs: workers and the main thread.
     pub workers: u32,
+    /// VMs that were ever started; more than `workers` after traps or a new configuration.
+    pub vm_starts: u64,
+    /// Memory of its largest VM, in bytes.
+    pub vm_memory_bytes: u64,
     /// The filter's version.
     pub filter: String,
     /// Answers that it refused.
     pub refused_answers: u64,
-    /// Why it refused the last one.
+    /// Calls of it that had no answer, or a refusal.
+    pub failed_calls: u64,
+    /// The last reason for either.
     pub last_error: Option<String>,
+    /// Whether another process with the same id is alive. Give each Envoy an id of its own.
+    pub duplicate_id: bool,
 }
 
 /// How far a version has got.
@@ -152,11 +167,14 @@ impl Fleet {
                     incarnation: incarnation.into(),
                     filter: String::new(),
                     workers: 0,
+                    vm_starts: 0,
+                    vm_memory_bytes: 0,
                 },
                 applied: None,
                 wait_ms: 0,
                 resync: false,
                 refused_answers: 0,
+                failed_calls: 0,
                 last_error: None,
             };
             let mut entry = Entry::new(poll, now, now_ms);
@@ -189,11 +207,9 @@ impl Fleet {
         // Node ids are unique, so a new process under an id means that the one before is gone; unless
         // that one still asks for news, in which case both are waited for.
         proxies.retain(|other, entry| {
-            let asks = entry.polling > 0 || now.duration_since(entry.left) < GONE_AFTER;
-            other.proxy != id.proxy || other.incarnation == id.incarnation || asks
+            other.proxy != id.proxy || other.incarnation == id.incarnation || entry.asks(now)
         });
-        let forget_after = FORGET_AFTER.max(2 * hard_age(state));
-        proxies.retain(|_, entry| now.duration_since(entry.heard) < forget_after);
+        proxies.retain(|_, entry| now.duration_since(entry.heard) < forget_after(state));
         if proxies.len() >= MAX_PROXIES
             && !proxies.contains_key(&id)
             && let Some(oldest) =
@@ -228,9 +244,14 @@ impl Fleet {
     /// Every proxy, by id.
     pub fn view(&self, state: &State) -> Vec<ProxyView> {
         let now = Instant::now();
-        let mut proxies: Vec<ProxyView> = self
-            .lock()
+        let known = self.lock();
+        let mut asking: HashMap<&str, usize> = HashMap::new();
+        for (id, _) in known.iter().filter(|(_, entry)| entry.asks(now)) {
+            *asking.entry(&id.proxy).or_default() += 1;
+        }
+        let mut proxies: Vec<ProxyView> = known
             .iter()
+            .filter(|(_, entry)| now.duration_since(entry.heard) < forget_after(state))
             .map(|(id, entry)| {
                 let age = now.duration_since(entry.heard);
                 ProxyView {
@@ -246,12 +267,17 @@ impl Fleet {
                     ahead: entry.ahead,
                     stale: age > hard_age(state),
                     workers: entry.poll.proxy.workers,
+                    vm_starts: entry.poll.proxy.vm_starts,
+                    vm_memory_bytes: entry.poll.proxy.vm_memory_bytes,
                     filter: entry.poll.proxy.filter.clone(),
                     refused_answers: entry.poll.refused_answers,
+                    failed_calls: entry.poll.failed_calls,
                     last_error: entry.poll.last_error.clone(),
+                    duplicate_id: asking.get(id.proxy.as_str()).is_some_and(|alive| *alive > 1),
                 }
             })
             .collect();
+        drop(known);
         proxies.sort_by(|a, b| (&a.id, &a.incarnation).cmp(&(&b.id, &b.incarnation)));
         proxies
     }
@@ -350,6 +376,11 @@ impl Fleet {
             (all + 1, behind + usize::from(entry.poll.applied != Some(state.version)))
         })
     }
+}
+
+/// For how long a silent proxy stays in the list.
+fn forget_after(state: &State) -> Duration {
+    FORGET_AFTER.max(2 * hard_age(state))
 }
 
 fn hard_age(state: &State) -> Duration {

@@ -376,10 +376,7 @@ impl Deltas {
             rules: Some(state.rules_bytes.clone()),
             body: Body::Snapshot {
                 bits: state.revocations.bits(),
-                digests: shards
-                    .iter()
-                    .map(|shard| keygate_core::revocation::digest(&shard.encode()))
-                    .collect(),
+                digests: shards.iter().map(|shard| shard.digest()).collect(),
             },
         }
     }

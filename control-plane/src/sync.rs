@@ -11,7 +11,9 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, Proxy, ShardRequest};
+use keygate_core::wire::{
+    self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, Proxy, SHARDS_ANSWER_BYTES, ShardRequest,
+};
 use sha2::{Digest, Sha256};
 
 use crate::app::App;
@@ -115,12 +117,16 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     let state = app.snapshots.find(request.version).ok_or_else(|| {
         Problem::new(StatusCode::GONE, "version_gone", "That snapshot is not kept any more; poll again.")
     })?;
-    let found: Option<Vec<Vec<u8>>> = request
-        .shards
-        .iter()
-        .map(|index| state.revocations.shards().get(usize::from(*index)).map(|shard| shard.encode()))
-        .collect();
-    let found = found.ok_or_else(|| Problem::not_found("There is no such shard."))?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    for index in &request.shards {
+        let shard = state.revocations.shards().get(usize::from(*index));
+        let shard = shard.ok_or_else(|| Problem::not_found("There is no such shard."))?;
+        bytes += shard.encoded_bytes();
+        if !found.is_empty() && bytes > SHARDS_ANSWER_BYTES {
+            break;
+        }
+        found.push(shard.encode());
+    }
     Ok(octets(wire::encode_shards(found.iter().map(Vec::as_slice))))
 }
 

@@ -53,6 +53,16 @@ pub struct TokenCache {
     hand: usize,
     bytes: usize,
     max_bytes: usize,
+    looks: Looks,
+}
+
+/// How often a token was looked for, and found.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Looks {
+    /// Verified before.
+    pub hits: u64,
+    /// To be verified.
+    pub misses: u64,
 }
 
 #[derive(Debug)]
@@ -73,6 +83,7 @@ impl TokenCache {
             hand: 0,
             bytes: 0,
             max_bytes,
+            looks: Looks::default(),
         }
     }
 
@@ -93,9 +104,17 @@ impl TokenCache {
 
     /// The token of exactly these bytes, if it was verified before.
     pub fn get(&mut self, token: &[u8]) -> Option<Arc<Verified>> {
-        let slot = self.slots.get_mut(*self.by_token.get(token)?)?;
+        let found = self.by_token.get(token).and_then(|position| self.slots.get_mut(*position));
+        let count = if found.is_some() { &mut self.looks.hits } else { &mut self.looks.misses };
+        *count = count.saturating_add(1);
+        let slot = found?;
         slot.used = true;
         Some(Arc::clone(&slot.verified))
+    }
+
+    /// How often a token was looked for since this was asked last.
+    pub fn take_looks(&mut self) -> Looks {
+        std::mem::take(&mut self.looks)
     }
 
     /// Remembers a verified token.

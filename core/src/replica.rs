@@ -143,7 +143,7 @@ mod tests {
     use crate::policy::Policy;
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
     use crate::rules;
-    use crate::shared::tests::{Memory, delta, snapshot};
+    use crate::shared::tests::{Memory, delta, replace, snapshot};
     use crate::shared::{Contact, Publisher};
 
     fn rules_bytes(hard_age_s: u64) -> Vec<u8> {
@@ -169,6 +169,10 @@ mod tests {
         publication
     }
 
+    fn begin(leader: &mut Publisher, data: &mut Memory, set: &ExactSet) {
+        replace(leader, data, set, first(set)).unwrap();
+    }
+
     fn standing(replica: &mut Replica, data: &mut Memory, fingerprint: Fingerprint) -> Standing {
         replica.view(data, 0).1.standing(fingerprint)
     }
@@ -180,18 +184,18 @@ mod tests {
         replica.refresh(&mut data, 0);
         assert_eq!(replica.version(), None);
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
+        begin(&mut leader, &mut data, &ExactSet::default());
         replica.refresh(&mut data, 1);
         assert_eq!(replica.version().unwrap().seq, 1, "the first one is not waited for");
         let f = Fingerprint::of("a");
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Clear);
-        leader.publish(&mut data, &delta(2, vec![Op::Revoke(f)]), Contact::default()).unwrap();
+        leader.publish(&mut data, delta(2, vec![Op::Revoke(f)]), Contact::default()).unwrap();
         replica.refresh(&mut data, LOOK_EVERY_NS);
         assert_eq!(replica.version().unwrap().seq, 1);
         replica.refresh(&mut data, LOOK_EVERY_NS + 1);
         assert_eq!(standing(&mut replica, &mut data, f), Standing::Revoked);
         // A clock that went back does not freeze the copy.
-        leader.publish(&mut data, &delta(3, vec![Op::Forget(f)]), Contact::default()).unwrap();
+        leader.publish(&mut data, delta(3, vec![Op::Forget(f)]), Contact::default()).unwrap();
         replica.refresh(&mut data, 2);
         assert_eq!(replica.version().unwrap().seq, 3);
     }
@@ -200,13 +204,13 @@ mod tests {
     fn a_worker_that_slept_through_the_log_starts_anew() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
+        begin(&mut leader, &mut data, &ExactSet::default());
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         while replica.derive_gate(&mut data) {}
         for seq in 2..LOG_ENTRIES + 10 {
             let op = Op::Revoke(Fingerprint::of(&seq.to_string()));
-            leader.publish(&mut data, &delta(seq, vec![op]), Contact::default()).unwrap();
+            leader.publish(&mut data, delta(seq, vec![op]), Contact::default()).unwrap();
         }
         replica.look(&mut data, 0);
         for seq in 2..LOG_ENTRIES + 10 {
@@ -219,12 +223,12 @@ mod tests {
     fn too_many_changes_to_follow_are_not_missed() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
+        begin(&mut leader, &mut data, &ExactSet::default());
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         while replica.derive_gate(&mut data) {}
         let ops: Vec<Op> = (0..5_000).map(|n| Op::Revoke(Fingerprint::of(&n.to_string()))).collect();
-        leader.publish(&mut data, &delta(2, ops.clone()), Contact::default()).unwrap();
+        leader.publish(&mut data, delta(2, ops.clone()), Contact::default()).unwrap();
         replica.look(&mut data, 0);
         for op in ops {
             assert_eq!(standing(&mut replica, &mut data, op.fingerprint()), Standing::Revoked);
@@ -235,13 +239,13 @@ mod tests {
     fn rules_that_cannot_be_read_leave_no_state() {
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), Contact::default()).unwrap();
+        begin(&mut leader, &mut data, &ExactSet::default());
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         assert!(matches!(replica.view(&mut data, 0).0, State::Fresh(_)));
         let mut broken = delta(2, vec![]);
         broken.rules = Some(b"{}".to_vec());
-        leader.publish(&mut data, &broken, Contact::default()).unwrap();
+        leader.publish(&mut data, broken, Contact::default()).unwrap();
         replica.look(&mut data, 0);
         assert!(matches!(replica.view(&mut data, 0).0, State::Missing));
     }
@@ -252,7 +256,8 @@ mod tests {
         let at = |s: u64| Contact { asked_ns: s * S, heard_ns: s * S };
         let mut data = Memory::default();
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
-        leader.publish(&mut data, &first(&ExactSet::default()), at(1_000)).unwrap();
+        begin(&mut leader, &mut data, &ExactSet::default());
+        leader.touch(&mut data, at(1_000), 0).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 1_000 * S);
         assert!(matches!(replica.view(&mut data, 1_300 * S - 1).0, State::Fresh(_)));
@@ -268,7 +273,7 @@ mod tests {
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
         let mut publication = first(&ExactSet::default());
         publication.sent_at_ms = 50_000;
-        leader.publish(&mut data, &publication, Contact::default()).unwrap();
+        replace(&mut leader, &mut data, &ExactSet::default(), publication).unwrap();
         let mut replica = Replica::default();
         replica.look(&mut data, 0);
         assert_eq!(replica.now_s(10_000, 0), 50, "the host's clock was set back");
@@ -284,7 +289,7 @@ mod tests {
             let mut data = Memory::default();
             let mut leader = Publisher::take_over(&mut data, 1).unwrap();
             let mut set = ExactSet::default();
-            leader.publish(&mut data, &first(&set), Contact::default()).unwrap();
+            begin(&mut leader, &mut data, &set);
             let mut replica = Replica::default();
             let mut seq = 1;
             for (step, value) in steps {
@@ -307,13 +312,13 @@ mod tests {
                         seq += 1;
                         let mut publication = snapshot(seq, &set);
                         publication.rules = Some(rules_bytes(seq));
-                        leader.publish(&mut data, &publication, Contact::default()).unwrap();
+                        replace(&mut leader, &mut data, &set, publication).unwrap();
                         continue;
                     }
                 };
                 set.apply(op);
                 seq += 1;
-                leader.publish(&mut data, &delta(seq, vec![op]), Contact::default()).unwrap();
+                leader.publish(&mut data, delta(seq, vec![op]), Contact::default()).unwrap();
             }
         }
     }

@@ -16,7 +16,7 @@
 //!    8s  suspended fingerprints, strictly ascending
 //! ```
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
@@ -98,13 +98,25 @@ impl Op {
 }
 
 /// One shard.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Shard {
     bits: u8,
     index: u16,
     revoked: Vec<u64>,
     suspended: Vec<u64>,
+    /// Worked out when it is first asked for, once for all versions that share this shard.
+    digest: OnceLock<[u8; 32]>,
 }
+
+impl PartialEq for Shard {
+    fn eq(&self, other: &Self) -> bool {
+        (self.bits, self.index) == (other.bits, other.index)
+            && self.revoked == other.revoked
+            && self.suspended == other.suspended
+    }
+}
+
+impl Eq for Shard {}
 
 /// Bytes that are no shard.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -114,7 +126,7 @@ pub struct ShardError(&'static str);
 impl Shard {
     /// An empty shard.
     pub fn empty(bits: u8, index: u16) -> Self {
-        Self { bits, index, revoked: Vec::new(), suspended: Vec::new() }
+        Self { bits, index, revoked: Vec::new(), suspended: Vec::new(), digest: OnceLock::new() }
     }
 
     /// How many entries it has.
@@ -148,6 +160,7 @@ impl Shard {
         if fingerprint.shard(self.bits) != self.index {
             return;
         }
+        self.digest = OnceLock::new();
         let value = fingerprint.0;
         match op {
             Op::Revoke(_) => insert(&mut self.revoked, value),
@@ -195,6 +208,11 @@ impl Shard {
         out
     }
 
+    /// Its content address: SHA-256 of its bytes.
+    pub fn digest(&self) -> [u8; 32] {
+        *self.digest.get_or_init(|| digest(&self.encode()))
+    }
+
     /// Reads and checks every byte.
     ///
     /// # Errors
@@ -206,6 +224,7 @@ impl Shard {
             index: view.index,
             revoked: view.revoked.iter().map(|value| u64::from_le_bytes(*value)).collect(),
             suspended: view.suspended.iter().map(|value| u64::from_le_bytes(*value)).collect(),
+            digest: OnceLock::new(),
         };
         let ascending = |run: &[u64]| run.is_sorted_by(|a, b| a < b);
         if !ascending(&shard.revoked) || !ascending(&shard.suspended) {

@@ -10,6 +10,9 @@
 //! 2. A writer checks that the beacon is still its own after it read what it is about to change, and
 //!    writes with compare-and-swap. So a stalled leader that wakes up changes nothing.
 //! 3. Changes can be applied again. A leader that died half-way is made good by the next one.
+//!
+//! Nothing here works on more than one shard, or on more than a few hundred changes of it, at a time: large
+//! publications are carried out in steps, between which the leader serves requests.
 
 use crate::revocation::{MAX_SHARD_ENTRIES, Op, Shard};
 use crate::sync::{Change, Publication};
@@ -22,6 +25,8 @@ pub const LEASE_NS: u64 = 1_500_000_000;
 pub const LOG_ENTRIES: u64 = 1_024;
 /// The most changes of a publication that workers follow one by one.
 const MAX_LOGGED_OPS: usize = 4_096;
+/// The most changes of one shard in one step.
+const OPS_PER_STEP: usize = 512;
 /// A VM that was not heard of for so long is not counted any more, in nanoseconds.
 const ROSTER_AGE_NS: u64 = 10_000_000_000;
 /// The most VMs counted.
@@ -31,6 +36,7 @@ const BEACON: &str = "keygate/1/beacon";
 const LEASE: &str = "keygate/1/lease";
 const RULES: &str = "keygate/1/rules";
 const ROSTER: &str = "keygate/1/roster";
+const STARTS: &str = "keygate/1/starts";
 const INCARNATION: &str = "keygate/1/incarnation";
 
 const BEACON_MAGIC: &[u8; 4] = b"KGv1";
@@ -168,25 +174,51 @@ pub fn incarnation(data: &mut impl SharedData, drawn: u64) -> u64 {
         .unwrap_or(drawn)
 }
 
-/// Counts VM `vm` among the living and says how many there are.
-pub fn roll_call(data: &mut impl SharedData, vm: u64, now_ns: u64) -> usize {
+/// What is known of the VMs of this process.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Census {
+    /// How many were heard of lately.
+    pub living: usize,
+    /// How many were ever started.
+    pub started: u64,
+    /// Memory of the largest living one, in bytes.
+    pub largest_bytes: u64,
+}
+
+/// Counts VM `vm` among the living, with the bytes of memory that it has, and says what is known of all.
+pub fn roll_call(data: &mut impl SharedData, vm: u64, memory_bytes: u64, now_ns: u64) -> Census {
     let (bytes, cas) = data.get(ROSTER).map_or((Vec::new(), None), |(bytes, cas)| (bytes, Some(cas)));
-    let (entries, _) = bytes.as_chunks::<16>();
-    let mut living: Vec<(u64, u64)> = entries
+    let (entries, _) = bytes.as_chunks::<24>();
+    let mut living: Vec<[u64; 3]> = entries
         .iter()
         .filter_map(|entry| {
             let mut reader = Reader::new(entry);
-            Some((reader.u64().ok()?, reader.u64().ok()?))
+            Some([reader.u64().ok()?, reader.u64().ok()?, reader.u64().ok()?])
         })
-        .filter(|(id, seen)| *id != vm && now_ns.saturating_sub(*seen) < ROSTER_AGE_NS)
+        .filter(|[id, seen, _]| *id != vm && now_ns.saturating_sub(*seen) < ROSTER_AGE_NS)
         .take(ROSTER_VMS)
         .collect();
-    living.push((vm, now_ns));
-    let bytes: Vec<u8> =
-        living.iter().flat_map(|(id, seen)| [id.to_le_bytes(), seen.to_le_bytes()]).flatten().collect();
+    living.push([vm, now_ns, memory_bytes]);
+    let bytes: Vec<u8> = living.iter().flatten().flat_map(|number| number.to_le_bytes()).collect();
     // A lost race is made good at the next call.
     let _raced = data.set(ROSTER, &bytes, cas);
-    living.len()
+    let started = data.get(STARTS).and_then(|(count, _)| Some(u64::from_le_bytes(*count.first_chunk()?)));
+    Census {
+        living: living.len(),
+        started: started.unwrap_or(0),
+        largest_bytes: living.iter().map(|[.., memory]| *memory).max().unwrap_or(0),
+    }
+}
+
+/// Counts a VM that has started; whether that worked, else it is to be tried again at the next tick.
+pub fn count_start(data: &mut impl SharedData) -> bool {
+    let Some((bytes, cas)) = data.get(STARTS) else {
+        // A new value cannot be written with compare-and-swap, so the first one counts nobody.
+        let _raced = data.set(STARTS, &0_u64.to_le_bytes(), None);
+        return false;
+    };
+    let count = bytes.first_chunk().map_or(0, |count| u64::from_le_bytes(*count));
+    data.set(STARTS, &count.saturating_add(1).to_le_bytes(), Some(cas)).is_ok()
 }
 
 fn log_key(counter: u64) -> String {
@@ -244,6 +276,35 @@ pub struct Publisher {
     beacon: Beacon,
 }
 
+/// A publication that is being carried out.
+#[derive(Debug)]
+pub struct Publishing {
+    publication: Publication,
+    contact: Contact,
+    /// Its changes in the order of their shards, and how many of them are done.
+    order: Vec<Op>,
+    changed: usize,
+}
+
+impl Publishing {
+    /// Nothing of it is done yet.
+    pub fn new(publication: Publication, contact: Contact) -> Self {
+        Self { publication, contact, order: Vec::new(), changed: 0 }
+    }
+
+    /// The version that it puts in force.
+    pub fn version(&self) -> Version {
+        self.publication.version
+    }
+}
+
+/// Changes of one shard stay in their order.
+fn in_shard_order(ops: &[Op], bits: u8) -> Vec<Op> {
+    let mut ordered = ops.to_vec();
+    ordered.sort_by_key(|op| op.fingerprint().shard(bits));
+    ordered
+}
+
 /// Why a publication was not carried out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
@@ -297,16 +358,80 @@ impl Publisher {
         self.light(data, next)
     }
 
-    /// Puts a new version in force for every worker.
+    /// Keeps a shard, checked before, for the set that is to replace the one in force.
+    ///
+    /// # Errors
+    /// [`PublishError::Deposed`].
+    pub fn stage(&self, data: &mut impl SharedData, index: u16, bytes: &[u8]) -> Result<(), PublishError> {
+        let generation = self.beacon.generation.saturating_add(1);
+        self.write(data, &shard_key(generation, index), &with_stamp(generation, bytes))
+    }
+
+    /// Drops shard `index` of the set before the one in force, or of one that was never put in force; whether
+    /// there was one. Workers must have had the time to see the beacon.
+    ///
+    /// # Errors
+    /// [`PublishError::Deposed`].
+    pub fn sweep(&self, data: &mut impl SharedData, index: u16) -> Result<bool, PublishError> {
+        let key = shard_key(self.beacon.generation.saturating_add(1), index);
+        match data.get(&key) {
+            None => Ok(false),
+            Some((bytes, _)) if bytes.is_empty() => Ok(true),
+            Some((_, cas)) => {
+                Self::own(data, self.beacon)?;
+                data.set(&key, &[], Some(cas))?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// Puts a new version in force for every worker, in one go.
     ///
     /// # Errors
     /// See [`PublishError`]; the version in force is then the one before.
     pub fn publish(
         &mut self,
         data: &mut impl SharedData,
-        publication: &Publication,
+        publication: Publication,
         contact: Contact,
     ) -> Result<(), PublishError> {
+        let mut publishing = Publishing::new(publication, contact);
+        while !self.step(data, &mut publishing)? {}
+        Ok(())
+    }
+
+    /// Does a step of putting a new version in force; whether that was the last one.
+    ///
+    /// # Errors
+    /// See [`PublishError`]; the version in force is then the one before.
+    pub fn step(
+        &mut self,
+        data: &mut impl SharedData,
+        publishing: &mut Publishing,
+    ) -> Result<bool, PublishError> {
+        if let Change::Ops(ops) = &publishing.publication.revocations
+            && publishing.changed < ops.len()
+        {
+            if publishing.order.is_empty() {
+                publishing.order = in_shard_order(ops, self.beacon.bits);
+            }
+            let rest = publishing.order.get(publishing.changed..).unwrap_or_default();
+            publishing.changed = publishing.changed.saturating_add(self.change_shard(data, rest)?);
+            // The beacon is lit in a step of its own, unless there was next to nothing to do.
+            if publishing.changed < ops.len() || ops.len() > OPS_PER_STEP {
+                return Ok(false);
+            }
+        }
+        self.put_in_force(data, publishing)?;
+        Ok(true)
+    }
+
+    fn put_in_force(
+        &mut self,
+        data: &mut impl SharedData,
+        publishing: &Publishing,
+    ) -> Result<(), PublishError> {
+        let Publishing { publication, contact, .. } = publishing;
         let mut next = Beacon {
             counter: self.beacon.counter.saturating_add(1),
             version: publication.version,
@@ -317,18 +442,13 @@ impl Publisher {
         };
         match &publication.revocations {
             Change::Ops(ops) => {
-                self.change_shards(data, ops)?;
                 let followed = ops.len() <= MAX_LOGGED_OPS;
                 let entry = if followed { wire::encode_ops(ops) } else { Vec::new() };
                 self.write(data, &log_key(next.counter), &with_stamp(next.counter, &entry))?;
             }
-            Change::Replace { bits, shards } => {
+            Change::Replace { bits } => {
                 next.bits = *bits;
                 next.generation = self.beacon.generation.saturating_add(1);
-                for (index, bytes) in (0_u16..).zip(shards) {
-                    let key = shard_key(next.generation, index);
-                    self.write(data, &key, &with_stamp(next.generation, bytes))?;
-                }
             }
         }
         if let Some(rules) = &publication.rules {
@@ -338,29 +458,32 @@ impl Publisher {
         self.light(data, next)
     }
 
-    fn change_shards(&self, data: &mut impl SharedData, ops: &[Op]) -> Result<(), PublishError> {
-        let shard_of = |op: &Op| op.fingerprint().shard(self.beacon.bits);
-        let mut indexes: Vec<u16> = ops.iter().map(shard_of).collect();
-        indexes.sort_unstable();
-        indexes.dedup();
-        for index in indexes {
-            let key = shard_key(self.beacon.generation, index);
-            let (bytes, cas) = data.get(&key).ok_or(PublishError::Incomplete)?;
-            let (stamp, bytes) = bytes.split_first_chunk::<8>().ok_or(PublishError::Incomplete)?;
-            if u64::from_le_bytes(*stamp) != self.beacon.generation {
-                return Err(PublishError::Incomplete);
-            }
-            let mut shard = Shard::decode(bytes).map_err(|_| PublishError::Incomplete)?;
-            for op in ops.iter().filter(|op| shard_of(op) == index) {
-                shard.apply(*op);
-            }
-            if shard.len() > MAX_SHARD_ENTRIES {
-                return Err(PublishError::Incomplete); // The set outgrew its cut.
-            }
-            Self::own(data, self.beacon)?;
-            data.set(&key, &with_stamp(self.beacon.generation, &shard.encode()), Some(cas))?;
+    /// Applies the first of `ops`, which are in the order of their shards, to the first one's shard; how many.
+    fn change_shard(&self, data: &mut impl SharedData, ops: &[Op]) -> Result<usize, PublishError> {
+        let Some(index) = ops.first().map(|op| op.fingerprint().shard(self.beacon.bits)) else {
+            return Ok(0);
+        };
+        let key = shard_key(self.beacon.generation, index);
+        let (bytes, cas) = data.get(&key).ok_or(PublishError::Incomplete)?;
+        let (stamp, bytes) = bytes.split_first_chunk::<8>().ok_or(PublishError::Incomplete)?;
+        if u64::from_le_bytes(*stamp) != self.beacon.generation {
+            return Err(PublishError::Incomplete);
         }
-        Ok(())
+        let mut shard = Shard::decode(bytes).map_err(|_| PublishError::Incomplete)?;
+        let mut changed = 0_usize;
+        for op in ops.iter().take(OPS_PER_STEP) {
+            if op.fingerprint().shard(self.beacon.bits) != index {
+                break;
+            }
+            shard.apply(*op);
+            changed = changed.saturating_add(1);
+        }
+        if shard.len() > MAX_SHARD_ENTRIES {
+            return Err(PublishError::Incomplete); // The set outgrew its cut.
+        }
+        Self::own(data, self.beacon)?;
+        data.set(&key, &with_stamp(self.beacon.generation, &shard.encode()), Some(cas))?;
+        Ok(changed)
     }
 
     /// Writes a value that readers know by its stamp.
@@ -433,11 +556,21 @@ pub(crate) mod tests {
             version: Version { source: 1, seq },
             sent_at_ms: 0,
             rules: Some(format!("rules {seq}").into_bytes()),
-            revocations: Change::Replace {
-                bits: set.bits(),
-                shards: set.shards().iter().map(|shard| shard.encode()).collect(),
-            },
+            revocations: Change::Replace { bits: set.bits() },
         }
+    }
+
+    /// Publishes a whole set.
+    pub(crate) fn replace(
+        leader: &mut Publisher,
+        data: &mut Memory,
+        set: &ExactSet,
+        publication: Publication,
+    ) -> Result<(), PublishError> {
+        for shard in set.shards() {
+            leader.stage(data, shard.index(), &shard.encode())?;
+        }
+        leader.publish(data, publication, Contact::default())
     }
 
     pub(crate) fn delta(seq: u64, ops: Vec<Op>) -> Publication {
@@ -476,14 +609,14 @@ pub(crate) mod tests {
     fn a_leader_that_was_replaced_writes_nothing_more() {
         let mut data = Memory::default();
         let mut old = Publisher::take_over(&mut data, 1).unwrap();
-        old.publish(&mut data, &snapshot(1, &ExactSet::default()), Contact::default()).unwrap();
+        let empty = ExactSet::default();
+        replace(&mut old, &mut data, &empty, snapshot(1, &empty)).unwrap();
         let mut new = Publisher::take_over(&mut data, 2).unwrap();
-        new.publish(&mut data, &delta(2, vec![Op::Suspend(Fingerprint::of("a"))]), Contact::default())
+        new.publish(&mut data, delta(2, vec![Op::Suspend(Fingerprint::of("a"))]), Contact::default())
             .unwrap();
-        new.publish(&mut data, &delta(3, vec![Op::Resume(Fingerprint::of("a"))]), Contact::default())
-            .unwrap();
+        new.publish(&mut data, delta(3, vec![Op::Resume(Fingerprint::of("a"))]), Contact::default()).unwrap();
         let late = delta(2, vec![Op::Suspend(Fingerprint::of("a"))]);
-        assert_eq!(old.publish(&mut data, &late, Contact::default()), Err(PublishError::Deposed));
+        assert_eq!(old.publish(&mut data, late, Contact::default()), Err(PublishError::Deposed));
         assert_eq!(old.touch(&mut data, Contact::default(), 0), Err(PublishError::Deposed));
         assert_eq!(standing(&mut data, "a"), Standing::Clear);
         assert_eq!(beacon(&mut data).unwrap().version.seq, 3);
@@ -493,24 +626,23 @@ pub(crate) mod tests {
     fn a_leader_that_dies_at_any_write_is_made_good_by_the_next() {
         let set = ExactSet::of(&[Op::Revoke(Fingerprint::of("old"))]);
         let mut before = Memory::default();
-        Publisher::take_over(&mut before, 1)
-            .unwrap()
-            .publish(&mut before, &snapshot(1, &set), Contact::default())
-            .unwrap();
-        let publications = [
-            delta(2, vec![Op::Revoke(Fingerprint::of("new")), Op::Suspend(Fingerprint::of("s"))]),
-            snapshot(
-                2,
-                &ExactSet::of(&[Op::Revoke(Fingerprint::of("old")), Op::Revoke(Fingerprint::of("new"))]),
-            ),
-        ];
-        for publication in publications {
+        let mut first = Publisher::take_over(&mut before, 1).unwrap();
+        replace(&mut first, &mut before, &set, snapshot(1, &set)).unwrap();
+        let new = ExactSet::of(&[Op::Revoke(Fingerprint::of("old")), Op::Revoke(Fingerprint::of("new"))]);
+        let change = |leader: &mut Publisher, data: &mut Memory| {
+            let ops = vec![Op::Revoke(Fingerprint::of("new")), Op::Suspend(Fingerprint::of("s"))];
+            leader.publish(data, delta(2, ops), Contact::default())
+        };
+        let replacement =
+            |leader: &mut Publisher, data: &mut Memory| replace(leader, data, &new, snapshot(2, &new));
+        type Publish<'a> = &'a dyn Fn(&mut Publisher, &mut Memory) -> Result<(), PublishError>;
+        for publish in [&change as Publish<'_>, &replacement] {
             let mut died = 0;
             for death in 0.. {
                 let mut data = before.clone();
                 data.dies_at_write = Some(before.writes + death);
                 let lived = Publisher::take_over(&mut data, 2)
-                    .and_then(|mut leader| leader.publish(&mut data, &publication, Contact::default()))
+                    .and_then(|mut leader| publish(&mut leader, &mut data))
                     .is_ok();
                 data.dies_at_write = None;
                 // What was revoked stays so, whatever happened, and the version is old or new, whole.
@@ -518,7 +650,7 @@ pub(crate) mod tests {
                 let seq = beacon(&mut data).unwrap().version.seq;
                 assert_eq!(seq, if lived { 2 } else { 1 });
                 let mut next = Publisher::take_over(&mut data, 3).unwrap();
-                next.publish(&mut data, &publication, Contact::default()).unwrap();
+                publish(&mut next, &mut data).unwrap();
                 assert_eq!(standing(&mut data, "old"), Standing::Revoked);
                 assert_eq!(standing(&mut data, "new"), Standing::Revoked);
                 if lived {
@@ -536,19 +668,78 @@ pub(crate) mod tests {
         let mut leader = Publisher::take_over(&mut data, 1).unwrap();
         let op = vec![Op::Revoke(Fingerprint(1))];
         assert_eq!(
-            leader.publish(&mut data, &delta(1, op), Contact::default()),
+            leader.publish(&mut data, delta(1, op), Contact::default()),
             Err(PublishError::Incomplete)
         );
         assert!(!beacon(&mut data).unwrap().has_state());
     }
 
     #[test]
+    fn many_changes_are_published_in_steps_that_serve_in_between() {
+        let set = ExactSet::of(&(0..20_000).map(|n| Op::Suspend(numbered(n))).collect::<Vec<_>>());
+        let mut data = Memory::default();
+        let mut leader = Publisher::take_over(&mut data, 1).unwrap();
+        replace(&mut leader, &mut data, &set, snapshot(1, &set)).unwrap();
+        // Each is revoked, and suspended and resumed in this order.
+        let ops: Vec<Op> = (0..10_000)
+            .map(numbered)
+            .flat_map(|f| [Op::Revoke(f), Op::Suspend(f), Op::Resume(f)])
+            .chain((10_000..20_000).map(numbered).map(Op::Resume))
+            .collect();
+        let mut publishing = Publishing::new(delta(2, ops), Contact::default());
+        let mut steps = 0;
+        while !leader.step(&mut data, &mut publishing).unwrap() {
+            steps += 1;
+            assert_eq!(beacon(&mut data).unwrap().version.seq, 1, "in force only as a whole");
+        }
+        assert!(steps >= 40_000 / OPS_PER_STEP, "{steps} steps");
+        assert_eq!(beacon(&mut data).unwrap().version.seq, 2);
+        for n in 0..20_000 {
+            let want = if n < 10_000 { Standing::Revoked } else { Standing::Clear };
+            assert_eq!(standing(&mut data, &n.to_string()), want, "{n}");
+        }
+    }
+
+    fn numbered(n: u32) -> Fingerprint {
+        Fingerprint::of(&n.to_string())
+    }
+
+    #[test]
+    fn what_was_replaced_is_swept_and_what_is_in_force_is_not() {
+        let set = ExactSet::of(&(0..20_000).map(|n| Op::Revoke(numbered(n))).collect::<Vec<_>>());
+        let mut data = Memory::default();
+        let mut leader = Publisher::take_over(&mut data, 1).unwrap();
+        replace(&mut leader, &mut data, &set, snapshot(1, &set)).unwrap();
+        replace(&mut leader, &mut data, &set, snapshot(2, &set)).unwrap();
+        let held = |data: &Memory| data.values.values().map(|(bytes, _)| bytes.len()).sum::<usize>();
+        let before = held(&data);
+        let shards = u16::try_from(set.shards().len()).unwrap();
+        for index in 0..shards {
+            assert!(leader.sweep(&mut data, index).unwrap());
+        }
+        assert!(!leader.sweep(&mut data, shards).unwrap(), "there is no further one");
+        assert!(held(&data) < before * 6 / 10, "{} of {before} bytes are left", held(&data));
+        assert_eq!(standing(&mut data, "7"), Standing::Revoked);
+        replace(&mut leader, &mut data, &set, snapshot(3, &set)).unwrap();
+        assert_eq!(standing(&mut data, "7"), Standing::Revoked);
+    }
+
+    #[test]
     fn the_roster_forgets_the_silent() {
         let mut data = Memory::default();
-        assert_eq!(roll_call(&mut data, 1, 0), 1);
-        assert_eq!(roll_call(&mut data, 2, 1), 2);
-        assert_eq!(roll_call(&mut data, 1, ROSTER_AGE_NS), 2);
-        assert_eq!(roll_call(&mut data, 1, ROSTER_AGE_NS + 1), 1);
+        let census = |living, largest_bytes| Census { living, started: 0, largest_bytes };
+        assert_eq!(roll_call(&mut data, 1, 50, 0), census(1, 50));
+        assert_eq!(roll_call(&mut data, 2, 70, 1), census(2, 70));
+        assert_eq!(roll_call(&mut data, 1, 60, ROSTER_AGE_NS), census(2, 70));
+        assert_eq!(roll_call(&mut data, 1, 60, ROSTER_AGE_NS + 1), census(1, 60));
+    }
+
+    #[test]
+    fn every_start_is_counted_once() {
+        let mut data = Memory::default();
+        assert!(!count_start(&mut data), "the first call only makes the number");
+        assert!(count_start(&mut data) && count_start(&mut data));
+        assert_eq!(roll_call(&mut data, 1, 0, 0).started, 2);
     }
 
     #[test]

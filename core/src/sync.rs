@@ -1,5 +1,11 @@
 //! Following the control plane: what the leader of a proxy's VMs asks for next, and what an answer
 //! means. Pure: the filter carries the bytes, [`crate::shared`] publishes the outcome to the workers.
+//!
+//! A snapshot is taken over in steps of one shard each, so that whoever leads can go on serving requests
+//! between them: [`Follower::step`]. A shard that the proxy has already is kept, the others are fetched;
+//! each is staged beside the set in force as soon as it was checked. Only the last step puts them in force.
+
+use std::collections::VecDeque;
 
 use crate::gate::ShardSource;
 use crate::revocation::{self, Op, Shard, ShardError};
@@ -11,7 +17,7 @@ use crate::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, Shar
 #[derive(Debug, Default)]
 pub struct Follower {
     applied: Option<Version>,
-    fetch: Option<Fetch>,
+    take_over: Option<TakeOver>,
     resync: bool,
 }
 
@@ -27,6 +33,8 @@ pub enum Ask {
     },
     /// Shards of a snapshot.
     Shards(ShardRequest),
+    /// Nothing yet: there are steps to be done first.
+    Nothing,
 }
 
 /// What an answer means.
@@ -37,9 +45,27 @@ pub enum Outcome {
         /// The control plane's clock when it answered, Unix milliseconds.
         sent_at_ms: u64,
     },
-    /// More is to be asked before anything can be published.
-    AskMore,
+    /// A snapshot is being taken over: do its steps, then ask on.
+    TakeOver,
     /// Something to publish to all workers.
+    Publish(Publication),
+}
+
+/// A step of taking a snapshot over.
+#[derive(Debug)]
+pub enum Step {
+    /// There is nothing to be done before the next answer.
+    Wait,
+    /// A shard was compared with its address; it has to be fetched.
+    Differs,
+    /// A shard that was checked: stage it.
+    Stage {
+        /// Which.
+        index: u16,
+        /// Its bytes.
+        bytes: Vec<u8>,
+    },
+    /// All shards are staged: publish.
     Publish(Publication),
 }
 
@@ -61,12 +87,10 @@ pub struct Publication {
 pub enum Change {
     /// Changes to the set there is.
     Ops(Vec<Op>),
-    /// A set that replaces the one there is; every shard was checked.
+    /// The set that was staged replaces the one there is.
     Replace {
         /// The number of shards as a power of two.
         bits: u8,
-        /// The bytes of each.
-        shards: Vec<Vec<u8>>,
     },
 }
 
@@ -101,30 +125,87 @@ pub enum SyncError {
     Unasked,
 }
 
+/// A snapshot on its way.
 #[derive(Debug)]
-struct Fetch {
+struct TakeOver {
     version: Version,
     sent_at_ms: u64,
     rules: Option<Vec<u8>>,
     bits: u8,
-    digests: Vec<[u8; DIGEST_BYTES]>,
-    shards: Vec<Option<Vec<u8>>>,
+    shards: Vec<(Place, [u8; DIGEST_BYTES])>,
+    /// Fetched, but not checked yet.
+    fetched: VecDeque<(u16, Vec<u8>)>,
 }
 
-impl Fetch {
-    fn missing(&self) -> Vec<u16> {
+/// Where a shard of a snapshot is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// Here, perhaps.
+    Unknown,
+    /// At the control plane.
+    There,
+    /// Here.
+    Staged,
+}
+
+impl TakeOver {
+    fn indexes(&self, wanted: Place) -> impl Iterator<Item = u16> {
         let indexes = (0_u16..).zip(&self.shards);
-        indexes
-            .filter_map(|(index, shard)| shard.is_none().then_some(index))
-            .take(MAX_SHARDS_PER_REQUEST)
-            .collect()
+        indexes.filter_map(move |(index, (place, _))| (*place == wanted).then_some(index))
+    }
+
+    fn missing(&self) -> Vec<u16> {
+        self.indexes(Place::There).take(MAX_SHARDS_PER_REQUEST).collect()
+    }
+
+    fn put(&mut self, index: u16, place: Place) {
+        if let Some((shard, _)) = self.shards.get_mut(usize::from(index)) {
+            *shard = place;
+        }
+    }
+
+    fn has_digest(&self, index: u16, bytes: &[u8]) -> bool {
+        self.shards.get(usize::from(index)).is_some_and(|(_, digest)| revocation::digest(bytes) == *digest)
+    }
+
+    /// Checks the next fetched shard.
+    fn check_fetched(&mut self) -> Result<Option<Step>, SyncError> {
+        let Some((index, bytes)) = self.fetched.pop_front() else { return Ok(None) };
+        if !self.has_digest(index, &bytes) {
+            return Err(SyncError::Digest(index));
+        }
+        let shard = Shard::decode(&bytes)?;
+        if shard.bits() != self.bits || shard.index() != index {
+            return Err(SyncError::Digest(index));
+        }
+        self.put(index, Place::Staged);
+        Ok(Some(Step::Stage { index, bytes }))
+    }
+
+    /// Compares the next shard of which it is not known whether it is here. An empty one needs no fetching.
+    fn compare(&mut self, own: &mut impl ShardSource) -> Option<Step> {
+        let index = self.indexes(Place::Unknown).next()?;
+        let here = own
+            .shard(index)
+            .filter(|bytes| self.has_digest(index, bytes))
+            .or_else(|| Some(Shard::empty(self.bits, index).encode()).filter(|b| self.has_digest(index, b)));
+        Some(match here {
+            Some(bytes) => {
+                self.put(index, Place::Staged);
+                Step::Stage { index, bytes }
+            }
+            None => {
+                self.put(index, Place::There);
+                Step::Differs
+            }
+        })
     }
 }
 
 impl Follower {
     /// Follows on from what is enforced already.
     pub fn from(applied: Option<Version>) -> Self {
-        Self { applied, fetch: None, resync: false }
+        Self { applied, take_over: None, resync: false }
     }
 
     /// What is enforced, as far as this follower knows.
@@ -134,24 +215,27 @@ impl Follower {
 
     /// What to ask for next.
     pub fn ask(&self) -> Ask {
-        match &self.fetch {
-            None => Ask::Poll { applied: self.applied, resync: self.resync },
-            Some(fetch) => Ask::Shards(ShardRequest {
-                format: wire::FORMAT,
-                version: fetch.version,
-                shards: fetch.missing(),
-            }),
+        let Some(take_over) = &self.take_over else {
+            return Ask::Poll { applied: self.applied, resync: self.resync };
+        };
+        let shards = take_over.missing();
+        if shards.is_empty()
+            || !take_over.fetched.is_empty()
+            || take_over.indexes(Place::Unknown).next().is_some()
+        {
+            return Ask::Nothing;
         }
+        Ask::Shards(ShardRequest { format: wire::FORMAT, version: take_over.version, shards })
     }
 
     /// The question could not be answered: ask for news again.
     pub fn unanswered(&mut self) {
-        self.fetch = None;
+        self.take_over = None;
     }
 
     /// What is held is not whole: ask for all of it.
     pub fn start_over(&mut self) {
-        self.fetch = None;
+        self.take_over = None;
         self.resync = true;
     }
 
@@ -161,12 +245,12 @@ impl Follower {
         self.resync = false;
     }
 
-    /// Takes the answer to [`Ask::Poll`]. `own` has the shards enforced now.
+    /// Takes the answer to [`Ask::Poll`].
     ///
     /// # Errors
     /// See [`SyncError`]; nothing changes then, and the next poll asks for the whole state where that
     /// would help.
-    pub fn on_answer(&mut self, bytes: &[u8], own: &mut impl ShardSource) -> Result<Outcome, SyncError> {
+    pub fn on_answer(&mut self, bytes: &[u8]) -> Result<Outcome, SyncError> {
         let answer = Answer::decode(bytes)?;
         if let Some(enforced) = self.applied
             && answer.version < enforced
@@ -194,76 +278,57 @@ impl Follower {
                 }))
             }
             Body::Snapshot { bits, digests } => {
-                let shards = (0_u16..)
-                    .zip(&digests)
-                    .map(|(index, digest)| {
-                        // What this proxy has already is not asked for again.
-                        own.shard(index)
-                            .filter(|bytes| revocation::digest(bytes) == *digest)
-                            .or_else(|| empty_shard(bits, index, digest))
-                    })
-                    .collect();
-                self.fetch = Some(Fetch {
+                self.take_over = Some(TakeOver {
                     version: answer.version,
                     sent_at_ms: answer.sent_at_ms,
                     rules: answer.rules,
                     bits,
-                    digests,
-                    shards,
+                    shards: digests.into_iter().map(|digest| (Place::Unknown, digest)).collect(),
+                    fetched: VecDeque::new(),
                 });
-                Ok(self.complete())
+                Ok(Outcome::TakeOver)
             }
         }
     }
 
-    /// Takes the answer to [`Ask::Shards`].
+    /// Takes the answer to [`Ask::Shards`]: as many of those asked for as fit, at least one.
     ///
     /// # Errors
     /// See [`SyncError`]; the snapshot is given up and asked for anew.
-    pub fn on_shards(&mut self, bytes: &[u8]) -> Result<Outcome, SyncError> {
-        let mut fetch = self.fetch.take().ok_or(SyncError::Unasked)?;
-        let missing = fetch.missing();
+    pub fn on_shards(&mut self, bytes: &[u8]) -> Result<(), SyncError> {
+        let mut take_over = self.take_over.take().ok_or(SyncError::Unasked)?;
+        let missing = take_over.missing();
         let shards = wire::decode_shards(bytes)?;
-        if shards.len() != missing.len() {
+        if shards.is_empty() || shards.len() > missing.len() {
             return Err(SyncError::Unasked);
         }
-        for (index, bytes) in missing.into_iter().zip(shards) {
-            let position = usize::from(index);
-            if fetch.digests.get(position) != Some(&revocation::digest(bytes)) {
-                return Err(SyncError::Digest(index));
-            }
-            let shard = Shard::decode(bytes)?;
-            if shard.bits() != fetch.bits || shard.index() != index {
-                return Err(SyncError::Digest(index));
-            }
-            if let Some(slot) = fetch.shards.get_mut(position) {
-                *slot = Some(bytes.to_vec());
-            }
-        }
-        self.fetch = Some(fetch);
-        Ok(self.complete())
+        take_over.fetched = missing.into_iter().zip(shards).map(|(index, b)| (index, b.to_vec())).collect();
+        self.take_over = Some(take_over);
+        Ok(())
     }
 
-    fn complete(&mut self) -> Outcome {
-        let Some(fetch) = self.fetch.take_if(|fetch| fetch.shards.iter().all(Option::is_some)) else {
-            return Outcome::AskMore;
+    /// Does one step of taking a snapshot over; `own` has the shards enforced now. A step works on one
+    /// shard, of at most 256 KiB.
+    ///
+    /// # Errors
+    /// See [`SyncError`]; the snapshot is given up and asked for anew.
+    pub fn step(&mut self, own: &mut impl ShardSource) -> Result<Step, SyncError> {
+        let Some(mut take_over) = self.take_over.take() else { return Ok(Step::Wait) };
+        let step = match take_over.check_fetched()? {
+            Some(step) => Some(step),
+            None => take_over.compare(own),
         };
-        Outcome::Publish(Publication {
-            version: fetch.version,
-            sent_at_ms: fetch.sent_at_ms,
-            rules: fetch.rules,
-            revocations: Change::Replace {
-                bits: fetch.bits,
-                shards: fetch.shards.into_iter().flatten().collect(),
-            },
-        })
+        if step.is_none() && take_over.indexes(Place::There).next().is_none() {
+            return Ok(Step::Publish(Publication {
+                version: take_over.version,
+                sent_at_ms: take_over.sent_at_ms,
+                rules: take_over.rules,
+                revocations: Change::Replace { bits: take_over.bits },
+            }));
+        }
+        self.take_over = Some(take_over);
+        Ok(step.unwrap_or(Step::Wait))
     }
-}
-
-/// An empty shard is known by its digest; it needs no fetching.
-fn empty_shard(bits: u8, index: u16, digest: &[u8; DIGEST_BYTES]) -> Option<Vec<u8>> {
-    let bytes = Shard::empty(bits, index).encode();
-    (revocation::digest(&bytes) == *digest).then_some(bytes)
 }
 
 #[cfg(test)]
@@ -317,6 +382,19 @@ mod tests {
         ExactSet::of(&range.map(|n| Op::Revoke(Fingerprint::of(&n.to_string()))).collect::<Vec<_>>())
     }
 
+    /// Does every step that there is; the indexes that were staged, and the publication if it came to that.
+    fn steps(follower: &mut Follower, own: &mut Own) -> Result<(Vec<u16>, Option<Publication>), SyncError> {
+        let mut staged = Vec::new();
+        loop {
+            match follower.step(own)? {
+                Step::Wait => return Ok((staged, None)),
+                Step::Differs => {}
+                Step::Stage { index, .. } => staged.push(index),
+                Step::Publish(publication) => return Ok((staged, Some(publication))),
+            }
+        }
+    }
+
     #[test]
     fn a_snapshot_is_fetched_by_pieces_and_only_what_differs() {
         let mut set = many(0..300_000);
@@ -325,38 +403,46 @@ mod tests {
         let mut follower = Follower::default();
         assert_eq!(follower.ask(), Ask::Poll { applied: None, resync: false });
         let mut own = Own(Vec::new());
-        let mut outcome = follower.on_answer(&answer.encode(), &mut own).unwrap();
-        let mut asked = 0;
-        while let Outcome::AskMore = outcome {
+        assert!(matches!(follower.on_answer(&answer.encode()), Ok(Outcome::TakeOver)));
+        assert_eq!(follower.ask(), Ask::Nothing, "first it is seen what is here already");
+        let (mut staged, mut done) = steps(&mut follower, &mut own).unwrap();
+        assert_eq!(staged, [0_u16; 0]);
+        while done.is_none() {
             let Ask::Shards(request) = follower.ask() else { panic!("shards are missing") };
             assert!(request.shards.len() <= MAX_SHARDS_PER_REQUEST);
-            asked += request.shards.len();
+            // The control plane may give fewer than were asked for.
             let wanted: Vec<&[u8]> =
-                request.shards.iter().map(|i| shards[usize::from(*i)].as_slice()).collect();
-            outcome = follower.on_shards(&wire::encode_shards(wanted.into_iter())).unwrap();
+                request.shards.iter().take(7).map(|i| shards[usize::from(*i)].as_slice()).collect();
+            follower.on_shards(&wire::encode_shards(wanted.into_iter())).unwrap();
+            assert_eq!(follower.ask(), Ask::Nothing);
+            let (more, publication) = steps(&mut follower, &mut own).unwrap();
+            staged.extend(more);
+            done = publication;
         }
-        assert_eq!(asked, 64);
-        let Outcome::Publish(publication) = outcome else { panic!("complete") };
-        assert_eq!(publication.version, at(9));
-        follower.published(publication.version);
+        assert_eq!(staged, (0..64).collect::<Vec<_>>());
+        follower.published(done.unwrap().version);
+        assert_eq!(follower.applied(), Some(at(9)));
         own.0 = shards;
 
         // One more, and a control plane that lost its deltas: one shard crosses the wire.
         set.apply(Op::Revoke(Fingerprint::of("one more")));
         let (answer, shards) = snapshot(10, &set);
-        assert!(matches!(follower.on_answer(&answer.encode(), &mut own), Ok(Outcome::AskMore)));
+        follower.on_answer(&answer.encode()).unwrap();
+        assert_eq!(steps(&mut follower, &mut own).unwrap().0.len(), 63);
         let Ask::Shards(request) = follower.ask() else { panic!("a shard is missing") };
         assert_eq!(request.shards, [Fingerprint::of("one more").shard(6)]);
         let one = shards[usize::from(request.shards[0])].as_slice();
-        let outcome = follower.on_shards(&wire::encode_shards([one].into_iter()));
-        assert!(matches!(outcome, Ok(Outcome::Publish(_))));
+        follower.on_shards(&wire::encode_shards([one].into_iter())).unwrap();
+        assert!(steps(&mut follower, &mut own).unwrap().1.is_some());
     }
 
     #[test]
     fn an_empty_snapshot_needs_no_second_question() {
         let (answer, _) = snapshot(1, &ExactSet::default());
-        let outcome = Follower::default().on_answer(&answer.encode(), &mut Own(Vec::new()));
-        assert!(matches!(outcome, Ok(Outcome::Publish(_))));
+        let mut follower = Follower::default();
+        follower.on_answer(&answer.encode()).unwrap();
+        let (staged, publication) = steps(&mut follower, &mut Own(Vec::new())).unwrap();
+        assert_eq!((staged.len(), publication.is_some()), (1, true));
     }
 
     #[test]
@@ -364,16 +450,14 @@ mod tests {
         let mut follower = Follower::from(Some(at(5)));
         let mut own = Own(Vec::new());
         let op = Op::Revoke(Fingerprint(1));
-        assert!(matches!(
-            follower.on_answer(&delta(5, 5, vec![]), &mut own),
-            Ok(Outcome::Current { sent_at_ms: 6 })
-        ));
-        assert!(matches!(follower.on_answer(&delta(5, 6, vec![op]), &mut own), Ok(Outcome::Publish(_))));
+        assert!(matches!(follower.on_answer(&delta(5, 5, vec![])), Ok(Outcome::Current { sent_at_ms: 6 })));
+        assert!(matches!(follower.on_answer(&delta(5, 6, vec![op])), Ok(Outcome::Publish(_))));
         follower.published(at(6));
-        assert!(matches!(follower.on_answer(&delta(7, 8, vec![op]), &mut own), Err(SyncError::Gap)));
+        assert!(matches!(follower.on_answer(&delta(7, 8, vec![op])), Err(SyncError::Gap)));
         assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(6)), resync: true });
         let (answer, _) = snapshot(8, &ExactSet::default());
-        assert!(matches!(follower.on_answer(&answer.encode(), &mut own), Ok(Outcome::Publish(_))));
+        assert!(matches!(follower.on_answer(&answer.encode()), Ok(Outcome::TakeOver)));
+        assert!(steps(&mut follower, &mut own).unwrap().1.is_some());
         follower.published(at(8));
         assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(8)), resync: false });
     }
@@ -381,18 +465,17 @@ mod tests {
     #[test]
     fn an_older_state_is_refused_and_a_newer_source_is_taken() {
         let mut follower = Follower::from(Some(at(50)));
-        let mut own = Own(Vec::new());
         let (older, _) = snapshot(49, &ExactSet::default());
         assert!(matches!(
-            follower.on_answer(&older.encode(), &mut own),
+            follower.on_answer(&older.encode()),
             Err(SyncError::Older { offered, enforced }) if offered == at(49) && enforced == at(50)
         ));
         let (mut newer, _) = snapshot(1, &ExactSet::default());
         newer.version.source = 8;
-        assert!(matches!(follower.on_answer(&newer.encode(), &mut own), Ok(Outcome::Publish(_))));
+        assert!(matches!(follower.on_answer(&newer.encode()), Ok(Outcome::TakeOver)));
         newer.version.source = 6;
         newer.version.seq = 1_000;
-        assert!(follower.on_answer(&newer.encode(), &mut own).is_err());
+        assert!(follower.on_answer(&newer.encode()).is_err());
     }
 
     #[test]
@@ -407,12 +490,16 @@ mod tests {
         for bad in [
             (|shards| shards[0][20] ^= 1) as fn(&mut Vec<Vec<u8>>),
             |shards| shards.swap(0, 1),
-            |shards| shards.truncate(1),
+            |shards| shards.push(shards[0].clone()),
             |shards| shards.clear(),
         ] {
             let mut follower = Follower::default();
-            follower.on_answer(&answer.encode(), &mut Own(Vec::new())).unwrap();
-            assert!(follower.on_shards(&pieces(bad)).is_err());
+            follower.on_answer(&answer.encode()).unwrap();
+            steps(&mut follower, &mut Own(Vec::new())).unwrap();
+            let taken = follower
+                .on_shards(&pieces(bad))
+                .and_then(|()| steps(&mut follower, &mut Own(Vec::new())).map(|_| ()));
+            assert!(taken.is_err());
             assert_eq!(follower.ask(), Ask::Poll { applied: None, resync: false });
         }
         assert!(Follower::default().on_shards(&pieces(|_| ())).is_err());
@@ -423,10 +510,7 @@ mod tests {
         let (mut answer, _) = snapshot(1, &ExactSet::default());
         answer.rules = Some(b"{}".to_vec());
         let mut follower = Follower::default();
-        assert!(matches!(
-            follower.on_answer(&answer.encode(), &mut Own(Vec::new())),
-            Err(SyncError::Rules(_))
-        ));
+        assert!(matches!(follower.on_answer(&answer.encode()), Err(SyncError::Rules(_))));
         assert_eq!(follower.applied(), None);
     }
 }

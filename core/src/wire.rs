@@ -41,8 +41,11 @@ pub const FORMAT: u32 = 1;
 pub const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
 /// The most changes of one delta; a proxy further behind takes a snapshot.
 pub const MAX_DELTA_OPS: usize = 65_536;
-/// The most shards asked for at a time: 16 × 256 KiB fit an answer.
+/// The most shards asked for at a time.
 pub const MAX_SHARDS_PER_REQUEST: usize = 16;
+/// The bytes of shards in one answer, unless the first is larger. A proxy copies all of an answer at once,
+/// so it is kept small.
+pub const SHARDS_ANSWER_BYTES: usize = 256 * 1024;
 /// Bytes of a shard's content address.
 pub const DIGEST_BYTES: usize = 32;
 
@@ -66,10 +69,13 @@ pub struct Poll {
     /// Asks for a snapshot, since the last delta did not fit.
     #[serde(default)]
     pub resync: bool,
-    /// Answers that could not be used, since this proxy started.
+    /// Answers that could not be used, since this VM leads.
     #[serde(default)]
     pub refused_answers: u64,
-    /// The last reason for that.
+    /// Questions that had no answer or a refusal, since this VM leads.
+    #[serde(default)]
+    pub failed_calls: u64,
+    /// The last reason for either.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
 }
@@ -87,9 +93,15 @@ pub struct Proxy {
     pub incarnation: String,
     /// The filter's version.
     pub filter: String,
-    /// VMs of this process that have started: workers and the main thread.
+    /// VMs of this process that live: workers and the main thread.
     #[serde(default)]
     pub workers: u32,
+    /// VMs of this process that were ever started; more than live ones after traps.
+    #[serde(default)]
+    pub vm_starts: u64,
+    /// Memory of the largest of its VMs, in bytes.
+    #[serde(default)]
+    pub vm_memory_bytes: u64,
 }
 
 /// A proxy asks for shards of a snapshot.
@@ -253,7 +265,8 @@ pub fn decode_ops(reader: &mut Reader<'_>) -> Result<Vec<Op>, WireError> {
     Ok(ops)
 }
 
-/// The answer to a [`ShardRequest`]: the shards' bytes in the order asked for.
+/// The answer to a [`ShardRequest`]: the shards' bytes in the order asked for, the first of them if all would
+/// be more than [`SHARDS_ANSWER_BYTES`].
 pub fn encode_shards<'s>(shards: impl ExactSizeIterator<Item = &'s [u8]>) -> Vec<u8> {
     let mut out = SHARDS_MAGIC.to_vec();
     out.extend_from_slice(&count(shards.len()));
@@ -440,14 +453,17 @@ mod tests {
                 incarnation: "00ff".into(),
                 filter: "0.1.0".into(),
                 workers: 5,
+                vm_starts: 6,
+                vm_memory_bytes: 65_536,
             },
             applied: Some(Version { source: 255, seq: 3 }),
             wait_ms: 10_000,
             resync: false,
             refused_answers: 0,
+            failed_calls: 0,
             last_error: None,
         };
-        let json = r#"{"format":1,"proxy":{"id":"edge-1","cluster":"edge","incarnation":"00ff","filter":"0.1.0","workers":5},"applied":"ff.3","wait_ms":10000,"resync":false,"refused_answers":0}"#;
+        let json = r#"{"format":1,"proxy":{"id":"edge-1","cluster":"edge","incarnation":"00ff","filter":"0.1.0","workers":5,"vm_starts":6,"vm_memory_bytes":65536},"applied":"ff.3","wait_ms":10000,"resync":false,"refused_answers":0,"failed_calls":0}"#;
         assert_eq!(serde_json::to_string(&poll).unwrap(), json);
         assert_eq!(serde_json::from_str::<Poll>(json).unwrap(), poll);
     }

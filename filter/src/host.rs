@@ -148,10 +148,62 @@ impl Counter {
 
     /// One more.
     pub fn increment(self) {
-        if let Some(id) = self.0 {
-            let _best_effort = hostcalls::increment_metric(id, 1);
+        self.add(1);
+    }
+
+    /// So many more.
+    pub fn add(self, number: u64) {
+        if let (Some(id), Ok(number @ 1..)) = (self.0, i64::try_from(number)) {
+            let _best_effort = hostcalls::increment_metric(id, number);
         }
     }
+}
+
+/// A gauge of the proxy's, one for all VMs.
+#[derive(Debug, Clone, Copy)]
+pub struct Gauge(Option<u32>);
+
+impl Gauge {
+    /// Defines it; setting where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(hostcalls::define_metric(MetricType::Gauge, name).ok())
+    }
+
+    /// Sets it.
+    pub fn set(self, value: u64) {
+        record(self.0, value);
+    }
+}
+
+/// A histogram of the proxy's.
+#[derive(Debug, Clone, Copy)]
+pub struct Histogram(Option<u32>);
+
+impl Histogram {
+    /// Defines it; observing where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(hostcalls::define_metric(MetricType::Histogram, name).ok())
+    }
+
+    /// Adds an observation.
+    pub fn observe(self, value: u64) {
+        record(self.0, value);
+    }
+}
+
+fn record(metric: Option<u32>, value: u64) {
+    if let Some(id) = metric {
+        let _best_effort = hostcalls::record_metric(id, value);
+    }
+}
+
+/// The memory that this VM has from the proxy, in bytes. It only ever grows.
+pub fn memory_bytes() -> u64 {
+    #[cfg(target_arch = "wasm32")]
+    let pages = std::arch::wasm32::memory_size::<0>();
+    #[cfg(not(target_arch = "wasm32"))]
+    let pages = 0_usize;
+    u64::try_from(pages).unwrap_or(u64::MAX).saturating_mul(64 * 1024)
 }
 
 /// Writes a line to the proxy's log.

@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use keygate_core::replica::{LOOK_EVERY_NS, Shards};
-use keygate_core::shared::{self, Contact, PublishError, Publisher};
-use keygate_core::sync::{Ask, Follower, Outcome, SyncError};
+use keygate_core::shared::{self, Census, Contact, PublishError, Publisher, Publishing};
+use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
 use keygate_core::wire::{FORMAT, Poll, Proxy};
 
 use crate::VERSION;
@@ -20,6 +20,14 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pauses after failures: doubled each time, from and up to.
 const FIRST_PAUSE_NS: u64 = 50_000_000;
 const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
+/// How long the leader works at one go; its worker serves requests in between.
+const SLICE_NS: u64 = 1_000_000;
+/// The pause between two slices.
+const BETWEEN_SLICES: Duration = Duration::from_millis(1);
+/// How long after a set was replaced the old one is dropped: workers look every 5 ms.
+const SWEEP_AFTER_NS: u64 = 1_000_000_000;
+/// How many shards of an old set are dropped in a tick.
+const SWEEPS_PER_TICK: u16 = 16;
 
 /// A VM that leads or would.
 pub struct Leader {
@@ -30,16 +38,46 @@ pub struct Leader {
     proxy_cluster: String,
     leading: Option<Leading>,
     refused_answers: u64,
+    failed_calls: u64,
     last_error: Option<String>,
 }
 
 struct Leading {
     publisher: Publisher,
     follower: Follower,
+    publishing: Option<Publishing>,
+    sweep: Option<Sweep>,
     call: Option<u32>,
+    /// Of the last poll that was answered: what is then published is as new as that.
+    contact: Contact,
     asked_ns: u64,
     ask_at_ns: u64,
     failures: u32,
+}
+
+/// The old set, to be dropped from a time on.
+struct Sweep {
+    from_ns: u64,
+    next: u16,
+}
+
+/// Why there is no progress.
+enum Trouble {
+    Call(String),
+    Refused(SyncError),
+    Unpublished(PublishError),
+}
+
+impl From<SyncError> for Trouble {
+    fn from(error: SyncError) -> Self {
+        Self::Refused(error)
+    }
+}
+
+impl From<PublishError> for Trouble {
+    fn from(error: PublishError) -> Self {
+        Self::Unpublished(error)
+    }
 }
 
 impl Leader {
@@ -57,12 +95,13 @@ impl Leader {
             proxy_cluster: host::property(&["xds", "node", "cluster"]).unwrap_or_default(),
             leading: None,
             refused_answers: 0,
+            failed_calls: 0,
             last_error: None,
         }
     }
 
-    /// Renews or tries the lease and asks when it is time; how soon it wants to be called again.
-    pub fn on_tick(&mut self, now_ns: u64, workers: usize, metrics: &Metrics) -> Option<Duration> {
+    /// Renews or tries the lease, works, and asks when it is time; how soon it wants to be called again.
+    pub fn on_tick(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
         if !shared::hold_lease(&mut Shared, self.vm, now_ns) {
             if self.leading.take().is_some() {
                 host::info("another worker's VM leads now");
@@ -70,26 +109,13 @@ impl Leader {
             return None;
         }
         if self.leading.is_none() {
-            match Publisher::take_over(&mut Shared, self.vm) {
-                Ok(publisher) => {
-                    let beacon = publisher.beacon();
-                    let follower = Follower::from(beacon.has_state().then_some(beacon.version));
-                    metrics.takeovers.increment();
-                    self.leading = Some(Leading {
-                        publisher,
-                        follower,
-                        call: None,
-                        asked_ns: 0,
-                        ask_at_ns: now_ns,
-                        failures: 0,
-                    });
-                }
-                Err(PublishError::Deposed | PublishError::Incomplete) => return None,
-            }
+            let publisher = Publisher::take_over(&mut Shared, self.vm).ok()?;
+            metrics.takeovers.increment();
+            self.leading = Some(Leading::new(publisher, now_ns));
         }
         #[cfg(feature = "trap")]
         crate::trap::on_leader_tick();
-        self.ask_if_due(now_ns, workers, metrics)
+        self.go_on(now_ns, census, metrics)
     }
 
     /// Takes an answer; how soon it wants to be called again.
@@ -98,69 +124,68 @@ impl Leader {
         token: u32,
         answer: Option<Answer>,
         now_ns: u64,
-        workers: usize,
+        census: Census,
         metrics: &Metrics,
     ) -> Option<Duration> {
         let leading = self.leading.as_mut().filter(|leading| leading.call == Some(token))?;
         leading.call = None;
-        let problem = match answer {
-            None => Some("no answer from the control plane".to_owned()),
-            Some(Answer { status: 200, body }) => {
-                match follow(leading, &body, now_ns) {
-                    Ok(published) => {
-                        leading.failures = 0;
-                        leading.ask_at_ns = now_ns;
-                        if published {
-                            metrics.publications.increment();
-                            // Workers look every 5 ms; only then is the version what all of them enforce.
-                            leading.ask_at_ns = host::monotonic_ns().saturating_add(LOOK_EVERY_NS);
-                        }
-                        None
-                    }
-                    Err(Unfollowed::Refused(problem)) => {
-                        self.refused_answers = self.refused_answers.saturating_add(1);
-                        metrics.sync_refusals.increment();
-                        Some(problem.to_string())
-                    }
-                    Err(Unfollowed::Unpublished(PublishError::Deposed)) => {
-                        self.leading = None;
-                        return None;
-                    }
-                    Err(Unfollowed::Unpublished(problem @ PublishError::Incomplete)) => {
-                        // What this process holds is damaged: begin again, with everything.
-                        leading.follower.start_over();
-                        Some(problem.to_string())
-                    }
-                }
-            }
-            Some(Answer { status, .. }) => Some(match status {
-                401 | 403 => {
-                    format!("the control plane refused this proxy ({status}): is the fleet token right?")
-                }
-                409 => {
-                    "the control plane's state is older than the one enforced here; waiting for a newer one"
-                        .to_owned()
-                }
-                _ => format!("the control plane answered {status}"),
-            }),
-        };
-        if let Some(problem) = problem {
-            metrics.sync_failures.increment();
-            leading.follower.unanswered();
-            let pause = FIRST_PAUSE_NS
-                .checked_shl(leading.failures.min(8))
-                .unwrap_or(LONGEST_PAUSE_NS)
-                .min(LONGEST_PAUSE_NS);
-            leading.failures = leading.failures.saturating_add(1);
-            leading.ask_at_ns = now_ns.saturating_add(pause);
-            if self.last_error.as_ref() != Some(&problem) {
-                host::warn(&problem); // Once, not at every try.
-            }
-            self.last_error = Some(problem);
-        } else if leading.failures == 0 && self.last_error.take().is_some() {
+        leading.ask_at_ns = now_ns;
+        if let Err(trouble) = leading.take(answer, now_ns) {
+            self.hold_back(trouble, now_ns, metrics);
+        }
+        self.go_on(now_ns, census, metrics)
+    }
+
+    /// Works for a slice; asks if there is nothing to work on.
+    fn go_on(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
+        let leading = self.leading.as_mut()?;
+        match leading.work(now_ns, metrics) {
+            Ok(false) => {}
+            Ok(true) => return Some(BETWEEN_SLICES),
+            Err(trouble) => self.hold_back(trouble, now_ns, metrics),
+        }
+        if self.leading.as_ref()?.failures == 0 && self.last_error.take().is_some() {
             host::info("in touch with the control plane again");
         }
-        self.ask_if_due(now_ns, workers, metrics)
+        self.ask_if_due(now_ns, census, metrics)
+    }
+
+    /// Takes note of trouble, and asks for news again only after a pause.
+    fn hold_back(&mut self, trouble: Trouble, now_ns: u64, metrics: &Metrics) {
+        let Some(leading) = self.leading.as_mut() else { return };
+        leading.publishing = None;
+        leading.follower.unanswered();
+        let problem = match trouble {
+            Trouble::Unpublished(PublishError::Deposed) => {
+                self.leading = None;
+                return;
+            }
+            Trouble::Unpublished(problem @ PublishError::Incomplete) => {
+                // What this process holds is damaged: begin again, with everything.
+                leading.follower.start_over();
+                problem.to_string()
+            }
+            Trouble::Refused(problem) => {
+                self.refused_answers = self.refused_answers.saturating_add(1);
+                metrics.sync_refusals.increment();
+                problem.to_string()
+            }
+            Trouble::Call(problem) => {
+                self.failed_calls = self.failed_calls.saturating_add(1);
+                problem
+            }
+        };
+        metrics.sync_failures.increment();
+        let pause = FIRST_PAUSE_NS
+            .checked_shl(leading.failures.min(8))
+            .unwrap_or(LONGEST_PAUSE_NS)
+            .min(LONGEST_PAUSE_NS);
+        leading.failures = leading.failures.saturating_add(1);
+        leading.ask_at_ns = now_ns.saturating_add(pause);
+        if self.last_error.as_ref() != Some(&problem) {
+            host::warn(&problem); // Once, not at every try.
+        }
+        self.last_error = Some(problem);
     }
 
     /// Lets another VM lead at once, when this one is to end.
@@ -170,7 +195,7 @@ impl Leader {
         }
     }
 
-    fn ask_if_due(&mut self, now_ns: u64, workers: usize, metrics: &Metrics) -> Option<Duration> {
+    fn ask_if_due(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
         let incarnation = shared::incarnation(&mut Shared, self.vm);
         let leading = self.leading.as_mut()?;
         if leading.call.is_some() {
@@ -182,6 +207,7 @@ impl Leader {
         // After a failure the answer is wanted at once: it tells that all is well again.
         let wait_ms = if leading.failures == 0 { self.configuration.poll_wait_ms } else { 0 };
         let (path, body, timeout) = match leading.follower.ask() {
+            Ask::Nothing => return Some(BETWEEN_SLICES),
             Ask::Poll { applied, resync } => {
                 let id = if self.proxy_id.is_empty() {
                     format!("unnamed-{incarnation:016x}")
@@ -195,63 +221,143 @@ impl Leader {
                         cluster: self.proxy_cluster.clone(),
                         incarnation: format!("{incarnation:016x}"),
                         filter: VERSION.to_owned(),
-                        workers: u32::try_from(workers).unwrap_or(u32::MAX),
+                        workers: u32::try_from(census.living).unwrap_or(u32::MAX),
+                        vm_starts: census.started,
+                        vm_memory_bytes: census.largest_bytes,
                     },
                     applied,
                     wait_ms,
                     resync,
                     refused_answers: self.refused_answers,
+                    failed_calls: self.failed_calls,
                     last_error: self.last_error.clone(),
                 };
+                leading.asked_ns = now_ns;
                 let timeout = Duration::from_millis(wait_ms).saturating_add(CALL_TIMEOUT);
                 (POLL_PATH, serde_json::to_vec(&poll), timeout)
             }
             Ask::Shards(request) => (SHARDS_PATH, serde_json::to_vec(&request), CALL_TIMEOUT),
         };
         let cluster = &self.configuration.sync_cluster;
-        if path == POLL_PATH {
-            leading.asked_ns = now_ns; // A snapshot is as new as the poll that led to it.
-        }
         leading.call = host::post(cluster, path, self.token.as_deref(), &body.unwrap_or_default(), timeout);
         if leading.call.is_none() {
-            metrics.sync_failures.increment();
             let problem = format!("no call to cluster {cluster:?} is possible; is it configured?");
-            if self.last_error.as_ref() != Some(&problem) {
-                host::error(&problem);
-            }
-            self.last_error = Some(problem);
-            leading.failures = leading.failures.saturating_add(1);
-            leading.ask_at_ns = now_ns.saturating_add(LONGEST_PAUSE_NS);
+            self.hold_back(Trouble::Call(problem), now_ns, metrics);
         }
         None
     }
 }
 
-enum Unfollowed {
-    Refused(SyncError),
-    Unpublished(PublishError),
+impl Leading {
+    fn new(publisher: Publisher, now_ns: u64) -> Self {
+        let beacon = publisher.beacon();
+        let follower = Follower::from(beacon.has_state().then_some(beacon.version));
+        Self {
+            publisher,
+            follower,
+            publishing: None,
+            // A leader before may have left one, or not have come to it.
+            sweep: Some(Sweep { from_ns: now_ns.saturating_add(SWEEP_AFTER_NS), next: 0 }),
+            call: None,
+            contact: Contact::default(),
+            asked_ns: 0,
+            ask_at_ns: now_ns,
+            failures: 0,
+        }
+    }
+
+    /// Takes an answer as far as that is quick; the rest is [`Leading::work`].
+    fn take(&mut self, answer: Option<Answer>, now_ns: u64) -> Result<(), Trouble> {
+        let body = match answer {
+            None => return Err(Trouble::Call("no answer from the control plane".into())),
+            Some(Answer { status: 200, body }) => body,
+            Some(Answer { status, .. }) => return Err(Trouble::Call(refusal(status))),
+        };
+        if let Ask::Shards(_) = self.follower.ask() {
+            return Ok(self.follower.on_shards(&body)?);
+        }
+        self.contact = Contact { asked_ns: self.asked_ns, heard_ns: now_ns };
+        match self.follower.on_answer(&body)? {
+            Outcome::Current { sent_at_ms } => {
+                self.publisher.touch(&mut Shared, self.contact, sent_at_ms)?;
+                self.failures = 0;
+            }
+            Outcome::Publish(publication) => {
+                self.publishing = Some(Publishing::new(publication, self.contact));
+            }
+            Outcome::TakeOver => self.sweep = None, // What is staged goes where the old set is.
+        }
+        Ok(())
+    }
+
+    /// Works until a slice is over or nothing is left to do; whether there is more to do.
+    fn work(&mut self, now_ns: u64, metrics: &Metrics) -> Result<bool, Trouble> {
+        let end = now_ns.saturating_add(SLICE_NS);
+        loop {
+            if !self.step(now_ns, metrics)? {
+                return Ok(false);
+            }
+            if host::monotonic_ns() >= end {
+                return Ok(true);
+            }
+        }
+    }
+
+    /// Does a step of what is to be done first; `false` when there is none.
+    fn step(&mut self, now_ns: u64, metrics: &Metrics) -> Result<bool, Trouble> {
+        if let Some(publishing) = &mut self.publishing {
+            let generation = self.publisher.beacon().generation;
+            if self.publisher.step(&mut Shared, publishing)? {
+                self.follower.published(publishing.version());
+                self.publishing = None;
+                self.failures = 0;
+                metrics.publications.increment();
+                let published_ns = host::monotonic_ns();
+                // Workers look every 5 ms; only then is the version what all of them enforce.
+                self.ask_at_ns = published_ns.saturating_add(LOOK_EVERY_NS);
+                if self.publisher.beacon().generation != generation {
+                    let from_ns = published_ns.saturating_add(SWEEP_AFTER_NS);
+                    self.sweep = Some(Sweep { from_ns, next: 0 });
+                }
+            }
+            return Ok(true);
+        }
+        let generation = self.publisher.beacon().generation;
+        match self.follower.step(&mut Shards { data: &mut Shared, generation })? {
+            Step::Wait => return self.sweep(now_ns),
+            Step::Differs => {}
+            Step::Stage { index, bytes } => self.publisher.stage(&mut Shared, index, &bytes)?,
+            Step::Publish(publication) => {
+                self.publishing = Some(Publishing::new(publication, self.contact));
+            }
+        }
+        Ok(true)
+    }
+
+    /// Drops some of the old set, when it is time. That does not hold up a question, hence always `false`.
+    fn sweep(&mut self, now_ns: u64) -> Result<bool, Trouble> {
+        let Some(sweep) = self.sweep.as_mut().filter(|sweep| now_ns >= sweep.from_ns) else {
+            return Ok(false);
+        };
+        for _ in 0..SWEEPS_PER_TICK {
+            if !self.publisher.sweep(&mut Shared, sweep.next)? {
+                self.sweep = None;
+                break;
+            }
+            sweep.next = sweep.next.saturating_add(1);
+        }
+        Ok(false)
+    }
 }
 
-/// Does what an answer says; whether a version was published.
-fn follow(leading: &mut Leading, body: &[u8], now_ns: u64) -> Result<bool, Unfollowed> {
-    let contact = Contact { asked_ns: leading.asked_ns, heard_ns: now_ns };
-    let outcome = match leading.follower.ask() {
-        Ask::Poll { .. } => {
-            let generation = leading.publisher.beacon().generation;
-            leading.follower.on_answer(body, &mut Shards { data: &mut Shared, generation })
+fn refusal(status: u16) -> String {
+    match status {
+        401 | 403 => {
+            format!("the control plane refused this proxy ({status}): is the fleet token right?")
         }
-        Ask::Shards(_) => leading.follower.on_shards(body),
-    };
-    match outcome.map_err(Unfollowed::Refused)? {
-        Outcome::AskMore => Ok(false),
-        Outcome::Current { sent_at_ms } => {
-            leading.publisher.touch(&mut Shared, contact, sent_at_ms).map_err(Unfollowed::Unpublished)?;
-            Ok(false)
+        409 => {
+            "the control plane's state is older than the one enforced here; waiting for a newer one".into()
         }
-        Outcome::Publish(publication) => {
-            leading.publisher.publish(&mut Shared, &publication, contact).map_err(Unfollowed::Unpublished)?;
-            leading.follower.published(publication.version);
-            Ok(true)
-        }
+        _ => format!("the control plane answered {status}"),
     }
 }

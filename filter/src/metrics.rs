@@ -3,7 +3,7 @@
 
 use keygate_core::decision::Reason;
 
-use crate::host::Counter;
+use crate::host::{Counter, Gauge, Histogram};
 
 /// All counters of a VM. Envoy adds those of all VMs up.
 pub struct Metrics {
@@ -21,6 +21,18 @@ pub struct Metrics {
     pub takeovers: Counter,
     /// VMs started; one for each worker and the main thread, more after traps.
     pub starts: Counter,
+    /// Tokens that the worker had verified before.
+    pub cache_hits: Counter,
+    /// Tokens that had to be verified, or refused.
+    pub cache_misses: Counter,
+    /// Milliseconds since the state was last known to be the newest.
+    pub state_age_ms: Gauge,
+    /// Memory of the largest VM of this proxy, in bytes.
+    pub vm_memory_bytes: Gauge,
+    /// Memory of a worker's Bloom gates, in bytes.
+    pub gate_bytes: Gauge,
+    /// How long a VM was busy at one go with anything but a request, in microseconds.
+    pub slice_us: Histogram,
 }
 
 impl Metrics {
@@ -37,6 +49,12 @@ impl Metrics {
             publications: Counter::define("keygate_publications"),
             takeovers: Counter::define("keygate_leader_takeovers"),
             starts: Counter::define("keygate_vm_starts"),
+            cache_hits: Counter::define("keygate_token_cache_hits"),
+            cache_misses: Counter::define("keygate_token_cache_misses"),
+            state_age_ms: Gauge::define("keygate_state_age_ms"),
+            vm_memory_bytes: Gauge::define("keygate_vm_memory_bytes"),
+            gate_bytes: Gauge::define("keygate_gate_bytes"),
+            slice_us: Histogram::define("keygate_slice_us"),
         }
     }
 

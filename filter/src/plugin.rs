@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use keygate_core::cache::TokenCache;
 use keygate_core::replica::Replica;
-use keygate_core::shared;
+use keygate_core::shared::{self, Census};
 use serde::Deserialize;
 
 use crate::es256;
@@ -62,8 +62,9 @@ pub struct Plugin {
     /// What is counted.
     pub metrics: Metrics,
     leader: Leader,
+    counted: bool,
     roll_called_ns: u64,
-    workers: usize,
+    census: Census,
     tick: Duration,
 }
 
@@ -94,8 +95,9 @@ impl Plugin {
             cache: TokenCache::new(configuration.token_cache_bytes),
             metrics,
             leader: Leader::new(vm, configuration, token),
+            counted: false,
             roll_called_ns: 0,
-            workers: 1,
+            census: Census::default(),
             tick: Duration::ZERO,
         };
         plugin.replica.look(&mut host::Shared, host::monotonic_ns());
@@ -112,21 +114,37 @@ impl Plugin {
     pub fn on_tick(&mut self) {
         let now_ns = host::monotonic_ns();
         self.replica.refresh(&mut host::Shared, now_ns);
+        self.counted = self.counted || shared::count_start(&mut host::Shared);
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
             self.roll_called_ns = now_ns;
-            self.workers = shared::roll_call(&mut host::Shared, self.vm, now_ns);
+            self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
         }
-        self.replica.derive_gate(&mut host::Shared);
-        let wanted = self.leader.on_tick(now_ns, self.workers, &self.metrics);
-        self.set_tick(wanted);
+        let derived = self.replica.derive_gate(&mut host::Shared);
+        let wanted = self.leader.on_tick(now_ns, self.census, &self.metrics);
+        self.report(now_ns);
+        // A gate is derived at a tick, so that requests seldom have to: soon, but not all at once.
+        self.set_tick(wanted.or(derived.then_some(EAGER_TICK)));
+        self.metrics.slice_us.observe(micros_since(now_ns));
     }
 
     /// An answer of the control plane, `None` when the call failed.
     pub fn on_answer(&mut self, token: u32, answer: Option<Answer>) {
         let now_ns = host::monotonic_ns();
-        let wanted = self.leader.on_answer(token, answer, now_ns, self.workers, &self.metrics);
+        let wanted = self.leader.on_answer(token, answer, now_ns, self.census, &self.metrics);
         self.replica.look(&mut host::Shared, now_ns);
         self.set_tick(wanted);
+        self.metrics.slice_us.observe(micros_since(now_ns));
+    }
+
+    fn report(&mut self, now_ns: u64) {
+        let looks = self.cache.take_looks();
+        self.metrics.cache_hits.add(looks.hits);
+        self.metrics.cache_misses.add(looks.misses);
+        if self.replica.version().is_some() {
+            self.metrics.state_age_ms.set(self.replica.age_ns(now_ns) / 1_000_000);
+            self.metrics.gate_bytes.set(u64::try_from(self.replica.gate_bytes()).unwrap_or(u64::MAX));
+        }
+        self.metrics.vm_memory_bytes.set(self.census.largest_bytes);
     }
 
     /// The VM ends, for instance since there is a new configuration.
@@ -142,4 +160,8 @@ impl Plugin {
             host::set_tick_period(tick);
         }
     }
+}
+
+fn micros_since(then_ns: u64) -> u64 {
+    host::monotonic_ns().saturating_sub(then_ns) / 1_000
 }
