@@ -4,7 +4,7 @@ use std::future::Future;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use keygate_core::cache::TokenCache;
@@ -15,7 +15,7 @@ use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 use crate::change::Change;
-use crate::clock::Clock;
+use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::journal::{Claim, JournalError};
@@ -25,7 +25,7 @@ use crate::secret::{MasterKey, SecretError, SecretRecord};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
 use crate::writer::{self, History, OpenError, Start, Writer};
-use crate::{api, files, random, sync};
+use crate::{api, files, random, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
@@ -66,6 +66,8 @@ pub struct App {
     pub config: Config,
     /// Time.
     pub clock: Clock,
+    /// The time by which expired keys are forgotten.
+    pub cautious_clock: Mutex<CautiousClock>,
     /// Takes changes.
     pub writer: Writer,
     /// The state, as it changes.
@@ -156,6 +158,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     }
     let (stop, stopping) = watch::channel(false);
     let app = Arc::new(App {
+        cautious_clock: Mutex::new(CautiousClock::new(clock.now_ms(), Instant::now())),
         clock,
         writer,
         states,
@@ -191,7 +194,8 @@ impl Serving {
         let Self { app, api, sync, stop, writer_thread } = self;
         let io = |source| RunError::Io { what: "serving".into(), source };
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
-        let sync = serve(sync, sync::router(app), stop.subscribe());
+        let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
+        let upkeep = tokio::spawn(upkeep::run(app));
         let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
         tokio::pin!(servers);
         tokio::select! {
@@ -204,6 +208,7 @@ impl Serving {
             Ok(ended) => ended.map_err(io)?,
             Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
         }
+        let _ended = upkeep.await;
         // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
         let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
         Ok(())

@@ -64,6 +64,8 @@ pub enum Change {
         key_id: String,
         /// The token's id.
         jti: String,
+        /// When the key would have expired; the suspension is kept until then. Unix seconds.
+        expires_at: u64,
         /// When, why and by whom.
         suspension: Ended<Option<String>>,
     },
@@ -74,6 +76,14 @@ pub enum Change {
         /// The token's id.
         jti: String,
     },
+    /// Keys that have expired were forgotten: their revocations and suspensions were dropped.
+    ExpiredForgotten {
+        /// Those whose `exp` is not later. From now on such a key has expired whatever any clock says. Unix
+        /// seconds.
+        until: u64,
+    },
+    /// The revocation set was cut anew for its size; proxies take it over as a snapshot.
+    RevocationsRebuilt {},
     /// Many keys were revoked by a rule.
     CutoffAdded {
         /// The rule.
@@ -111,6 +121,8 @@ impl Change {
             | Self::SecretCreated { .. }
             | Self::KeyIssued { .. }
             | Self::JtiRevoked { .. }
+            | Self::ExpiredForgotten { .. }
+            | Self::RevocationsRebuilt {}
             | Self::CutoffAdded { .. }
             | Self::CutoffLifted { .. }
             | Self::LockdownChanged { .. }

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::change::Change;
 use crate::config::Config;
+use crate::expiry::Expiries;
 use crate::secret::{MasterKey, SecretError, SecretRecord, Signer};
 
 /// How many changes back a proxy can follow by delta.
@@ -56,6 +57,13 @@ impl Census {
         *count = count.saturating_add_signed(by);
     }
 
+    /// Drops what had expired at `until`, Unix seconds.
+    fn forget(&mut self, until: u64) {
+        for minutes in Arc::make_mut(&mut self.0).values_mut() {
+            *minutes = minutes.split_off(&(until / 60));
+        }
+    }
+
     /// Keys of each role that count at `now`, Unix seconds; to the minute.
     pub fn live(&self, now: u64) -> impl Iterator<Item = (&str, u64)> {
         self.0
@@ -94,6 +102,10 @@ pub struct Model {
     secrets: Vec<SecretRecord>,
     signers: Vec<Arc<Signer>>,
     revocations: ExactSet,
+    expiries: Expiries,
+    expired_until: u64,
+    /// The latest second at which anything was issued or revoked.
+    latest_s: u64,
     longest_life_s: u64,
     cutoffs: Vec<Cutoff>,
     lockdown: Option<Lockdown>,
@@ -135,12 +147,14 @@ pub struct Effect {
     pub ops: Vec<Op>,
     /// Whether the rules changed.
     pub rules: bool,
+    /// Whether proxies take a snapshot, however little changed.
+    pub rebuilt: bool,
 }
 
 impl Effect {
     /// Whether proxies need not know.
     pub fn is_empty(&self) -> bool {
-        self.ops.is_empty() && !self.rules
+        self.ops.is_empty() && !self.rules && !self.rebuilt
     }
 }
 
@@ -151,10 +165,6 @@ impl Model {
     /// When a secret does not open.
     pub fn apply(&mut self, change: &Change, seq: u64, master: &MasterKey) -> Result<Effect, SecretError> {
         let mut effect = Effect::default();
-        let mut op = |op: Op, revocations: &mut ExactSet| {
-            revocations.apply(op);
-            effect.ops.push(op);
-        };
         match change {
             Change::Genesis { source } => {
                 self.source = *source;
@@ -187,23 +197,55 @@ impl Model {
                 self.policy_seq = seq;
                 effect.rules = true;
             }
-            Change::KeyIssued { key, .. } => self.census.change(&key.role, key.expires_at, 1),
+            Change::KeyIssued { key, .. } => {
+                self.latest_s = self.latest_s.max(key.issued_at);
+                self.census.change(&key.role, key.expires_at, 1);
+            }
             Change::KeyRevoked { jti, role, expires_at, revocation, .. } => {
-                self.recent.add(revocation.at);
+                self.note_revocation(revocation.at);
                 self.census.change(role, *expires_at, -1);
-                op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
+                effect.ops.push(self.keep_until(Op::Revoke(Fingerprint::of(jti)), *expires_at));
             }
-            Change::JtiRevoked { jti, revocation, .. } => {
-                self.recent.add(revocation.at);
-                op(Op::Revoke(Fingerprint::of(jti)), &mut self.revocations);
+            Change::JtiRevoked { jti, expires_at, revocation } => {
+                self.note_revocation(revocation.at);
+                effect.ops.push(self.keep_until(Op::Revoke(Fingerprint::of(jti)), *expires_at));
             }
-            Change::KeySuspended { jti, .. } => op(Op::Suspend(Fingerprint::of(jti)), &mut self.revocations),
-            Change::KeyResumed { jti, .. } => op(Op::Resume(Fingerprint::of(jti)), &mut self.revocations),
+            Change::KeySuspended { jti, expires_at, .. } => {
+                effect.ops.push(self.keep_until(Op::Suspend(Fingerprint::of(jti)), *expires_at));
+            }
+            Change::KeyResumed { jti, .. } => {
+                let fingerprint = Fingerprint::of(jti);
+                self.revocations.apply(Op::Resume(fingerprint));
+                if (&self.revocations).standing(fingerprint) == Standing::Clear {
+                    self.expiries.drop_one(fingerprint);
+                }
+                effect.ops.push(Op::Resume(fingerprint));
+            }
+            Change::ExpiredForgotten { until } => {
+                self.expired_until = self.expired_until.max(*until);
+                self.census.forget(*until);
+                let due = self.expiries.take_due(*until);
+                self.revocations.forget_all(&due);
+                effect.ops.extend(due.into_iter().map(Op::Forget));
+                effect.rules = true;
+            }
+            Change::RevocationsRebuilt {} => effect.rebuilt = true,
         }
         if !effect.is_empty() {
             self.seq = seq;
         }
         Ok(effect)
+    }
+
+    fn note_revocation(&mut self, at: u64) {
+        self.latest_s = self.latest_s.max(at);
+        self.recent.add(at);
+    }
+
+    fn keep_until(&mut self, op: Op, expires_at: u64) -> Op {
+        self.revocations.apply(op);
+        self.expiries.note(op.fingerprint(), expires_at);
+        op
     }
 
     /// Whether there is a history at all.
@@ -230,6 +272,26 @@ impl Model {
     /// lengthened again, what ended the keys of before must still be there.
     pub fn longest_life_s(&self) -> u64 {
         self.longest_life_s
+    }
+
+    /// How many revoked or suspended keys had expired at `until`, Unix seconds, and are not forgotten yet.
+    pub fn due(&self, until: u64) -> usize {
+        self.expiries.due(until)
+    }
+
+    /// Keys whose `exp` is not later have expired, whatever any clock says. Unix seconds.
+    pub fn expired_until(&self) -> u64 {
+        self.expired_until
+    }
+
+    /// `now`, Unix seconds, unless the history says that it was later already: then the clock was set back.
+    pub fn latest_s(&self, now: u64) -> u64 {
+        now.max(self.latest_s)
+    }
+
+    /// The revoked and the suspended.
+    pub fn revocations(&self) -> &ExactSet {
+        &self.revocations
     }
 
     /// Whether a token's id is revoked.
@@ -277,6 +339,7 @@ impl Model {
             policy: (*self.policy).clone(),
             cutoffs: self.cutoffs.clone(),
             lockdown: self.lockdown.clone(),
+            expired_until: self.expired_until,
         }
     }
 
@@ -336,6 +399,10 @@ impl Deltas {
     /// Keeps the effect of change `seq`.
     pub fn push(&self, seq: u64, effect: Effect) {
         let mut kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if effect.rebuilt {
+            *kept = Kept { floor: seq, entries: VecDeque::new(), ops: 0 };
+            return;
+        }
         kept.ops += effect.ops.len();
         kept.entries.push_back((seq, effect));
         while kept.entries.len() > DELTAS_KEPT || kept.ops > MAX_DELTA_OPS {

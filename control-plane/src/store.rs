@@ -1,18 +1,25 @@
-//! The embedded store: key records and remembered requests, in a `redb` file. It is a projection of the
+//! The embedded store: key records, past revocations and remembered requests, in a `redb` file. It is a projection of the
 //! journal: what it lacks is applied again at the start, so its own commits need not be durable.
 
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use redb::{Database, Durability, ReadableDatabase, ReadableTable, TableDefinition};
+use redb::{Database, Durability, ReadableDatabase, ReadableTable, Table, TableDefinition};
+use serde::{Deserialize, Serialize};
 
 use crate::change::Change;
-use crate::key::KeyRecord;
+use crate::key::{KeyRecord, RevocationReason};
 
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
 const BY_JTI: TableDefinition<'_, &str, &str> = TableDefinition::new("key_id_by_jti");
+/// Keys by the Unix second in which they expire.
+const BY_EXPIRY: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("keys_by_expiry");
+/// Revocations by their number in the journal.
+const REVOCATIONS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("revocations");
 const REQUESTS: TableDefinition<'_, &str, (&str, &str)> = TableDefinition::new("requests");
+/// Remembered requests by the Unix second of the key that they created.
+const REQUESTS_BY_TIME: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("requests_by_time");
 const FLEET: TableDefinition<'_, &str, ()> = TableDefinition::new("fleet");
 const META: TableDefinition<'_, &str, u64> = TableDefinition::new("meta");
 
@@ -20,9 +27,14 @@ const APPLIED_SEQ: &str = "applied_seq";
 const SOURCE: &str = "source";
 const FORMAT: &str = "format";
 /// The tables as this version has them. Another format is emptied and applied again from the journal.
-const CURRENT_FORMAT: u64 = 2;
+const CURRENT_FORMAT: u64 = 3;
 /// How many batches are applied again after a crash, at most.
 const BATCHES_PER_DURABLE_COMMIT: u32 = 1_000;
+
+/// How long a request is remembered, in seconds.
+const KEEP_REQUESTS_S: u64 = 24 * 60 * 60;
+/// How long the record of a key is kept after it expired, in seconds. The journal has it for longer.
+const KEEP_EXPIRED_S: u64 = 30 * 24 * 60 * 60;
 
 /// The store failed.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +75,41 @@ pub struct Seen {
     pub key_id: String,
 }
 
+/// A revocation that happened.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PastRevocation {
+    /// The key's id; `None` for a token's id that belonged to no key known here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+    /// The token's id.
+    pub jti: String,
+    /// The key's role.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub role: Option<String>,
+    /// Until when proxies know of it. Unix seconds.
+    pub expires_at: u64,
+    /// When. Unix seconds.
+    pub at: u64,
+    /// Why.
+    pub reason: RevocationReason,
+    /// Whose key did it.
+    pub by: String,
+}
+
+impl PastRevocation {
+    fn of(change: &Change) -> Option<Self> {
+        let (key_id, jti, role, expires_at, ended) = match change {
+            Change::KeyRevoked { key_id, jti, role, expires_at, revocation } => {
+                (Some(key_id.clone()), jti, Some(role.clone()), expires_at, revocation)
+            }
+            Change::JtiRevoked { jti, expires_at, revocation } => (None, jti, None, expires_at, revocation),
+            _ => return None,
+        };
+        let (at, reason, by) = (ended.at, ended.reason, ended.by.clone());
+        Some(Self { key_id, jti: jti.clone(), role, expires_at: *expires_at, at, reason, by })
+    }
+}
+
 impl Store {
     /// Opens or makes the store of a directory.
     ///
@@ -99,13 +146,13 @@ impl Store {
     /// When the file cannot be written.
     pub fn clear(&self) -> Result<(), StoreError> {
         let write = self.database.begin_write()?;
-        write.delete_table(KEYS)?;
-        write.delete_table(BY_JTI)?;
-        write.delete_table(REQUESTS)?;
-        write.delete_table(META)?;
-        write.open_table(KEYS)?;
-        write.open_table(BY_JTI)?;
-        write.open_table(REQUESTS)?;
+        macro_rules! empty {
+            ($($table:expr),*) => {$(
+                write.delete_table($table)?;
+                write.open_table($table)?;
+            )*};
+        }
+        empty!(KEYS, BY_JTI, BY_EXPIRY, REVOCATIONS, REQUESTS, REQUESTS_BY_TIME, META);
         write.open_table(META)?.insert(FORMAT, CURRENT_FORMAT)?;
         Ok(write.commit()?)
     }
@@ -173,6 +220,33 @@ impl Store {
         Ok(())
     }
 
+    /// Revocations before number `cursor`, the last one first, that `wanted` takes; at most `limit` with their
+    /// numbers, and whether there may be more.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn revocations(
+        &self,
+        cursor: Option<u64>,
+        limit: usize,
+        wanted: impl Fn(&PastRevocation) -> bool,
+    ) -> Result<(Vec<(u64, PastRevocation)>, bool), StoreError> {
+        let revocations = self.database.begin_read()?.open_table(REVOCATIONS)?;
+        let mut found = Vec::new();
+        for entry in revocations.range(..cursor.unwrap_or(u64::MAX))?.rev() {
+            let (seq, bytes) = entry?;
+            if let Ok(revocation) = serde_json::from_slice::<PastRevocation>(bytes.value())
+                && wanted(&revocation)
+            {
+                if found.len() == limit {
+                    return Ok((found, true));
+                }
+                found.push((seq.value(), revocation));
+            }
+        }
+        Ok((found, false))
+    }
+
     /// A request that came before, by its id.
     ///
     /// # Errors
@@ -212,44 +286,32 @@ impl Store {
         Ok(write.commit()?)
     }
 
-    /// Applies changes; `last_seq` is the number of the last one.
+    /// Applies changes, each with its number in the journal.
     ///
     /// # Errors
     /// When the file cannot be written. The changes are in the journal and are applied at the next start.
-    pub fn apply<'c>(
-        &self,
-        changes: impl IntoIterator<Item = &'c Change>,
-        last_seq: u64,
-    ) -> Result<(), StoreError> {
+    pub fn apply(&self, changes: &[(u64, Change)]) -> Result<(), StoreError> {
+        let Some((last_seq, _)) = changes.last() else { return Ok(()) };
         let mut write = self.database.begin_write()?;
         let batch = self.batches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         if !batch.is_multiple_of(BATCHES_PER_DURABLE_COMMIT) {
             write.set_durability(Durability::None)?;
         }
         {
-            let mut keys = write.open_table(KEYS)?;
-            let mut by_jti = write.open_table(BY_JTI)?;
-            let mut requests = write.open_table(REQUESTS)?;
+            let mut tables = Tables {
+                keys: write.open_table(KEYS)?,
+                by_jti: write.open_table(BY_JTI)?,
+                by_expiry: write.open_table(BY_EXPIRY)?,
+                revocations: write.open_table(REVOCATIONS)?,
+                requests: write.open_table(REQUESTS)?,
+                requests_by_time: write.open_table(REQUESTS_BY_TIME)?,
+            };
             let mut meta = write.open_table(META)?;
-            for change in changes {
+            for (seq, change) in changes {
                 if let Change::Genesis { source } = change {
                     meta.insert(SOURCE, source)?;
                 }
-                if let Change::KeyIssued { key, idempotency } = change {
-                    if let Some(seen) = idempotency {
-                        requests
-                            .insert(seen.request_id.as_str(), (seen.body.as_str(), key.key_id.as_str()))?;
-                    }
-                    keys.insert(key.key_id.as_str(), encode(key).as_slice())?;
-                    by_jti.insert(key.jti.as_str(), key.key_id.as_str())?;
-                }
-                if let Some(key_id) = change.altered_key() {
-                    let record = keys.get(key_id)?.and_then(|b| serde_json::from_slice(b.value()).ok());
-                    if let Some(mut record) = record {
-                        change.alter(&mut record);
-                        keys.insert(key_id, encode(&record).as_slice())?;
-                    }
-                }
+                tables.apply(*seq, change)?;
             }
             meta.insert(APPLIED_SEQ, last_seq)?;
         }
@@ -257,6 +319,67 @@ impl Store {
     }
 }
 
-fn encode(record: &KeyRecord) -> Vec<u8> {
-    serde_json::to_vec(record).expect("a key record is plain data")
+/// The tables that changes alter.
+struct Tables<'w> {
+    keys: Table<'w, &'static str, &'static [u8]>,
+    by_jti: Table<'w, &'static str, &'static str>,
+    by_expiry: Table<'w, (u64, &'static str), ()>,
+    revocations: Table<'w, u64, &'static [u8]>,
+    requests: Table<'w, &'static str, (&'static str, &'static str)>,
+    requests_by_time: Table<'w, (u64, &'static str), ()>,
+}
+
+impl Tables<'_> {
+    fn apply(&mut self, seq: u64, change: &Change) -> Result<(), StoreError> {
+        match change {
+            Change::KeyIssued { key, idempotency } => {
+                let key_id = key.key_id.as_str();
+                if let Some(seen) = idempotency {
+                    self.requests.insert(seen.request_id.as_str(), (seen.body.as_str(), key_id))?;
+                    self.requests_by_time.insert((key.issued_at, seen.request_id.as_str()), ())?;
+                }
+                self.keys.insert(key_id, encode(key).as_slice())?;
+                self.by_jti.insert(key.jti.as_str(), key_id)?;
+                self.by_expiry.insert((key.expires_at, key_id), ())?;
+            }
+            Change::ExpiredForgotten { until } => self.forget(*until)?,
+            _ => {}
+        }
+        if let Some(revocation) = PastRevocation::of(change) {
+            self.revocations.insert(seq, encode(&revocation).as_slice())?;
+        }
+        if let Some(key_id) = change.altered_key()
+            && let Some(mut record) = self.key(key_id)?
+        {
+            change.alter(&mut record);
+            self.keys.insert(key_id, encode(&record).as_slice())?;
+        }
+        Ok(())
+    }
+
+    fn key(&self, key_id: &str) -> Result<Option<KeyRecord>, StoreError> {
+        Ok(self.keys.get(key_id)?.and_then(|bytes| serde_json::from_slice(bytes.value()).ok()))
+    }
+
+    /// Drops what is long over at `until`, Unix seconds.
+    fn forget(&mut self, until: u64) -> Result<(), StoreError> {
+        let before = until.saturating_sub(KEEP_REQUESTS_S);
+        for entry in self.requests_by_time.extract_from_if(..(before, ""), |_, ()| true)? {
+            self.requests.remove(entry?.0.value().1)?;
+        }
+        let before = until.saturating_sub(KEEP_EXPIRED_S);
+        for entry in self.by_expiry.extract_from_if(..(before, ""), |_, ()| true)? {
+            let entry = entry?;
+            if let Some(bytes) = self.keys.remove(entry.0.value().1)?
+                && let Ok(record) = serde_json::from_slice::<KeyRecord>(bytes.value())
+            {
+                self.by_jti.remove(record.jti.as_str())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn encode(record: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(record).expect("plain data")
 }

@@ -224,7 +224,7 @@ struct Thread {
     clock: Clock,
     metrics: Arc<Metrics>,
     /// Changes of the journal that the store could not take yet.
-    unstored: Vec<Change>,
+    unstored: Vec<(u64, Change)>,
     /// Whether the rules changed since they were last published.
     rules_changed: bool,
 }
@@ -296,15 +296,14 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         first.push(Change::SettingsChanged { settings });
     }
     if !first.is_empty() {
-        let mut seq = journal.last_seq();
-        for change in &first {
-            seq += 1;
-            model.apply(change, seq, &master)?;
+        let first: Vec<(u64, Change)> = (journal.last_seq() + 1..).zip(first).collect();
+        for (seq, change) in &first {
+            model.apply(change, *seq, &master)?;
         }
         model.picture(None)?; // Nothing that does not hold goes into the journal.
-        let records: Vec<_> = first.iter().map(|change| ("system".to_owned(), change.clone())).collect();
+        let records: Vec<_> = first.iter().map(|(_, change)| ("system".to_owned(), change.clone())).collect();
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
-        store.apply(&first, seq)?;
+        store.apply(&first)?;
     }
     model.relay();
     let state = Arc::new(model.picture(None)?);
@@ -331,10 +330,8 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
 }
 
 fn catch_up(store: &Store, behind: &mut Vec<(u64, Change)>) -> Result<(), StoreError> {
-    if let Some((last, _)) = behind.last() {
-        store.apply(behind.iter().map(|(_, change)| change), *last)?;
-        behind.clear();
-    }
+    store.apply(behind)?;
+    behind.clear();
     Ok(())
 }
 
@@ -394,8 +391,9 @@ impl Thread {
             }
             self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
             self.publish(model, effects);
-            self.unstored.extend(changes.into_iter().map(|(_, change)| change));
-            match self.store.apply(&self.unstored, self.journal.last_seq()) {
+            let first_seq = self.journal.last_seq() + 1 - changes.len() as u64;
+            self.unstored.extend((first_seq..).zip(changes.into_iter().map(|(_, change)| change)));
+            match self.store.apply(&self.unstored) {
                 Ok(()) => self.unstored.clear(),
                 // The journal has them: they are tried again with the next ones, or at the next start. Until
                 // then reads may lack them.

@@ -396,7 +396,7 @@ fn check(rules: &Ruleset, not_after: Option<u64>, claims: &token::Claims, now: u
     if rules.audience.is_some() && claims.aud != rules.audience {
         return Err(Reason::WrongAudience);
     }
-    if now >= claims.exp.saturating_add(leeway) {
+    if now >= claims.exp.saturating_add(leeway) || claims.exp <= rules.expired_until {
         return Err(Reason::Expired);
     }
     if claims.iat.max(claims.nbf.unwrap_or(0)) > now.saturating_add(leeway) {

@@ -396,6 +396,22 @@ impl ExactSet {
         }
     }
 
+    /// Drops all that is known of many, in one pass over each shard that has any of them.
+    pub fn forget_all(&mut self, fingerprints: &[Fingerprint]) {
+        let mut sorted: Vec<u64> = fingerprints.iter().map(|fingerprint| fingerprint.0).collect();
+        sorted.sort_unstable();
+        let bits = self.bits;
+        for run in sorted.chunk_by(|a, b| Fingerprint(*a).shard(bits) == Fingerprint(*b).shard(bits)) {
+            let index = run.first().map_or(0, |value| Fingerprint(*value).shard(bits));
+            let Some(shard) = self.shards.get_mut(usize::from(index)).map(Arc::make_mut) else { continue };
+            let before = shard.len();
+            shard.digest = OnceLock::new();
+            shard.revoked.retain(|value| run.binary_search(value).is_err());
+            shard.suspended.retain(|value| run.binary_search(value).is_err());
+            self.len = self.len.saturating_sub(before).saturating_add(shard.len());
+        }
+    }
+
     /// The same set cut anew, when it has grown or shrunk so far that its shards are more than twice or
     /// less than an eighth of what they should be; `None` when the cut is right.
     pub fn relaid(&self) -> Option<Self> {
@@ -581,6 +597,28 @@ mod tests {
             let revoked = model.values().filter(|(revoked, _)| *revoked).count();
             let suspended = model.values().filter(|(_, suspended)| *suspended).count();
             prop_assert_eq!((set.len(), set.revoked()), (revoked + suspended, revoked));
+        }
+
+        #[test]
+        fn forgetting_many_is_forgetting_each(
+            have in prop::collection::vec((any::<bool>(), 0u64..64), 0..60),
+            gone in prop::collection::vec(0u64..64, 0..60),
+            bits in 0u8..4,
+        ) {
+            let mut one_by_one = ExactSet::with_bits(bits);
+            for (suspend, value) in have {
+                one_by_one.apply(op(u8::from(suspend), value));
+            }
+            let _digests: Vec<_> = one_by_one.shards().iter().map(|shard| shard.digest()).collect();
+            let mut at_once = one_by_one.clone();
+            let gone: Vec<_> = gone.into_iter().map(|value| Fingerprint(value.rotate_right(2))).collect();
+            at_once.forget_all(&gone);
+            gone.iter().for_each(|fingerprint| one_by_one.apply(Op::Forget(*fingerprint)));
+            prop_assert_eq!(at_once.len(), one_by_one.len());
+            for (a, b) in at_once.shards().iter().zip(one_by_one.shards()) {
+                prop_assert_eq!(a, b);
+                prop_assert_eq!(a.digest(), digest(&b.encode()));
+            }
         }
 
         #[test]

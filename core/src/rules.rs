@@ -53,6 +53,16 @@ pub struct Rules {
     /// The lockdown, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lockdown: Option<Lockdown>,
+    /// A key whose `exp` is not later has expired, whatever any clock says: its revocation may have been
+    /// forgotten. Unix seconds.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub expired_until: u64,
+}
+
+// Serde hands over a reference.
+#[allow(clippy::trivially_copy_pass_by_ref)]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// What a signature is verified with.
@@ -191,6 +201,8 @@ pub struct Ruleset {
     pub cutoffs: Vec<Cutoff>,
     /// The lockdown.
     pub lockdown: Option<Lockdown>,
+    /// A key whose `exp` is not later has expired, whatever any clock says. Unix seconds.
+    pub expired_until: u64,
     verifiers: Vec<Verifier>,
 }
 
@@ -259,6 +271,7 @@ impl TryFrom<Rules> for Ruleset {
             policy: rules.policy,
             cutoffs: rules.cutoffs,
             lockdown: rules.lockdown,
+            expired_until: rules.expired_until,
             verifiers,
         })
     }
@@ -288,6 +301,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            expired_until: 0,
         }
     }
 

@@ -359,6 +359,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            expired_until: 0,
         }
         .encode()
     }

@@ -79,6 +79,7 @@ impl Core {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            expired_until: 0,
         };
         Self {
             rules: Ruleset::try_from(rules).expect("rules"),

@@ -11,4 +11,5 @@ mod requests;
 mod revocation;
 mod secrets;
 mod trap;
+mod upkeep;
 mod wasm_imports;

@@ -123,7 +123,7 @@ pub async fn cut_off(
             .model
             .cutoffs()
             .iter()
-            .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.now));
+            .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until()));
         let mut changes: Vec<Change> =
             spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
         changes.push(Change::CutoffAdded { cutoff, reason });

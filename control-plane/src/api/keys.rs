@@ -18,9 +18,6 @@ use crate::key::{Ended, KeyRecord, KeyState, RevocationReason};
 use crate::problem::Problem;
 use crate::writer::View;
 
-const DEFAULT_LIMIT: usize = 100;
-const MAX_LIMIT: usize = 1_000;
-
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ListQuery {
@@ -36,10 +33,7 @@ pub async fn list(
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
-    let limit = query.limit.unwrap_or(DEFAULT_LIMIT);
-    if !(1..=MAX_LIMIT).contains(&limit) {
-        return Err(Problem::bad_request(format!("'limit' must be 1 to {MAX_LIMIT}.")));
-    }
+    let limit = request::limit(query.limit)?;
     let now = app.clock.now_s();
     let store = Arc::clone(&app.store);
     // Reading through many keys takes a while; not on a thread that answers others.
@@ -134,7 +128,12 @@ pub async fn suspend(
         }
         let suspension = Ended { at: view.now, reason: body.reason, by };
         key.suspended = Some(suspension.clone());
-        let change = Change::KeySuspended { key_id: key.key_id.clone(), jti: key.jti.clone(), suspension };
+        let change = Change::KeySuspended {
+            key_id: key.key_id.clone(),
+            jti: key.jti.clone(),
+            expires_at: key.expires_at,
+            suspension,
+        };
         Ok((vec![change], key))
     })
     .await

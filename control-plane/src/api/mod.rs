@@ -185,6 +185,38 @@ fn operations() -> Vec<Operation> {
             "Lift such a revocation",
             delete(emergency::lift_cut_off),
         )),
+        Operation {
+            query: &[
+                ("reason", "only revocations for this reason"),
+                ("role", "only of keys of this role"),
+                ("key_id", "only of this key"),
+                ("jti", "only of this token"),
+                ("by", "only those that this key ordered"),
+                ("cursor", "where the page before ended"),
+                ("limit", "revocations of a page, 1 to 1000 (100 is the default)"),
+            ],
+            ..op(
+                "get",
+                "/api/admin/revocations",
+                READ,
+                "What was revoked, the last one first",
+                get(revocations::history),
+            )
+        },
+        waits(op(
+            "post",
+            "/api/admin/revocations/cleanup",
+            WRITE,
+            "Forget the revocations of keys that have expired; done by itself every few minutes",
+            post(revocations::cleanup),
+        )),
+        waits(op(
+            "post",
+            "/api/admin/revocations/rebuild",
+            WRITE,
+            "Have every proxy take the whole revocation set over anew",
+            post(revocations::rebuild),
+        )),
         op(
             "get",
             "/api/admin/revocations/stats",

@@ -25,6 +25,8 @@ use crate::writer::Committed;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_TIMEOUT: Duration = Duration::from_secs(900);
+const DEFAULT_LIMIT: usize = 100;
+const MAX_LIMIT: usize = 1_000;
 const MAX_IDEMPOTENCY_KEY_BYTES: usize = 255;
 
 /// Whoever calls: a key whose token counts.
@@ -181,6 +183,15 @@ pub async fn finish(
         body["propagation"] = serde_json::json!(propagation);
     }
     body
+}
+
+/// How many items a page has.
+pub fn limit(wanted: Option<usize>) -> Result<usize, Problem> {
+    let limit = wanted.unwrap_or(DEFAULT_LIMIT);
+    if (1..=MAX_LIMIT).contains(&limit) {
+        return Ok(limit);
+    }
+    Err(Problem::bad_request(format!("'limit' must be 1 to {MAX_LIMIT}.")))
 }
 
 /// The `Idempotency-Key` of a request (draft-ietf-httpapi-idempotency-key-header), if it has one.

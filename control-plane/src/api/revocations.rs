@@ -1,13 +1,15 @@
-//! `/api/admin/revocations`: revoking many at once.
+//! `/api/admin/revocations`: revoking many at once, what was revoked, and the upkeep of the set.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::Extension;
-use axum::extract::State;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::gate;
+use keygate_core::revocation::ExactSet;
 use keygate_core::token::is_identifier;
 use serde::Deserialize;
 use serde_json::json as value;
@@ -19,7 +21,9 @@ use crate::app::App;
 use crate::change::Change;
 use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::problem::Problem;
+use crate::store::PastRevocation;
 use crate::writer::View;
+use crate::{clock, upkeep};
 
 /// The most that one call revokes; a proxy follows as many at once.
 const MAX_ITEMS: usize = 10_000;
@@ -98,7 +102,7 @@ impl Planned {
         }
         self.changes.push(Change::JtiRevoked {
             jti: jti.to_owned(),
-            expires_at: view.now.saturating_add(view.model.longest_life_s()),
+            expires_at: view.model.latest_s(view.now).saturating_add(view.model.longest_life_s()),
             revocation: self.ended.clone(),
         });
         Ok(Outcome::RevokedUnseen)
@@ -146,20 +150,127 @@ pub async fn revoke_many(
     Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
 }
 
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HistoryQuery {
+    reason: Option<RevocationReason>,
+    role: Option<String>,
+    key_id: Option<String>,
+    jti: Option<String>,
+    by: Option<String>,
+    cursor: Option<u64>,
+    limit: Option<usize>,
+}
+
+impl HistoryQuery {
+    fn wants(&self, revocation: &PastRevocation) -> bool {
+        let is = |wanted: &Option<String>, have: Option<&str>| {
+            wanted.as_deref().is_none_or(|wanted| Some(wanted) == have)
+        };
+        self.reason.is_none_or(|reason| reason == revocation.reason)
+            && is(&self.role, revocation.role.as_deref())
+            && is(&self.key_id, revocation.key_id.as_deref())
+            && is(&self.jti, Some(&revocation.jti))
+            && is(&self.by, Some(&revocation.by))
+    }
+}
+
+/// What was revoked, the last one first. Cut-offs are rules: `/api/admin/emergency` has them.
+pub async fn history(
+    State(app): State<Arc<App>>,
+    query: Result<Query<HistoryQuery>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let limit = request::limit(query.limit)?;
+    let store = Arc::clone(&app.store);
+    // Reading through many takes a while; not on a thread that answers others.
+    let read = tokio::task::spawn_blocking(move || {
+        store.revocations(query.cursor, limit, |revocation| query.wants(revocation))
+    });
+    let (found, more) = read
+        .await
+        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))??;
+    let next_cursor = found.last().filter(|_| more).map(|(seq, _)| *seq);
+    let revocations: Vec<_> = found
+        .into_iter()
+        .map(|(seq, revocation)| {
+            value!({
+                "seq": seq,
+                "at": clock::rfc3339(revocation.at),
+                "key_id": revocation.key_id,
+                "jti": revocation.jti,
+                "role": revocation.role,
+                "reason": revocation.reason,
+                "by": revocation.by,
+                "expires_at": clock::rfc3339(revocation.expires_at),
+            })
+        })
+        .collect();
+    Ok(json(StatusCode::OK, value!({ "revocations": revocations, "next_cursor": next_cursor })))
+}
+
+/// Forgets the revocations of keys that have expired.
+pub async fn cleanup(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let (cleaned, committed) = upkeep::clean_up(&app, actor(&caller.0)).await?;
+    let body = value!({
+        "removed": cleaned.forgotten,
+        "remaining": cleaned.remaining,
+        "expired_until": clock::rfc3339(cleaned.until),
+    });
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+}
+
+/// Has every proxy take the whole set over anew: only shards that it does not have cross the wire.
+pub async fn rebuild(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let committed = upkeep::rebuild(&app, actor(&caller.0)).await?;
+    let size = Size::of(&app.state().revocations);
+    let body = value!({
+        "shards": size.shards,
+        "bloom_bits": size.bloom_bits,
+        "bloom_fp_rate": size.bloom_fp_rate,
+        "exact_bytes": size.exact_bytes,
+    });
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+}
+
+/// What the set costs a proxy.
+struct Size {
+    shards: usize,
+    bloom_bits: usize,
+    bloom_fp_rate: f64,
+    exact_bytes: usize,
+}
+
+impl Size {
+    fn of(set: &ExactSet) -> Self {
+        let shards = set.shards().len();
+        let (mut bloom_bits, mut expected_hits, mut exact_bytes) = (0, 0.0, 0);
+        for shard in set.shards() {
+            let (bits, rate) = gate::size_for(shard.len());
+            bloom_bits += bits;
+            expected_hits += rate;
+            exact_bytes += shard.encoded_bytes();
+        }
+        // A key that is not revoked falls into each shard alike.
+        #[allow(clippy::cast_precision_loss)]
+        let bloom_fp_rate = expected_hits / shards as f64;
+        Self { shards, bloom_bits, bloom_fp_rate, exact_bytes }
+    }
+}
+
 /// How much is revoked, and what that costs a proxy. Keys that a cut-off ends are not counted: it is a rule.
 pub async fn stats(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
     let now = app.clock.now_s();
-    let (mut bits, mut expected_hits, mut bytes) = (0, 0.0, 0);
-    for shard in state.revocations.shards() {
-        let (shard_bits, rate) = gate::size_for(shard.len());
-        bits += shard_bits;
-        expected_hits += rate;
-        bytes += shard.encoded_bytes();
-    }
-    // A key that is not revoked falls into each shard alike.
-    #[allow(clippy::cast_precision_loss)]
-    let rate = expected_hits / state.revocations.shards().len() as f64;
+    let size = Size::of(&state.revocations);
     let locked = state.rules.lockdown.as_ref().is_some_and(|lockdown| lockdown.is_active(now));
     json(
         StatusCode::OK,
@@ -169,9 +280,11 @@ pub async fn stats(State(app): State<Arc<App>>) -> Response {
             "revoked_last_24h": state.recent.last_24h(now),
             "emergency_active": locked,
             "cutoffs": state.rules.cutoffs.len(),
-            "bloom_bits": bits,
-            "bloom_fp_rate": rate,
-            "exact_bytes": bytes,
+            "shards": size.shards,
+            "bloom_bits": size.bloom_bits,
+            "bloom_fp_rate": size.bloom_fp_rate,
+            "exact_bytes": size.exact_bytes,
+            "expired_until": clock::rfc3339(state.rules.expired_until),
         }),
     )
 }

@@ -51,6 +51,7 @@ fn world() -> World {
             policy,
             cutoffs: Vec::new(),
             lockdown: None,
+            expired_until: 0,
         },
         revoked: ExactSet::default(),
         cache: TokenCache::new(100_000),
@@ -177,6 +178,12 @@ fn every_claim_is_checked_also_of_a_remembered_key() {
     world.now = NOW + 105;
     assert_eq!(world.get("/chat", &token), Reason::Expired);
     world.now = NOW;
+    assert_eq!(world.get("/chat", &token), Reason::Allowed, "the clock was set back");
+    world.rules.expired_until = NOW + 99;
+    assert_eq!(world.get("/chat", &token), Reason::Allowed);
+    world.rules.expired_until = NOW + 100;
+    assert_eq!(world.get("/chat", &token), Reason::Expired, "what expired once has expired for ever");
+    world.rules.expired_until = 0;
     world.rules.audience = Some("api".into());
     assert_eq!(world.get("/chat", &token), Reason::WrongAudience);
     assert_eq!(world.get("/chat", &with(|c| c.aud = Some("api".into()))), Reason::Allowed);

@@ -1,0 +1,105 @@
+//! What the control plane does by itself: it forgets revocations of keys that have expired, and has proxies
+//! take the revocation set over anew when it was cut anew for its size.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::app::App;
+use crate::change::Change;
+use crate::problem::Problem;
+use crate::writer::{Committed, View};
+
+/// How often expired keys are forgotten. Each time is a new version for the fleet.
+const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
+/// In whose name.
+const ACTOR: &str = "system";
+
+/// What a clean-up did.
+#[derive(Debug, Clone, Copy)]
+pub struct CleanedUp {
+    /// Revocations and suspensions that were dropped.
+    pub forgotten: usize,
+    /// Those that are left.
+    pub remaining: usize,
+    /// Keys whose `exp` is not later have expired for good. Unix seconds.
+    pub until: u64,
+}
+
+/// Forgets what is known of keys that have expired.
+///
+/// # Errors
+/// When the journal cannot be written.
+pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), Problem> {
+    let now_ms = app
+        .cautious_clock
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .at(app.clock.now_ms(), Instant::now());
+    // With leeway, a key counts for a while after its expiry.
+    let until = (now_ms / 1_000).saturating_sub(app.config.leeway.as_secs());
+    let plan = move |view: &View<'_>| {
+        let model = view.model;
+        let forgotten = model.due(until);
+        let spent: Vec<_> =
+            model.cutoffs().iter().filter(|c| c.is_spent(model.longest_life_s(), until)).collect();
+        let mut changes = Vec::new();
+        if forgotten > 0 || !spent.is_empty() {
+            changes.push(Change::ExpiredForgotten { until });
+            changes.extend(spent.iter().map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }));
+        }
+        let remaining = model.revocations().len().saturating_sub(forgotten);
+        let until = if changes.is_empty() { model.expired_until() } else { until };
+        Ok::<_, Problem>((changes, CleanedUp { forgotten, remaining, until }))
+    };
+    app.writer.submit(actor, plan).await?
+}
+
+/// Has every proxy take the revocation set over anew.
+///
+/// # Errors
+/// When the journal cannot be written.
+pub async fn rebuild(app: &App, actor: &str) -> Result<Committed, Problem> {
+    let plan = |_: &View<'_>| Ok::<_, Problem>((vec![Change::RevocationsRebuilt {}], ()));
+    let ((), committed) = app.writer.submit(actor, plan).await??;
+    Ok(committed)
+}
+
+/// Does what is due until the control plane stops.
+pub async fn run(app: Arc<App>) {
+    let mut stopping = app.stopping.clone();
+    let mut states = app.states.clone();
+    let mut cut = states.borrow_and_update().revocations.bits();
+    let mut clean_up_at = tokio::time::Instant::now() + CLEAN_UP_EVERY;
+    loop {
+        let done = tokio::select! {
+            () = stopped(&mut stopping) => return,
+            changed = states.changed() => {
+                let bits = states.borrow_and_update().revocations.bits();
+                match changed {
+                    Err(_) => return,
+                    Ok(()) if bits == cut => continue,
+                    Ok(()) => {
+                        cut = bits;
+                        tracing::info!(shards = 1_u32 << bits, "the revocation set was cut anew for its size");
+                        rebuild(&app, ACTOR).await.map(|_| ())
+                    }
+                }
+            }
+            () = tokio::time::sleep_until(clean_up_at) => {
+                clean_up_at += CLEAN_UP_EVERY;
+                clean_up(&app, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
+                    tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
+                })
+            }
+        };
+        if let Err(problem) = done {
+            tracing::error!(?problem, "upkeep failed; it is tried again");
+        }
+    }
+}
+
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _sender_gone = stopping.wait_for(|stop| *stop).await;
+}
