@@ -213,7 +213,10 @@ fn write_line(out: &mut Vec<u8>, record: &Record) -> String {
 
 /// `prev` is among the bytes, so hashing them chains the records.
 fn hash_of(text: &[u8]) -> String {
-    Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect()
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let digest = Sha256::digest(text);
+    let digits = digest.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect()
 }
 
 fn parse(line: &[u8], last_seq: u64, last_hash: &str) -> Result<(Record, String), String> {

@@ -57,6 +57,10 @@ pub struct Metrics {
     pub fleet_proxies: Gauge,
     /// Proxies among them that do not enforce the newest version yet.
     pub fleet_behind: Gauge,
+    /// Answers to proxies, by kind.
+    pub sync_answers: IntCounterVec,
+    /// Bytes of those.
+    pub sync_bytes: IntCounterVec,
     /// Polls refused for lack of the fleet token.
     pub sync_unauthorized: IntCounter,
     /// Polls of proxies that enforce a newer version than there is here.
@@ -159,6 +163,8 @@ impl Metrics {
                 "keygate_fleet_behind",
                 "Proxies that do not enforce the newest version yet.",
             ),
+            sync_answers: counters("keygate_sync_answers_total", "Answers to proxies.", &["kind"]),
+            sync_bytes: counters("keygate_sync_bytes_total", "Bytes of answers to proxies.", &["kind"]),
             sync_unauthorized: counter(
                 "keygate_sync_unauthorized_total",
                 "Polls without the right fleet token.",
@@ -195,6 +201,10 @@ impl Metrics {
                 self.revoked.with_label_values(&[role.as_str(), reason.label()]);
             }
         }
+        for kind in ["current", "delta", "snapshot", "shards"] {
+            self.sync_answers.with_label_values(&[kind]);
+            self.sync_bytes.with_label_values(&[kind]);
+        }
         self.validated.with_label_values(&["unknown", V2, "failure"]);
         self.validation_seconds.with_label_values(&[V2]);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
@@ -209,6 +219,12 @@ impl Metrics {
                 self.rate_limit_exceeded.with_label_values(&[role.as_str(), &route.name]);
             }
         }
+    }
+
+    /// Counts an answer to a proxy.
+    pub fn answered_proxy(&self, kind: &'static str, bytes: usize) {
+        self.sync_answers.with_label_values(&[kind]).inc();
+        self.sync_bytes.with_label_values(&[kind]).inc_by(bytes as u64);
     }
 
     /// The text that Prometheus reads.

@@ -81,7 +81,11 @@ impl Recent {
 
     fn add(&mut self, at: u64) {
         let minutes = Arc::make_mut(&mut self.0);
-        *minutes.entry(at / 60).or_default() += 1;
+        if let Some(count) = minutes.get_mut(&(at / 60)) {
+            *count += 1;
+            return;
+        }
+        minutes.insert(at / 60, 1);
         *minutes = minutes.split_off(&(at / 60).saturating_sub(Self::MINUTES));
     }
 

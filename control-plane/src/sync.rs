@@ -99,11 +99,16 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     }
     let state = app.state();
     let answer = app.deltas.answer(&state, base, app.clock.now_ms());
-    if let Body::Snapshot { .. } = answer.body {
-        app.snapshots.keep(state);
-    }
+    let kind = match &answer.body {
+        Body::Snapshot { .. } => {
+            app.snapshots.keep(state);
+            "snapshot"
+        }
+        Body::Delta { .. } if base == Some(answer.version) => "current",
+        Body::Delta { .. } => "delta",
+    };
     drop(polling);
-    Ok(octets(answer.encode()))
+    Ok(octets(&app, kind, answer.encode()))
 }
 
 async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
@@ -127,7 +132,7 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
         }
         found.push(shard.encode());
     }
-    Ok(octets(wire::encode_shards(found.iter().map(Vec::as_slice))))
+    Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
 }
 
 fn ahead(applied: Version, have: Version) -> Problem {
@@ -160,7 +165,8 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| Problem::bad_request(error.to_string()))
 }
 
-fn octets(bytes: Vec<u8>) -> Response {
+fn octets(app: &App, kind: &'static str, bytes: Vec<u8>) -> Response {
+    app.metrics.answered_proxy(kind, bytes.len());
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
     (headers, bytes).into_response()
 }

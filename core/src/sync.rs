@@ -6,6 +6,7 @@
 //! each is staged beside the set in force as soon as it was checked. Only the last step puts them in force.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use crate::gate::ShardSource;
 use crate::revocation::{self, Op, Shard, ShardError};
@@ -133,8 +134,9 @@ struct TakeOver {
     rules: Option<Vec<u8>>,
     bits: u8,
     shards: Vec<(Place, [u8; DIGEST_BYTES])>,
-    /// Fetched, but not checked yet.
-    fetched: VecDeque<(u16, Vec<u8>)>,
+    /// Fetched, but not checked yet: where in `body`, the last answer.
+    fetched: VecDeque<(u16, Range<usize>)>,
+    body: Vec<u8>,
 }
 
 /// Where a shard of a snapshot is.
@@ -170,13 +172,18 @@ impl TakeOver {
 
     /// Checks the next fetched shard.
     fn check_fetched(&mut self) -> Result<Option<Step>, SyncError> {
-        let Some((index, bytes)) = self.fetched.pop_front() else { return Ok(None) };
-        if !self.has_digest(index, &bytes) {
+        let Some((index, place)) = self.fetched.pop_front() else { return Ok(None) };
+        let bytes = self.body.get(place).unwrap_or_default();
+        if !self.has_digest(index, bytes) {
             return Err(SyncError::Digest(index));
         }
-        let shard = Shard::decode(&bytes)?;
+        let shard = Shard::decode(bytes)?;
         if shard.bits() != self.bits || shard.index() != index {
             return Err(SyncError::Digest(index));
+        }
+        let bytes = bytes.to_vec();
+        if self.fetched.is_empty() {
+            self.body = Vec::new();
         }
         self.put(index, Place::Staged);
         Ok(Some(Step::Stage { index, bytes }))
@@ -285,6 +292,7 @@ impl Follower {
                     bits,
                     shards: digests.into_iter().map(|digest| (Place::Unknown, digest)).collect(),
                     fetched: VecDeque::new(),
+                    body: Vec::new(),
                 });
                 Ok(Outcome::TakeOver)
             }
@@ -295,14 +303,15 @@ impl Follower {
     ///
     /// # Errors
     /// See [`SyncError`]; the snapshot is given up and asked for anew.
-    pub fn on_shards(&mut self, bytes: &[u8]) -> Result<(), SyncError> {
+    pub fn on_shards(&mut self, body: Vec<u8>) -> Result<(), SyncError> {
         let mut take_over = self.take_over.take().ok_or(SyncError::Unasked)?;
         let missing = take_over.missing();
-        let shards = wire::decode_shards(bytes)?;
+        let shards = wire::decode_shards(&body)?;
         if shards.is_empty() || shards.len() > missing.len() {
             return Err(SyncError::Unasked);
         }
-        take_over.fetched = missing.into_iter().zip(shards).map(|(index, b)| (index, b.to_vec())).collect();
+        take_over.fetched = missing.into_iter().zip(shards).collect();
+        take_over.body = body;
         self.take_over = Some(take_over);
         Ok(())
     }
@@ -414,7 +423,7 @@ mod tests {
             // The control plane may give fewer than were asked for.
             let wanted: Vec<&[u8]> =
                 request.shards.iter().take(7).map(|i| shards[usize::from(*i)].as_slice()).collect();
-            follower.on_shards(&wire::encode_shards(wanted.into_iter())).unwrap();
+            follower.on_shards(wire::encode_shards(wanted.into_iter())).unwrap();
             assert_eq!(follower.ask(), Ask::Nothing);
             let (more, publication) = steps(&mut follower, &mut own).unwrap();
             staged.extend(more);
@@ -433,7 +442,7 @@ mod tests {
         let Ask::Shards(request) = follower.ask() else { panic!("a shard is missing") };
         assert_eq!(request.shards, [Fingerprint::of("one more").shard(6)]);
         let one = shards[usize::from(request.shards[0])].as_slice();
-        follower.on_shards(&wire::encode_shards([one].into_iter())).unwrap();
+        follower.on_shards(wire::encode_shards([one].into_iter())).unwrap();
         assert!(steps(&mut follower, &mut own).unwrap().1.is_some());
     }
 
@@ -498,12 +507,12 @@ mod tests {
             follower.on_answer(&answer.encode()).unwrap();
             steps(&mut follower, &mut Own(Vec::new())).unwrap();
             let taken = follower
-                .on_shards(&pieces(bad))
+                .on_shards(pieces(bad))
                 .and_then(|()| steps(&mut follower, &mut Own(Vec::new())).map(|_| ()));
             assert!(taken.is_err());
             assert_eq!(follower.ask(), Ask::Poll { applied: None, resync: false });
         }
-        assert!(Follower::default().on_shards(&pieces(|_| ())).is_err());
+        assert!(Follower::default().on_shards(pieces(|_| ())).is_err());
     }
 
     #[test]

@@ -29,6 +29,8 @@
 //!
 //! One revocation is an answer of 54 bytes.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use crate::revocation::{Fingerprint, MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Op};
@@ -45,7 +47,7 @@ pub const MAX_DELTA_OPS: usize = 65_536;
 pub const MAX_SHARDS_PER_REQUEST: usize = 16;
 /// The bytes of shards in one answer, unless the first is larger. A proxy copies all of an answer at once,
 /// so it is kept small.
-pub const SHARDS_ANSWER_BYTES: usize = 256 * 1024;
+pub const SHARDS_ANSWER_BYTES: usize = 128 * 1024;
 /// Bytes of a shard's content address.
 pub const DIGEST_BYTES: usize = 32;
 
@@ -277,11 +279,11 @@ pub fn encode_shards<'s>(shards: impl ExactSizeIterator<Item = &'s [u8]>) -> Vec
     out
 }
 
-/// Reads the answer to a [`ShardRequest`].
+/// Reads the answer to a [`ShardRequest`]: where in it each shard's bytes are.
 ///
 /// # Errors
 /// When anything is not as [`encode_shards`] writes it.
-pub fn decode_shards(bytes: &[u8]) -> Result<Vec<&[u8]>, WireError> {
+pub fn decode_shards(bytes: &[u8]) -> Result<Vec<Range<usize>>, WireError> {
     let mut reader = Reader::new(bytes);
     if reader.take(4)? != SHARDS_MAGIC {
         return Err(WireError::UnknownFormat);
@@ -290,7 +292,9 @@ pub fn decode_shards(bytes: &[u8]) -> Result<Vec<&[u8]>, WireError> {
     let mut shards = Vec::with_capacity(number);
     for _ in 0..number {
         let length = reader.capped(MAX_SHARD_BYTES)?;
-        shards.push(reader.take(length)?);
+        let start = bytes.len().saturating_sub(reader.rest().len());
+        reader.take(length)?;
+        shards.push(start..start.saturating_add(length));
     }
     reader.end()?;
     Ok(shards)
@@ -440,7 +444,7 @@ mod tests {
 
         let shards = encode_shards([b"ab".as_slice(), b"c"].into_iter());
         assert_eq!(shards, b"KGB1\x02\0\0\0\x02\0\0\0ab\x01\0\0\0c");
-        assert_eq!(decode_shards(&shards).unwrap(), [b"ab".as_slice(), b"c"]);
+        assert_eq!(decode_shards(&shards).unwrap(), [12..14, 18..19]);
     }
 
     #[test]

@@ -151,7 +151,7 @@ impl Leader {
                 Step::Wait => {
                     let Ask::Shards(request) = self.follower.ask() else { panic!("shards are missing") };
                     let answer = control_plane.shards(&request.shards);
-                    self.timed(|leader| leader.follower.on_shards(&answer)).expect("what was asked for");
+                    self.timed(|leader| leader.follower.on_shards(answer)).expect("what was asked for");
                 }
             }
         }

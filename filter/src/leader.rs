@@ -274,7 +274,7 @@ impl Leading {
             Some(Answer { status, .. }) => return Err(Trouble::Call(refusal(status))),
         };
         if let Ask::Shards(_) = self.follower.ask() {
-            return Ok(self.follower.on_shards(&body)?);
+            return Ok(self.follower.on_shards(body)?);
         }
         self.contact = Contact { asked_ns: self.asked_ns, heard_ns: now_ns };
         match self.follower.on_answer(&body)? {

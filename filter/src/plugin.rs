@@ -61,6 +61,8 @@ pub struct Plugin {
     pub cache: TokenCache,
     /// What is counted.
     pub metrics: Metrics,
+    /// Whether a request ever came to this VM.
+    pub serves: bool,
     leader: Leader,
     counted: bool,
     roll_called_ns: u64,
@@ -95,6 +97,7 @@ impl Plugin {
             cache: TokenCache::new(configuration.token_cache_bytes),
             metrics,
             leader: Leader::new(vm, configuration, token),
+            serves: false,
             counted: false,
             roll_called_ns: 0,
             census: Census::default(),
@@ -119,7 +122,8 @@ impl Plugin {
             self.roll_called_ns = now_ns;
             self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
         }
-        let derived = self.replica.derive_gate(&mut host::Shared);
+        // Not by the main thread's VM, which serves nobody: it would be memory for nothing.
+        let derived = self.serves && self.replica.derive_gate(&mut host::Shared);
         let wanted = self.leader.on_tick(now_ns, self.census, &self.metrics);
         self.report(now_ns);
         // A gate is derived at a tick, so that requests seldom have to: soon, but not all at once.
@@ -142,6 +146,8 @@ impl Plugin {
         self.metrics.cache_misses.add(looks.misses);
         if self.replica.version().is_some() {
             self.metrics.state_age_ms.set(self.replica.age_ns(now_ns) / 1_000_000);
+        }
+        if self.serves {
             self.metrics.gate_bytes.set(u64::try_from(self.replica.gate_bytes()).unwrap_or(u64::MAX));
         }
         self.metrics.vm_memory_bytes.set(self.census.largest_bytes);

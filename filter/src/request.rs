@@ -39,6 +39,7 @@ impl Outcome {
 impl Plugin {
     /// Decides on the current request.
     pub fn on_request(&mut self) -> Outcome {
+        self.serves = true;
         let now_ns = host::monotonic_ns();
         self.replica.refresh(&mut host::Shared, now_ns);
         let Some(headers) = host::request_headers() else { return Outcome::unavailable() };

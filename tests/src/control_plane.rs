@@ -72,11 +72,14 @@ impl ControlPlane {
     /// Waits until it is ready.
     #[track_caller]
     pub fn wait_ready(&mut self) {
-        let port = self.api_port();
-        wait_until(SOON, "the control plane to be ready", || {
-            self.process.as_mut().expect("it runs").assert_runs();
-            http::try_call(port, &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
-        });
+        wait_until(SOON, "the control plane to be ready", || self.is_ready());
+    }
+
+    /// Whether it says that it is ready; panics when it has ended.
+    #[track_caller]
+    pub fn is_ready(&mut self) -> bool {
+        self.process.as_mut().expect("it runs").assert_runs();
+        http::try_call(self.api_port(), &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
     }
 
     /// Stops it the polite way.

@@ -209,6 +209,17 @@ impl Envoy {
         })
     }
 
+    /// Memory that it has in RAM, in bytes.
+    #[track_caller]
+    pub fn resident_bytes(&self) -> u64 {
+        let id = self.process.as_ref().expect("it runs").id();
+        let status = fs::read_to_string(format!("/proc/{id}/status")).expect("the process is ours");
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse().ok());
+        kib.map_or(0, |kib: u64| kib * 1024)
+    }
+
     /// Its own log, whole.
     pub fn log_text(&self) -> String {
         String::from_utf8_lossy(&fs::read(self.log()).unwrap_or_default()).into_owned()

@@ -10,6 +10,7 @@ pub mod envoy;
 pub mod fake_sync;
 pub mod forge;
 pub mod http;
+pub mod metrics;
 pub mod ports;
 pub mod process;
 pub mod stack;
@@ -17,6 +18,7 @@ pub mod upstream;
 pub mod wait;
 
 pub use api::{Api, Key};
+pub use envoy::Envoy;
 pub use http::{Connection, Request, Response};
 pub use stack::Stack;
 pub use wait::{wait_for, wait_until};
