@@ -22,12 +22,13 @@ impl SharedData for Memory {
 }
 
 libfuzzer_sys::fuzz_target!(|values: Vec<(u8, Vec<u8>)>| {
-    const KEYS: [&str; 8] = [
+    const KEYS: [&str; 9] = [
         "keygate/1/beacon",
         "keygate/1/rules",
         "keygate/1/lease",
         "keygate/1/roster",
         "keygate/1/incarnation",
+        "keygate/1/starts",
         "keygate/1/shard/0/0",
         "keygate/1/shard/1/0",
         "keygate/1/log/1",
@@ -35,7 +36,8 @@ libfuzzer_sys::fuzz_target!(|values: Vec<(u8, Vec<u8>)>| {
     let named = values.into_iter().map(|(key, value)| (KEYS[usize::from(key) % KEYS.len()].to_owned(), value));
     let mut data = Memory(named.collect());
     shared::hold_lease(&mut data, 7, 1);
-    shared::roll_call(&mut data, 7, 1);
+    shared::roll_call(&mut data, 7, 1, 1);
+    shared::count_start(&mut data);
     shared::incarnation(&mut data, 7);
     let mut replica = Replica::default();
     for now_ns in [0, 10_000_000, u64::MAX] {
