@@ -238,6 +238,9 @@ impl Model {
         if !effect.is_empty() {
             self.seq = seq;
         }
+        if let Some(relaid) = self.revocations.relaid() {
+            self.revocations = relaid;
+        }
         Ok(effect)
     }
 
@@ -344,13 +347,6 @@ impl Model {
             cutoffs: self.cutoffs.clone(),
             lockdown: self.lockdown.clone(),
             expired_until: self.expired_until,
-        }
-    }
-
-    /// Cuts the revocation set anew when it has outgrown its cut.
-    pub fn relay(&mut self) {
-        if let Some(relaid) = self.revocations.relaid() {
-            self.revocations = relaid;
         }
     }
 

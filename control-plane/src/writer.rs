@@ -305,7 +305,6 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
         store.apply(&first)?;
     }
-    model.relay();
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
     let (states, receiver) = watch::channel(state);
@@ -408,8 +407,7 @@ impl Thread {
         }
     }
 
-    fn publish(&mut self, mut model: Model, effects: Vec<(u64, Effect)>) {
-        model.relay();
+    fn publish(&mut self, model: Model, effects: Vec<(u64, Effect)>) {
         let before = self.states.borrow().clone();
         self.rules_changed |= effects.iter().any(|(_, effect)| effect.rules);
         // Kept whatever becomes of the rules: the next version must bring every revocation of this one.
