@@ -110,6 +110,65 @@ pub enum Change {
 }
 
 impl Change {
+    /// What it does: its type, as it stands in the journal.
+    pub const fn action(&self) -> &'static str {
+        match self {
+            Self::Genesis { .. } => "genesis",
+            Self::SettingsChanged { .. } => "settings_changed",
+            Self::SecretCreated { .. } => "secret_created",
+            Self::KeyIssued { .. } => "key_issued",
+            Self::KeyRevoked { .. } => "key_revoked",
+            Self::JtiRevoked { .. } => "jti_revoked",
+            Self::KeySuspended { .. } => "key_suspended",
+            Self::KeyResumed { .. } => "key_resumed",
+            Self::ExpiredForgotten { .. } => "expired_forgotten",
+            Self::RevocationsRebuilt {} => "revocations_rebuilt",
+            Self::CutoffAdded { .. } => "cutoff_added",
+            Self::CutoffLifted { .. } => "cutoff_lifted",
+            Self::LockdownChanged { .. } => "lockdown_changed",
+            Self::PolicyReplaced { .. } => "policy_replaced",
+        }
+    }
+
+    /// The id of what it is about, if it is about one thing.
+    pub fn target(&self) -> Option<&str> {
+        match self {
+            Self::KeyIssued { key, .. } => Some(&key.key_id),
+            Self::KeyRevoked { key_id, .. }
+            | Self::KeySuspended { key_id, .. }
+            | Self::KeyResumed { key_id, .. } => Some(key_id),
+            Self::JtiRevoked { jti, .. } => Some(jti),
+            Self::SecretCreated { secret } => Some(&secret.kid),
+            Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
+            Self::CutoffLifted { id } => Some(id),
+            _ => None,
+        }
+    }
+
+    /// Why it was made, if that was said.
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Self::KeyRevoked { revocation, .. } | Self::JtiRevoked { revocation, .. } => {
+                Some(revocation.reason.label().into())
+            }
+            Self::CutoffAdded { reason, .. } => Some(reason.label().into()),
+            Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
+            _ => None,
+        }
+    }
+
+    /// Whether it ends keys. Such changes are still taken when the disk is full.
+    pub fn ends_keys(&self) -> bool {
+        matches!(
+            self,
+            Self::KeyRevoked { .. }
+                | Self::JtiRevoked { .. }
+                | Self::KeySuspended { .. }
+                | Self::CutoffAdded { .. }
+                | Self::LockdownChanged { lockdown: Some(_) }
+        )
+    }
+
     /// The id of the key whose record it alters, if it alters one.
     pub fn altered_key(&self) -> Option<&str> {
         match self {

@@ -49,6 +49,8 @@ pub struct Metrics {
     pub journal_append_seconds: Histogram,
     /// Batches of changes that could not be written.
     pub journal_failures: IntCounter,
+    /// Whether the journal's reserve is there: 0 when the disk is full and only changes that end keys are taken.
+    pub journal_reserve: Gauge,
     /// Batches of changes that the store could not take.
     pub store_failures: IntCounter,
     /// From a change to its enforcement by the slowest proxy that was waited for.
@@ -148,6 +150,10 @@ impl Metrics {
             journal_failures: counter(
                 "keygate_journal_failures_total",
                 "Batches of changes that could not be written.",
+            ),
+            journal_reserve: gauge(
+                "keygate_journal_reserve",
+                "Whether there is space in reserve; 0: the disk is full, only changes that end keys are taken.",
             ),
             store_failures: counter(
                 "keygate_store_failures_total",

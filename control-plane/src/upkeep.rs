@@ -1,5 +1,5 @@
 //! What the control plane does by itself: it forgets revocations of keys that have expired, and has proxies
-//! take the revocation set over anew when it was cut anew for its size.
+//! take the revocation set over anew when it was cut anew for its size, and it compresses the journal.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use crate::app::App;
 use crate::change::Change;
+use crate::journal;
 use crate::problem::Problem;
 use crate::writer::{Committed, View};
 
@@ -89,6 +90,7 @@ pub async fn run(app: Arc<App>) {
             }
             () = tokio::time::sleep_until(clean_up_at) => {
                 clean_up_at += CLEAN_UP_EVERY;
+                compress_journal(&app).await;
                 clean_up(&app, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
                     tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
                 })
@@ -97,6 +99,16 @@ pub async fn run(app: Arc<App>) {
         if let Err(problem) = done {
             tracing::error!(?problem, "upkeep failed; it is tried again");
         }
+    }
+}
+
+/// Compresses the segments of the journal that are sealed.
+async fn compress_journal(app: &App) {
+    let dir = app.config.data_dir.join(journal::DIRECTORY);
+    match tokio::task::spawn_blocking(move || journal::compress_sealed(&dir)).await {
+        Ok(Err(error)) => tracing::error!(%error, "a sealed segment of the journal cannot be compressed"),
+        Ok(Ok(segments @ 1..)) => tracing::info!(segments, "sealed segments of the journal were compressed"),
+        Ok(Ok(0)) | Err(_) => {}
     }
 }
 

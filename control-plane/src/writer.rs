@@ -63,6 +63,9 @@ pub enum CommitError {
     /// The journal cannot be written.
     #[error("the journal cannot be written; nothing was changed")]
     Journal,
+    /// The disk is full; what is left is for changes that end keys.
+    #[error("the disk of the journal is full: only changes that end keys are taken; nothing was changed")]
+    NoSpace,
     /// A change of the same batch cannot be applied.
     #[error("the change cannot be applied; nothing was changed")]
     Inapplicable,
@@ -88,8 +91,8 @@ pub struct View<'v> {
     pending: &'v Pending,
 }
 
-/// What earlier jobs of the batch changed and the store does not have yet.
-#[derive(Default)]
+/// What was changed and the store does not have yet.
+#[derive(Default, Clone)]
 struct Pending {
     keys: HashMap<String, KeyRecord>,
     requests: HashMap<String, Seen>,
@@ -225,6 +228,8 @@ struct Thread {
     metrics: Arc<Metrics>,
     /// Changes of the journal that the store could not take yet.
     unstored: Vec<(u64, Change)>,
+    /// The same as plans see it.
+    pending: Pending,
     /// Whether the rules changed since they were last published.
     rules_changed: bool,
 }
@@ -307,6 +312,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     }
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
+    metrics.journal_reserve.set(f64::from(u8::from(!journal.uses_reserve())));
     let (states, receiver) = watch::channel(state);
     let (jobs, queue) = mpsc::channel(QUEUE);
     let thread = Thread {
@@ -319,6 +325,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         clock,
         metrics,
         unstored: Vec::new(),
+        pending: Pending::default(),
         rules_changed: false,
     };
     let thread = thread::Builder::new()
@@ -351,13 +358,20 @@ impl Thread {
     fn commit(&mut self, batch: Vec<Job>) {
         let now_ms = self.clock.now_ms();
         let mut model = self.model.clone();
-        let mut pending = Pending::default();
+        let mut pending = self.pending.clone();
         let (mut changes, mut effects, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
         let mut seq = self.journal.last_seq();
         for job in batch {
             let view = View { model: &model, now: now_ms / 1_000, store: &self.store, pending: &pending };
             let Job { actor, plan, done } = job;
             let planned = plan(&view);
+            if !planned.iter().all(Change::ends_keys)
+                && self.journal.uses_reserve()
+                && !self.journal.refill_reserve()
+            {
+                let _caller_gone = done.send(Err(CommitError::NoSpace));
+                continue;
+            }
             for change in planned {
                 seq += 1;
                 match model.apply(&change, seq, &self.master) {
@@ -389,21 +403,33 @@ impl Thread {
                 return;
             }
             self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
+            self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
             self.publish(model, effects);
             let first_seq = self.journal.last_seq() + 1 - changes.len() as u64;
             self.unstored.extend((first_seq..).zip(changes.into_iter().map(|(_, change)| change)));
-            match self.store.apply(&self.unstored) {
-                Ok(()) => self.unstored.clear(),
-                // The journal has them: they are tried again with the next ones, or at the next start. Until
-                // then reads may lack them.
-                Err(error) => {
-                    self.metrics.store_failures.inc();
-                    tracing::error!(%error, waiting = self.unstored.len(), "the store cannot be written");
-                }
-            }
+            self.pending = pending;
+            self.store_what_waits();
         }
         for (done, committed) in waiting {
             let _caller_gone = done.send(Ok(committed));
+        }
+    }
+
+    /// The journal has these changes; what the store cannot take now is tried again with the next ones, or at the
+    /// next start. Until then only plans know of them.
+    fn store_what_waits(&mut self) {
+        if self.journal.uses_reserve() {
+            return; // The store would take the space that is left for the journal.
+        }
+        match self.store.apply(&self.unstored) {
+            Ok(()) => {
+                self.unstored.clear();
+                self.pending = Pending::default();
+            }
+            Err(error) => {
+                self.metrics.store_failures.inc();
+                tracing::error!(%error, waiting = self.unstored.len(), "the store cannot be written");
+            }
         }
     }
 

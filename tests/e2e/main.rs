@@ -4,6 +4,7 @@ mod agreement;
 mod algorithms;
 mod api;
 mod config;
+mod disk;
 mod emergency;
 mod hostile;
 mod outage;

@@ -16,6 +16,9 @@ fn reasons(app: &App) -> Vec<String> {
     if app.metrics.journal_failures.get() > 0 {
         reasons.push("the journal could not be written; changes are refused until a restart".into());
     }
+    if app.metrics.journal_reserve.get() == 0.0 {
+        reasons.push("the disk of the journal is full; only changes that end keys are taken".into());
+    }
     let (total, behind) = app.fleet.counts(&app.state());
     if behind > 0 {
         reasons.push(format!("{behind} of {total} proxies do not enforce the newest version yet"));

@@ -1,0 +1,134 @@
+//! A line of the journal.
+//!
+//! ```text
+//! {"seq":7,"at":"2026-01-01T00:00:00.000Z","actor":"key_…","action":"key_revoked","target":"key_…",
+//!  "reason":"compromised","outcome":"done","change":{…},"prev":"<hash of 6>","hash":"…"}
+//! ```
+//!
+//! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
+//! the lines.
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::change::Change;
+
+/// The `prev` of the first record.
+pub const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
+const HASH_MEMBER: &[u8] = b",\"hash\":\"";
+const HASH_DIGITS: usize = 64;
+const TAIL: &[u8] = b"\"}";
+
+/// A line without its own hash.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Record {
+    /// Its number, from 1, without gaps.
+    pub seq: u64,
+    /// When, RFC 3339 UTC.
+    pub at: String,
+    /// Whose key did it, or `system`.
+    pub actor: String,
+    /// What was done: the change's type.
+    pub action: String,
+    /// To what: an id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target: Option<String>,
+    /// Why, if that was said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What became of it: `done`.
+    pub outcome: String,
+    /// The change itself, enough to make it again.
+    pub change: Change,
+    /// The hash of the record before.
+    pub prev: String,
+}
+
+impl Record {
+    /// The record of a change that is made.
+    pub fn new(seq: u64, at: &str, actor: &str, change: Change, prev: String) -> Self {
+        Self {
+            seq,
+            at: at.into(),
+            actor: actor.into(),
+            action: change.action().into(),
+            target: change.target().map(Into::into),
+            reason: change.reason(),
+            outcome: "done".into(),
+            change,
+            prev,
+        }
+    }
+
+    /// Writes the line and returns its hash.
+    pub fn write(&self, out: &mut Vec<u8>) -> String {
+        let start = out.len();
+        serde_json::to_writer(&mut *out, self).expect("a record is plain data");
+        out.pop(); // the closing brace, after which the hash goes
+        let hash = hash_of(&out[start..]);
+        out.extend_from_slice(HASH_MEMBER);
+        out.extend_from_slice(hash.as_bytes());
+        out.extend_from_slice(TAIL);
+        out.push(b'\n');
+        hash
+    }
+}
+
+/// Where a chain of records stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Link {
+    /// The number of the last record; 0 before the first.
+    pub seq: u64,
+    /// Its hash.
+    pub hash: String,
+}
+
+impl Link {
+    /// Before the first record.
+    pub fn start() -> Self {
+        Self { seq: 0, hash: NO_HASH.into() }
+    }
+
+    /// Checks that a line, without its line feed, comes next, and goes on to it.
+    ///
+    /// # Errors
+    /// What is wrong with the line.
+    pub fn follow(&mut self, line: &mut [u8]) -> Result<Record, String> {
+        let hash = self.check_hash(line)?;
+        let body = line.len() - HASH_MEMBER.len() - HASH_DIGITS - TAIL.len();
+        line[body] = b'}';
+        let record: Record = serde_json::from_slice(&line[..=body]).map_err(|e| e.to_string())?;
+        if record.prev != self.hash {
+            return Err("it does not follow on the record before it".into());
+        }
+        if record.seq != self.seq + 1 {
+            return Err(format!("its number is {}, expected {}", record.seq, self.seq + 1));
+        }
+        *self = Self { seq: record.seq, hash };
+        Ok(record)
+    }
+
+    fn check_hash(&self, line: &[u8]) -> Result<String, String> {
+        let rest = line.strip_suffix(TAIL).ok_or("no hash at its end")?;
+        let (rest, hash) =
+            rest.split_at_checked(rest.len().saturating_sub(HASH_DIGITS)).ok_or("no hash at its end")?;
+        let body = rest.strip_suffix(HASH_MEMBER).ok_or("no hash at its end")?;
+        let want = hash_of(body);
+        if hash != want.as_bytes() {
+            return Err("its hash does not fit its content".into());
+        }
+        Ok(want)
+    }
+}
+
+/// SHA-256 in hexadecimal.
+fn hash_of(text: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut hash = String::with_capacity(HASH_DIGITS);
+    for byte in Sha256::digest(text) {
+        hash.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        hash.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    hash
+}
