@@ -5,6 +5,7 @@ mod algorithms;
 mod api;
 mod config;
 mod emergency;
+mod fleet;
 mod hostile;
 mod outage;
 mod requests;

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use keygate_e2e::api::Propagation;
-use keygate_e2e::{Connection, Key, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Connection, Key, Request, SOON, Stack, Times, wait_until};
 use serde_json::json;
 
 use crate::requests::assert_serves;
@@ -44,7 +44,7 @@ fn a_thousand_revocations_under_traffic_refuse_exactly_the_revoked() {
 
     let stop = AtomicBool::new(false);
     let passed = AtomicU64::new(0);
-    let (mut answered, mut enforced, mut accepted) = (Vec::new(), Vec::new(), 0);
+    let (mut answered, mut enforced, mut accepted) = (Times::default(), Times::default(), 0);
     std::thread::scope(|scope| {
         // If this thread panics, the others must end for the scope to end.
         let _stop = StopOnDrop(&stop);
@@ -83,16 +83,16 @@ fn a_thousand_revocations_under_traffic_refuse_exactly_the_revoked() {
             to_watch.send(key).expect("the watcher lives");
             let begun = Instant::now();
             api.revoke(&key.id).expect_everywhere(1);
-            answered.push(begun.elapsed());
+            answered.add(begun.elapsed());
             for connection in &mut workers {
                 accepted += usize::from(connection.send(&chat(key)).status != 401);
             }
-            enforced.push(report.recv_timeout(SOON).expect("a refusal").duration_since(begun));
+            enforced.add(report.recv_timeout(SOON).expect("a refusal").duration_since(begun));
         }
     });
 
-    println!("revoke to enforced: {}", percentiles(&mut enforced));
-    println!("revoke to answered (wait=applied): {}", percentiles(&mut answered));
+    println!("revoke to enforced: {enforced}");
+    println!("revoke to answered (wait=applied): {answered}");
     println!("good requests beside it: {}", passed.load(Ordering::Relaxed));
     assert_eq!(accepted, 0, "revoked keys accepted after the answer");
     assert!(passed.load(Ordering::Relaxed) >= REVOCATIONS as u64, "there was hardly any traffic");
@@ -106,12 +106,6 @@ impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
-}
-
-fn percentiles(times: &mut [Duration]) -> String {
-    times.sort();
-    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64() * 1000.0;
-    format!("p50 {:.1} ms, p99 {:.1} ms, worst {:.1} ms", at(50), at(99), at(100))
 }
 
 #[test]

@@ -1,0 +1,133 @@
+//! Several proxies at once: what is revoked is dead on the slowest worker of all of them.
+
+use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
+
+use keygate_e2e::api::Propagation;
+use keygate_e2e::envoy::Envoy;
+use keygate_e2e::load::Answers;
+use keygate_e2e::{Connection, Key, Load, Request, SOON, Stack, Times, wait_until};
+
+/// Good requests a second to each proxy, over all its workers.
+const GOOD_PER_SECOND: u32 = 250;
+
+fn chat(key: &Key) -> Request {
+    Request::get("/api/chat").bearer(&key.token)
+}
+
+/// Issues many keys at a time, as the journal takes them.
+fn issue_many(stack: &Stack, count: usize) -> Vec<Key> {
+    const AT_A_TIME: usize = 8;
+    std::thread::scope(|scope| {
+        let issue = |share: usize| {
+            let api = stack.api();
+            scope.spawn(move || (0..share).map(|_| api.issue("basic")).collect::<Vec<_>>())
+        };
+        let shares: Vec<_> = (0..AT_A_TIME).map(|thread| issue((count + thread) / AT_A_TIME)).collect();
+        shares.into_iter().flat_map(|share| share.join().expect("keys")).collect()
+    })
+}
+
+/// Good traffic to every worker of a proxy.
+fn good_traffic(envoy: &Envoy, keys: &[Key]) -> Load {
+    // Each goes to the worker that has fewest.
+    let connections = (0..envoy.workers()).map(|_| envoy.connect()).collect();
+    let requests: Vec<Request> = keys.iter().map(chat).collect();
+    let mut turn = 0;
+    Load::start(connections, GOOD_PER_SECOND, move || {
+        turn += 1;
+        requests[turn % requests.len()].clone()
+    })
+}
+
+/// Sends one request over each connection at once; when and how each was answered.
+fn send_to_all(connections: &mut [Connection], request: &Request) -> Vec<(Instant, u16)> {
+    for connection in connections.iter_mut() {
+        connection.begin(request);
+    }
+    connections
+        .iter_mut()
+        .map(|connection| {
+            let status = connection.receive().status;
+            (Instant::now(), status)
+        })
+        .collect()
+}
+
+#[test]
+fn three_envoys_under_load() {
+    const REVOCATIONS: usize = 2000;
+
+    let stack = Stack::start();
+    let others = [stack.another_envoy("envoy-2", 4), stack.another_envoy("envoy-3", 4)];
+    let envoys = [&stack.envoy, &others[0], &others[1]];
+    let api = stack.api();
+    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == envoys.len());
+    let mut workers: Vec<Connection> =
+        envoys.iter().flat_map(|envoy| envoy.connect_to_all_workers()).collect();
+    assert_eq!(workers.len(), 12);
+
+    let good: Vec<Key> = (0..7).map(|_| api.issue("node_operator")).collect();
+    let begun = Instant::now();
+    let keys = issue_many(&stack, REVOCATIONS);
+    println!("{} keys issued in {:.1} s", keys.len(), begun.elapsed().as_secs_f64());
+
+    let loads = envoys.map(|envoy| good_traffic(envoy, &good));
+    let (mut enforced, mut answered, mut lag) = (Times::default(), Times::default(), Times::default());
+    let mut accepted = 0;
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        let (to_revoke, revoke) = channel::<&Key>();
+        let (to_answer, answer) = channel();
+        scope.spawn(move || {
+            for key in revoke {
+                let begun = Instant::now();
+                let propagation = api.revoke(&key.id).expect_everywhere(3);
+                let _ = to_answer.send((begun, Instant::now(), propagation));
+            }
+        });
+        for key in &keys {
+            let request = chat(key);
+            // Known to every worker as verified, as a key in use is.
+            for (_, status) in send_to_all(&mut workers, &request) {
+                assert_eq!(status, 200, "before its revocation");
+            }
+            to_revoke.send(key).expect("somebody revokes");
+            let mut refused: Vec<Option<Instant>> = vec![None; workers.len()];
+            let (begun, end, propagation): (_, _, Propagation) = loop {
+                // What is sent after the answer came must be refused, by every worker.
+                let applied = answer.try_recv().ok();
+                for (worker, (at, status)) in send_to_all(&mut workers, &request).into_iter().enumerate() {
+                    if status == 401 {
+                        refused[worker].get_or_insert(at);
+                    } else {
+                        assert_eq!(status, 200);
+                        accepted += u64::from(applied.is_some());
+                        assert_eq!(refused[worker], None, "accepted again by worker {worker}");
+                    }
+                }
+                if let Some(applied) = applied {
+                    break applied;
+                }
+            };
+            let slowest = refused.into_iter().max().flatten();
+            enforced.add(slowest.expect("every worker refuses it").duration_since(begun));
+            answered.add(end.duration_since(begun));
+            lag.add(Duration::from_secs_f64(propagation.max_lag_ms / 1000.0));
+        }
+    });
+    let seconds = begun.elapsed().as_secs_f64();
+    let good = loads.into_iter().map(Load::stop).fold(Answers::default(), Answers::and);
+
+    println!("{REVOCATIONS} revocations in {seconds:.1} s, on the slowest of 12 workers of 3 proxies");
+    println!("revoke to enforced: {enforced}");
+    println!("revoke to answered (wait=applied): {answered}");
+    println!("lag as the answers say: {lag}");
+    println!("good requests beside it, {:.0}/s: {}", good.times.count() as f64 / seconds, good.times);
+    assert_eq!(accepted, 0, "revoked keys accepted after the answer");
+    good.expect_all(200);
+    assert!(enforced.at(50) < Duration::from_millis(250), "{enforced}");
+    for envoy in envoys {
+        envoy.assert_no_vm_died();
+    }
+}
