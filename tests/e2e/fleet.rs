@@ -1,12 +1,16 @@
 //! Several proxies at once: what is revoked is dead on the slowest worker of all of them.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use keygate_e2e::api::Propagation;
 use keygate_e2e::envoy::Envoy;
 use keygate_e2e::load::Answers;
-use keygate_e2e::{Connection, Key, Load, Request, SOON, Stack, Times, wait_until};
+use keygate_e2e::{Api, Connection, Key, Load, Request, SOON, Stack, Times, wait_until};
+use serde_json::{Value, json};
+
+use crate::requests::assert_serves;
 
 /// Good requests a second to each proxy, over all its workers.
 const GOOD_PER_SECOND: u32 = 250;
@@ -128,6 +132,133 @@ fn three_envoys_under_load() {
     good.expect_all(200);
     assert!(enforced.at(50) < Duration::from_millis(250), "{enforced}");
     for envoy in envoys {
+        envoy.assert_no_vm_died();
+    }
+}
+
+fn revoke(api: &Api, key: &Key, timeout: &str) -> (Propagation, Duration) {
+    let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout={timeout}", key.id);
+    let begun = Instant::now();
+    let answer = api.post(&path, &json!({ "reason": "compromised" })).expect(200).json();
+    (Propagation::from_answer(&answer), begun.elapsed())
+}
+
+fn proxy(api: &Api, node: &str) -> Value {
+    let fleet = api.fleet();
+    fleet.iter().find(|proxy| proxy["id"] == node).unwrap_or_else(|| panic!("no {node} in {fleet:?}")).clone()
+}
+
+/// Uses keys on one worker again and again from before a line heals. When the good one was served first.
+fn use_until_served(
+    connection: &mut Connection,
+    good: &Key,
+    revoked: &[&Key],
+    healed: &AtomicBool,
+) -> Instant {
+    loop {
+        // Known before sending: what is served before the line heals is not what is asked for here.
+        let after = healed.load(Ordering::SeqCst);
+        for key in revoked {
+            let status = connection.send(&chat(key)).status;
+            assert!(matches!(status, 401 | 503), "a revoked key got {status}");
+        }
+        match connection.send(&chat(good)).status {
+            200 => {
+                assert!(after, "it was served before the line healed");
+                return Instant::now();
+            }
+            503 => {}
+            other => panic!("a good key got {other}"),
+        }
+    }
+}
+
+#[test]
+fn a_proxy_that_is_cut_off() {
+    const HARD_AGE: Duration = Duration::from_secs(4);
+    const ROUNDS: usize = 6;
+
+    let stack = Stack::builder().workers(2).config("[fleet]\nhard_age = \"4s\"").start();
+    let second = stack.another_envoy("envoy-2", 2);
+    let (third, mut line) = stack.another_envoy_on_a_line("envoy-3", 4);
+    let api = stack.api();
+    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
+    let mut workers = third.connect_to_all_workers();
+    let good = api.issue("basic");
+
+    let (mut told, mut safe, mut back) = (Times::default(), Times::default(), Times::default());
+    for round in 0..ROUNDS {
+        let (first, next) = (api.issue("basic"), api.issue("basic"));
+        for key in [&good, &first, &next] {
+            assert_serves(&mut workers, &key.token);
+        }
+        let cut = Instant::now();
+        line.cut();
+
+        // Not applied within its time-out: it says where.
+        let (propagation, took) = revoke(&api, &first, "700ms");
+        assert_eq!((propagation.applied, propagation.total), (2, 3), "{propagation:?}");
+        assert_eq!(propagation.missing, [json!("envoy-3")]);
+        assert!(took >= Duration::from_millis(700) && took < HARD_AGE, "it took {took:?}");
+        told.add(took);
+        for envoy in [&stack.envoy, &second] {
+            envoy.call(&chat(&first)).expect(401);
+        }
+
+        // Given more time, it is applied when the silent proxy must have stopped serving; and it has.
+        let (propagation, took) = revoke(&api, &next, "30s");
+        propagation.expect_everywhere(3);
+        safe.add(cut.elapsed());
+        for connection in &mut workers {
+            for key in [&first, &next, &good] {
+                connection.send(&chat(key)).expect_problem(503, "unavailable");
+            }
+        }
+        assert!(took < 2 * HARD_AGE, "it took {took:?}");
+        let view = proxy(&api, "envoy-3");
+        assert_eq!((&view["stale"], &view["current"]), (&json!(true), &json!(false)), "{view}");
+
+        // Issued and revoked without it.
+        let unseen = api.issue("basic");
+        revoke(&api, &unseen, "30s").0.expect_everywhere(2);
+
+        // Each round heals at another moment of the proxy's tries.
+        let until =
+            cut + HARD_AGE * 3 / 2 + Duration::from_millis(370) * u32::try_from(round).expect("small");
+        wait_until(SOON, "the moment to heal", || {
+            workers[0].send(&chat(&good)).expect(503);
+            Instant::now() >= until
+        });
+        let healed = AtomicBool::new(false);
+        let revoked = [&first, &next, &unseen];
+        let (healed_at, served) = std::thread::scope(|scope| {
+            let uses: Vec<_> = workers
+                .iter_mut()
+                .map(|worker| scope.spawn(|| use_until_served(worker, &good, &revoked, &healed)))
+                .collect();
+            healed.store(true, Ordering::SeqCst);
+            let healed_at = Instant::now();
+            line.heal();
+            let served: Vec<Instant> =
+                uses.into_iter().map(|each| each.join().expect("no revoked key is accepted")).collect();
+            (healed_at, served)
+        });
+        let slowest = served.into_iter().max().expect("a worker").duration_since(healed_at);
+        println!("round {round}: cut off for {:?}, back {slowest:?} later", healed_at - cut);
+        back.add(slowest);
+        for connection in &mut workers {
+            for key in revoked {
+                connection.send(&chat(key)).expect_problem(401, "invalid_token");
+            }
+        }
+        wait_until(SOON, "the proxy to be up to date", || proxy(&api, "envoy-3")["current"] == json!(true));
+        assert_eq!(proxy(&api, "envoy-3")["stale"], json!(false));
+    }
+    println!("revoked with timeout=700ms, answered with its name: {told}");
+    println!("cut off to applied, hard age {HARD_AGE:?}: {safe}");
+    println!("healed to served by all workers: {back}");
+    assert!(back.worst() < Duration::from_secs(2), "{back}");
+    for envoy in [&stack.envoy, &second, &third] {
         envoy.assert_no_vm_died();
     }
 }

@@ -12,6 +12,7 @@ use crate::api::Api;
 use crate::control_plane::ControlPlane;
 use crate::envoy::{Envoy, Neighbours};
 use crate::http::{Request, Response};
+use crate::line::{self, Line};
 use crate::upstream::Upstream;
 
 /// How it is set up.
@@ -123,6 +124,17 @@ impl Stack {
         envoy.start(&self.neighbours());
         envoy.wait_ready();
         envoy
+    }
+
+    /// Another Envoy of the same fleet, running and ready, whose line to the control plane can be cut.
+    #[track_caller]
+    pub fn another_envoy_on_a_line(&self, node: &str, workers: usize) -> (Envoy, Line) {
+        let line = Line::to(self.control_plane.sync_port());
+        let mut envoy = Envoy::new(self.directory(), node, workers);
+        envoy.use_source(line::SOURCE);
+        envoy.start(&Neighbours { sync_port: line.port(), ..self.neighbours() });
+        envoy.wait_ready();
+        (envoy, line)
     }
 
     /// What an Envoy of this fleet is connected with.
