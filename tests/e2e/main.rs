@@ -11,6 +11,7 @@ mod outage;
 mod requests;
 mod revocation;
 mod secrets;
+mod startup;
 mod trap;
 mod upkeep;
 mod wasm_imports;

@@ -117,6 +117,13 @@ impl Stack {
         self.envoy.start(&neighbours);
     }
 
+    /// Starts Envoy, and waits for nothing.
+    #[track_caller]
+    pub fn launch_envoy(&mut self) {
+        let neighbours = self.neighbours();
+        self.envoy.launch(&neighbours);
+    }
+
     /// Another Envoy of the same fleet, running and ready.
     #[track_caller]
     pub fn another_envoy(&self, node: &str, workers: usize) -> Envoy {
