@@ -6,6 +6,7 @@ mod api;
 mod config;
 mod emergency;
 mod fleet;
+mod flood;
 mod hostile;
 mod outage;
 mod requests;

@@ -2,17 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::figures::Times;
 use crate::http::{Connection, Request};
+use crate::wait::wait_until;
+
+/// More than any number of requests in these tests takes, on a busy machine.
+const A_LONG_TIME: Duration = Duration::from_secs(120);
 
 /// One thread that sends requests in turn over connections in turn. It ends when dropped.
 #[derive(Debug)]
 pub struct Load {
     stop: Arc<AtomicBool>,
+    answered: Arc<AtomicU64>,
     thread: Option<JoinHandle<Answers>>,
 }
 
@@ -51,7 +56,8 @@ impl Load {
         mut next: impl FnMut() -> Request + Send + 'static,
     ) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let stopping = Arc::clone(&stop);
+        let answered = Arc::new(AtomicU64::new(0));
+        let (stopping, count) = (Arc::clone(&stop), Arc::clone(&answered));
         let thread = std::thread::spawn(move || {
             let mut answers = Answers::default();
             let interval = Duration::from_secs(1) / per_second;
@@ -60,10 +66,11 @@ impl Load {
             while !stopping.load(Ordering::Relaxed) {
                 let request = next();
                 let begun = Instant::now();
-                let count = connections.len();
-                let answer = connections[turn % count].send(&request);
+                let worker = turn % connections.len();
+                let answer = connections[worker].send(&request);
                 answers.times.add(begun.elapsed());
                 *answers.statuses.entry(answer.status).or_default() += 1;
+                count.fetch_add(1, Ordering::Relaxed);
                 turn += 1;
                 // What was missed while an answer was late is not made up for.
                 due = (due + interval).max(Instant::now());
@@ -71,7 +78,22 @@ impl Load {
             }
             answers
         });
-        Self { stop, thread: Some(thread) }
+        Self { stop, answered, thread: Some(thread) }
+    }
+
+    /// How many requests have been answered.
+    pub fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many requests have been answered.
+    #[track_caller]
+    pub fn wait_answered(&self, count: u64) {
+        wait_until(A_LONG_TIME, "requests to be answered", || {
+            let thread = self.thread.as_ref();
+            assert!(thread.is_some_and(|thread| !thread.is_finished()), "the load has ended by itself");
+            self.answered() >= count
+        });
     }
 
     /// Ends it.
