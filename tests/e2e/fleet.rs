@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use keygate_e2e::api::Propagation;
 use keygate_e2e::envoy::Envoy;
 use keygate_e2e::load::Answers;
-use keygate_e2e::{Api, Connection, Key, Load, Request, SOON, Stack, Times, wait_until};
+use keygate_e2e::{Api, Connection, Key, Line, Load, Request, SOON, Stack, Times, wait_until};
 use serde_json::{Value, json};
 
 use crate::requests::assert_serves;
@@ -261,4 +261,34 @@ fn a_proxy_that_is_cut_off() {
     for envoy in [&stack.envoy, &second, &third] {
         envoy.assert_no_vm_died();
     }
+}
+
+#[test]
+#[ignore = "a poll is given up after 12 s, however short the hard age is: with 4 s, 503 for 8 s"]
+fn a_connection_that_is_lost_without_a_word_is_given_up_before_the_state_is_too_old() {
+    let stack = Stack::builder().without_envoy().config("[fleet]\nhard_age = \"4s\"").start();
+    let line = Line::relay(stack.control_plane.sync_port());
+    let envoy = stack.another_envoy_through(&line, "envoy-1", 1);
+    let api = stack.api();
+    let (good, revoked) = (api.issue("basic"), api.issue("basic"));
+    let mut worker = envoy.connect();
+    worker.send(&chat(&good)).expect(200);
+
+    let begun = Instant::now();
+    line.lose_connections();
+    api.revoke(&revoked.id);
+    let mut unavailable: Option<Instant> = None;
+    wait_until(Duration::from_secs(60), "the proxy to enforce what is new", || {
+        let status = worker.send(&chat(&good)).status;
+        if status != 200 {
+            unavailable.get_or_insert_with(Instant::now);
+        }
+        status == 200 && worker.send(&chat(&revoked)).status == 401
+    });
+    println!("it enforced what is new after {:?}", begun.elapsed());
+    assert!(
+        unavailable.is_none_or(|since| since.elapsed() < Duration::from_secs(1)),
+        "503 for {:?}",
+        unavailable.map(|since| since.elapsed())
+    );
 }

@@ -1,5 +1,7 @@
 //! A revoked key is dead on every worker once the answer is there, and a good one never suffers.
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
@@ -256,5 +258,52 @@ fn a_batch_is_revoked_as_one_with_a_result_for_each() {
         json!({ "jtis": [""], "reason": "emergency" }),
     ] {
         api.post(path, &bad).expect_problem(400, "bad_request");
+    }
+}
+
+/// Copies the control plane's data, which does not run.
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("--archive").args([from, to]).status().expect("cp");
+    assert!(copied.success(), "{copied}");
+}
+
+#[test]
+fn a_key_revoked_before_its_first_use() {
+    let mut stack = Stack::builder().without_envoy().start();
+    let kept = stack.directory().join("kept");
+    stack.control_plane.stop();
+    copy(&stack.control_plane.data(), &kept);
+    stack.control_plane.start();
+    // Forgotten below, but good: what they are signed with is not.
+    let (dead, spared) = (stack.api().issue("basic"), stack.api().issue("basic"));
+    stack.control_plane.stop();
+    std::fs::remove_dir_all(stack.control_plane.data()).expect("the data");
+    copy(&kept, &stack.control_plane.data());
+    stack.control_plane.start();
+    let api = stack.api();
+    let known = api.issue("basic");
+
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let mut workers = stack.envoy.connect_to_all_workers();
+    let body = json!({ "jtis": [&dead.jti, &known.jti], "reason": "compromised" });
+    let answer = api.post("/api/admin/revocations?wait=applied&timeout=10s", &body).expect(200).json();
+    assert_eq!(
+        answer["results"],
+        json!([
+            { "jti": dead.jti, "result": "revoked_unseen" },
+            { "jti": known.jti, "result": "revoked" },
+        ]),
+        "{answer}"
+    );
+    Propagation::from_answer(&answer).expect_everywhere(1);
+    for connection in &mut workers {
+        for key in [&dead, &known] {
+            connection.send(&chat(key)).expect_problem(401, "invalid_token");
+        }
+    }
+    assert_serves(&mut workers, &spared.token);
+    for (key, status) in [(&dead, 401), (&known, 401)] {
+        api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(status);
     }
 }

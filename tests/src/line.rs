@@ -46,6 +46,19 @@ impl Line {
         }
     }
 
+    /// One to `port` through a relay, whole.
+    pub fn relay(port: u16) -> Self {
+        Self::Relay(Relay::start(port))
+    }
+
+    /// Loses the connections there are, as a balancer does that was replaced: they stay open, and what is sent
+    /// is confirmed and goes nowhere. New ones are as they should. Only through a relay.
+    #[track_caller]
+    pub fn lose_connections(&self) {
+        let Self::Relay(relay) = self else { panic!("the kernel loses no connections") };
+        relay.gate.lose();
+    }
+
     /// Where the proxy connects to.
     pub fn port(&self) -> u16 {
         match self {
@@ -135,12 +148,22 @@ struct Gate {
 struct GateState {
     silent: bool,
     over: bool,
+    /// How often connections were lost.
+    losses: u64,
 }
 
 impl Gate {
     fn set(&self, silent: bool) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).silent = silent;
         self.changed.notify_all();
+    }
+
+    fn lose(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).losses += 1;
+    }
+
+    fn losses(&self) -> u64 {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).losses
     }
 
     fn end(&self) {
@@ -186,7 +209,11 @@ impl Relay {
 fn carry(mut from: TcpStream, mut to: TcpStream, gate: &Gate) {
     let _ = to.set_nodelay(true);
     let mut bytes = [0; 65536];
+    let losses = gate.losses();
     while let Ok(read @ 1..) = from.read(&mut bytes) {
+        if gate.losses() > losses {
+            continue;
+        }
         if !gate.pass() || to.write_all(&bytes[..read]).is_err() {
             break;
         }

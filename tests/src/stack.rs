@@ -137,11 +137,17 @@ impl Stack {
     #[track_caller]
     pub fn another_envoy_on_a_line(&self, node: &str, workers: usize) -> (Envoy, Line) {
         let line = Line::to(self.control_plane.sync_port());
+        (self.another_envoy_through(&line, node, workers), line)
+    }
+
+    /// Another Envoy of the same fleet, running and ready, with this line to the control plane.
+    #[track_caller]
+    pub fn another_envoy_through(&self, line: &Line, node: &str, workers: usize) -> Envoy {
         let mut envoy = Envoy::new(self.directory(), node, workers);
         envoy.use_source(line::SOURCE);
         envoy.start(&Neighbours { sync_port: line.port(), ..self.neighbours() });
         envoy.wait_ready();
-        (envoy, line)
+        envoy
     }
 
     /// What an Envoy of this fleet is connected with.
