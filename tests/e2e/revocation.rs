@@ -1,11 +1,13 @@
 //! A revoked key is dead on every worker once the answer is there, and a good one never suffers.
 
+use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use keygate_e2e::api::Propagation;
-use keygate_e2e::{Connection, Key, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Connection, Key, Request, SOON, Stack, Times, wait_until};
 use serde_json::json;
 
 use crate::requests::assert_serves;
@@ -44,7 +46,7 @@ fn a_thousand_revocations_under_traffic_refuse_exactly_the_revoked() {
 
     let stop = AtomicBool::new(false);
     let passed = AtomicU64::new(0);
-    let (mut answered, mut enforced, mut accepted) = (Vec::new(), Vec::new(), 0);
+    let (mut answered, mut enforced, mut accepted) = (Times::default(), Times::default(), 0);
     std::thread::scope(|scope| {
         // If this thread panics, the others must end for the scope to end.
         let _stop = StopOnDrop(&stop);
@@ -83,16 +85,16 @@ fn a_thousand_revocations_under_traffic_refuse_exactly_the_revoked() {
             to_watch.send(key).expect("the watcher lives");
             let begun = Instant::now();
             api.revoke(&key.id).expect_everywhere(1);
-            answered.push(begun.elapsed());
+            answered.add(begun.elapsed());
             for connection in &mut workers {
                 accepted += usize::from(connection.send(&chat(key)).status != 401);
             }
-            enforced.push(report.recv_timeout(SOON).expect("a refusal").duration_since(begun));
+            enforced.add(report.recv_timeout(SOON).expect("a refusal").duration_since(begun));
         }
     });
 
-    println!("revoke to enforced: {}", percentiles(&mut enforced));
-    println!("revoke to answered (wait=applied): {}", percentiles(&mut answered));
+    println!("revoke to enforced: {enforced}");
+    println!("revoke to answered (wait=applied): {answered}");
     println!("good requests beside it: {}", passed.load(Ordering::Relaxed));
     assert_eq!(accepted, 0, "revoked keys accepted after the answer");
     assert!(passed.load(Ordering::Relaxed) >= REVOCATIONS as u64, "there was hardly any traffic");
@@ -106,12 +108,6 @@ impl Drop for StopOnDrop<'_> {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
-}
-
-fn percentiles(times: &mut [Duration]) -> String {
-    times.sort();
-    let at = |percent: usize| times[(times.len() - 1) * percent / 100].as_secs_f64() * 1000.0;
-    format!("p50 {:.1} ms, p99 {:.1} ms, worst {:.1} ms", at(50), at(99), at(100))
 }
 
 #[test]
@@ -262,5 +258,52 @@ fn a_batch_is_revoked_as_one_with_a_result_for_each() {
         json!({ "jtis": [""], "reason": "emergency" }),
     ] {
         api.post(path, &bad).expect_problem(400, "bad_request");
+    }
+}
+
+/// Copies the control plane's data, which does not run.
+fn copy(from: &Path, to: &Path) {
+    let copied = Command::new("cp").arg("--archive").args([from, to]).status().expect("cp");
+    assert!(copied.success(), "{copied}");
+}
+
+#[test]
+fn a_key_revoked_before_its_first_use() {
+    let mut stack = Stack::builder().without_envoy().start();
+    let kept = stack.directory().join("kept");
+    stack.control_plane.stop();
+    copy(&stack.control_plane.data(), &kept);
+    stack.control_plane.start();
+    // Forgotten below, but good: what they are signed with is not.
+    let (dead, spared) = (stack.api().issue("basic"), stack.api().issue("basic"));
+    stack.control_plane.stop();
+    std::fs::remove_dir_all(stack.control_plane.data()).expect("the data");
+    copy(&kept, &stack.control_plane.data());
+    stack.control_plane.start();
+    let api = stack.api();
+    let known = api.issue("basic");
+
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let mut workers = stack.envoy.connect_to_all_workers();
+    let body = json!({ "jtis": [&dead.jti, &known.jti], "reason": "compromised" });
+    let answer = api.post("/api/admin/revocations?wait=applied&timeout=10s", &body).expect(200).json();
+    assert_eq!(
+        answer["results"],
+        json!([
+            { "jti": dead.jti, "result": "revoked_unseen" },
+            { "jti": known.jti, "result": "revoked" },
+        ]),
+        "{answer}"
+    );
+    Propagation::from_answer(&answer).expect_everywhere(1);
+    for connection in &mut workers {
+        for key in [&dead, &known] {
+            connection.send(&chat(key)).expect_problem(401, "invalid_token");
+        }
+    }
+    assert_serves(&mut workers, &spared.token);
+    for (key, status) in [(&dead, 401), (&known, 401)] {
+        api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(status);
     }
 }

@@ -1,6 +1,7 @@
 //! The Envoy under test.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -31,6 +32,7 @@ pub struct Envoy {
     node: String,
     workers: usize,
     filter: PathBuf,
+    source: Option<Ipv4Addr>,
     port: Port,
     admin_port: Port,
     process: Option<Process>,
@@ -46,6 +48,7 @@ impl Envoy {
             node: node.to_owned(),
             workers,
             filter: binaries::filter(),
+            source: None,
             port: Port::reserve(),
             admin_port: Port::reserve(),
             process: None,
@@ -57,9 +60,24 @@ impl Envoy {
         self.filter = binaries::trap_filter();
     }
 
+    /// Connects to the control plane from an address of its own, for filters alone.
+    pub fn use_source(&mut self, address: Ipv4Addr) {
+        self.source = Some(address);
+    }
+
     /// Starts it; it then listens, and is ready or not.
     #[track_caller]
     pub fn start(&mut self, neighbours: &Neighbours) {
+        self.launch(neighbours);
+        wait_until(SOON, "Envoy to listen", || {
+            self.process.as_mut().expect("it runs").assert_runs();
+            Connection::open(self.port()).is_ok()
+        });
+    }
+
+    /// Starts it, and waits for nothing.
+    #[track_caller]
+    pub fn launch(&mut self, neighbours: &Neighbours) {
         assert!(self.process.is_none(), "Envoy runs already");
         let config = self.directory.join("keygate-envoy.yaml");
         fs::write(&config, self.config(neighbours)).expect("Envoy's configuration");
@@ -74,10 +92,6 @@ impl Envoy {
                 .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token);
         });
         self.process = Some(started);
-        wait_until(SOON, "Envoy to listen", || {
-            self.process.as_mut().expect("it runs").assert_runs();
-            Connection::open(self.port()).is_ok()
-        });
     }
 
     fn config(&self, neighbours: &Neighbours) -> String {
@@ -94,7 +108,15 @@ impl Envoy {
             ("@FILTER_WASM@", self.filter.display().to_string()),
         ]
         .iter()
-        .fold(template, |text, (place, value)| text.replace(place, value))
+        .fold(self.with_source(template), |text, (place, value)| text.replace(place, value))
+    }
+
+    fn with_source(&self, template: String) -> String {
+        let Some(source) = self.source else { return template };
+        let bind = "      upstream_bind_config:\n";
+        assert_eq!(template.matches(bind).count(), 1, "the filter's cluster alone has such");
+        let source = format!("{bind}        source_address: {{ address: {source}, port_value: 0 }}\n");
+        template.replace(bind, &source)
     }
 
     /// Waits until it says that it enforces a state.

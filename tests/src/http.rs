@@ -158,6 +158,18 @@ impl Connection {
         }
     }
 
+    /// Sends a request whose answer is read later with [`Self::receive`].
+    #[track_caller]
+    pub fn begin(&mut self, request: &Request) {
+        self.stream.get_mut().write_all(&request.encode()).expect("the connection is open");
+    }
+
+    /// Reads the answer to a request that was begun; not one to a `HEAD`.
+    #[track_caller]
+    pub fn receive(&mut self) -> Response {
+        self.read_response(false).unwrap_or_else(|error| panic!("no answer: {error}"))
+    }
+
     /// Sends a request and reads its answer; panics when there is none.
     #[track_caller]
     pub fn send(&mut self, request: &Request) -> Response {

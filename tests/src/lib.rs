@@ -8,8 +8,11 @@ pub mod binaries;
 pub mod control_plane;
 pub mod envoy;
 pub mod fake_sync;
+pub mod figures;
 pub mod forge;
 pub mod http;
+pub mod line;
+pub mod load;
 pub mod metrics;
 pub mod ports;
 pub mod process;
@@ -19,7 +22,10 @@ pub mod wait;
 
 pub use api::{Api, Key};
 pub use envoy::Envoy;
+pub use figures::Times;
 pub use http::{Connection, Request, Response};
+pub use line::Line;
+pub use load::Load;
 pub use stack::Stack;
 pub use wait::{wait_for, wait_until};
 

@@ -12,6 +12,7 @@ use crate::api::Api;
 use crate::control_plane::ControlPlane;
 use crate::envoy::{Envoy, Neighbours};
 use crate::http::{Request, Response};
+use crate::line::{self, Line};
 use crate::upstream::Upstream;
 
 /// How it is set up.
@@ -116,11 +117,35 @@ impl Stack {
         self.envoy.start(&neighbours);
     }
 
+    /// Starts Envoy, and waits for nothing.
+    #[track_caller]
+    pub fn launch_envoy(&mut self) {
+        let neighbours = self.neighbours();
+        self.envoy.launch(&neighbours);
+    }
+
     /// Another Envoy of the same fleet, running and ready.
     #[track_caller]
     pub fn another_envoy(&self, node: &str, workers: usize) -> Envoy {
         let mut envoy = Envoy::new(self.directory(), node, workers);
         envoy.start(&self.neighbours());
+        envoy.wait_ready();
+        envoy
+    }
+
+    /// Another Envoy of the same fleet, running and ready, whose line to the control plane can be cut.
+    #[track_caller]
+    pub fn another_envoy_on_a_line(&self, node: &str, workers: usize) -> (Envoy, Line) {
+        let line = Line::to(self.control_plane.sync_port());
+        (self.another_envoy_through(&line, node, workers), line)
+    }
+
+    /// Another Envoy of the same fleet, running and ready, with this line to the control plane.
+    #[track_caller]
+    pub fn another_envoy_through(&self, line: &Line, node: &str, workers: usize) -> Envoy {
+        let mut envoy = Envoy::new(self.directory(), node, workers);
+        envoy.use_source(line::SOURCE);
+        envoy.start(&Neighbours { sync_port: line.port(), ..self.neighbours() });
         envoy.wait_ready();
         envoy
     }
