@@ -18,7 +18,7 @@ use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::journal::{Claim, JournalError};
+use crate::journal::{Claim, JournalError, Notary};
 use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError, SecretRecord};
@@ -84,6 +84,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
+    /// The public key of the journal's checkpoints, in base64url.
+    pub checkpoint_key: String,
     /// What proxies show.
     pub fleet_token: Zeroizing<String>,
     /// Turns true when the control plane is to stop.
@@ -137,7 +139,10 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     let master = Arc::new(MasterKey::load(&config.master_key_file, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
+    let notary = Notary::new(&master.derive("keygate journal checkpoints"));
+    let checkpoint_key = notary.public_key();
     let History { writer, states, deltas, store, thread } = writer::open(Start {
+        notary,
         claim,
         dir,
         settings: Settings::of(&config),
@@ -168,6 +173,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         snapshots: sync::Snapshots::default(),
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
+        checkpoint_key,
         fleet_token,
         stopping,
         config,

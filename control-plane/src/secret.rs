@@ -12,11 +12,13 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use chacha20poly1305::aead::{Aead, KeyInit, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
+use hmac::{Hmac, Mac as _};
 use jsonwebtoken::{EncodingKey, Header};
 use keygate_core::crypto::{Algorithm, native};
 use keygate_core::rules::{Material, VerificationKey};
 use keygate_core::token::{Claims, TYPE};
 use serde::{Deserialize, Serialize};
+use sha2::Sha256;
 use zeroize::Zeroizing;
 
 use crate::{files, random};
@@ -117,6 +119,13 @@ impl MasterKey {
         let bytes = Zeroizing::new(BASE64URL.decode(text.trim()).unwrap_or_default());
         let key = bytes.as_slice().try_into().map_err(|_| error("is not 32 bytes in base64url".into()))?;
         Ok(Self(Zeroizing::new(key)))
+    }
+
+    /// A key derived from it for one purpose: HMAC-SHA-256 (RFC 2104) of the purpose's name.
+    pub fn derive(&self, purpose: &str) -> Zeroizing<[u8; 32]> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.0).expect("a key of any length will do");
+        mac.update(purpose.as_bytes());
+        Zeroizing::new(mac.finalize().into_bytes().into())
     }
 
     #[cfg(test)]

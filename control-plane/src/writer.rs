@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use keygate_core::rules::RulesError;
 use keygate_core::version::Version;
@@ -15,7 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::change::Change;
 use crate::clock::{self, Clock};
-use crate::journal::{Claim, Journal, JournalError};
+use crate::journal::{Claim, Journal, JournalError, Notary};
 use crate::key::KeyRecord;
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
@@ -26,6 +27,9 @@ use crate::store::{Seen, Store, StoreError};
 const QUEUE: usize = 1_024;
 /// The most jobs that share an fsync.
 const BATCH: usize = 256;
+
+/// How often a checkpoint of the journal is signed while there are jobs; upkeep has one now and then.
+const SIGN_EVERY: Duration = Duration::from_secs(60);
 
 /// Why a history cannot be taken up.
 #[derive(Debug, thiserror::Error)]
@@ -238,6 +242,8 @@ struct Thread {
 pub struct Start<'s> {
     /// The journal, claimed.
     pub claim: Claim,
+    /// Signs the journal's checkpoints.
+    pub notary: Notary,
     /// The directory.
     pub dir: &'s Path,
     /// What the configuration says.
@@ -257,14 +263,14 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { claim, dir, settings, master, first_changes, clock, metrics } = start;
+    let Start { claim, notary, dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
     let mut journal = claim
-        .read(|record| {
+        .read(notary, |record| {
             if let Change::Genesis { source } = record.change
                 && stored_source != source
                 && stored_source != 0
@@ -343,6 +349,7 @@ fn catch_up(store: &Store, behind: &mut Vec<(u64, Change)>) -> Result<(), StoreE
 
 impl Thread {
     fn run(mut self, mut queue: mpsc::Receiver<Job>) {
+        let mut signed = Instant::now();
         while let Some(job) = queue.blocking_recv() {
             let mut batch = vec![job];
             while batch.len() < BATCH {
@@ -352,7 +359,12 @@ impl Thread {
                 }
             }
             self.commit(batch);
+            if signed.elapsed() >= SIGN_EVERY {
+                signed = Instant::now();
+                self.journal.sign(&clock::rfc3339_ms(self.clock.now_ms()));
+            }
         }
+        self.journal.sign(&clock::rfc3339_ms(self.clock.now_ms()));
     }
 
     fn commit(&mut self, batch: Vec<Job>) {
@@ -393,7 +405,7 @@ impl Thread {
             waiting.push((done, Committed { version: Version { source: model.source(), seq: model.seq() } }));
         }
         if !changes.is_empty() {
-            let started = std::time::Instant::now();
+            let started = Instant::now();
             if let Err(error) = self.journal.append(&clock::rfc3339_ms(now_ms), &changes) {
                 self.metrics.journal_failures.inc();
                 tracing::error!(%error, "the journal cannot be written; changes are refused");

@@ -3,6 +3,7 @@
 mod agreement;
 mod algorithms;
 mod api;
+mod audit;
 mod config;
 mod disk;
 mod emergency;

@@ -94,6 +94,12 @@ impl ControlPlane {
         self.process.take().expect("it runs").kill();
     }
 
+    /// Waits for it to end by itself.
+    #[track_caller]
+    pub fn wait_end(&mut self) -> ExitStatus {
+        self.process.take().expect("it runs").wait(SOON)
+    }
+
     /// Whether it was started and not stopped since.
     pub fn is_running(&self) -> bool {
         self.process.is_some()

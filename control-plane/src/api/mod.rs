@@ -2,6 +2,7 @@
 //! the two cannot differ. An operation with a scope is behind the check of that scope; there is no other way
 //! to add one.
 
+mod audit;
 mod auth;
 mod emergency;
 mod explain;
@@ -242,6 +243,26 @@ fn operations() -> Vec<Operation> {
             "Lift the lockdown before its end",
             delete(emergency::lift),
         )),
+        Operation {
+            query: &[
+                ("actor", "only what this key did, or `system`"),
+                ("action", "only changes of this type, such as `key_revoked`"),
+                ("target", "only changes of this key, token, cut-off or secret, by its id"),
+                ("reason", "only changes made for this reason"),
+                ("since", "not before this time, such as `2026-01-01T00:00:00Z`"),
+                ("until", "before this time"),
+                ("cursor", "where the page before ended"),
+                ("limit", "records of a page, 1 to 1000 (100 is the default)"),
+            ],
+            ..op("get", "/api/admin/audit", READ, "Who changed what, the last change first", get(audit::list))
+        },
+        op(
+            "get",
+            "/api/admin/audit/verify",
+            READ,
+            "Check that the audit log is whole and unchanged; reads all of it",
+            get(audit::verify),
+        ),
         op("get", "/api/admin/fleet", READ, "The proxies and what they enforce", get(fleet::list)),
         takes(
             r#"{"token": "…", "method": "GET", "path": "/api/chat"}"#,

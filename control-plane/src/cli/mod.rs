@@ -1,5 +1,6 @@
 //! The command line.
 
+mod audit;
 mod client;
 mod serve;
 
@@ -24,6 +25,9 @@ enum Command {
     Keys(client::Keys),
     /// Show the proxies and what they enforce
     Fleet(Output),
+    /// Check the audit log
+    #[command(subcommand)]
+    Audit(audit::Audit),
     /// Say how a request would be decided; the key to ask about is read from KEYGATE_KEY or standard input
     Explain(client::Explain),
 }
@@ -42,6 +46,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Serve(serve) => serve.run(),
         Command::Keys(keys) => keys.run(),
         Command::Fleet(output) => client::fleet(&output),
+        Command::Audit(audit) => audit.run(),
         Command::Explain(explain) => explain.run(),
     }
 }

@@ -4,8 +4,11 @@
 //! One change is one line of JSON ([`Record`]), chained to the one before by its hash, so a line that was edited,
 //! cut out, moved or inserted is found, with its file and number. Lines stand in segments: a new one each day, and
 //! when one has grown large. Only the last line of the last segment may be half written, since it was never
-//! answered; anything else is damage and is refused.
+//! answered; anything else is damage and is refused. Signed checkpoints beside the segments show when the whole
+//! was written anew.
 
+mod checkpoint;
+mod read;
 mod record;
 mod segment;
 
@@ -14,10 +17,13 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+pub use checkpoint::Notary;
+pub use read::{Report, page, verify};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
 
 use crate::change::Change;
+use checkpoint::{Checks, Keeper};
 
 /// The directory of the segments, in the data directory.
 pub const DIRECTORY: &str = "journal";
@@ -107,16 +113,24 @@ impl Claim {
     }
 
     /// Hands every record to `each`, oldest first, and gives the journal for appending. A last line that was only
-    /// half written, and so never answered, is cut off.
+    /// half written, and so never answered, is cut off. `notary` signs checkpoints; those that are there must be
+    /// its own.
     ///
     /// # Errors
     /// When the disk fails or any other line is not what was written.
-    pub fn read(self, mut each: impl FnMut(Record) -> Result<(), String>) -> Result<Journal, JournalError> {
+    pub fn read(
+        self,
+        notary: Notary,
+        mut each: impl FnMut(Record) -> Result<(), String>,
+    ) -> Result<Journal, JournalError> {
         let Self { dir, lock } = self;
         let segments = list(&dir)?;
         let mut link = Link::start();
         let mut day = String::new();
-        let mut each = |record: Record| {
+        let mut checks = Checks::read(&dir, Some(&notary.public_key()))?;
+        let mut follow = |line: &[u8], link: &mut Link| {
+            let record = link.follow(line)?;
+            checks.compare(link)?;
             day.clear();
             day.push_str(day_of(&record.at));
             each(record)
@@ -124,17 +138,20 @@ impl Claim {
         let mut open = None;
         for (position, segment) in segments.iter().enumerate() {
             let last = position + 1 == segments.len() && !segment.compressed;
-            let good_bytes = segment.read(&mut link, last, &mut each)?;
+            let good_bytes = segment.walk(&mut link, last, &mut follow)?;
             if last {
                 open = Some((segment.path.clone(), good_bytes));
             }
         }
+        checks.finish(link.seq)?;
+        let keeper = Keeper::new(&dir, notary, &checks)
+            .map_err(|source| JournalError::Io { path: dir.clone(), source })?;
         let reserve = Reserve::new(&dir);
         let current = match open {
             Some((path, bytes)) => OpenSegment::reopen(path, bytes, day)?,
             None => OpenSegment::create(&dir, link.seq + 1)?,
         };
-        Ok(Journal { dir, _lock: lock, current, link, reserve, sealed: false })
+        Ok(Journal { dir, _lock: lock, current, link, reserve, keeper, sealed: false })
     }
 }
 
@@ -247,6 +264,7 @@ pub struct Journal {
     current: OpenSegment,
     link: Link,
     reserve: Reserve,
+    keeper: Keeper,
     sealed: bool,
 }
 
@@ -300,7 +318,18 @@ impl Journal {
             return Err(error);
         }
         self.link = link;
+        if self.keeper.is_due(self.link.seq) {
+            self.sign(at);
+        }
         Ok(())
+    }
+
+    /// Signs where the journal stands. Until that is done, records since the last time could be chained anew
+    /// unnoticed.
+    pub fn sign(&mut self, at: &str) {
+        if let Err(error) = self.keeper.sign(&self.link, at) {
+            tracing::error!(%error, "a checkpoint of the journal cannot be written");
+        }
     }
 
     fn write(&mut self, day: &str, lines: &[u8]) -> Result<(), Unwritten> {
@@ -360,7 +389,7 @@ mod tests {
 
     fn reopen(dir: &Path) -> Result<(Journal, usize), JournalError> {
         let mut records = 0;
-        let journal = Claim::new(dir)?.read(|_| {
+        let journal = Claim::new(dir)?.read(Notary::new(&[7; 32]), |_| {
             records += 1;
             Ok(())
         })?;
@@ -518,5 +547,176 @@ mod tests {
         std::fs::rename(first_segment(dir.path()), dir.path().join(SINGLE_FILE)).unwrap();
         assert_eq!(reopen(dir.path()).unwrap().1, 3);
         assert!(!dir.path().join(SINGLE_FILE).exists());
+    }
+
+    fn rechained(dir: &Path, change: impl Fn(&mut Record)) {
+        let path = first_segment(dir);
+        let text = std::fs::read(&path).unwrap();
+        let (mut out, mut prev) = (Vec::new(), record::NO_HASH.to_owned());
+        for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            let mut record = Record::parse(line).unwrap();
+            record.prev = prev;
+            change(&mut record);
+            prev = record.write(&mut out);
+        }
+        std::fs::write(&path, out).unwrap();
+    }
+
+    #[test]
+    fn a_journal_that_was_chained_anew_does_not_fit_its_checkpoints() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal_dir = dir.path().join(DIRECTORY);
+        let mut journal = reopen(dir.path()).unwrap().0;
+        journal.append("2026-01-01T00:00:00Z", &changes(10)).unwrap();
+        journal.sign("2026-01-01T00:00:01Z");
+        journal.append("2026-01-01T00:00:02Z", &changes(5)).unwrap();
+        drop(journal);
+        let key = Notary::new(&[7; 32]).public_key();
+        let report = verify(&journal_dir, Some(&key)).unwrap();
+        assert_eq!(
+            (report.records, report.checkpoints, report.signed_until, report.torn),
+            (15, 1, 10, false)
+        );
+        assert_eq!(report.signed_by, std::slice::from_ref(&key));
+
+        let good = std::fs::read(first_segment(dir.path())).unwrap();
+        let found = |want: u64| {
+            let Err(JournalError::Damaged { line, .. }) = verify(&journal_dir, None) else {
+                panic!("not found")
+            };
+            assert_eq!(line, want);
+            assert!(reopen(dir.path()).is_err());
+        };
+        rechained(dir.path(), |record| {
+            if record.seq == 4 {
+                record.actor = "somebody else".into();
+            }
+        });
+        found(10);
+        // Cut off before the checkpoint.
+        let lines: Vec<&[u8]> = good.split_inclusive(|byte| *byte == b'\n').collect();
+        std::fs::write(first_segment(dir.path()), lines[..9].concat()).unwrap();
+        found(1);
+        std::fs::write(first_segment(dir.path()), &good).unwrap();
+        assert!(verify(&journal_dir, Some(&key)).is_ok());
+
+        // Signed anew with another key: only whoever knows the right one can tell.
+        let checkpoints = journal_dir.join("checkpoints");
+        let signed = std::fs::read_to_string(&checkpoints).unwrap();
+        std::fs::write(&checkpoints, signed.replace("00:00:01", "00:00:09")).unwrap();
+        found(1);
+        std::fs::remove_file(&checkpoints).unwrap();
+        let mut journal = Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), |_| Ok(())).unwrap();
+        journal.sign("2026-01-01T00:00:03Z");
+        drop(journal);
+        assert!(verify(&journal_dir, None).is_ok());
+        assert!(verify(&journal_dir, Some(&key)).is_err());
+    }
+
+    #[test]
+    fn records_are_looked_up_from_the_last_one_on_over_segments() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal_dir = dir.path().join(DIRECTORY);
+        let mut journal = reopen(dir.path()).unwrap().0;
+        for day in 1..=3 {
+            journal.append(&format!("2026-01-0{day}T10:00:00Z"), &changes(4)).unwrap();
+        }
+        compress_sealed(&journal_dir).unwrap();
+        let seqs = |(records, more): (Vec<Record>, bool)| {
+            (records.iter().map(|record| record.seq).collect::<Vec<_>>(), more)
+        };
+        assert_eq!(
+            seqs(page(&journal_dir, u64::MAX, 6, |_| true).unwrap()),
+            (vec![12, 11, 10, 9, 8, 7], true)
+        );
+        assert_eq!(seqs(page(&journal_dir, 7, 6, |_| true).unwrap()), (vec![6, 5, 4, 3, 2, 1], false));
+        assert_eq!(
+            seqs(page(&journal_dir, 9, 2, |record| record.seq % 4 == 0).unwrap()),
+            (vec![8, 4], false)
+        );
+    }
+
+    /// Numbers that look random and are the same each time (xorshift).
+    struct Numbers(u64);
+
+    impl Numbers {
+        fn below(&mut self, end: usize) -> usize {
+            self.0 ^= self.0 << 13;
+            self.0 ^= self.0 >> 7;
+            self.0 ^= self.0 << 17;
+            usize::try_from(self.0 % end as u64).unwrap()
+        }
+    }
+
+    #[test]
+    fn ten_thousand_edits_cuts_swaps_and_insertions_are_found_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let journal_dir = dir.path().join(DIRECTORY);
+        let mut journal = reopen(dir.path()).unwrap().0;
+        for day in 1..=3 {
+            journal.append(&format!("2026-01-0{day}T10:00:00Z"), &changes(6)).unwrap();
+        }
+        journal.sign("2026-01-03T10:00:01Z");
+        drop(journal);
+        let key = Notary::new(&[7; 32]).public_key();
+        assert!(verify(&journal_dir, Some(&key)).is_ok());
+        let segments = list(&journal_dir).unwrap();
+        let wholes: Vec<Vec<u8>> = segments.iter().map(|s| std::fs::read(&s.path).unwrap()).collect();
+        let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+        for round in 0..10_000 {
+            let position = numbers.below(segments.len());
+            let whole = &wholes[position];
+            let mut lines: Vec<Vec<u8>> =
+                whole.split_inclusive(|b| *b == b'\n').map(<[u8]>::to_vec).collect();
+            let at = numbers.below(lines.len());
+            let first_bad = match round % 6 {
+                0 => {
+                    let byte = numbers.below(lines[at].len());
+                    lines[at][byte] ^= 1 << numbers.below(8);
+                    at
+                }
+                1 => {
+                    lines.remove(at);
+                    at
+                }
+                2 => {
+                    let other = (at + 1 + numbers.below(lines.len() - 1)) % lines.len();
+                    lines.swap(at, other);
+                    at.min(other)
+                }
+                3 => {
+                    let copy = lines[numbers.below(lines.len())].clone();
+                    lines.insert(at, copy);
+                    at
+                }
+                4 => {
+                    let keep = numbers.below(lines[at].len());
+                    lines[at].truncate(keep);
+                    lines.truncate(at + 1);
+                    at
+                }
+                _ => {
+                    // Edited, and its own hash made to fit.
+                    let mut record = Record::parse(lines[at].trim_ascii_end()).unwrap();
+                    record.at = "2026-01-01T00:00:00Z ".into();
+                    lines[at].clear();
+                    record.write(&mut lines[at]);
+                    at + 1
+                }
+            };
+            std::fs::write(&segments[position].path, lines.concat()).unwrap();
+            let Err(JournalError::Damaged { path, line, .. }) = verify(&journal_dir, Some(&key)) else {
+                panic!("round {round}: not found")
+            };
+            // What the next segment or a checkpoint gives away is named there; else the first bad line, or the
+            // one after, whose hash names it.
+            if path == segments[position].path {
+                assert!(line <= first_bad as u64 + 2, "round {round}: line {line}, not {}", first_bad + 1);
+            } else {
+                assert!(first_bad + 1 >= lines.len(), "round {round}: {} names nothing", path.display());
+            }
+            std::fs::write(&segments[position].path, whole).unwrap();
+        }
+        assert!(verify(&journal_dir, Some(&key)).is_ok());
     }
 }

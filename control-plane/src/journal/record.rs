@@ -19,7 +19,7 @@ const HASH_MEMBER: &[u8] = b",\"hash\":\"";
 const HASH_DIGITS: usize = 64;
 const TAIL: &[u8] = b"\"}";
 
-/// A line without its own hash.
+/// A line.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Record {
@@ -43,10 +43,13 @@ pub struct Record {
     pub change: Change,
     /// The hash of the record before.
     pub prev: String,
+    /// Its own hash. Written by [`Record::write`], since it is of all the rest.
+    #[serde(skip_serializing)]
+    pub hash: String,
 }
 
 impl Record {
-    /// The record of a change that is made.
+    /// The record of a change that is made; its hash comes with writing it.
     pub fn new(seq: u64, at: &str, actor: &str, change: Change, prev: String) -> Self {
         Self {
             seq,
@@ -58,7 +61,16 @@ impl Record {
             outcome: "done".into(),
             change,
             prev,
+            hash: String::new(),
         }
+    }
+
+    /// Reads a line, without its line feed. Its hash is not checked.
+    ///
+    /// # Errors
+    /// What is wrong with the line.
+    pub fn parse(line: &[u8]) -> Result<Self, String> {
+        serde_json::from_slice(line).map_err(|e| e.to_string())
     }
 
     /// Writes the line and returns its hash.
@@ -73,6 +85,15 @@ impl Record {
         out.push(b'\n');
         hash
     }
+}
+
+/// What the chain needs of a record.
+#[derive(Debug, Deserialize)]
+pub struct Head {
+    seq: u64,
+    /// When, RFC 3339 UTC.
+    pub at: String,
+    prev: String,
 }
 
 /// Where a chain of records stands.
@@ -94,32 +115,46 @@ impl Link {
     ///
     /// # Errors
     /// What is wrong with the line.
-    pub fn follow(&mut self, line: &mut [u8]) -> Result<Record, String> {
-        let hash = self.check_hash(line)?;
-        let body = line.len() - HASH_MEMBER.len() - HASH_DIGITS - TAIL.len();
-        line[body] = b'}';
-        let record: Record = serde_json::from_slice(&line[..=body]).map_err(|e| e.to_string())?;
-        if record.prev != self.hash {
-            return Err("it does not follow on the record before it".into());
-        }
-        if record.seq != self.seq + 1 {
-            return Err(format!("its number is {}, expected {}", record.seq, self.seq + 1));
-        }
-        *self = Self { seq: record.seq, hash };
+    pub fn follow(&mut self, line: &[u8]) -> Result<Record, String> {
+        let record = Record::parse(line)?;
+        self.go_on(line, record.seq, &record.prev)?;
         Ok(record)
     }
 
-    fn check_hash(&self, line: &[u8]) -> Result<String, String> {
-        let rest = line.strip_suffix(TAIL).ok_or("no hash at its end")?;
-        let (rest, hash) =
-            rest.split_at_checked(rest.len().saturating_sub(HASH_DIGITS)).ok_or("no hash at its end")?;
-        let body = rest.strip_suffix(HASH_MEMBER).ok_or("no hash at its end")?;
-        let want = hash_of(body);
-        if hash != want.as_bytes() {
+    /// The same, for who does not want the change.
+    ///
+    /// # Errors
+    /// What is wrong with the line.
+    pub fn follow_head(&mut self, line: &[u8]) -> Result<Head, String> {
+        let head: Head = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+        self.go_on(line, head.seq, &head.prev)?;
+        Ok(head)
+    }
+
+    fn go_on(&mut self, line: &[u8], seq: u64, prev: &str) -> Result<(), String> {
+        let (body, hash) = split_hash(line)?;
+        if hash != hash_of(body).as_bytes() {
             return Err("its hash does not fit its content".into());
         }
-        Ok(want)
+        if prev != self.hash {
+            return Err("it does not follow on the record before it".into());
+        }
+        if seq != self.seq + 1 {
+            return Err(format!("its number is {seq}, expected {}", self.seq + 1));
+        }
+        *self = Self { seq, hash: String::from_utf8_lossy(hash).into_owned() };
+        Ok(())
     }
+}
+
+/// A line's bytes before the hash, and the hash.
+fn split_hash(line: &[u8]) -> Result<(&[u8], &[u8]), String> {
+    let split = || {
+        let rest = line.strip_suffix(TAIL)?;
+        let (rest, hash) = rest.split_at_checked(rest.len().checked_sub(HASH_DIGITS)?)?;
+        Some((rest.strip_suffix(HASH_MEMBER)?, hash))
+    };
+    split().ok_or_else(|| "no hash at its end".into())
 }
 
 /// SHA-256 in hexadecimal.

@@ -10,12 +10,15 @@ use flate2::Compression;
 use flate2::bufread::MultiGzDecoder;
 use flate2::write::GzEncoder;
 
-use super::{JournalError, Link, Record, sync_dir};
+use super::{JournalError, Link, sync_dir};
 
 const PLAIN: &str = "jsonl";
 const COMPRESSED: &str = "jsonl.gz";
 /// The longest line; beyond, a damaged file could ask for any amount of memory.
 const MAX_LINE_BYTES: u64 = 64 * 1024 * 1024;
+
+/// What is done with a line and the chain so far, which it follows.
+pub type EachLine<'e> = dyn FnMut(&[u8], &mut Link) -> Result<(), String> + 'e;
 
 /// One file.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,16 +59,16 @@ pub fn list(dir: &Path) -> Result<Vec<Segment>, JournalError> {
 }
 
 impl Segment {
-    /// Hands every record to `each`. With `may_be_torn` a last line that was only half written ends the reading;
-    /// the bytes up to there are returned.
+    /// Hands every line to `each`, without its line feed, with the chain so far, which `each` follows. With
+    /// `may_be_torn` a last line that was only half written ends the reading; the bytes up to there are returned.
     ///
     /// # Errors
-    /// When the file cannot be read, or a record is not what was written.
-    pub fn read(
+    /// When the file cannot be read, or a line is not what was written.
+    pub fn walk(
         &self,
         link: &mut Link,
         may_be_torn: bool,
-        each: &mut dyn FnMut(Record) -> Result<(), String>,
+        each: &mut EachLine<'_>,
     ) -> Result<u64, JournalError> {
         let mut line_number = 0;
         let damaged =
@@ -86,16 +89,26 @@ impl Segment {
                 Err(error) if self.compressed => return Err(damaged(line_number, error.to_string())),
                 Err(source) => return Err(JournalError::Io { path: self.path.clone(), source }),
             };
-            let Some((b'\n', whole)) = line.split_last_mut() else {
+            let Some(whole) = line.strip_suffix(b"\n") else {
                 if may_be_torn {
                     return Ok(good_bytes);
                 }
                 return Err(damaged(line_number, "it is cut short".into()));
             };
-            let record = link.follow(whole).map_err(|problem| damaged(line_number, problem))?;
-            each(record).map_err(|problem| damaged(line_number, problem))?;
+            each(whole, link).map_err(|problem| damaged(line_number, problem))?;
             good_bytes += read;
         }
+    }
+
+    /// All of it, as it was written.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn text(&self) -> Result<Vec<u8>, JournalError> {
+        let mut text = Vec::new();
+        let read = self.open()?.read_to_end(&mut text);
+        read.map_err(|source| JournalError::Io { path: self.path.clone(), source })?;
+        Ok(text)
     }
 
     fn open(&self) -> Result<Box<dyn BufRead>, JournalError> {
