@@ -5,6 +5,7 @@ use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
+use crate::approval::Proposal;
 use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::secret::SecretRecord;
 use crate::state::Settings;
@@ -90,8 +91,25 @@ pub enum Change {
         cutoff: Cutoff,
         /// Why.
         reason: RevocationReason,
+        /// The key that gave the second approval, if it needed one and got it. Whoever asked for it is in its
+        /// [`Change::CutoffProposed`], which it ends.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        approved_by: Option<String>,
+        /// What justifies that it needed a second approval and did without.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        break_glass: Option<String>,
     },
-    /// Such a rule was lifted.
+    /// A rule was asked for that needs a second approval.
+    CutoffProposed {
+        /// The rule and who asked for it.
+        proposal: Proposal,
+    },
+    /// Such a request was taken back, or expired.
+    CutoffWithdrawn {
+        /// The id of the rule.
+        id: String,
+    },
+    /// A rule in force was lifted.
     CutoffLifted {
         /// Its id.
         id: String,
@@ -125,6 +143,8 @@ impl Change {
             Self::RevocationsRebuilt {} => "revocations_rebuilt",
             Self::CutoffAdded { .. } => "cutoff_added",
             Self::CutoffLifted { .. } => "cutoff_lifted",
+            Self::CutoffProposed { .. } => "cutoff_proposed",
+            Self::CutoffWithdrawn { .. } => "cutoff_withdrawn",
             Self::LockdownChanged { .. } => "lockdown_changed",
             Self::PolicyReplaced { .. } => "policy_replaced",
         }
@@ -183,6 +203,8 @@ impl Change {
             | Self::ExpiredForgotten { .. }
             | Self::RevocationsRebuilt {}
             | Self::CutoffAdded { .. }
+            | Self::CutoffProposed { .. }
+            | Self::CutoffWithdrawn { .. }
             | Self::CutoffLifted { .. }
             | Self::LockdownChanged { .. }
             | Self::PolicyReplaced { .. } => None,

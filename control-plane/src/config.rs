@@ -15,7 +15,7 @@ use crate::roles::{self, Role, Roles};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 14] = [
+pub const SETTINGS: [(&str, &str); 15] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -35,6 +35,10 @@ pub const SETTINGS: [(&str, &str); 14] = [
     ("tokens.leeway", "How far clocks may differ, at most 60s [default: 0s]"),
     ("secrets.algorithm", "ES256, EdDSA or HS256, for new secrets [default: ES256]"),
     ("fleet.hard_age", "How long proxies go on without news before they answer 503 [default: 300s]"),
+    (
+        "emergency.two_approvals_above",
+        "Share of live keys, 0 to 1, above which a cut-off needs a second approval [default: never]",
+    ),
     ("log.format", "text or json [default: text]"),
 ];
 
@@ -76,6 +80,8 @@ pub struct Config {
     pub algorithm: Algorithm,
     /// How long proxies go on without news.
     pub hard_age: Duration,
+    /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
+    pub two_approvals_above: Option<f64>,
     /// How log lines look.
     pub log_format: LogFormat,
     /// The roles.
@@ -158,6 +164,7 @@ impl Typed {
             leeway: self.take("tokens.leeway", leeway).unwrap_or_default(),
             algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
+            two_approvals_above: self.take("emergency.two_approvals_above", share),
             log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
             roles: self.roles(),
             data_dir,
@@ -296,6 +303,20 @@ fn algorithm(value: &Value) -> Result<Algorithm, String> {
     Algorithm::from_name(text).ok_or_else(|| format!("{text:?} is none of \"ES256\", \"EdDSA\", \"HS256\""))
 }
 
+/// From 0 to 1; a variable has it as a text.
+#[allow(clippy::cast_precision_loss)]
+fn share(value: &Value) -> Result<f64, String> {
+    let number = match value {
+        Value::Float(number) => Some(*number),
+        Value::Integer(number) => Some(*number as f64),
+        Value::String(text) => text.parse().ok(),
+        _ => None,
+    };
+    number
+        .filter(|share| (0.0..=1.0).contains(share))
+        .ok_or_else(|| format!("{value} is not a share from 0 to 1"))
+}
+
 fn log_format(value: &Value) -> Result<LogFormat, String> {
     match text(value)? {
         "text" => Ok(LogFormat::Text),
@@ -362,6 +383,8 @@ mod tests {
             algorithm = "none"
             [fleet]
             hard_age = 300
+            [emergency]
+            two_approvals_above = 25
             [roles.basic]
             life = "1s"
             requests_per_hour = -2
@@ -374,6 +397,7 @@ mod tests {
             "tokens.leeway: must be whole seconds, at most 60s",
             "secrets.algorithm: \"none\" is none of",
             "fleet.hard_age: 300 is not a text",
+            "emergency.two_approvals_above: 25 is not a share",
             "log.format: \"xml\" is neither \"text\" nor \"json\" (from KEYGATE_LOG_FORMAT)",
             "roles.basic.life: must be from 1m",
             "roles.basic.requests_per_hour: must be -1",
@@ -384,7 +408,22 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
-        assert_eq!(errors.len(), 11, "{errors:#?}");
+        assert_eq!(errors.len(), 12, "{errors:#?}");
+    }
+
+    #[test]
+    fn a_share_is_a_number_from_0_to_1() {
+        let typed = |value: &str| {
+            read(&format!("[emergency]\ntwo_approvals_above = {value}"), &[])
+                .map(|config| config.two_approvals_above)
+        };
+        for (value, share) in [("0", 0.0), ("1", 1.0), ("0.25", 0.25), ("\"0.25\"", 0.25)] {
+            assert_eq!(typed(value).unwrap(), Some(share), "{value}");
+        }
+        for value in ["-0.1", "1.1", "2", "nan", "inf", "\"NaN\"", "\"25%\"", "\"\"", "true"] {
+            assert!(typed(value).is_err(), "{value}");
+        }
+        assert_eq!(read("", &[]).unwrap().two_approvals_above, None);
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub struct Metrics {
     pub rate_limit_exceeded: IntCounterVec,
     /// Rotations of signing secrets that failed.
     pub secret_rotation_failures: IntCounter,
+    /// Cut-offs that did without the second approval that they needed.
+    pub break_glass: IntCounter,
     /// Live keys.
     pub active_keys: GaugeVec,
     /// Time to write and sync a batch of changes.
@@ -140,6 +142,10 @@ impl Metrics {
             secret_rotation_failures: counter(
                 "secret_rotation_failures",
                 "Rotations of signing secrets that failed.",
+            ),
+            break_glass: counter(
+                "keygate_break_glass_total",
+                "Cut-offs that did without the second approval that they needed.",
             ),
             active_keys,
             journal_append_seconds: histogram(
@@ -258,6 +264,7 @@ mod tests {
             "key_validation_duration_seconds_count{version=\"v2\"} 0",
             "active_api_keys{role=\"node_operator\"} 0",
             "keygate_journal_failures_total 0",
+            "keygate_break_glass_total 0",
         ] {
             assert!(text.contains(series), "{series}");
         }

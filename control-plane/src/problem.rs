@@ -5,6 +5,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use keygate_core::refusal::Refusal;
 
+use crate::approval::ApprovalError;
 use crate::key::KeyRequestError;
 use crate::store::StoreError;
 use crate::writer::CommitError;
@@ -99,6 +100,16 @@ impl From<StoreError> for Problem {
 impl From<CommitError> for Problem {
     fn from(error: CommitError) -> Self {
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+    }
+}
+
+impl From<ApprovalError> for Problem {
+    fn from(error: ApprovalError) -> Self {
+        let code = match error {
+            ApprovalError::OwnRequest => "own_request",
+            ApprovalError::KeyTooNew => "key_too_new",
+        };
+        Self::new(StatusCode::FORBIDDEN, code, error.to_string())
     }
 }
 

@@ -13,6 +13,7 @@ use keygate_core::version::Version;
 use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS};
 use serde::{Deserialize, Serialize};
 
+use crate::approval::Proposal;
 use crate::change::Change;
 use crate::config::Config;
 use crate::expiry::Expiries;
@@ -44,6 +45,8 @@ pub struct State {
     pub census: Census,
     /// The revocations of the last day.
     pub recent: Recent,
+    /// Cut-offs that wait for a second approval, also those whose time is over. Not for proxies.
+    pub proposals: Vec<Proposal>,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -112,6 +115,7 @@ pub struct Model {
     latest_s: u64,
     longest_life_s: u64,
     cutoffs: Vec<Cutoff>,
+    proposals: Vec<Proposal>,
     lockdown: Option<Lockdown>,
     recent: Recent,
     census: Census,
@@ -185,9 +189,13 @@ impl Model {
                 effect.rules = true;
             }
             Change::CutoffAdded { cutoff, .. } => {
+                self.proposals.retain(|proposal| proposal.cutoff.id != cutoff.id);
                 self.cutoffs.push(cutoff.clone());
                 effect.rules = true;
             }
+            // Until it is approved, it is no news for proxies.
+            Change::CutoffProposed { proposal } => self.proposals.push(proposal.clone()),
+            Change::CutoffWithdrawn { id } => self.proposals.retain(|proposal| proposal.cutoff.id != *id),
             Change::CutoffLifted { id } => {
                 self.cutoffs.retain(|cutoff| cutoff.id != *id);
                 effect.rules = true;
@@ -311,6 +319,11 @@ impl Model {
         &self.cutoffs
     }
 
+    /// The cut-offs that wait for a second approval, also those whose time is over.
+    pub fn proposals(&self) -> &[Proposal] {
+        &self.proposals
+    }
+
     /// The lockdown that was set last, also when its end has passed.
     pub fn lockdown(&self) -> Option<&Lockdown> {
         self.lockdown.as_ref()
@@ -374,6 +387,7 @@ impl Model {
             signer: self.signer().cloned().ok_or(RulesError::Invalid("no secret signs"))?,
             census: self.census.clone(),
             recent: self.recent.clone(),
+            proposals: self.proposals.clone(),
         })
     }
 }

@@ -1,6 +1,5 @@
 //! `/api/admin/emergency`: what is done when there is no time to look at keys one by one.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,8 +11,9 @@ use keygate_core::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};
-use super::{Caller, actor, json};
+use super::{Caller, actor, approvals, json};
 use crate::app::App;
+use crate::approval::Count;
 use crate::change::Change;
 use crate::clock;
 use crate::key::{KeyState, RevocationReason};
@@ -30,6 +30,7 @@ const DEFAULT_EXEMPT: &str = "admin";
 
 /// The most cut-offs in force at a time. Each is asked about every request.
 const MAX_CUTOFFS: usize = 256;
+const MAX_JUSTIFICATION_CHARS: usize = 500;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -39,6 +40,23 @@ struct CutoffBody {
     #[serde(default)]
     dry_run: bool,
     reason: Option<RevocationReason>,
+    /// What justifies doing without a second approval, should one be needed.
+    break_glass: Option<String>,
+}
+
+impl CutoffBody {
+    /// A justification that is none is refused whether it is needed or not: so a bad one is found before the
+    /// day on which it is needed.
+    fn check(&self) -> Result<(), Problem> {
+        let is_one =
+            |text: &String| !text.trim().is_empty() && text.chars().count() <= MAX_JUSTIFICATION_CHARS;
+        if self.break_glass.as_ref().is_none_or(is_one) {
+            return Ok(());
+        }
+        Err(Problem::bad_request(format!(
+            "'break_glass' must be a justification of at most {MAX_JUSTIFICATION_CHARS} characters."
+        )))
+    }
 }
 
 /// Which keys; without any member, all of them.
@@ -95,46 +113,70 @@ pub async fn cut_off(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let body: CutoffBody = request::body(&bytes)?;
+    body.check()?;
     let now = app.clock.now_s();
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
     let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
-    let by_role = hits(&app, &cutoff, now).await?;
-    let mut answer = serde_json::json!({
-        "dry_run": body.dry_run,
-        "cutoff": cutoff_view(&cutoff),
-        "keys": by_role.values().sum::<u64>(),
-        "by_role": by_role,
-    });
+    let count = hits(&app, &cutoff, now).await?;
+    let needs_approval = count.exceeds(app.config.two_approvals_above);
+    let mut answer = order_view(&cutoff, &count);
+    answer["dry_run"] = body.dry_run.into();
     if body.dry_run {
+        answer["share"] = count.share().into();
+        answer["needs_approval"] = needs_approval.into();
         return Ok(json(StatusCode::OK, answer));
     }
     answer["reason"] = serde_json::json!(reason);
+    let break_glass = body.break_glass.filter(|_| needs_approval);
+    if needs_approval && break_glass.is_none() {
+        return approvals::propose(&app, &caller, waits, approvals::Order { cutoff, reason, count }, answer)
+            .await;
+    }
     let id = cutoff.id.clone();
-    let plan = move |view: &View<'_>| {
-        if view.model.cutoffs().len() >= MAX_CUTOFFS {
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "too_many_cutoffs",
-                format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
-            ));
-        }
-        // One whose every key has expired by itself says nothing any more.
-        let spent = view
-            .model
-            .cutoffs()
-            .iter()
-            .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until()));
-        let mut changes: Vec<Change> =
-            spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
-        changes.push(Change::CutoffAdded { cutoff, reason });
-        Ok((changes, ()))
-    };
+    let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: break_glass.clone() };
+    let plan = move |view: &View<'_>| Ok::<_, Problem>((put_in_force(view, added)?, ()));
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    for (role, keys) in &by_role {
+    if let Some(justification) = break_glass {
+        app.metrics.break_glass.inc();
+        answer["break_glass"] = true.into();
+        tracing::error!(
+            by = actor(&caller.0),
+            id,
+            ?justification,
+            "a cut-off did without its second approval"
+        );
+    }
+    note_revoked(&app, &caller, &id, &count, reason);
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
+}
+
+/// The changes that have a cut-off enforced which `added` adds.
+pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Problem> {
+    if view.model.cutoffs().len() >= MAX_CUTOFFS {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            "too_many_cutoffs",
+            format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
+        ));
+    }
+    // One whose every key has expired by itself says nothing any more.
+    let spent = view
+        .model
+        .cutoffs()
+        .iter()
+        .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until()));
+    let mut changes: Vec<Change> =
+        spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
+    changes.push(added);
+    Ok(changes)
+}
+
+/// Counts and logs what a cut-off ended that has come into force.
+pub fn note_revoked(app: &App, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
+    for (role, keys) in &count.by_role {
         app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
     }
-    tracing::warn!(by = actor(&caller.0), id, keys = %answer["keys"], "mass revocation");
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
+    tracing::warn!(by = actor(&caller.0), id, keys = count.keys(), "mass revocation");
 }
 
 pub async fn lift_cut_off(
@@ -155,22 +197,34 @@ pub async fn lift_cut_off(
     Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
 }
 
-/// How many live keys a cut-off ends, by role.
-async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<BTreeMap<String, u64>, Problem> {
+/// How many live keys a cut-off ends.
+async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<Count, Problem> {
     let (app, cutoff) = (Arc::clone(app), cutoff.clone());
     // Reading through all keys takes a while; not on a thread that answers others.
     let counted = tokio::task::spawn_blocking(move || {
-        let mut by_role = BTreeMap::new();
+        let mut count = Count::default();
         app.store.each_key(|key| {
-            let live = matches!(key.state(now), KeyState::Active | KeyState::Suspended);
-            if live && cutoff.hits(&key.claims(&app.config.issuer, None), &key.kid) {
-                *by_role.entry(key.role).or_insert(0_u64) += 1;
+            if !matches!(key.state(now), KeyState::Active | KeyState::Suspended) {
+                return;
+            }
+            count.live += 1;
+            if cutoff.hits(&key.claims(&app.config.issuer, None), &key.kid) {
+                *count.by_role.entry(key.role).or_insert(0) += 1;
             }
         })?;
-        Ok::<_, StoreError>(by_role)
+        Ok::<_, StoreError>(count)
     });
     let unavailable = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later.");
     Ok(counted.await.map_err(unavailable)??)
+}
+
+/// A cut-off and what it hits.
+pub fn order_view(cutoff: &Cutoff, count: &Count) -> serde_json::Value {
+    serde_json::json!({
+        "cutoff": cutoff_view(cutoff),
+        "keys": count.keys(),
+        "by_role": count.by_role,
+    })
 }
 
 fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
@@ -211,9 +265,11 @@ impl LockdownBody {
 
 pub async fn show(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
-    let mut body = view(state.rules.lockdown.as_ref(), app.clock.now_s());
+    let now = app.clock.now_s();
+    let mut body = view(state.rules.lockdown.as_ref(), now);
     let cutoffs: Vec<_> = state.rules.cutoffs.iter().map(cutoff_view).collect();
     body["cutoffs"] = serde_json::json!(cutoffs);
+    body["approvals"] = approvals::pending_view(&state.proposals, now);
     json(StatusCode::OK, body)
 }
 

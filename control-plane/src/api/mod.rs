@@ -2,6 +2,7 @@
 //! the two cannot differ. An operation with a scope is behind the check of that scope; there is no other way
 //! to add one.
 
+mod approvals;
 mod audit;
 mod auth;
 mod emergency;
@@ -60,6 +61,8 @@ pub struct Operation {
     body: Option<&'static str>,
     /// The status of success.
     success: u16,
+    /// What 202 means, if it may be the answer.
+    accepted: Option<&'static str>,
     handler: MethodRouter<Arc<App>>,
 }
 
@@ -81,6 +84,7 @@ fn operations() -> Vec<Operation> {
         query: &[],
         body: None,
         success: 200,
+        accepted: None,
         handler,
     };
     let waits = |op: Operation| Operation { query: WAIT, ..op };
@@ -169,16 +173,20 @@ fn operations() -> Vec<Operation> {
                 post(revocations::revoke_many),
             ),
         )),
-        waits(takes(
-            r#"{"scope": {"role": "basic", "created_before": "2026-01-01T00:00:00Z"}, "dry_run": true, "reason": "emergency"}"#,
-            op(
-                "post",
-                "/api/admin/emergency/revoke",
-                MANAGE,
-                "Revoke every key of a scope that was issued within a time, but the caller's own; a dry run counts them",
-                post(emergency::cut_off),
-            ),
-        )),
+        Operation {
+            accepted: Some("Nothing is revoked yet: it hits so many keys that another key must approve it"),
+            ..waits(takes(
+                r#"{"scope": {"role": "basic", "created_before": "2026-01-01T00:00:00Z"}, "dry_run": true, "reason": "emergency"}"#,
+                op(
+                    "post",
+                    "/api/admin/emergency/revoke",
+                    MANAGE,
+                    "Revoke every key of a scope that was issued within a time, but the caller's own; a dry run counts them; \
+                     `break_glass`, a justification, does without the second approval",
+                    post(emergency::cut_off),
+                ),
+            ))
+        },
         waits(op(
             "delete",
             "/api/admin/emergency/revoke/{id}",
@@ -186,6 +194,20 @@ fn operations() -> Vec<Operation> {
             "Lift such a revocation",
             delete(emergency::lift_cut_off),
         )),
+        waits(op(
+            "post",
+            "/api/admin/emergency/approvals/{id}",
+            MANAGE,
+            "Approve such a revocation that another key asked for, with a key older than the request",
+            post(approvals::approve),
+        )),
+        op(
+            "delete",
+            "/api/admin/emergency/approvals/{id}",
+            MANAGE,
+            "Withdraw such a revocation that waits for its approval",
+            delete(approvals::withdraw),
+        ),
         Operation {
             query: &[
                 ("reason", "only revocations for this reason"),
@@ -225,7 +247,13 @@ fn operations() -> Vec<Operation> {
             "How much is revoked, and what that costs a proxy",
             get(revocations::stats),
         ),
-        op("get", "/api/admin/emergency", READ, "What emergency measures are in force", get(emergency::show)),
+        op(
+            "get",
+            "/api/admin/emergency",
+            READ,
+            "What emergency measures are in force, and what waits for an approval",
+            get(emergency::show),
+        ),
         waits(takes(
             r#"{"ttl": "1h", "exempt_roles": ["admin"]}"#,
             op(

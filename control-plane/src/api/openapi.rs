@@ -81,6 +81,9 @@ fn describe_one(operation: &Operation) -> Value {
             },
         },
     });
+    if let Some(meaning) = operation.accepted {
+        described["responses"]["202"] = json!({ "description": meaning });
+    }
     if operation.needs != Needs::Nothing {
         described["security"] = json!([{ "bearer": [] }, { "apiKey": [] }]);
     }

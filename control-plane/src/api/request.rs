@@ -124,6 +124,13 @@ pub struct Waits {
     limit: Option<Duration>,
 }
 
+impl Waits {
+    /// The same for a change that there is nothing to wait for: proxies need not know it.
+    pub fn for_nothing(self) -> Self {
+        Self { limit: None, ..self }
+    }
+}
+
 impl<S: Send + Sync> FromRequestParts<S> for Waits {
     type Rejection = Problem;
 

@@ -49,7 +49,7 @@ pub struct Serve {
 fn after_help() -> String {
     let mut text = "Settings, by their key in keygate.toml and their variable:\n".to_owned();
     for (key, meaning) in SETTINGS {
-        text.push_str(&format!("  {key:<20} {:<28} {meaning}\n", variable(key)));
+        text.push_str(&format!("  {key:<30} {:<38} {meaning}\n", variable(key)));
     }
     text.push_str(
         "\nKEYGATE_FLEET_TOKEN overrides the file with the fleet token. Roles are tables of keygate.toml:\n",

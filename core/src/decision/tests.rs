@@ -255,6 +255,143 @@ fn revocation_suspension_cutoffs_and_lockdown_end_a_remembered_key() {
     assert_eq!(world.get("/chat", &token), Reason::Revoked);
 }
 
+/// A cut-off, and whom it is about said a second time: by what a person would look at.
+#[derive(Debug)]
+struct Rule {
+    cutoff: Cutoff,
+    about: fn(&Claims, &str) -> bool,
+}
+
+/// The same window for every kind of scope.
+fn rules_of_every_scope(created_after: u64, created_before: u64) -> Vec<Rule> {
+    let rule = |id: &str, [role, owner, kid]: [Option<&str>; 3], about| Rule {
+        cutoff: Cutoff {
+            id: format!("{id} {created_after}..{created_before}"),
+            scope: Scope {
+                role: role.map(Into::into),
+                owner: owner.map(Into::into),
+                kid: kid.map(Into::into),
+            },
+            created_before,
+            created_after,
+            spares: None,
+        },
+        about,
+    };
+    vec![
+        rule("all", [None, None, None], |_, _| true),
+        rule("role", [Some("basic"), None, None], |claims, _| claims.role == "basic"),
+        rule("owner", [None, Some("acme"), None], |claims, _| claims.own == Some("acme".into())),
+        rule("kid", [None, None, Some("hs")], |_, kid| kid == "hs"),
+        rule("role and owner", [Some("basic"), Some("acme"), None], |claims, _| {
+            claims.role == "basic" && claims.own == Some("acme".into())
+        }),
+    ]
+}
+
+impl Rule {
+    fn ends(&self, claims: &Claims, kid: &str) -> bool {
+        let Cutoff { created_before, created_after, spares, .. } = &self.cutoff;
+        let spared = spares.as_ref() == Some(&claims.sub);
+        !spared && (self.about)(claims, kid) && claims.iat >= *created_after && claims.iat < *created_before
+    }
+}
+
+/// Keys of two roles, of an owner, another one and none, of two secrets, issued at each of `seconds`.
+fn keys_issued_at(seconds: &[u64]) -> Vec<(Claims, &'static str, String)> {
+    let mut keys = Vec::new();
+    for iat in seconds {
+        for role in ["basic", "contributor"] {
+            for own in [Some("acme"), Some("other"), None] {
+                for (kid, secret) in [("hs", [9; 32]), ("hs2", [10; 32])] {
+                    let own = own.map(str::to_owned);
+                    let claims = Claims { iat: *iat, role: role.into(), own, ..claims() };
+                    let token = sign(kid, Algorithm::HS256, &EncodingKey::from_secret(&secret), &claims);
+                    keys.push((claims, kid, token));
+                }
+            }
+        }
+    }
+    keys
+}
+
+/// Asks about every key under two cut-offs in either order: it must be refused exactly when one of them by
+/// itself ends it, which is the strictest of the two. How many were refused, and how many were asked about.
+fn ask_under_both(world: &mut World, pair: [&Rule; 2], keys: &[(Claims, &str, String)]) -> (usize, usize) {
+    let mut refused = 0;
+    for [first, second] in [pair, [pair[1], pair[0]]] {
+        world.rules.cutoffs = vec![first.cutoff.clone(), second.cutoff.clone()];
+        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+        for (claims, kid, token) in keys {
+            let credential = Credential::One(token.as_bytes());
+            let request = Request { method: b"GET", path: b"/chat", credential };
+            let judge =
+                Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+            let reason = decide(State::Fresh(&rules), request, judge).reason;
+            let ended = first.ends(claims, kid) || second.ends(claims, kid);
+            let wanted = if ended { Reason::Cutoff } else { Reason::Allowed };
+            assert_eq!(reason, wanted, "{:?} {:?} {claims:?} {kid}", first.cutoff, second.cutoff);
+            refused += usize::from(ended);
+        }
+    }
+    (refused, 2 * keys.len())
+}
+
+fn world_of_two_secrets() -> World {
+    let mut world = world();
+    let other = VerificationKey { kid: "hs2".into(), ..world.rules.keys[1].clone() };
+    world.rules.keys.push(VerificationKey { material: Material::new(vec![10; 32]), ..other });
+    world
+}
+
+#[test]
+fn of_two_cutoffs_the_strictest_counts_to_the_second() {
+    // One bound is the end of one window and the beginning of another.
+    let [early, middle, late] = [NOW - 90, NOW - 60, NOW - 30];
+    let windows = [(0, middle), (early, middle), (0, late), (middle, late)];
+    let rules: Vec<Rule> =
+        windows.iter().flat_map(|(after, before)| rules_of_every_scope(*after, *before)).collect();
+    let seconds: Vec<u64> = [early, middle, late].iter().flat_map(|at| [at - 1, *at, at + 1]).collect();
+    let mut world = world_of_two_secrets();
+    let keys = keys_issued_at(&seconds);
+    let (mut refused, mut asked) = (0, 0);
+    for (place, first) in rules.iter().enumerate() {
+        for second in &rules[place..] {
+            let (under_both, of) = ask_under_both(&mut world, [first, second], &keys);
+            assert!(under_both > 0 && under_both < of, "nothing is told by {first:?} {second:?}");
+            refused += under_both;
+            asked += of;
+        }
+    }
+    assert_eq!(asked, 20 * 21 / 2 * 2 * 108);
+    assert!(refused > asked / 10 && refused < asked * 9 / 10, "{refused} of {asked}");
+}
+
+#[test]
+fn a_cutoff_spares_a_key_from_itself_and_from_no_other() {
+    let mut world = world_of_two_secrets();
+    let keys = keys_issued_at(&[NOW - 61, NOW - 60]);
+    let sparing = |rule: Rule, spares: Option<&str>| Rule {
+        cutoff: Cutoff { spares: spares.map(Into::into), ..rule.cutoff },
+        ..rule
+    };
+    let spares = [None, Some("key_1"), Some("key_2")];
+    let rules: Vec<Rule> = spares
+        .into_iter()
+        .flat_map(|spares| {
+            rules_of_every_scope(0, NOW - 60).into_iter().map(move |rule| sparing(rule, spares))
+        })
+        .collect();
+    let mut refused = Vec::new();
+    for first in &rules {
+        for second in &rules {
+            refused.push(ask_under_both(&mut world, [first, second], &keys).0);
+        }
+    }
+    // All keys are of `key_1`: only where both spare it does nothing end it.
+    assert_eq!(refused.iter().filter(|refused| **refused == 0).count(), 5 * 5);
+}
+
 #[test]
 fn what_revocation_cannot_answer_is_no_yes() {
     struct Unknown;

@@ -1,0 +1,266 @@
+//! `/api/admin/emergency/approvals`: cut-offs that end so many keys that two keys must want them.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use keygate_core::cutoff::Cutoff;
+use serde_json::{Value, json as value};
+
+use super::emergency::{note_revoked, order_view, put_in_force};
+use super::request::{self, KeyId, Waits};
+use super::{Caller, actor, json};
+use crate::app::App;
+use crate::approval::{Count, Proposal};
+use crate::change::Change;
+use crate::clock;
+use crate::key::RevocationReason;
+use crate::problem::Problem;
+use crate::writer::View;
+
+/// The most requests that wait at a time: more than people look at, and few in the state.
+const MAX_PENDING: usize = 64;
+
+/// What is asked for.
+pub struct Order {
+    /// The rule.
+    pub cutoff: Cutoff,
+    /// Why.
+    pub reason: RevocationReason,
+    /// What it hits.
+    pub count: Count,
+}
+
+/// Has a cut-off wait for its second approval. `answer` is what is said of it besides.
+pub async fn propose(
+    app: &App,
+    caller: &Caller,
+    waits: Waits,
+    order: Order,
+    mut answer: Value,
+) -> Result<Response, Problem> {
+    let Order { cutoff, reason, count } = order;
+    let requested_by = actor(&caller.0).to_owned();
+    let plan = move |view: &View<'_>| {
+        let (pending, expired): (Vec<_>, Vec<_>) =
+            view.model.proposals().iter().partition(|proposal| proposal.is_pending(view.now));
+        if pending.len() >= MAX_PENDING {
+            return Err(Problem::new(
+                StatusCode::CONFLICT,
+                "too_many_approvals",
+                format!("{MAX_PENDING} cut-offs wait for their approval; approve or withdraw some."),
+            ));
+        }
+        let proposal = Proposal { cutoff, reason, requested_by, requested_at: view.now, count };
+        let mut changes: Vec<Change> = expired
+            .into_iter()
+            .map(|proposal| Change::CutoffWithdrawn { id: proposal.cutoff.id.clone() })
+            .collect();
+        changes.push(Change::CutoffProposed { proposal: proposal.clone() });
+        Ok((changes, proposal))
+    };
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let (id, keys) = (&proposal.cutoff.id, proposal.count.keys());
+    tracing::warn!(by = proposal.requested_by, id, keys, "a mass revocation waits for its second approval");
+    answer["share"] = proposal.count.share().into();
+    answer["approval"] = approval_view(&proposal);
+    Ok(json(StatusCode::ACCEPTED, request::finish(app, committed, waits.for_nothing(), answer).await))
+}
+
+pub async fn approve(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    KeyId(id): KeyId,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let approver = Arc::clone(&caller.0);
+    let plan = move |view: &View<'_>| {
+        let proposal = pending(view, &id)?;
+        proposal.check_approver(&approver.claims)?;
+        let added = Change::CutoffAdded {
+            cutoff: proposal.cutoff.clone(),
+            reason: proposal.reason,
+            approved_by: Some(actor(&approver).to_owned()),
+            break_glass: None,
+        };
+        Ok::<_, Problem>((put_in_force(view, added)?, proposal.clone()))
+    };
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let Proposal { cutoff, reason, requested_by, count, .. } = proposal;
+    note_revoked(&app, &caller, &cutoff.id, &count, reason);
+    let mut answer = order_view(&cutoff, &count);
+    answer["reason"] = value!(reason);
+    answer["requested_by"] = requested_by.into();
+    answer["approved_by"] = actor(&caller.0).into();
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
+}
+
+pub async fn withdraw(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    KeyId(id): KeyId,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let plan = move |view: &View<'_>| {
+        let proposal = pending(view, &id)?.clone();
+        Ok::<_, Problem>((vec![Change::CutoffWithdrawn { id: proposal.cutoff.id.clone() }], proposal))
+    };
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    tracing::warn!(by = actor(&caller.0), id = proposal.cutoff.id, "a mass revocation was withdrawn");
+    let answer = value!({ "withdrawn": proposal_view(&proposal) });
+    Ok(json(StatusCode::OK, request::finish(&app, committed, waits.for_nothing(), answer).await))
+}
+
+/// The cut-offs of `proposals` that wait at `now`.
+pub fn pending_view(proposals: &[Proposal], now: u64) -> Value {
+    proposals.iter().filter(|proposal| proposal.is_pending(now)).map(proposal_view).collect()
+}
+
+fn pending<'v>(view: &'v View<'_>, id: &str) -> Result<&'v Proposal, Problem> {
+    let mut proposals = view.model.proposals().iter();
+    proposals.find(|proposal| proposal.cutoff.id == id && proposal.is_pending(view.now)).ok_or_else(|| {
+        Problem::not_found("No cut-off with this id waits for an approval; each does so for 1 h.")
+    })
+}
+
+fn approval_view(proposal: &Proposal) -> Value {
+    value!({
+        "id": proposal.cutoff.id,
+        "requested_by": proposal.requested_by,
+        "requested_at": clock::rfc3339(proposal.requested_at),
+        "expires_at": clock::rfc3339(proposal.expires_at()),
+    })
+}
+
+fn proposal_view(proposal: &Proposal) -> Value {
+    let mut view = order_view(&proposal.cutoff, &proposal.count);
+    view["share"] = proposal.count.share().into();
+    view["reason"] = value!(proposal.reason);
+    view["approval"] = approval_view(proposal);
+    view
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    use axum::body::{Body, to_bytes};
+    use axum::http::{Request, header};
+    use tower::ServiceExt as _;
+
+    use super::*;
+    use crate::app::{self, Serving};
+    use crate::approval::LIFE_S;
+    use crate::clock::Clock;
+    use crate::config;
+
+    const REVOKE: &str = "/api/admin/emergency/revoke";
+
+    /// A control plane in a directory of its own, at a time that the test sets.
+    struct World {
+        serving: Serving,
+        now_s: Arc<AtomicU64>,
+        admin: String,
+        _directory: tempfile::TempDir,
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            let typed = "listen = \"127.0.0.1:0\"\nsync_listen = \"127.0.0.1:0\"\n\
+                         emergency.two_approvals_above = 0.25";
+            let data = directory.path().join("data").display().to_string();
+            let config = config::read(typed, &[("data_dir", data, "test".into())]).unwrap();
+            let now_s = Arc::new(AtomicU64::new(1_000_000_000));
+            let clock = Arc::clone(&now_s);
+            let clock = Clock::from_fn(move || clock.load(Ordering::Relaxed) * 1_000);
+            let key_file = config.admin_key_file.clone();
+            let serving = app::start(config, clock, None).await.unwrap();
+            let admin = std::fs::read_to_string(key_file).unwrap().trim().to_owned();
+            Self { serving, now_s, admin, _directory: directory }
+        }
+
+        fn pass(&self, seconds: u64) {
+            self.now_s.fetch_add(seconds, Ordering::Relaxed);
+        }
+
+        async fn call(&self, method: &str, path: &str, key: &str, body: Value) -> (u16, Value) {
+            let request = Request::builder()
+                .method(method)
+                .uri(path)
+                .header(header::AUTHORIZATION, format!("Bearer {key}"))
+                .body(Body::from(body.to_string()))
+                .unwrap();
+            let response =
+                super::super::router(Arc::clone(&self.serving.app)).oneshot(request).await.unwrap();
+            let status = response.status().as_u16();
+            let bytes = to_bytes(response.into_body(), usize::MAX).await.unwrap();
+            (status, serde_json::from_slice(&bytes).unwrap())
+        }
+
+        async fn issue(&self, role: &str) -> String {
+            let body = value!({ "name": "n", "role": role });
+            let (status, key) = self.call("POST", "/api/auth/register", &self.admin, body).await;
+            assert_eq!(status, 201, "{key}");
+            key["api_key"].as_str().unwrap().to_owned()
+        }
+
+        /// Asks to end every key; the path of its approval.
+        async fn ask(&self) -> String {
+            let (status, answer) = self.call("POST", REVOKE, &self.admin, value!({})).await;
+            assert_eq!(status, 202, "{answer}");
+            format!("/api/admin/emergency/approvals/{}", answer["approval"]["id"].as_str().unwrap())
+        }
+
+        async fn emergency(&self) -> Value {
+            self.call("GET", "/api/admin/emergency", &self.admin, value!({})).await.1
+        }
+    }
+
+    #[tokio::test]
+    async fn a_request_waits_for_an_hour_and_is_forgotten_with_the_next_one() {
+        let world = World::new().await;
+        let second = world.issue("admin").await;
+        world.pass(1);
+        let path = world.ask().await;
+        world.pass(LIFE_S);
+        for method in ["POST", "DELETE"] {
+            let (status, answer) = world.call(method, &path, &second, value!({})).await;
+            assert_eq!((status, &answer["code"]), (404, &value!("not_found")), "{answer}");
+        }
+        assert_eq!(world.emergency().await["approvals"], value!([]));
+        assert_eq!(world.serving.app.state().proposals.len(), 1);
+
+        let path = world.ask().await;
+        assert_eq!(world.serving.app.state().proposals.len(), 1, "the expired one is gone");
+        world.pass(LIFE_S - 1);
+        let version = world.serving.app.state().version;
+        let (status, answer) = world.call("POST", &path, &second, value!({})).await;
+        assert_eq!(status, 200, "{answer}");
+        assert!(world.serving.app.state().proposals.is_empty());
+        assert!(world.serving.app.state().version > version, "now it is news for proxies");
+        let (status, _) = world.call("POST", &path, &world.admin, value!({})).await;
+        assert_eq!(status, 404, "what is approved waits no more");
+    }
+
+    #[tokio::test]
+    async fn only_so_many_wait_and_proxies_hear_of_none() {
+        let world = World::new().await;
+        world.issue("basic").await;
+        let version = world.serving.app.state().version;
+        let first = world.ask().await;
+        for _ in 1..MAX_PENDING {
+            world.ask().await;
+        }
+        let (status, answer) = world.call("POST", REVOKE, &world.admin, value!({})).await;
+        assert_eq!((status, &answer["code"]), (409, &value!("too_many_approvals")), "{answer}");
+        let (status, answer) = world.call("DELETE", &first, &world.admin, value!({})).await;
+        assert_eq!((status, &answer["withdrawn"]["keys"]), (200, &value!(1)), "{answer}");
+        world.ask().await;
+        assert_eq!(world.emergency().await["approvals"].as_array().unwrap().len(), MAX_PENDING);
+        assert_eq!(world.emergency().await["cutoffs"], value!([]));
+        assert_eq!(world.serving.app.state().version, version);
+    }
+}
