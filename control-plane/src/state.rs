@@ -1,16 +1,16 @@
 //! The state that proxies enforce: one immutable [`State`], built anew by the writer with every change,
 //! and read by everybody through a `watch` channel.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
-use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
+use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
 use keygate_core::version::Version;
-use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS};
+use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
 use serde::{Deserialize, Serialize};
 
 use crate::approval::Proposal;
@@ -155,6 +155,8 @@ pub struct Effect {
     pub ops: Vec<Op>,
     /// Whether the rules changed.
     pub rules: bool,
+    /// Which members of them; found when they are published.
+    pub members: BTreeSet<String>,
     /// Whether proxies take a snapshot, however little changed.
     pub rebuilt: bool,
 }
@@ -436,15 +438,16 @@ impl Deltas {
             return Self::snapshot(state, sent_at_ms);
         };
         let start = kept.entries.partition_point(|(seq, _)| *seq <= base.seq);
-        let (mut ops, mut rules) = (Vec::new(), false);
+        let (mut ops, mut members) = (Vec::new(), BTreeSet::new());
         for (_, effect) in kept.entries.range(start..).take_while(|(seq, _)| *seq <= state.version.seq) {
             ops.extend_from_slice(&effect.ops);
-            rules |= effect.rules;
+            members.extend(effect.members.iter().cloned());
         }
+        drop(kept);
         Answer {
             version: state.version,
             sent_at_ms,
-            rules: rules.then(|| state.rules_bytes.clone()),
+            rules: new_rules(state, &members),
             body: Body::Delta { base_seq: base.seq, ops },
         }
     }
@@ -454,13 +457,25 @@ impl Deltas {
         Answer {
             version: state.version,
             sent_at_ms,
-            rules: Some(state.rules_bytes.clone()),
+            rules: NewRules::Whole(state.rules_bytes.clone()),
             body: Body::Snapshot {
                 bits: state.revocations.bits(),
                 digests: shards.iter().map(|shard| shard.digest()).collect(),
             },
         }
     }
+}
+
+/// The rules for a proxy that has other values of these members.
+fn new_rules(state: &State, members: &BTreeSet<String>) -> NewRules {
+    if members.is_empty() {
+        return NewRules::Same;
+    }
+    let patch = rules::patch(&state.rules_bytes, members);
+    if patch.len() >= state.rules_bytes.len() {
+        return NewRules::Whole(state.rules_bytes.clone());
+    }
+    NewRules::Patch { patch, digest: digest(&state.rules_bytes) }
 }
 
 #[cfg(test)]

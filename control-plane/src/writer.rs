@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keygate_core::rules::RulesError;
+use keygate_core::rules::{self, RulesError};
 use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -445,26 +445,31 @@ impl Thread {
         }
     }
 
-    fn publish(&mut self, model: Model, effects: Vec<(u64, Effect)>) {
+    fn publish(&mut self, model: Model, mut effects: Vec<(u64, Effect)>) {
         let before = self.states.borrow().clone();
         self.rules_changed |= effects.iter().any(|(_, effect)| effect.rules);
-        // Kept whatever becomes of the rules: the next version must bring every revocation of this one.
-        for (seq, effect) in effects {
-            self.deltas.push(seq, effect);
-        }
-        let with_rules_of = if self.rules_changed { None } else { Some(&*before) };
-        match model.picture(with_rules_of) {
+        let state = match model.picture((!self.rules_changed).then_some(&*before)) {
             Ok(state) => {
                 self.rules_changed = false;
-                self.show(state);
+                Ok(state)
             }
             // Plans check what they change; this is for what nobody thought of. Revocations go on.
             Err(error) => {
                 tracing::error!(%error, "the new rules do not hold; proxies keep those they have");
-                if let Ok(state) = model.picture(Some(&before)) {
-                    self.show(state);
-                }
+                model.picture(Some(&before))
             }
+        };
+        if let (Ok(state), Some((_, last))) = (&state, effects.last_mut())
+            && state.rules_bytes != before.rules_bytes
+        {
+            last.members = rules::changed_members(&before.rules_bytes, &state.rules_bytes);
+        }
+        // Kept whatever becomes of the rules: the next version must bring every revocation of this one.
+        for (seq, effect) in effects {
+            self.deltas.push(seq, effect);
+        }
+        if let Ok(state) = state {
+            self.show(state);
         }
         self.model = model;
     }

@@ -1,12 +1,14 @@
 //! Everything that a proxy enforces apart from the revoked keys: [`Rules`] as they travel and
 //! [`Ruleset`] as they are decided with.
 
+use std::collections::BTreeSet;
 use std::fmt;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::DecodingKey;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
@@ -157,6 +159,45 @@ impl Rules {
         // Writing a struct of strings and numbers into memory cannot fail.
         serde_json::to_vec(self).unwrap_or_default()
     }
+}
+
+/// The members that differ between the bytes of two rules.
+pub fn changed_members(old: &[u8], new: &[u8]) -> BTreeSet<String> {
+    let (old, new) = (members(old), members(new));
+    let names: BTreeSet<&String> = old.keys().chain(new.keys()).collect();
+    names.into_iter().filter(|name| old.get(*name) != new.get(*name)).cloned().collect()
+}
+
+/// What changes rules that had other values of these members into `new`: a JSON merge patch (RFC 7396) of whole
+/// members.
+pub fn patch(new: &[u8], changed: &BTreeSet<String>) -> Vec<u8> {
+    let new = members(new);
+    let value = |name: &String| new.get(name).cloned().unwrap_or(Value::Null);
+    let patch: Map<String, Value> = changed.iter().map(|name| (name.clone(), value(name))).collect();
+    serde_json::to_vec(&patch).unwrap_or_default()
+}
+
+/// The bytes of the rules that `patch` makes of `old`.
+///
+/// # Errors
+/// When either cannot be read, or the outcome are no rules.
+pub fn patched(old: &[u8], patch: &[u8]) -> Result<Vec<u8>, RulesError> {
+    let unreadable = |e: serde_json::Error| RulesError::Unreadable(e.to_string());
+    let mut rules: Map<String, Value> = serde_json::from_slice(old).map_err(unreadable)?;
+    let patch: Map<String, Value> = serde_json::from_slice(patch).map_err(unreadable)?;
+    for (name, value) in patch {
+        if value.is_null() {
+            rules.remove(&name);
+        } else {
+            rules.insert(name, value);
+        }
+    }
+    let rules: Rules = serde_json::from_value(Value::Object(rules)).map_err(unreadable)?;
+    Ok(rules.encode())
+}
+
+fn members(rules: &[u8]) -> Map<String, Value> {
+    serde_json::from_slice(rules).unwrap_or_default()
 }
 
 /// A verification key, ready for use.
@@ -342,6 +383,26 @@ mod tests {
         assert!(Rules::decode(text.replace("\"format\":1", "\"format\":2").as_bytes()).is_err());
         assert!(Rules::decode(text.replace("\"realm\"", "\"relm\"").as_bytes()).is_err());
         assert!(Rules::decode(&vec![b' '; MAX_RULES_BYTES + 1]).is_err());
+    }
+
+    #[test]
+    fn a_patch_makes_of_the_old_rules_the_new_ones_and_is_small() {
+        let old = rules();
+        let mut new = rules();
+        new.lockdown = Some(Lockdown { until: 7, exempt_roles: vec!["admin".into()] });
+        new.expired_until = 5;
+        let (old, new) = (old.encode(), new.encode());
+        for (from, to) in [(&old, &new), (&new, &old)] {
+            let changed = changed_members(from, to);
+            assert_eq!(changed.iter().map(String::as_str).collect::<Vec<_>>(), ["expired_until", "lockdown"]);
+            let patch = patch(to, &changed);
+            assert!(patch.len() < 80, "{}", String::from_utf8_lossy(&patch));
+            assert_eq!(patched(from, &patch).unwrap(), *to);
+        }
+        assert!(changed_members(&old, &old).is_empty());
+        for bad in ["", "[]", r#"{"realm":null}"#, r#"{"colour":"red"}"#, r#"{"keys":[{"kid":1}]}"#] {
+            assert!(patched(&old, bad.as_bytes()).is_err(), "{bad}");
+        }
     }
 
     proptest! {

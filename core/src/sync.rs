@@ -10,9 +10,11 @@ use std::ops::Range;
 
 use crate::gate::ShardSource;
 use crate::revocation::{self, Op, Shard, ShardError};
-use crate::rules::{Rules, RulesError, Ruleset};
+use crate::rules::{self, Rules, RulesError, Ruleset};
 use crate::version::Version;
-use crate::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, ShardRequest, WireError};
+use crate::wire::{
+    self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest, WireError,
+};
 
 /// Follows one line of state.
 #[derive(Debug, Default)]
@@ -112,6 +114,9 @@ pub enum SyncError {
         /// What is enforced.
         enforced: Version,
     },
+    /// A patch that does not make the announced rules of those there are.
+    #[error("patched rules do not have the announced digest")]
+    Patch,
     /// A delta to another version than the one enforced.
     #[error("delta does not apply to the version enforced")]
     Gap,
@@ -252,35 +257,53 @@ impl Follower {
         self.resync = false;
     }
 
-    /// Takes the answer to [`Ask::Poll`].
+    /// Takes the answer to [`Ask::Poll`]; `own_rules` gives the bytes of the rules enforced now.
     ///
     /// # Errors
     /// See [`SyncError`]; nothing changes then, and the next poll asks for the whole state where that
     /// would help.
-    pub fn on_answer(&mut self, bytes: &[u8]) -> Result<Outcome, SyncError> {
+    pub fn on_answer(
+        &mut self,
+        bytes: &[u8],
+        own_rules: impl FnOnce() -> Option<Vec<u8>>,
+    ) -> Result<Outcome, SyncError> {
         let answer = Answer::decode(bytes)?;
         if let Some(enforced) = self.applied
             && answer.version < enforced
         {
             return Err(SyncError::Older { offered: answer.version, enforced });
         }
-        if let Some(rules) = &answer.rules {
+        if let Body::Delta { base_seq, .. } = answer.body
+            && self.applied != Some(Version { source: answer.version.source, seq: base_seq })
+        {
+            self.resync = true;
+            return Err(SyncError::Gap);
+        }
+        let rules = match answer.rules {
+            NewRules::Same => None,
+            NewRules::Whole(rules) => Some(rules),
+            NewRules::Patch { patch, digest } => {
+                self.resync = true; // Unless it fits.
+                let rules = rules::patched(&own_rules().ok_or(SyncError::Patch)?, &patch)?;
+                if revocation::digest(&rules) != digest {
+                    return Err(SyncError::Patch);
+                }
+                self.resync = false;
+                Some(rules)
+            }
+        };
+        if let Some(rules) = &rules {
             Ruleset::try_from(Rules::decode(rules)?)?;
         }
         match answer.body {
-            Body::Delta { base_seq, ops } => {
-                let base = Version { source: answer.version.source, seq: base_seq };
-                if self.applied != Some(base) {
-                    self.resync = true;
-                    return Err(SyncError::Gap);
-                }
-                if answer.version == base && answer.rules.is_none() && ops.is_empty() {
+            Body::Delta { ops, .. } => {
+                if self.applied == Some(answer.version) && rules.is_none() && ops.is_empty() {
                     return Ok(Outcome::Current { sent_at_ms: answer.sent_at_ms });
                 }
                 Ok(Outcome::Publish(Publication {
                     version: answer.version,
                     sent_at_ms: answer.sent_at_ms,
-                    rules: answer.rules,
+                    rules,
                     revocations: Change::Ops(ops),
                 }))
             }
@@ -288,7 +311,7 @@ impl Follower {
                 self.take_over = Some(TakeOver {
                     version: answer.version,
                     sent_at_ms: answer.sent_at_ms,
-                    rules: answer.rules,
+                    rules,
                     bits,
                     shards: digests.into_iter().map(|digest| (Place::Unknown, digest)).collect(),
                     fetched: VecDeque::new(),
@@ -381,11 +404,12 @@ mod tests {
         let shards: Vec<Vec<u8>> = set.shards().iter().map(|shard| shard.encode()).collect();
         let digests = shards.iter().map(|shard| revocation::digest(shard)).collect();
         let body = Body::Snapshot { bits: set.bits(), digests };
-        (Answer { version: at(seq), sent_at_ms: 5, rules: Some(rules()), body }, shards)
+        (Answer { version: at(seq), sent_at_ms: 5, rules: NewRules::Whole(rules()), body }, shards)
     }
 
     fn delta(base_seq: u64, seq: u64, ops: Vec<Op>) -> Vec<u8> {
-        Answer { version: at(seq), sent_at_ms: 6, rules: None, body: Body::Delta { base_seq, ops } }.encode()
+        Answer { version: at(seq), sent_at_ms: 6, rules: NewRules::Same, body: Body::Delta { base_seq, ops } }
+            .encode()
     }
 
     fn many(range: std::ops::Range<u32>) -> ExactSet {
@@ -413,7 +437,7 @@ mod tests {
         let mut follower = Follower::default();
         assert_eq!(follower.ask(), Ask::Poll { applied: None, resync: false });
         let mut own = Own(Vec::new());
-        assert!(matches!(follower.on_answer(&answer.encode()), Ok(Outcome::TakeOver)));
+        assert!(matches!(follower.on_answer(&answer.encode(), || None), Ok(Outcome::TakeOver)));
         assert_eq!(follower.ask(), Ask::Nothing, "first it is seen what is here already");
         let (mut staged, mut done) = steps(&mut follower, &mut own).unwrap();
         assert_eq!(staged, [0_u16; 0]);
@@ -437,7 +461,7 @@ mod tests {
         // One more, and a control plane that lost its deltas: one shard crosses the wire.
         set.apply(Op::Revoke(Fingerprint::of("one more")));
         let (answer, shards) = snapshot(10, &set);
-        follower.on_answer(&answer.encode()).unwrap();
+        follower.on_answer(&answer.encode(), || None).unwrap();
         assert_eq!(steps(&mut follower, &mut own).unwrap().0.len(), 63);
         let Ask::Shards(request) = follower.ask() else { panic!("a shard is missing") };
         assert_eq!(request.shards, [Fingerprint::of("one more").shard(6)]);
@@ -450,7 +474,7 @@ mod tests {
     fn an_empty_snapshot_needs_no_second_question() {
         let (answer, _) = snapshot(1, &ExactSet::default());
         let mut follower = Follower::default();
-        follower.on_answer(&answer.encode()).unwrap();
+        follower.on_answer(&answer.encode(), || None).unwrap();
         let (staged, publication) = steps(&mut follower, &mut Own(Vec::new())).unwrap();
         assert_eq!((staged.len(), publication.is_some()), (1, true));
     }
@@ -460,13 +484,16 @@ mod tests {
         let mut follower = Follower::from(Some(at(5)));
         let mut own = Own(Vec::new());
         let op = Op::Revoke(Fingerprint(1));
-        assert!(matches!(follower.on_answer(&delta(5, 5, vec![])), Ok(Outcome::Current { sent_at_ms: 6 })));
-        assert!(matches!(follower.on_answer(&delta(5, 6, vec![op])), Ok(Outcome::Publish(_))));
+        assert!(matches!(
+            follower.on_answer(&delta(5, 5, vec![]), || None),
+            Ok(Outcome::Current { sent_at_ms: 6 })
+        ));
+        assert!(matches!(follower.on_answer(&delta(5, 6, vec![op]), || None), Ok(Outcome::Publish(_))));
         follower.published(at(6));
-        assert!(matches!(follower.on_answer(&delta(7, 8, vec![op])), Err(SyncError::Gap)));
+        assert!(matches!(follower.on_answer(&delta(7, 8, vec![op]), || None), Err(SyncError::Gap)));
         assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(6)), resync: true });
         let (answer, _) = snapshot(8, &ExactSet::default());
-        assert!(matches!(follower.on_answer(&answer.encode()), Ok(Outcome::TakeOver)));
+        assert!(matches!(follower.on_answer(&answer.encode(), || None), Ok(Outcome::TakeOver)));
         assert!(steps(&mut follower, &mut own).unwrap().1.is_some());
         follower.published(at(8));
         assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(8)), resync: false });
@@ -477,15 +504,15 @@ mod tests {
         let mut follower = Follower::from(Some(at(50)));
         let (older, _) = snapshot(49, &ExactSet::default());
         assert!(matches!(
-            follower.on_answer(&older.encode()),
+            follower.on_answer(&older.encode(), || None),
             Err(SyncError::Older { offered, enforced }) if offered == at(49) && enforced == at(50)
         ));
         let (mut newer, _) = snapshot(1, &ExactSet::default());
         newer.version.source = 8;
-        assert!(matches!(follower.on_answer(&newer.encode()), Ok(Outcome::TakeOver)));
+        assert!(matches!(follower.on_answer(&newer.encode(), || None), Ok(Outcome::TakeOver)));
         newer.version.source = 6;
         newer.version.seq = 1_000;
-        assert!(follower.on_answer(&newer.encode()).is_err());
+        assert!(follower.on_answer(&newer.encode(), || None).is_err());
     }
 
     #[test]
@@ -504,7 +531,7 @@ mod tests {
             |shards| shards.clear(),
         ] {
             let mut follower = Follower::default();
-            follower.on_answer(&answer.encode()).unwrap();
+            follower.on_answer(&answer.encode(), || None).unwrap();
             steps(&mut follower, &mut Own(Vec::new())).unwrap();
             let taken = follower
                 .on_shards(pieces(bad))
@@ -518,9 +545,45 @@ mod tests {
     #[test]
     fn rules_that_do_not_hold_change_nothing() {
         let (mut answer, _) = snapshot(1, &ExactSet::default());
-        answer.rules = Some(b"{}".to_vec());
+        answer.rules = NewRules::Whole(b"{}".to_vec());
         let mut follower = Follower::default();
-        assert!(matches!(follower.on_answer(&answer.encode()), Err(SyncError::Rules(_))));
+        assert!(matches!(follower.on_answer(&answer.encode(), || None), Err(SyncError::Rules(_))));
         assert_eq!(follower.applied(), None);
+    }
+
+    #[test]
+    fn a_patch_of_the_rules_fits_the_rules_there_are_or_all_are_asked_for() {
+        let old = rules();
+        let mut changed = Rules::decode(&old).unwrap();
+        changed.expired_until = 9;
+        let new = changed.encode();
+        let patch = rules::patch(&new, &rules::changed_members(&old, &new));
+        let answer = |digest| {
+            let body = Body::Delta { base_seq: 5, ops: Vec::new() };
+            let rules = NewRules::Patch { patch: patch.clone(), digest };
+            Answer { version: at(6), sent_at_ms: 0, rules, body }.encode()
+        };
+        let good = answer(revocation::digest(&new));
+        let mut follower = Follower::from(Some(at(5)));
+        let Ok(Outcome::Publish(publication)) = follower.on_answer(&good, || Some(old.clone())) else {
+            panic!("it fits")
+        };
+        assert_eq!(publication.rules, Some(new.clone()));
+        assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(5)), resync: false });
+        type Own = fn() -> Option<Vec<u8>>;
+        let others: [(Vec<u8>, Own); 3] = [
+            (answer([0; DIGEST_BYTES]), || Some(rules())),
+            (good.clone(), || None),
+            (good, || {
+                let mut other = Rules::decode(&rules()).unwrap();
+                other.realm = "other".into();
+                Some(other.encode())
+            }),
+        ];
+        for (answer, own) in others {
+            let mut follower = Follower::from(Some(at(5)));
+            assert!(matches!(follower.on_answer(&answer, own), Err(SyncError::Patch)));
+            assert_eq!(follower.ask(), Ask::Poll { applied: Some(at(5)), resync: true });
+        }
     }
 }

@@ -7,13 +7,15 @@
 //! ```text
 //! answer to a poll, little-endian
 //!  0  4  magic "KGS1"
-//!  4  1  kind: 1 delta, 2 snapshot
+//!  4  1  kind: 1 delta, 2 snapshot, 3 delta with a patch of the rules
 //!  5  8  source of the version
 //! 13  8  seq of the version that the receiver has after applying this
 //! 21  8  time of sending, Unix milliseconds
 //! 29  4  n: bytes of rules; 0 in a delta: unchanged
-//! 33  n  rules, JSON
-//!        delta:
+//! 33  n  rules, JSON; in a delta with a patch: JSON merge patch (RFC 7396) of the rules that the receiver has
+//!        delta with a patch:
+//!    32  SHA-256 of the rules that it makes
+//!        delta, also with a patch:
 //!     8  seq of the version that this applies to
 //!     4  m: number of changes
 //!    9m  changes: kind (1 revoke, 2 suspend, 3 resume, 4 forget), fingerprint
@@ -125,10 +127,26 @@ pub struct Answer {
     pub version: Version,
     /// When it was sent, Unix milliseconds.
     pub sent_at_ms: u64,
-    /// The rules' bytes; `None` in a delta that does not change them.
-    pub rules: Option<Vec<u8>>,
+    /// The rules.
+    pub rules: NewRules,
     /// What to change.
     pub body: Body,
+}
+
+/// What an answer says of the rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NewRules {
+    /// They are as they were. Not in a snapshot.
+    Same,
+    /// Their bytes.
+    Whole(Vec<u8>),
+    /// What changed of those that the receiver has. Not in a snapshot.
+    Patch {
+        /// See [`crate::rules::patched`].
+        patch: Vec<u8>,
+        /// SHA-256 of the rules that it makes.
+        digest: [u8; DIGEST_BYTES],
+    },
 }
 
 /// What an answer changes.
@@ -172,16 +190,23 @@ impl Answer {
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(64);
         out.extend_from_slice(ANSWER_MAGIC);
-        out.push(match self.body {
-            Body::Delta { .. } => 1,
-            Body::Snapshot { .. } => 2,
+        out.push(match (&self.body, &self.rules) {
+            (Body::Delta { .. }, NewRules::Patch { .. }) => 3,
+            (Body::Delta { .. }, _) => 1,
+            (Body::Snapshot { .. }, _) => 2,
         });
         out.extend_from_slice(&self.version.source.to_le_bytes());
         out.extend_from_slice(&self.version.seq.to_le_bytes());
         out.extend_from_slice(&self.sent_at_ms.to_le_bytes());
-        let rules = self.rules.as_deref().unwrap_or_default();
+        let rules: &[u8] = match &self.rules {
+            NewRules::Same => &[],
+            NewRules::Whole(bytes) | NewRules::Patch { patch: bytes, .. } => bytes,
+        };
         out.extend_from_slice(&count(rules.len()));
         out.extend_from_slice(rules);
+        if let NewRules::Patch { digest, .. } = &self.rules {
+            out.extend_from_slice(digest);
+        }
         match &self.body {
             Body::Delta { base_seq, ops } => {
                 out.extend_from_slice(&base_seq.to_le_bytes());
@@ -210,12 +235,17 @@ impl Answer {
         let version = Version { source: reader.u64()?, seq: reader.u64()? };
         let sent_at_ms = reader.u64()?;
         let rules_bytes = reader.capped(MAX_RULES_BYTES)?;
-        let rules = (rules_bytes > 0).then(|| reader.take(rules_bytes)).transpose()?;
+        let bytes = reader.take(rules_bytes)?.to_vec();
+        let rules = match kind {
+            3 => NewRules::Patch { patch: bytes, digest: reader.array()? },
+            _ if bytes.is_empty() => NewRules::Same,
+            _ => NewRules::Whole(bytes),
+        };
         let body = match kind {
-            1 => Body::Delta { base_seq: reader.u64()?, ops: decode_ops(&mut reader)? },
+            1 | 3 => Body::Delta { base_seq: reader.u64()?, ops: decode_ops(&mut reader)? },
             2 => {
                 let bits = reader.u8()?;
-                if bits > MAX_SHARD_BITS || rules.is_none() {
+                if bits > MAX_SHARD_BITS || rules == NewRules::Same {
                     return Err(WireError::TooMany);
                 }
                 let shards = 1_usize.checked_shl(u32::from(bits)).unwrap_or(1);
@@ -226,7 +256,7 @@ impl Answer {
             _ => return Err(WireError::UnknownFormat),
         };
         reader.end()?;
-        Ok(Self { version, sent_at_ms, rules: rules.map(<[u8]>::to_vec), body })
+        Ok(Self { version, sent_at_ms, rules, body })
     }
 }
 
@@ -398,7 +428,7 @@ mod tests {
         Answer {
             version: Version { source: 0x0102, seq: 9 },
             sent_at_ms: 0x0304,
-            rules: None,
+            rules: NewRules::Same,
             body: Body::Delta { base_seq: 8, ops: vec![Op::Revoke(Fingerprint(0x0a0b))] },
         }
     }
@@ -407,7 +437,7 @@ mod tests {
         Answer {
             version: Version { source: 1, seq: 2 },
             sent_at_ms: 3,
-            rules: Some(b"{}".to_vec()),
+            rules: NewRules::Whole(b"{}".to_vec()),
             body: Body::Snapshot { bits: 1, digests: vec![[0xaa; 32], [0xbb; 32]] },
         }
     }
@@ -441,6 +471,24 @@ mod tests {
         .concat();
         assert_eq!(snapshot().encode(), want);
         assert_eq!(Answer::decode(&want).unwrap(), snapshot());
+
+        let patch = Answer {
+            rules: NewRules::Patch { patch: b"{}".to_vec(), digest: [0xcc; 32] },
+            body: Body::Delta { base_seq: 1, ops: Vec::new() },
+            ..snapshot()
+        };
+        let want = [
+            b"KGS1\x03".as_slice(),
+            &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0],
+            &[2, 0, 0, 0],
+            b"{}",
+            &[0xcc; 32],
+            &[1, 0, 0, 0, 0, 0, 0, 0],
+            &[0, 0, 0, 0],
+        ]
+        .concat();
+        assert_eq!(patch.encode(), want);
+        assert_eq!(Answer::decode(&want).unwrap(), patch);
 
         let shards = encode_shards([b"ab".as_slice(), b"c"].into_iter());
         assert_eq!(shards, b"KGB1\x02\0\0\0\x02\0\0\0ab\x01\0\0\0c");
@@ -485,7 +533,7 @@ mod tests {
         other[3] = b'2';
         assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
         other[3] = b'1';
-        other[4] = 3;
+        other[4] = 4;
         assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
     }
 
@@ -501,7 +549,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_decodes_encodes_to_the_same_bytes(mut tail in prop::collection::vec(any::<u8>(), 0..200), kind in 1u8..3) {
+        fn what_decodes_encodes_to_the_same_bytes(mut tail in prop::collection::vec(any::<u8>(), 0..200), kind in 1u8..4) {
             let mut bytes = b"KGS1".to_vec();
             bytes.push(kind);
             bytes.append(&mut tail);
@@ -516,7 +564,7 @@ mod tests {
                 let fingerprint = Fingerprint(value);
                 match kind { 0 => Op::Revoke(fingerprint), 1 => Op::Suspend(fingerprint), 2 => Op::Resume(fingerprint), _ => Op::Forget(fingerprint) }
             }).collect();
-            let answer = Answer { version: Version { source, seq }, sent_at_ms: 1, rules: None, body: Body::Delta { base_seq, ops } };
+            let answer = Answer { version: Version { source, seq }, sent_at_ms: 1, rules: NewRules::Same, body: Body::Delta { base_seq, ops } };
             prop_assert_eq!(Answer::decode(&answer.encode()).unwrap(), answer);
         }
 

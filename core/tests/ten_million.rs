@@ -11,7 +11,7 @@ use keygate_core::rules::{self, Rules};
 use keygate_core::shared::{Conflict, Contact, Publisher, Publishing, SharedData};
 use keygate_core::sync::{Ask, Change, Follower, Outcome, Publication, Step};
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Answer, Body, MAX_ANSWER_BYTES, SHARDS_ANSWER_BYTES};
+use keygate_core::wire::{self, Answer, Body, MAX_ANSWER_BYTES, NewRules, SHARDS_ANSWER_BYTES};
 
 const ISSUED: u32 = 10_000_000;
 /// One in ten is revoked.
@@ -79,7 +79,8 @@ impl ControlPlane {
     fn snapshot(&mut self) -> Vec<u8> {
         let digests = self.set.shards().iter().map(|shard| shard.digest()).collect();
         let body = Body::Snapshot { bits: self.set.bits(), digests };
-        let bytes = Answer { version: self.version, sent_at_ms: 0, rules: Some(rules()), body }.encode();
+        let bytes =
+            Answer { version: self.version, sent_at_ms: 0, rules: NewRules::Whole(rules()), body }.encode();
         self.count(bytes)
     }
 
@@ -102,7 +103,7 @@ impl ControlPlane {
         self.version.seq += 1;
         ops.iter().for_each(|op| self.set.apply(*op));
         let body = Body::Delta { base_seq, ops };
-        let bytes = Answer { version: self.version, sent_at_ms: 0, rules: None, body }.encode();
+        let bytes = Answer { version: self.version, sent_at_ms: 0, rules: NewRules::Same, body }.encode();
         self.count(bytes)
     }
 
@@ -131,7 +132,7 @@ impl Leader {
     }
 
     fn take(&mut self, shared: &mut Shared, control_plane: &mut ControlPlane, answer: &[u8]) {
-        match self.timed(|leader| leader.follower.on_answer(answer)).expect("a good answer") {
+        match self.timed(|leader| leader.follower.on_answer(answer, || None)).expect("a good answer") {
             Outcome::Publish(publication) => self.publish(shared, publication),
             Outcome::TakeOver => self.take_over(shared, control_plane),
             Outcome::Current { .. } => {}

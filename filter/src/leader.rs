@@ -15,8 +15,10 @@ use crate::plugin::Configuration;
 
 const POLL_PATH: &str = "/sync/v1/poll";
 const SHARDS_PATH: &str = "/sync/v1/shards";
-/// What a call may take beyond the time for which a poll is held back.
+/// What a call may take beyond the time for which a poll is held back; a sixth of the hard age if that is less, but
+/// never less than [`SHORTEST_CALL_TIMEOUT`].
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+const SHORTEST_CALL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Pauses after failures: doubled each time, from and up to.
 const FIRST_PAUSE_NS: u64 = 50_000_000;
 const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
@@ -61,6 +63,29 @@ struct Sweep {
     next: u16,
 }
 
+/// The moment at which something is done, and what is known then.
+#[derive(Clone, Copy)]
+pub struct Now<'m> {
+    /// The monotonic clock, nanoseconds.
+    pub ns: u64,
+    /// The VMs of this process.
+    pub census: Census,
+    /// How old the state may become; `None` when there is none.
+    pub hard_age: Option<Duration>,
+    /// What is counted.
+    pub metrics: &'m Metrics,
+}
+
+impl Now<'_> {
+    /// For how long a poll may be held back, and then what any call may take. A connection that is lost without a
+    /// word must be given up before the state is too old.
+    fn patience(self, poll_wait: Duration) -> (Duration, Duration) {
+        let Some(hard_age) = self.hard_age else { return (poll_wait, CALL_TIMEOUT) };
+        let part = |parts| hard_age.checked_div(parts).unwrap_or(hard_age);
+        (poll_wait.min(part(3)), part(6).clamp(SHORTEST_CALL_TIMEOUT, CALL_TIMEOUT))
+    }
+}
+
 /// Why there is no progress.
 enum Trouble {
     Call(String),
@@ -101,8 +126,8 @@ impl Leader {
     }
 
     /// Renews or tries the lease, works, and asks when it is time; how soon it wants to be called again.
-    pub fn on_tick(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
-        if !shared::hold_lease(&mut Shared, self.vm, now_ns) {
+    pub fn on_tick(&mut self, now: Now<'_>) -> Option<Duration> {
+        if !shared::hold_lease(&mut Shared, self.vm, now.ns) {
             if self.leading.take().is_some() {
                 host::info("another worker's VM leads now");
             }
@@ -110,48 +135,41 @@ impl Leader {
         }
         if self.leading.is_none() {
             let publisher = Publisher::take_over(&mut Shared, self.vm).ok()?;
-            metrics.takeovers.increment();
-            self.leading = Some(Leading::new(publisher, now_ns));
+            now.metrics.takeovers.increment();
+            self.leading = Some(Leading::new(publisher, now.ns));
         }
         #[cfg(feature = "trap")]
         crate::trap::on_leader_tick();
-        self.go_on(now_ns, census, metrics)
+        self.go_on(now)
     }
 
     /// Takes an answer; how soon it wants to be called again.
-    pub fn on_answer(
-        &mut self,
-        token: u32,
-        answer: Option<Answer>,
-        now_ns: u64,
-        census: Census,
-        metrics: &Metrics,
-    ) -> Option<Duration> {
+    pub fn on_answer(&mut self, token: u32, answer: Option<Answer>, now: Now<'_>) -> Option<Duration> {
         let leading = self.leading.as_mut().filter(|leading| leading.call == Some(token))?;
         leading.call = None;
-        leading.ask_at_ns = now_ns;
-        if let Err(trouble) = leading.take(answer, now_ns) {
-            self.hold_back(trouble, now_ns, metrics);
+        leading.ask_at_ns = now.ns;
+        if let Err(trouble) = leading.take(answer, now.ns) {
+            self.hold_back(trouble, now);
         }
-        self.go_on(now_ns, census, metrics)
+        self.go_on(now)
     }
 
     /// Works for a slice; asks if there is nothing to work on.
-    fn go_on(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
+    fn go_on(&mut self, now: Now<'_>) -> Option<Duration> {
         let leading = self.leading.as_mut()?;
-        match leading.work(now_ns, metrics) {
+        match leading.work(now.ns, now.metrics) {
             Ok(false) => {}
             Ok(true) => return Some(BETWEEN_SLICES),
-            Err(trouble) => self.hold_back(trouble, now_ns, metrics),
+            Err(trouble) => self.hold_back(trouble, now),
         }
         if self.leading.as_ref()?.failures == 0 && self.last_error.take().is_some() {
             host::info("in touch with the control plane again");
         }
-        self.ask_if_due(now_ns, census, metrics)
+        self.ask_if_due(now)
     }
 
     /// Takes note of trouble, and asks for news again only after a pause.
-    fn hold_back(&mut self, trouble: Trouble, now_ns: u64, metrics: &Metrics) {
+    fn hold_back(&mut self, trouble: Trouble, now: Now<'_>) {
         let Some(leading) = self.leading.as_mut() else { return };
         leading.publishing = None;
         leading.follower.unanswered();
@@ -167,7 +185,7 @@ impl Leader {
             }
             Trouble::Refused(problem) => {
                 self.refused_answers = self.refused_answers.saturating_add(1);
-                metrics.sync_refusals.increment();
+                now.metrics.sync_refusals.increment();
                 problem.to_string()
             }
             Trouble::Call(problem) => {
@@ -175,13 +193,13 @@ impl Leader {
                 problem
             }
         };
-        metrics.sync_failures.increment();
+        now.metrics.sync_failures.increment();
         let pause = FIRST_PAUSE_NS
             .checked_shl(leading.failures.min(8))
             .unwrap_or(LONGEST_PAUSE_NS)
             .min(LONGEST_PAUSE_NS);
         leading.failures = leading.failures.saturating_add(1);
-        leading.ask_at_ns = now_ns.saturating_add(pause);
+        leading.ask_at_ns = now.ns.saturating_add(pause);
         if self.last_error.as_ref() != Some(&problem) {
             host::warn(&problem); // Once, not at every try.
         }
@@ -195,17 +213,18 @@ impl Leader {
         }
     }
 
-    fn ask_if_due(&mut self, now_ns: u64, census: Census, metrics: &Metrics) -> Option<Duration> {
+    fn ask_if_due(&mut self, now: Now<'_>) -> Option<Duration> {
         let incarnation = shared::incarnation(&mut Shared, self.vm);
         let leading = self.leading.as_mut()?;
         if leading.call.is_some() {
             return None;
         }
-        if now_ns < leading.ask_at_ns {
-            return Some(Duration::from_nanos(leading.ask_at_ns.saturating_sub(now_ns)));
+        if now.ns < leading.ask_at_ns {
+            return Some(Duration::from_nanos(leading.ask_at_ns.saturating_sub(now.ns)));
         }
         // After a failure the answer is wanted at once: it tells that all is well again.
-        let wait_ms = if leading.failures == 0 { self.configuration.poll_wait_ms } else { 0 };
+        let wanted = if leading.failures == 0 { self.configuration.poll_wait_ms } else { 0 };
+        let (wait, call_timeout) = now.patience(Duration::from_millis(wanted));
         let (path, body, timeout) = match leading.follower.ask() {
             Ask::Nothing => return Some(BETWEEN_SLICES),
             Ask::Poll { applied, resync } => {
@@ -221,28 +240,27 @@ impl Leader {
                         cluster: self.proxy_cluster.clone(),
                         incarnation: format!("{incarnation:016x}"),
                         filter: VERSION.to_owned(),
-                        workers: u32::try_from(census.living).unwrap_or(u32::MAX),
-                        vm_starts: census.started,
-                        vm_memory_bytes: census.largest_bytes,
+                        workers: u32::try_from(now.census.living).unwrap_or(u32::MAX),
+                        vm_starts: now.census.started,
+                        vm_memory_bytes: now.census.largest_bytes,
                     },
                     applied,
-                    wait_ms,
+                    wait_ms: u64::try_from(wait.as_millis()).unwrap_or(wanted),
                     resync,
                     refused_answers: self.refused_answers,
                     failed_calls: self.failed_calls,
                     last_error: self.last_error.clone(),
                 };
-                leading.asked_ns = now_ns;
-                let timeout = Duration::from_millis(wait_ms).saturating_add(CALL_TIMEOUT);
-                (POLL_PATH, serde_json::to_vec(&poll), timeout)
+                leading.asked_ns = now.ns;
+                (POLL_PATH, serde_json::to_vec(&poll), wait.saturating_add(call_timeout))
             }
-            Ask::Shards(request) => (SHARDS_PATH, serde_json::to_vec(&request), CALL_TIMEOUT),
+            Ask::Shards(request) => (SHARDS_PATH, serde_json::to_vec(&request), call_timeout),
         };
         let cluster = &self.configuration.sync_cluster;
         leading.call = host::post(cluster, path, self.token.as_deref(), &body.unwrap_or_default(), timeout);
         if leading.call.is_none() {
             let problem = format!("no call to cluster {cluster:?} is possible; is it configured?");
-            self.hold_back(Trouble::Call(problem), now_ns, metrics);
+            self.hold_back(Trouble::Call(problem), now);
         }
         None
     }
@@ -277,7 +295,8 @@ impl Leading {
             return Ok(self.follower.on_shards(body)?);
         }
         self.contact = Contact { asked_ns: self.asked_ns, heard_ns: now_ns };
-        match self.follower.on_answer(&body)? {
+        let rules_counter = self.publisher.beacon().rules_counter;
+        match self.follower.on_answer(&body, || shared::rules(&mut Shared, rules_counter))? {
             Outcome::Current { sent_at_ms } => {
                 self.publisher.touch(&mut Shared, self.contact, sent_at_ms)?;
                 self.failures = 0;

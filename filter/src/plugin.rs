@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use crate::es256;
 use crate::host::{self, Answer};
-use crate::leader::Leader;
+use crate::leader::{Leader, Now};
 use crate::metrics::Metrics;
 
 /// How often a VM ticks: renews or tries the lease, and derives gates.
@@ -124,7 +124,8 @@ impl Plugin {
         }
         // Not by the main thread's VM, which serves nobody: it would be memory for nothing.
         let derived = self.serves && self.replica.derive_gate(&mut host::Shared);
-        let wanted = self.leader.on_tick(now_ns, self.census, &self.metrics);
+        let now = now(now_ns, self.census, &self.replica, &self.metrics);
+        let wanted = self.leader.on_tick(now);
         self.report(now_ns);
         // A gate is derived at a tick, so that requests seldom have to: soon, but not all at once.
         self.set_tick(wanted.or(derived.then_some(EAGER_TICK)));
@@ -134,7 +135,8 @@ impl Plugin {
     /// An answer of the control plane, `None` when the call failed.
     pub fn on_answer(&mut self, token: u32, answer: Option<Answer>) {
         let now_ns = host::monotonic_ns();
-        let wanted = self.leader.on_answer(token, answer, now_ns, self.census, &self.metrics);
+        let now = now(now_ns, self.census, &self.replica, &self.metrics);
+        let wanted = self.leader.on_answer(token, answer, now);
         self.replica.look(&mut host::Shared, now_ns);
         self.set_tick(wanted);
         self.metrics.slice_us.observe(micros_since(now_ns));
@@ -166,6 +168,11 @@ impl Plugin {
             host::set_tick_period(tick);
         }
     }
+}
+
+fn now<'m>(ns: u64, census: Census, replica: &Replica, metrics: &'m Metrics) -> Now<'m> {
+    let hard_age = replica.rules().map(|rules| Duration::from_secs(rules.hard_age_s));
+    Now { ns, census, hard_age, metrics }
 }
 
 fn micros_since(then_ns: u64) -> u64 {

@@ -264,7 +264,6 @@ fn a_proxy_that_is_cut_off() {
 }
 
 #[test]
-#[ignore = "a poll is given up after 12 s, however short the hard age is: with 4 s, 503 for 8 s"]
 fn a_connection_that_is_lost_without_a_word_is_given_up_before_the_state_is_too_old() {
     let stack = Stack::builder().without_envoy().config("[fleet]\nhard_age = \"4s\"").start();
     let line = Line::relay(stack.control_plane.sync_port());

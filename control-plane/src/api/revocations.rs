@@ -93,19 +93,20 @@ impl Planned {
         Outcome::Revoked
     }
 
-    fn jti(&mut self, view: &View<'_>, jti: &str) -> Result<Outcome, Problem> {
+    /// What became of a token's id, and of which key that was.
+    fn jti(&mut self, view: &View<'_>, jti: &str) -> Result<(Outcome, Option<String>), Problem> {
         if let Some(key) = view.key_of_jti(jti)? {
-            return Ok(self.key(&key));
+            return Ok((self.key(&key), Some(key.key_id)));
         }
         if view.model.is_revoked(jti) || !self.seen.insert(jti.to_owned()) {
-            return Ok(Outcome::Already);
+            return Ok((Outcome::Already, None));
         }
         self.changes.push(Change::JtiRevoked {
             jti: jti.to_owned(),
             expires_at: view.model.latest_s(view.now).saturating_add(view.model.longest_life_s()),
             revocation: self.ended.clone(),
         });
-        Ok(Outcome::RevokedUnseen)
+        Ok((Outcome::RevokedUnseen, None))
     }
 }
 
@@ -131,8 +132,12 @@ pub async fn revoke_many(
             planned.results.push(value!({ "key_id": key_id, "result": outcome.label() }));
         }
         for jti in &batch.jtis {
-            let outcome = planned.jti(view, jti)?;
-            planned.results.push(value!({ "jti": jti, "result": outcome.label() }));
+            let (outcome, key_id) = planned.jti(view, jti)?;
+            let mut result = value!({ "jti": jti, "result": outcome.label() });
+            if let Some(key_id) = key_id {
+                result["key_id"] = key_id.into();
+            }
+            planned.results.push(result);
         }
         Ok::<_, Problem>((planned.changes, (planned.results, planned.roles)))
     };

@@ -29,7 +29,7 @@ libfuzzer_sys::fuzz_target!(|answers: Vec<Vec<u8>>| {
     let mut follower = Follower::from(Some(enforced));
     for answer in answers {
         let publication = match follower.ask() {
-            Ask::Poll { .. } => match follower.on_answer(&answer) {
+            Ask::Poll { .. } => match follower.on_answer(&answer, || None) {
                 Ok(Outcome::Publish(publication)) => Some(publication),
                 Ok(Outcome::TakeOver) => steps(&mut follower),
                 Ok(Outcome::Current { .. }) | Err(_) => None,
