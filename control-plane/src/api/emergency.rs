@@ -117,36 +117,54 @@ pub async fn cut_off(
     let now = app.clock.now_s();
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
     let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
-    let count = hits(&app, &cutoff, now).await?;
+    // In an emergency nobody waits for a count that nothing depends on: it reads all keys.
+    let counted_first = body.dry_run || app.config.two_approvals_above.is_some();
+    let count = if counted_first { hits(&app, &cutoff, now).await? } else { Count::default() };
     let needs_approval = count.exceeds(app.config.two_approvals_above);
-    let mut answer = order_view(&cutoff, &count);
-    answer["dry_run"] = body.dry_run.into();
     if body.dry_run {
+        let mut answer = order_view(&cutoff, &count);
+        answer["dry_run"] = true.into();
         answer["share"] = count.share().into();
         answer["needs_approval"] = needs_approval.into();
         return Ok(json(StatusCode::OK, answer));
     }
-    answer["reason"] = serde_json::json!(reason);
     let break_glass = body.break_glass.filter(|_| needs_approval);
     if needs_approval && break_glass.is_none() {
+        let mut answer = order_view(&cutoff, &count);
+        answer["dry_run"] = false.into();
+        answer["reason"] = serde_json::json!(reason);
         return approvals::propose(&app, &caller, waits, approvals::Order { cutoff, reason, count }, answer)
             .await;
     }
-    let id = cutoff.id.clone();
-    let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: break_glass.clone() };
+    let (rule, glass) = (cutoff.clone(), break_glass.clone());
+    let added = Change::CutoffAdded { cutoff: rule, reason, approved_by: None, break_glass: glass };
     let plan = move |view: &View<'_>| Ok::<_, Problem>((put_in_force(view, added)?, ()));
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    if let Some(justification) = break_glass {
+    if let Some(justification) = &break_glass {
         app.metrics.break_glass.inc();
-        answer["break_glass"] = true.into();
         tracing::error!(
             by = actor(&caller.0),
-            id,
+            id = cutoff.id,
             ?justification,
             "a cut-off did without its second approval"
         );
     }
-    note_revoked(&app, &caller, &id, &count, reason);
+    let count = if counted_first {
+        count
+    } else {
+        // It is in force, whatever becomes of the count.
+        hits(&app, &cutoff, now).await.unwrap_or_else(|problem| {
+            tracing::error!(?problem, "the keys of a cut-off cannot be counted");
+            Count::default()
+        })
+    };
+    note_revoked(&app, &caller, &cutoff.id, &count, reason);
+    let mut answer = order_view(&cutoff, &count);
+    answer["dry_run"] = false.into();
+    answer["reason"] = serde_json::json!(reason);
+    if break_glass.is_some() {
+        answer["break_glass"] = true.into();
+    }
     Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
 }
 
