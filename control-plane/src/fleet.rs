@@ -15,7 +15,7 @@ use crate::store::{Store, StoreError};
 /// A proxy that was not heard of for this long is forgotten, unless the hard age is longer.
 const FORGET_AFTER: Duration = Duration::from_secs(600);
 /// A proxy that does not ask for this long, while another has its id, is gone. Between two polls there are
-/// 5 ms, after a failure up to 1 s.
+/// 2 ms, after a failure up to 1 s.
 const GONE_AFTER: Duration = Duration::from_secs(2);
 /// The most proxies kept; beyond, the one heard of longest ago is forgotten.
 const MAX_PROXIES: usize = 10_000;

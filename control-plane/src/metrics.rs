@@ -51,6 +51,8 @@ pub struct Metrics {
     pub journal_append_seconds: Histogram,
     /// Batches of changes that could not be written.
     pub journal_failures: IntCounter,
+    /// Time for the store to take a batch of changes.
+    pub store_apply_seconds: Histogram,
     /// Whether the journal's reserve is there: 0 when the disk is full and only changes that end keys are taken.
     pub journal_reserve: Gauge,
     /// Batches of changes that the store could not take.
@@ -156,6 +158,11 @@ impl Metrics {
             journal_failures: counter(
                 "keygate_journal_failures_total",
                 "Batches of changes that could not be written.",
+            ),
+            store_apply_seconds: histogram(
+                "keygate_store_apply_seconds",
+                "Time for the store to take a batch of changes, after they were published.",
+                &MICROSECONDS,
             ),
             journal_reserve: gauge(
                 "keygate_journal_reserve",

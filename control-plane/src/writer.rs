@@ -28,6 +28,8 @@ const QUEUE: usize = 1_024;
 /// The most jobs that share an fsync.
 const BATCH: usize = 256;
 
+/// A batch that takes longer is worth a line in the log.
+const SLOW: Duration = Duration::from_millis(250);
 /// How often a checkpoint of the journal is signed while there are jobs; upkeep has one now and then.
 const SIGN_EVERY: Duration = Duration::from_secs(60);
 
@@ -341,6 +343,12 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, thread })
 }
 
+fn warn_if_slow(what: &str, took: Duration) {
+    if took >= SLOW {
+        tracing::warn!(what, millis = took.as_millis(), "the disk is slow: changes wait for it");
+    }
+}
+
 fn catch_up(store: &Store, behind: &mut Vec<(u64, Change)>) -> Result<(), StoreError> {
     store.apply(behind)?;
     behind.clear();
@@ -359,7 +367,7 @@ impl Thread {
                 }
             }
             self.commit(batch);
-            if signed.elapsed() >= SIGN_EVERY {
+            if signed.elapsed() >= SIGN_EVERY || self.journal.is_checkpoint_due() {
                 signed = Instant::now();
                 self.journal.sign(&clock::rfc3339_ms(self.clock.now_ms()));
             }
@@ -415,6 +423,7 @@ impl Thread {
                 return;
             }
             self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
+            warn_if_slow("journal", started.elapsed());
             self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
             self.publish(model, effects);
             let first_seq = self.journal.last_seq() + 1 - changes.len() as u64;
@@ -433,7 +442,11 @@ impl Thread {
         if self.journal.uses_reserve() {
             return; // The store would take the space that is left for the journal.
         }
-        match self.store.apply(&self.unstored) {
+        let started = Instant::now();
+        let stored = self.store.apply(&self.unstored);
+        self.metrics.store_apply_seconds.observe(started.elapsed().as_secs_f64());
+        warn_if_slow("store", started.elapsed());
+        match stored {
             Ok(()) => {
                 self.unstored.clear();
                 self.pending = Pending::default();

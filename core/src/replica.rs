@@ -8,7 +8,7 @@ use crate::version::Version;
 
 /// How long a worker may trust its copy before it looks whether there is a newer one, in nanoseconds.
 /// The leader acknowledges a version no sooner than this after it published it.
-pub const LOOK_EVERY_NS: u64 = 5_000_000;
+pub const LOOK_EVERY_NS: u64 = 2_000_000;
 
 /// A worker's copy.
 #[derive(Debug, Default)]

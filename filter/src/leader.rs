@@ -26,7 +26,7 @@ const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
 const SLICE_NS: u64 = 1_000_000;
 /// The pause between two slices.
 const BETWEEN_SLICES: Duration = Duration::from_millis(1);
-/// How long after a set was replaced the old one is dropped: workers look every 5 ms.
+/// How long after a set was replaced the old one is dropped: workers look every 2 ms.
 const SWEEP_AFTER_NS: u64 = 1_000_000_000;
 /// How many shards of an old set are dropped in a tick.
 const SWEEPS_PER_TICK: u16 = 16;
@@ -332,7 +332,7 @@ impl Leading {
                 self.failures = 0;
                 metrics.publications.increment();
                 let published_ns = host::monotonic_ns();
-                // Workers look every 5 ms; only then is the version what all of them enforce.
+                // Workers look every 2 ms; only then is the version what all of them enforce.
                 self.ask_at_ns = published_ns.saturating_add(LOOK_EVERY_NS);
                 if self.publisher.beacon().generation != generation {
                     let from_ns = published_ns.saturating_add(SWEEP_AFTER_NS);

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use keygate_e2e::api::Propagation;
 use keygate_e2e::envoy::Envoy;
 use keygate_e2e::load::Answers;
+use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Connection, Key, Line, Load, Request, SOON, Stack, Times, wait_until};
 use serde_json::{Value, json};
 
@@ -128,6 +129,12 @@ fn three_envoys_under_load() {
     println!("revoke to answered (wait=applied): {answered}");
     println!("lag as the answers say: {lag}");
     println!("good requests beside it, {:.0}/s: {}", good.times.count() as f64 / seconds, good.times);
+    let metrics = Metrics::of(&stack.api());
+    for part in ["journal_append", "store_apply"] {
+        let of = |end: &str| metrics.value(&format!("keygate_{part}_seconds{end}"));
+        let (all, quick) = (of("_count"), of("_bucket{le=\"0.1\"}"));
+        println!("{part}: {all} batches in {:.1} s, {} of more than 100 ms", of("_sum"), all - quick);
+    }
     assert_eq!(accepted, 0, "revoked keys accepted after the answer");
     good.expect_all(200);
     assert!(enforced.at(50) < Duration::from_millis(250), "{enforced}");

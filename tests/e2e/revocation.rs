@@ -292,7 +292,7 @@ fn a_key_revoked_before_its_first_use() {
         answer["results"],
         json!([
             { "jti": dead.jti, "result": "revoked_unseen" },
-            { "jti": known.jti, "result": "revoked" },
+            { "jti": known.jti, "result": "revoked", "key_id": known.id },
         ]),
         "{answer}"
     );

@@ -318,10 +318,12 @@ impl Journal {
             return Err(error);
         }
         self.link = link;
-        if self.keeper.is_due(self.link.seq) {
-            self.sign(at);
-        }
         Ok(())
+    }
+
+    /// Whether so many records came since the last checkpoint that it is time for one.
+    pub fn is_checkpoint_due(&self) -> bool {
+        self.keeper.is_due(self.link.seq)
     }
 
     /// Signs where the journal stands. Until that is done, records since the last time could be chained anew
