@@ -4,6 +4,7 @@ mod agreement;
 mod algorithms;
 mod api;
 mod audit;
+mod cli;
 mod config;
 mod disk;
 mod emergency;

@@ -91,7 +91,39 @@ pub struct Wait {
     #[arg(long, default_value = "5s")]
     timeout: String,
     #[command(flatten)]
-    output: Output,
+    pub output: Output,
+}
+
+impl Wait {
+    /// What asks the API to wait.
+    pub fn query(&self) -> Vec<(&'static str, String)> {
+        if self.wait {
+            vec![("wait", "applied".to_owned()), ("timeout", self.timeout.clone())]
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// 2 when a proxy does not enforce what was answered.
+    pub fn code(&self, answer: &Value) -> ExitCode {
+        if missing(answer) { ExitCode::from(2) } else { ExitCode::SUCCESS }
+    }
+}
+
+fn missing(answer: &Value) -> bool {
+    answer["propagation"]["missing"].as_array().is_some_and(|missing| !missing.is_empty())
+}
+
+/// Says how far a change has got, if that was asked for.
+pub fn print_propagation(answer: &Value) {
+    let Some(propagation) = answer.get("propagation") else { return };
+    println!(
+        "enforced by {} of {} proxies, the slowest after {} ms",
+        propagation["applied"], propagation["total"], propagation["max_lag_ms"],
+    );
+    if missing(answer) {
+        println!("not yet by: {}", words(&propagation["missing"]));
+    }
 }
 
 /// A question about a decision.
@@ -191,13 +223,7 @@ fn list(filters: &[(&'static str, Option<String>)], output: &Output) -> anyhow::
 }
 
 fn change(id: &str, verb: &str, body: &Value, wait: &Wait) -> anyhow::Result<ExitCode> {
-    let query = if wait.wait {
-        vec![("wait", "applied".to_owned()), ("timeout", wait.timeout.clone())]
-    } else {
-        Vec::new()
-    };
-    let key = call("POST", &format!("/api/admin/keys/{}/{verb}", segment(id)?), &query, Some(body))?;
-    let missing = key["propagation"]["missing"].as_array().is_some_and(|missing| !missing.is_empty());
+    let key = call("POST", &format!("/api/admin/keys/{}/{verb}", segment(id)?), &wait.query(), Some(body))?;
     if wait.output.json {
         print_json(&key);
     } else {
@@ -208,17 +234,9 @@ fn change(id: &str, verb: &str, body: &Value, wait: &Wait) -> anyhow::Result<Exi
             text(&key, "state"),
             text(&key, "version")
         );
-        if let Some(propagation) = key.get("propagation") {
-            println!(
-                "enforced by {} of {} proxies, the slowest after {} ms",
-                propagation["applied"], propagation["total"], propagation["max_lag_ms"],
-            );
-            if missing {
-                println!("not yet by: {}", words(&propagation["missing"]));
-            }
-        }
+        print_propagation(&key);
     }
-    Ok(if missing { ExitCode::from(2) } else { ExitCode::SUCCESS })
+    Ok(wait.code(&key))
 }
 
 /// Prints the proxies.
@@ -289,7 +307,12 @@ impl Explain {
 }
 
 /// Calls the API; anything but success is an error with the API's own sentence.
-fn call(method: &str, path: &str, query: &[(&str, String)], body: Option<&Value>) -> anyhow::Result<Value> {
+pub fn call(
+    method: &str,
+    path: &str,
+    query: &[(&str, String)],
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
     let url = std::env::var("KEYGATE_URL").unwrap_or_else(|_| "http://localhost:8000".into());
     let key = std::env::var("KEYGATE_ADMIN_KEY").context(
         "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
@@ -305,6 +328,7 @@ fn call(method: &str, path: &str, query: &[(&str, String)], body: Option<&Value>
     let query = query.iter().map(|(name, value)| (*name, value.as_str()));
     let sent = match (method, body) {
         ("GET", _) => agent.get(&target).query_pairs(query).header("authorization", bearer).call(),
+        ("DELETE", _) => agent.delete(&target).query_pairs(query).header("authorization", bearer).call(),
         (_, body) => agent
             .post(&target)
             .query_pairs(query)
@@ -330,14 +354,14 @@ fn call(method: &str, path: &str, query: &[(&str, String)], body: Option<&Value>
 }
 
 /// An id as a segment of a path.
-fn segment(id: &str) -> anyhow::Result<&str> {
+pub fn segment(id: &str) -> anyhow::Result<&str> {
     if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
-        bail!("that is no key id; ids begin with 'key_' and are listed by 'keygate keys list'");
+        bail!("that is no id; see 'keygate keys list' and 'keygate emergency show'");
     }
     Ok(id)
 }
 
-fn text(value: &Value, member: &str) -> String {
+pub fn text(value: &Value, member: &str) -> String {
     match &value[member] {
         Value::String(text) => text.clone(),
         Value::Null => "-".into(),
@@ -345,10 +369,10 @@ fn text(value: &Value, member: &str) -> String {
     }
 }
 
-fn words(list: &Value) -> String {
+pub fn words(list: &Value) -> String {
     list.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
 }
 
-fn print_json(value: &Value) {
+pub fn print_json(value: &Value) {
     println!("{value:#}");
 }

@@ -2,6 +2,7 @@
 
 mod audit;
 mod client;
+mod emergency;
 mod serve;
 
 use std::process::ExitCode;
@@ -23,6 +24,12 @@ enum Command {
     /// Create, list, show, revoke, suspend and resume keys
     #[command(subcommand)]
     Keys(client::Keys),
+    /// End many keys at once, lock down, and lift that again
+    #[command(subcommand)]
+    Emergency(emergency::Emergency),
+    /// List what was revoked, and look after the set that proxies hold
+    #[command(subcommand)]
+    Revocations(emergency::Revocations),
     /// Show the proxies and what they enforce
     Fleet(Output),
     /// Check the audit log
@@ -45,6 +52,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
     match Cli::parse().command {
         Command::Serve(serve) => serve.run(),
         Command::Keys(keys) => keys.run(),
+        Command::Emergency(emergency) => emergency.run(),
+        Command::Revocations(revocations) => revocations.run(),
         Command::Fleet(output) => client::fleet(&output),
         Command::Audit(audit) => audit.run(),
         Command::Explain(explain) => explain.run(),
