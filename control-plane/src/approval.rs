@@ -62,6 +62,23 @@ pub struct Proposal {
     pub count: Count,
 }
 
+/// How a cut-off took force that needed a second approval.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warrant {
+    /// The key with this id gave it.
+    ApprovedBy(String),
+    /// It did without, with this justification.
+    BreakGlass(String),
+}
+
+impl Warrant {
+    /// That of a journalled cut-off; `None`: it needed none.
+    pub fn of(approved_by: Option<&String>, break_glass: Option<&String>) -> Option<Self> {
+        let approved = approved_by.cloned().map(Self::ApprovedBy);
+        approved.or_else(|| break_glass.cloned().map(Self::BreakGlass))
+    }
+}
+
 /// Why a cut-off is not approved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApprovalError {

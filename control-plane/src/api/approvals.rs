@@ -96,6 +96,7 @@ pub async fn approve(
     answer["reason"] = value!(reason);
     answer["requested_by"] = requested_by.into();
     answer["approved_by"] = actor(&caller.0).into();
+    answer["ends_approver"] = cutoff.hits(&caller.0.claims, &caller.0.kid).into();
     Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
 }
 
@@ -133,6 +134,7 @@ fn approval_view(proposal: &Proposal) -> Value {
         "requested_by": proposal.requested_by,
         "requested_at": clock::rfc3339(proposal.requested_at),
         "expires_at": clock::rfc3339(proposal.expires_at()),
+        "approve": format!("POST /api/admin/emergency/approvals/{}", proposal.cutoff.id),
     })
 }
 
