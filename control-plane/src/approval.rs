@@ -7,7 +7,7 @@ use keygate_core::cutoff::Cutoff;
 use keygate_core::token::Claims;
 use serde::{Deserialize, Serialize};
 
-use crate::key::RevocationReason;
+use crate::key::{KeyRecord, KeyState, RevocationReason};
 
 /// How long a request waits, in seconds: long enough to wake somebody, short enough that it is about the keys
 /// that were counted.
@@ -62,7 +62,24 @@ pub struct Proposal {
     pub count: Count,
 }
 
-/// Why a key may not give the second approval.
+/// How a cut-off took force that needed a second approval.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Warrant {
+    /// The key with this id gave it.
+    ApprovedBy(String),
+    /// It did without, with this justification.
+    BreakGlass(String),
+}
+
+impl Warrant {
+    /// That of a journalled cut-off; `None`: it needed none.
+    pub fn of(approved_by: Option<&String>, break_glass: Option<&String>) -> Option<Self> {
+        let approved = approved_by.cloned().map(Self::ApprovedBy);
+        approved.or_else(|| break_glass.cloned().map(Self::BreakGlass))
+    }
+}
+
+/// Why a cut-off is not approved.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum ApprovalError {
     /// It is the one that asks.
@@ -71,6 +88,10 @@ pub enum ApprovalError {
     /// Whoever asks could have made it for that.
     #[error("This key is not older than the request; one that was issued in an earlier second must approve.")]
     KeyTooNew,
+    /// The key that asks has ended since. What it asked for may be what gave it away, and the cut-off would
+    /// spare nobody who could lift it.
+    #[error("The key that asked for this cut-off does not count any more; ask anew.")]
+    RequesterEnded,
 }
 
 impl Proposal {
@@ -97,6 +118,25 @@ impl Proposal {
         }
         Ok(())
     }
+
+    /// Whether the key that asks still counts at `now`, Unix seconds: `requester` is what is known of it,
+    /// `in_force` are the cut-offs that hold already.
+    ///
+    /// # Errors
+    /// See [`ApprovalError`].
+    pub fn check_requester(
+        &self,
+        requester: Option<&KeyRecord>,
+        in_force: &[Cutoff],
+        now: u64,
+    ) -> Result<(), ApprovalError> {
+        let counts = |key: &KeyRecord| {
+            let claims = key.claims("", None); // A cut-off asks for neither issuer nor audience.
+            key.state(now) == KeyState::Active
+                && !in_force.iter().any(|cutoff| cutoff.hits(&claims, &key.kid))
+        };
+        if requester.is_some_and(counts) { Ok(()) } else { Err(ApprovalError::RequesterEnded) }
+    }
 }
 
 #[cfg(test)]
@@ -105,6 +145,7 @@ mod tests {
 
     use super::*;
     use crate::change::Change;
+    use crate::key::Ended;
 
     fn proposal() -> Proposal {
         Proposal {
@@ -147,6 +188,47 @@ mod tests {
             ("key_1", 1, Err(ApprovalError::OwnRequest)),
         ] {
             assert_eq!(proposal.check_approver(&key(sub, iat)), wanted, "{sub} {iat}");
+        }
+    }
+
+    #[test]
+    fn whoever_asked_must_still_count() {
+        let asks = KeyRecord {
+            key_id: "key_1".into(),
+            jti: "j".into(),
+            kid: "k".into(),
+            name: "n".into(),
+            role: "admin".into(),
+            scopes: Vec::new(),
+            owner: None,
+            metadata: serde_json::Map::new(),
+            issued_at: 900,
+            expires_at: 2_000,
+            renews: None,
+            revoked: None,
+            suspended: None,
+        };
+        let revocation = Ended { at: 1, reason: RevocationReason::Compromised, by: "key_2".into() };
+        let revoked = KeyRecord { revoked: Some(revocation), ..asks.clone() };
+        let suspension = Ended { at: 1, reason: None, by: "key_2".into() };
+        let suspended = KeyRecord { suspended: Some(suspension), ..asks.clone() };
+        let sparing = |spares: &str| Cutoff { spares: Some(spares.into()), ..proposal().cutoff };
+        for (requester, in_force, now, counts) in [
+            (Some(&asks), vec![], 1_000, true),
+            (Some(&asks), vec![], 1_999, true),
+            (Some(&asks), vec![], 2_000, false),
+            (Some(&revoked), vec![], 1_000, false),
+            (Some(&suspended), vec![], 1_000, false),
+            (None, vec![], 1_000, false),
+            (Some(&asks), vec![sparing("key_1")], 1_000, true),
+            (Some(&asks), vec![sparing("key_1"), sparing("key_2")], 1_000, false),
+        ] {
+            let wanted = if counts { Ok(()) } else { Err(ApprovalError::RequesterEnded) };
+            assert_eq!(
+                proposal().check_requester(requester, &in_force, now),
+                wanted,
+                "{requester:?} {in_force:?} {now}"
+            );
         }
     }
 

@@ -105,11 +105,12 @@ impl From<CommitError> for Problem {
 
 impl From<ApprovalError> for Problem {
     fn from(error: ApprovalError) -> Self {
-        let code = match error {
-            ApprovalError::OwnRequest => "own_request",
-            ApprovalError::KeyTooNew => "key_too_new",
+        let (status, code) = match error {
+            ApprovalError::OwnRequest => (StatusCode::FORBIDDEN, "own_request"),
+            ApprovalError::KeyTooNew => (StatusCode::FORBIDDEN, "key_too_new"),
+            ApprovalError::RequesterEnded => (StatusCode::CONFLICT, "requester_ended"),
         };
-        Self::new(StatusCode::FORBIDDEN, code, error.to_string())
+        Self::new(status, code, error.to_string())
     }
 }
 

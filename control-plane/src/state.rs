@@ -13,7 +13,7 @@ use keygate_core::version::Version;
 use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
 use serde::{Deserialize, Serialize};
 
-use crate::approval::Proposal;
+use crate::approval::{Proposal, Warrant};
 use crate::change::Change;
 use crate::config::Config;
 use crate::expiry::Expiries;
@@ -47,6 +47,8 @@ pub struct State {
     pub recent: Recent,
     /// Cut-offs that wait for a second approval, also those whose time is over. Not for proxies.
     pub proposals: Vec<Proposal>,
+    /// How those in force took force that needed a second approval, by their id. Not for proxies.
+    pub warrants: Arc<BTreeMap<String, Warrant>>,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -116,6 +118,7 @@ pub struct Model {
     longest_life_s: u64,
     cutoffs: Vec<Cutoff>,
     proposals: Vec<Proposal>,
+    warrants: Arc<BTreeMap<String, Warrant>>,
     lockdown: Option<Lockdown>,
     recent: Recent,
     census: Census,
@@ -190,7 +193,10 @@ impl Model {
                 self.secrets.push(secret.clone());
                 effect.rules = true;
             }
-            Change::CutoffAdded { cutoff, .. } => {
+            Change::CutoffAdded { cutoff, approved_by, break_glass, .. } => {
+                if let Some(warrant) = Warrant::of(approved_by.as_ref(), break_glass.as_ref()) {
+                    Arc::make_mut(&mut self.warrants).insert(cutoff.id.clone(), warrant);
+                }
                 self.proposals.retain(|proposal| proposal.cutoff.id != cutoff.id);
                 self.cutoffs.push(cutoff.clone());
                 effect.rules = true;
@@ -200,6 +206,7 @@ impl Model {
             Change::CutoffWithdrawn { id } => self.proposals.retain(|proposal| proposal.cutoff.id != *id),
             Change::CutoffLifted { id } => {
                 self.cutoffs.retain(|cutoff| cutoff.id != *id);
+                Arc::make_mut(&mut self.warrants).remove(id);
                 effect.rules = true;
             }
             Change::LockdownChanged { lockdown } => {
@@ -390,6 +397,7 @@ impl Model {
             census: self.census.clone(),
             recent: self.recent.clone(),
             proposals: self.proposals.clone(),
+            warrants: self.warrants.clone(),
         })
     }
 }

@@ -271,6 +271,7 @@ fn ask(api: &Api, scope: &Value) -> (Value, String) {
     assert!(answer.get("propagation").is_none(), "there is nothing to wait for: {answer}");
     let id = answer["approval"]["id"].as_str().expect("an id");
     let path = format!("/api/admin/emergency/approvals/{id}");
+    assert_eq!(answer["approval"]["approve"], format!("POST {path}"));
     (answer, path)
 }
 
@@ -333,10 +334,35 @@ fn a_large_cutoff_takes_force_when_another_and_older_key_approves_it() {
     assert_serves(&mut workers, &contributor.token);
     assert_serves(&mut workers, &younger.token);
     assert_eq!(waiting(&api), json!([]));
-    assert_eq!(api.get("/api/admin/emergency").expect(200).json()["cutoffs"], json!([asked["cutoff"]]));
+    assert_eq!(answer["ends_approver"], false, "{answer}");
+    let mut in_force = asked["cutoff"].clone();
+    in_force["approved_by"] = answer["approved_by"].clone();
+    stack.control_plane.kill();
+    stack.control_plane.start();
+    assert_eq!(api.get("/api/admin/emergency").expect(200).json()["cutoffs"], json!([in_force]));
     approve(&second, &path).expect_problem(404, "not_found");
     assert_eq!(Metrics::of(&api).value("keygate_break_glass_total"), 0.0);
     stack.envoy.assert_no_vm_died();
+}
+
+#[test]
+fn whoever_approves_falls_under_it_like_others_and_whoever_asked_lifts_it() {
+    let stack = Stack::builder().workers(1).config(TWO_APPROVALS).start();
+    let api = stack.api();
+    let (basic, second) = (api.issue("basic"), api.with_key(&api.issue("admin").token));
+    let_a_second_pass();
+    let (_, path) = ask(&api, &json!({}));
+    let answer = approve(&second, &path).expect(200).json();
+    applied(&answer);
+    assert_eq!(answer["ends_approver"], true, "{answer}");
+    stack.get("/api/chat", &basic.token).expect(401);
+    second.get("/api/admin/emergency").expect_problem(401, "invalid_token");
+
+    let id = answer["cutoff"]["id"].as_str().expect("an id");
+    let lift = Request::new("DELETE", format!("{REVOKE}/{id}?wait=applied&timeout=10s"));
+    applied(&api.send(lift).expect(200).json());
+    stack.get("/api/chat", &basic.token).expect(200);
+    assert_eq!(second.get("/api/admin/emergency").expect(200).json()["cutoffs"], json!([]));
 }
 
 #[test]
@@ -384,6 +410,8 @@ fn breaking_the_glass_does_without_the_second_approval_and_is_loud() {
         stack.get("/api/chat", &key.token).expect_problem(401, "invalid_token");
     }
     assert_eq!(Metrics::of(&api).value("keygate_break_glass_total"), 1.0);
+    let in_force = api.get("/api/admin/emergency").expect(200).json()["cutoffs"].clone();
+    assert_eq!(in_force[0]["break_glass"], "keys are on a public page", "{in_force}");
     stack.control_plane.stop();
     let kept = |path: std::path::PathBuf| std::fs::read_to_string(path).expect("a file");
     let log = kept(stack.control_plane.log());

@@ -79,6 +79,8 @@ pub async fn approve(
     let plan = move |view: &View<'_>| {
         let proposal = pending(view, &id)?;
         proposal.check_approver(&approver.claims)?;
+        let requester = view.key(&proposal.requested_by)?;
+        proposal.check_requester(requester.as_ref(), view.model.cutoffs(), view.now)?;
         let added = Change::CutoffAdded {
             cutoff: proposal.cutoff.clone(),
             reason: proposal.reason,
@@ -94,6 +96,7 @@ pub async fn approve(
     answer["reason"] = value!(reason);
     answer["requested_by"] = requested_by.into();
     answer["approved_by"] = actor(&caller.0).into();
+    answer["ends_approver"] = cutoff.hits(&caller.0.claims, &caller.0.kid).into();
     Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
 }
 
@@ -131,6 +134,7 @@ fn approval_view(proposal: &Proposal) -> Value {
         "requested_by": proposal.requested_by,
         "requested_at": clock::rfc3339(proposal.requested_at),
         "expires_at": clock::rfc3339(proposal.expires_at()),
+        "approve": format!("POST /api/admin/emergency/approvals/{}", proposal.cutoff.id),
     })
 }
 
@@ -200,16 +204,26 @@ mod tests {
             (status, serde_json::from_slice(&bytes).unwrap())
         }
 
-        async fn issue(&self, role: &str) -> String {
+        /// Issues a key: the key, and its id.
+        async fn issue_with_id(&self, role: &str) -> (String, String) {
             let body = value!({ "name": "n", "role": role });
             let (status, key) = self.call("POST", "/api/auth/register", &self.admin, body).await;
             assert_eq!(status, 201, "{key}");
-            key["api_key"].as_str().unwrap().to_owned()
+            let text = |member: &str| key[member].as_str().unwrap().to_owned();
+            (text("api_key"), text("key_id"))
+        }
+
+        async fn issue(&self, role: &str) -> String {
+            self.issue_with_id(role).await.0
         }
 
         /// Asks to end every key; the path of its approval.
         async fn ask(&self) -> String {
-            let (status, answer) = self.call("POST", REVOKE, &self.admin, value!({})).await;
+            self.ask_as(&self.admin).await
+        }
+
+        async fn ask_as(&self, key: &str) -> String {
+            let (status, answer) = self.call("POST", REVOKE, key, value!({})).await;
             assert_eq!(status, 202, "{answer}");
             format!("/api/admin/emergency/approvals/{}", answer["approval"]["id"].as_str().unwrap())
         }
@@ -243,6 +257,22 @@ mod tests {
         assert!(world.serving.app.state().version > version, "now it is news for proxies");
         let (status, _) = world.call("POST", &path, &world.admin, value!({})).await;
         assert_eq!(status, 404, "what is approved waits no more");
+    }
+
+    #[tokio::test]
+    async fn what_a_key_asked_for_that_has_ended_since_cannot_be_approved() {
+        let world = World::new().await;
+        let (stolen, stolen_id) = world.issue_with_id("admin").await;
+        let second = world.issue("admin").await;
+        world.pass(1);
+        let path = world.ask_as(&stolen).await;
+        for action in ["suspend", "revoke"] {
+            let end = format!("/api/admin/keys/{stolen_id}/{action}");
+            assert_eq!(world.call("POST", &end, &world.admin, value!({})).await.0, 200);
+            let (status, answer) = world.call("POST", &path, &second, value!({})).await;
+            assert_eq!((status, &answer["code"]), (409, &value!("requester_ended")), "{action}: {answer}");
+        }
+        assert_eq!(world.emergency().await["cutoffs"], value!([]));
     }
 
     #[tokio::test]

@@ -13,7 +13,7 @@ use serde::Deserialize;
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, approvals, json};
 use crate::app::App;
-use crate::approval::Count;
+use crate::approval::{Count, Warrant};
 use crate::change::Change;
 use crate::clock;
 use crate::key::{KeyState, RevocationReason};
@@ -257,6 +257,17 @@ fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
     })
 }
 
+/// A cut-off in force, with who approved it, or why nobody had to.
+fn in_force_view(cutoff: &Cutoff, warrant: Option<&Warrant>) -> serde_json::Value {
+    let mut view = cutoff_view(cutoff);
+    match warrant {
+        None => {}
+        Some(Warrant::ApprovedBy(key_id)) => view["approved_by"] = key_id.as_str().into(),
+        Some(Warrant::BreakGlass(justification)) => view["break_glass"] = justification.as_str().into(),
+    }
+    view
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LockdownBody {
@@ -285,8 +296,8 @@ pub async fn show(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
     let now = app.clock.now_s();
     let mut body = view(state.rules.lockdown.as_ref(), now);
-    let cutoffs: Vec<_> = state.rules.cutoffs.iter().map(cutoff_view).collect();
-    body["cutoffs"] = serde_json::json!(cutoffs);
+    let in_force = |cutoff| in_force_view(cutoff, state.warrants.get(&cutoff.id));
+    body["cutoffs"] = state.rules.cutoffs.iter().map(in_force).collect();
     body["approvals"] = approvals::pending_view(&state.proposals, now);
     json(StatusCode::OK, body)
 }
