@@ -141,7 +141,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let notary = Notary::new(&master.derive("keygate journal checkpoints"));
     let checkpoint_key = notary.public_key();
-    let History { writer, states, deltas, store, thread } = writer::open(Start {
+    let History { writer, states, deltas, store, latest_s, thread } = writer::open(Start {
         notary,
         claim,
         dir,
@@ -163,7 +163,11 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     }
     let (stop, stopping) = watch::channel(false);
     let app = Arc::new(App {
-        cautious_clock: Mutex::new(CautiousClock::new(clock.now_ms(), Instant::now())),
+        // From the history's last time on: a clock that was wrong at the start has to stand, too.
+        cautious_clock: Mutex::new(CautiousClock::new(
+            clock.now_ms().min(latest_s.saturating_mul(1_000)),
+            Instant::now(),
+        )),
         clock,
         writer,
         states,

@@ -160,7 +160,8 @@ impl Change {
             Self::JtiRevoked { jti, .. } => Some(jti),
             Self::SecretCreated { secret } => Some(&secret.kid),
             Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
-            Self::CutoffLifted { id } => Some(id),
+            Self::CutoffProposed { proposal } => Some(&proposal.cutoff.id),
+            Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } => Some(id),
             _ => None,
         }
     }
@@ -172,9 +173,24 @@ impl Change {
                 Some(revocation.reason.label().into())
             }
             Self::CutoffAdded { reason, .. } => Some(reason.label().into()),
+            Self::CutoffProposed { proposal } => Some(proposal.reason.label().into()),
             Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
             _ => None,
         }
+    }
+
+    /// Whether it changes the rules that proxies have.
+    pub fn is_of_rules(&self) -> bool {
+        matches!(
+            self,
+            Self::SettingsChanged { .. }
+                | Self::SecretCreated { .. }
+                | Self::ExpiredForgotten { .. }
+                | Self::CutoffAdded { .. }
+                | Self::CutoffLifted { .. }
+                | Self::LockdownChanged { .. }
+                | Self::PolicyReplaced { .. }
+        )
     }
 
     /// Whether it ends keys. Such changes are still taken when the disk is full.

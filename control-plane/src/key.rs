@@ -257,7 +257,7 @@ impl KeyRequest {
             wrong.push(format!("'role' must be one of {}", known.join(", ")));
         }
         if let Some(owner) = &self.owner
-            && (!is_identifier(owner) || owner.len() > MAX_OWNER_BYTES)
+            && !is_owner(owner)
         {
             wrong.push(format!(
                 "'owner' must be 1 to {MAX_OWNER_BYTES} bytes of visible ASCII; an id, not a name"
@@ -319,6 +319,11 @@ impl KeyRequest {
             suspended: None,
         })
     }
+}
+
+/// Whether a text can be an owner's id.
+pub fn is_owner(text: &str) -> bool {
+    is_identifier(text) && text.len() <= MAX_OWNER_BYTES
 }
 
 fn life_of(expires_in: Option<&str>, role: &Role) -> Result<Duration, String> {

@@ -99,6 +99,9 @@ impl From<StoreError> for Problem {
 
 impl From<CommitError> for Problem {
     fn from(error: CommitError) -> Self {
+        if let CommitError::Rules(_) = error {
+            return Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string());
+        }
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
     }
 }

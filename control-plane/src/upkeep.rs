@@ -14,6 +14,7 @@ use crate::writer::{Committed, View};
 
 /// How often expired keys are forgotten. Each time is a new version for the fleet.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
+const A_DAY_S: u64 = 24 * 60 * 60;
 /// In whose name.
 const ACTOR: &str = "system";
 
@@ -46,7 +47,9 @@ pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), 
         let spent: Vec<_> =
             model.cutoffs().iter().filter(|c| c.is_spent(model.longest_life_s(), until)).collect();
         let mut changes = Vec::new();
-        if forgotten > 0 || !spent.is_empty() {
+        // Now and then also for the records of keys that were never revoked.
+        let long_ago = until >= model.expired_until().saturating_add(A_DAY_S);
+        if forgotten > 0 || !spent.is_empty() || long_ago {
             changes.push(Change::ExpiredForgotten { until });
             changes.extend(spent.iter().map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }));
         }
@@ -82,15 +85,16 @@ pub async fn run(app: Arc<App>) {
                     Err(_) => return,
                     Ok(()) if bits == cut => continue,
                     Ok(()) => {
-                        cut = bits;
                         tracing::info!(shards = 1_u32 << bits, "the revocation set was cut anew for its size");
-                        rebuild(&app, ACTOR).await.map(|_| ())
+                        rebuild(&app, ACTOR).await.map(|_| cut = bits)
                     }
                 }
             }
             () = tokio::time::sleep_until(clean_up_at) => {
                 clean_up_at += CLEAN_UP_EVERY;
-                compress_journal(&app).await;
+                if app.metrics.journal_reserve.get() > 0.0 {
+                    compress_journal(&app).await;
+                }
                 clean_up(&app, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
                     tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
                 })

@@ -72,6 +72,9 @@ pub enum CommitError {
     /// The disk is full; what is left is for changes that end keys.
     #[error("the disk of the journal is full: only changes that end keys are taken; nothing was changed")]
     NoSpace,
+    /// Rules that proxies could not take.
+    #[error("{0}; nothing was changed")]
+    Rules(RulesError),
     /// A change of the same batch cannot be applied.
     #[error("the change cannot be applied; nothing was changed")]
     Inapplicable,
@@ -219,6 +222,8 @@ pub struct History {
     pub deltas: Arc<Deltas>,
     /// What is known of keys.
     pub store: Arc<Store>,
+    /// The latest second at which anything was issued or revoked.
+    pub latest_s: u64,
     /// The writer's thread; it ends when the last [`Writer`] is gone.
     pub thread: thread::JoinHandle<()>,
 }
@@ -318,6 +323,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
         store.apply(&first)?;
     }
+    let latest_s = model.latest_s(0);
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
     metrics.journal_reserve.set(f64::from(u8::from(!journal.uses_reserve())));
@@ -340,7 +346,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         .name("writer".into())
         .spawn(move || thread.run(queue))
         .map_err(|source| JournalError::Io { path: dir.into(), source })?;
-    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, thread })
+    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, latest_s, thread })
 }
 
 fn warn_if_slow(what: &str, took: Duration) {
@@ -392,6 +398,10 @@ impl Thread {
                 let _caller_gone = done.send(Err(CommitError::NoSpace));
                 continue;
             }
+            if let Err(error) = self.check_rules(&model, &planned, seq) {
+                let _caller_gone = done.send(Err(error));
+                continue;
+            }
             for change in planned {
                 seq += 1;
                 match model.apply(&change, seq, &self.master) {
@@ -415,10 +425,13 @@ impl Thread {
         if !changes.is_empty() {
             let started = Instant::now();
             if let Err(error) = self.journal.append(&clock::rfc3339_ms(now_ms), &changes) {
-                self.metrics.journal_failures.inc();
                 tracing::error!(%error, "the journal cannot be written; changes are refused");
+                let full = matches!(error, JournalError::NoSpace { .. });
+                self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
+                self.metrics.journal_failures.inc_by(u64::from(!full));
                 for (done, _) in waiting {
-                    let _caller_gone = done.send(Err(CommitError::Journal));
+                    let error = if full { CommitError::NoSpace } else { CommitError::Journal };
+                    let _caller_gone = done.send(Err(error));
                 }
                 return;
             }
@@ -434,6 +447,19 @@ impl Thread {
         for (done, committed) in waiting {
             let _caller_gone = done.send(Ok(committed));
         }
+    }
+
+    /// Whether the rules hold that planned changes make: what does not must not be in the journal.
+    fn check_rules(&self, model: &Model, planned: &[Change], mut seq: u64) -> Result<(), CommitError> {
+        if !planned.iter().any(Change::is_of_rules) {
+            return Ok(());
+        }
+        let mut trial = model.clone();
+        for change in planned {
+            seq += 1;
+            trial.apply(change, seq, &self.master).map_err(|_| CommitError::Inapplicable)?;
+        }
+        trial.picture(None).map(|_| ()).map_err(CommitError::Rules)
     }
 
     /// The journal has these changes; what the store cannot take now is tried again with the next ones, or at the

@@ -39,6 +39,9 @@ const ROSTER: &str = "keygate/1/roster";
 const STARTS: &str = "keygate/1/starts";
 const INCARNATION: &str = "keygate/1/incarnation";
 
+/// A value that is there and says nothing: a stamp that no reader asks for. Never an empty one, which some hosts
+/// do not tell from none.
+const NOTHING: [u8; 8] = [0; 8];
 const BEACON_MAGIC: &[u8; 4] = b"KGv1";
 
 /// A value changed since it was read.
@@ -292,6 +295,11 @@ impl Publishing {
         Self { publication, contact, order: Vec::new(), changed: 0 }
     }
 
+    fn forgets(&self) -> bool {
+        matches!(&self.publication.revocations, Change::Ops(ops)
+            if ops.iter().any(|op| matches!(op, Op::Forget(_))))
+    }
+
     /// The version that it puts in force.
     pub fn version(&self) -> Version {
         self.publication.version
@@ -376,10 +384,10 @@ impl Publisher {
         let key = shard_key(self.beacon.generation.saturating_add(1), index);
         match data.get(&key) {
             None => Ok(false),
-            Some((bytes, _)) if bytes.is_empty() => Ok(true),
+            Some((bytes, _)) if bytes == NOTHING => Ok(true),
             Some((_, cas)) => {
                 Self::own(data, self.beacon)?;
-                data.set(&key, &[], Some(cas))?;
+                data.set(&key, &NOTHING, Some(cas))?;
                 Ok(true)
             }
         }
@@ -409,6 +417,13 @@ impl Publisher {
         data: &mut impl SharedData,
         publishing: &mut Publishing,
     ) -> Result<bool, PublishError> {
+        if publishing.forgets()
+            && let Some(rules) = publishing.publication.rules.take()
+        {
+            // Rules that end expired keys for good come first: whatever dies, no key is forgotten without them.
+            self.put_rules_in_force(data, &rules)?;
+            return Ok(false);
+        }
         if let Change::Ops(ops) = &publishing.publication.revocations
             && publishing.changed < ops.len()
         {
@@ -424,6 +439,15 @@ impl Publisher {
         }
         self.put_in_force(data, publishing)?;
         Ok(true)
+    }
+
+    /// Puts new rules in force with the version there is; the version that brings them follows.
+    fn put_rules_in_force(&mut self, data: &mut impl SharedData, rules: &[u8]) -> Result<(), PublishError> {
+        let counter = self.beacon.counter.saturating_add(1);
+        let next = Beacon { counter, rules_counter: counter, ..self.beacon };
+        self.write(data, &log_key(counter), &with_stamp(counter, &wire::encode_ops(&[])))?;
+        self.write(data, RULES, &with_stamp(counter, rules))?;
+        self.light(data, next)
     }
 
     fn put_in_force(
@@ -488,9 +512,16 @@ impl Publisher {
 
     /// Writes a value that readers know by its stamp.
     fn write(&self, data: &mut impl SharedData, key: &str, value: &[u8]) -> Result<(), PublishError> {
-        let cas = data.get(key).map(|(_, cas)| cas);
+        let cas = match data.get(key) {
+            Some((_, cas)) => cas,
+            None => {
+                // A new value cannot be written with compare-and-swap, so the first one says nothing.
+                data.set(key, &NOTHING, None)?;
+                data.get(key).ok_or(PublishError::Deposed)?.1
+            }
+        };
         Self::own(data, self.beacon)?;
-        Ok(data.set(key, value, cas)?)
+        Ok(data.set(key, value, Some(cas))?)
     }
 
     fn light(&mut self, data: &mut impl SharedData, next: Beacon) -> Result<(), PublishError> {
@@ -533,7 +564,8 @@ pub(crate) mod tests {
 
     impl SharedData for Memory {
         fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
-            self.values.get(key).cloned()
+            // As the host does it: an empty value is none.
+            self.values.get(key).filter(|(value, _)| !value.is_empty()).cloned()
         }
 
         fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
@@ -659,6 +691,34 @@ pub(crate) mod tests {
                 died += 1;
             }
             assert!(died >= 4, "a publication has several writes; it died at {died}");
+        }
+    }
+
+    #[test]
+    fn no_key_is_forgotten_before_the_rules_that_end_it_are_in_force() {
+        let set = ExactSet::of(&[Op::Revoke(Fingerprint::of("old"))]);
+        let mut before = Memory::default();
+        let mut first = Publisher::take_over(&mut before, 1).unwrap();
+        replace(&mut first, &mut before, &set, snapshot(1, &set)).unwrap();
+        for death in 0.. {
+            let mut data = before.clone();
+            data.dies_at_write = Some(before.writes + death);
+            let mut publication = delta(2, vec![Op::Forget(Fingerprint::of("old"))]);
+            publication.rules = Some(b"rules 2".to_vec());
+            let lived = Publisher::take_over(&mut data, 2)
+                .and_then(|mut leader| leader.publish(&mut data, publication, Contact::default()))
+                .is_ok();
+            let counter = beacon(&mut data).unwrap().rules_counter;
+            let rules = rules(&mut data, counter).unwrap();
+            assert!(
+                standing(&mut data, "old") == Standing::Revoked || rules == b"rules 2",
+                "died at {death}"
+            );
+            if lived {
+                assert_eq!(beacon(&mut data).unwrap().version.seq, 2);
+                assert!(death >= 6, "there are several writes");
+                return;
+            }
         }
     }
 

@@ -27,7 +27,8 @@ struct Shared {
 impl SharedData for Shared {
     fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
         self.reads += 1;
-        self.values.get(key).cloned()
+        // As the host does it: an empty value is none.
+        self.values.get(key).filter(|(value, _)| !value.is_empty()).cloned()
     }
 
     fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {

@@ -279,7 +279,8 @@ impl Leading {
             call: None,
             contact: Contact::default(),
             asked_ns: 0,
-            ask_at_ns: now_ns,
+            // The leader before may have published a moment ago; workers look every 2 ms.
+            ask_at_ns: now_ns.saturating_add(LOOK_EVERY_NS),
             failures: 0,
         }
     }

@@ -40,7 +40,7 @@ fn chat(key: &Key) -> Request {
 fn on_a_full_disk_keys_can_still_be_ended() {
     let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
     let data = stack.control_plane.data();
-    let Some(disk) = SmallDisk::mount(&data, "12m") else {
+    let Some(disk) = SmallDisk::mount(&data, "20m") else {
         println!("nothing can be mounted here: not tested");
         return;
     };
@@ -80,7 +80,9 @@ fn on_a_full_disk_keys_can_still_be_ended() {
 
     // Space again: everything goes on, without a restart.
     disk.resize("64m");
-    api.send(Request::new("DELETE", "/api/admin/emergency/lockdown")).expect(200);
+    wait_until(SOON, "changes to be taken again", || {
+        api.send(Request::new("DELETE", "/api/admin/emergency/lockdown")).status == 200
+    });
     wait_until(SOON, "the proxy to know", || stack.call(&chat(&keys[0])).status == 200);
     let late = api.issue("basic");
     stack.call(&chat(&late)).expect(200);

@@ -151,10 +151,48 @@ fn a_cutoff_that_says_nothing_sensible_is_refused() {
         json!({ "created_before": "yesterday" }),
         json!({ "created_before": "2026-01-01T00:00:00Z", "created_after": "2026-01-01T00:00:00Z" }),
         json!({ "color": "red" }),
+        json!({ "owner": "o".repeat(129) }),
+        json!({ "owner": "with space" }),
     ] {
         let answer = api.post(REVOKE, &json!({ "scope": scope }));
         answer.expect_problem(400, "bad_request");
     }
+}
+
+#[test]
+fn rules_that_no_proxy_could_take_are_refused_before_they_are_journalled() {
+    let mut stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let key = api.issue("basic");
+    // As large a policy as there may be, and cut-offs until both together are too much.
+    let policy = api.get("/api/admin/policy").expect(200).json();
+    let mut routes = policy["routes"].as_array().expect("routes").clone();
+    let padding = "x".repeat(200);
+    let size = |routes: &Vec<Value>| json!(routes).to_string().len();
+    while size(&routes) < 170 * 1024 {
+        let number = routes.len();
+        routes.push(json!({ "name": format!("r{number}"), "path": format!("/{padding}/{number}"), "access": "public" }));
+    }
+    let put = Request::new("PUT", "/api/admin/policy?wait=applied&timeout=10s")
+        .header("content-type", "application/json")
+        .body(json!({ "routes": routes }).to_string());
+    applied(&api.send(put).expect(200).json());
+    let refused = (0..256)
+        .map(|number| {
+            let owner = format!("{number:0128}");
+            api.post(REVOKE, &json!({ "scope": { "owner": owner, "role": "basic" } }))
+        })
+        .find(|answer| answer.status != 200)
+        .expect("it gets too much");
+    refused.expect_problem(409, "rules_do_not_hold");
+
+    // All that was answered is in force, and a restart finds nothing wrong.
+    stack.get("/api/chat", &key.token).expect(200);
+    api.revoke(&key.id).expect_everywhere(1);
+    stack.get("/api/chat", &key.token).expect(401);
+    stack.control_plane.stop();
+    stack.control_plane.start();
+    stack.api().get("/api/admin/emergency").expect(200);
 }
 
 /// Asks for news as a proxy does; the answer and its bytes.

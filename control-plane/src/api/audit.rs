@@ -107,11 +107,7 @@ async fn read<T: Send + 'static>(
     read: impl Fn(&std::path::Path) -> Result<T, JournalError> + Send + 'static,
 ) -> Result<Result<T, JournalError>, Problem> {
     let dir = app.config.data_dir.join(journal::DIRECTORY);
-    let reading = tokio::task::spawn_blocking(move || match read(&dir) {
-        // A segment was compressed meanwhile, and has another name now.
-        Err(JournalError::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => read(&dir),
-        read => read,
-    });
+    let reading = tokio::task::spawn_blocking(move || read(&dir));
     reading.await.map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))
 }
 

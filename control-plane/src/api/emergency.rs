@@ -16,7 +16,7 @@ use crate::app::App;
 use crate::approval::{Count, Warrant};
 use crate::change::Change;
 use crate::clock;
-use crate::key::{KeyState, RevocationReason};
+use crate::key::{self, KeyState, RevocationReason};
 use crate::problem::Problem;
 use crate::random;
 use crate::store::StoreError;
@@ -87,6 +87,9 @@ impl CutoffScope {
         let created_after = time("created_after", self.created_after, 0)?;
         if created_after >= created_before {
             return Err(Problem::bad_request("'created_after' must be before 'created_before'."));
+        }
+        if self.owner.as_ref().is_some_and(|owner| !key::is_owner(owner)) {
+            return Err(Problem::bad_request("'owner': that is no owner's id."));
         }
         if self.role.as_ref().is_some_and(|role| !app.config.roles.contains_key(role)) {
             return Err(Problem::bad_request("'role': there is no such role."));
@@ -170,21 +173,22 @@ pub async fn cut_off(
 
 /// The changes that have a cut-off enforced which `added` adds.
 pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Problem> {
-    if view.model.cutoffs().len() >= MAX_CUTOFFS {
+    // One whose every key has expired by itself says nothing any more.
+    let is_spent =
+        |cutoff: &&Cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until());
+    let spent: Vec<&Cutoff> = view.model.cutoffs().iter().filter(is_spent).collect();
+    if view.model.cutoffs().len() < MAX_CUTOFFS {
+        return Ok(vec![added]);
+    }
+    if spent.is_empty() {
         return Err(Problem::new(
             StatusCode::CONFLICT,
             "too_many_cutoffs",
             format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
         ));
     }
-    // One whose every key has expired by itself says nothing any more.
-    let spent = view
-        .model
-        .cutoffs()
-        .iter()
-        .filter(|cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until()));
     let mut changes: Vec<Change> =
-        spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
+        spent.iter().map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
     changes.push(added);
     Ok(changes)
 }
@@ -284,7 +288,9 @@ impl LockdownBody {
                 return Err(Problem::bad_request("'ttl' must be a duration such as 1h, from 1s to 30d."));
             }
         };
-        let exempt_roles = self.exempt_roles.unwrap_or_else(|| vec![DEFAULT_EXEMPT.into()]);
+        let mut exempt_roles = self.exempt_roles.unwrap_or_else(|| vec![DEFAULT_EXEMPT.into()]);
+        exempt_roles.sort();
+        exempt_roles.dedup();
         if let Some(unknown) = exempt_roles.iter().find(|role| !app.config.roles.contains_key(*role)) {
             return Err(Problem::bad_request(format!("'exempt_roles': there is no role {unknown:?}.")));
         }

@@ -122,7 +122,9 @@ impl Checks {
                 return Err(damaged("its signature does not fit"));
             }
             if trusted.is_some_and(|trusted| trusted != checkpoint.key) {
-                return Err(damaged("it was signed with another key than the trusted one"));
+                return Err(damaged(
+                    "it was signed with another key than the expected one: it, or the master key, was replaced",
+                ));
             }
             if checkpoints.last().is_some_and(|last| last.seq >= checkpoint.seq) {
                 return Err(damaged("it does not follow on the one before it"));
@@ -176,6 +178,8 @@ impl Checks {
 pub struct Keeper {
     notary: Notary,
     file: File,
+    /// Of whole lines.
+    bytes: u64,
     last_seq: u64,
 }
 
@@ -191,7 +195,13 @@ impl Keeper {
         let whole: u64 =
             fs::read(&path)?.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at as u64 + 1);
         file.set_len(whole)?;
-        Ok(Self { notary, file, last_seq: checks.all().last().map_or(0, |last| last.seq) })
+        let last_seq = checks.all().last().map_or(0, |last| last.seq);
+        Ok(Self { notary, file, bytes: whole, last_seq })
+    }
+
+    #[cfg(test)]
+    pub fn leave_half_a_line(&mut self) {
+        self.file.write_all(b"{\"seq\":").unwrap();
     }
 
     /// Whether so many records came since the last one that it is time.
@@ -209,7 +219,12 @@ impl Keeper {
         }
         let mut line = serde_json::to_vec(&self.notary.sign(link, at)).expect("plain data");
         line.push(b'\n');
-        self.file.write_all(&line)?;
+        // What an earlier try left of a line must not stand before this one.
+        self.file.set_len(self.bytes)?;
+        self.file.write_all(&line).inspect_err(|_| {
+            let _tried_again_next_time = self.file.set_len(self.bytes);
+        })?;
+        self.bytes += line.len() as u64;
         self.last_seq = link.seq;
         self.file.sync_data()
     }

@@ -16,6 +16,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 pub use checkpoint::Notary;
 pub use read::{Report, page, verify};
@@ -33,8 +34,10 @@ const LOCK: &str = "lock";
 const RESERVE: &str = "reserve";
 /// A segment that has grown beyond this is sealed.
 const MAX_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
-/// Space that is kept for revocations when the disk is full: some ten thousand of them.
-const RESERVE_BYTES: usize = 4 * 1024 * 1024;
+/// Space that is kept for revocations when the disk is full: some fifteen thousand of them.
+const RESERVE_BYTES: usize = 8 * 1024 * 1024;
+/// How often it is tried to have that space again.
+const REFILL_EVERY: Duration = Duration::from_secs(1);
 
 /// What is wrong with a journal.
 #[derive(Debug, thiserror::Error)]
@@ -61,6 +64,18 @@ pub enum JournalError {
     /// Another process writes it.
     #[error("{path}: another keygate process has this data directory open")]
     InUse {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The disk is full, and so nothing was written.
+    #[error("{path}: the disk is full, the reserve too")]
+    NoSpace {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A journal as a version before this one wrote it.
+    #[error("{path} is of an unreleased version that this one cannot read; move the data directory away")]
+    Unreadable {
         /// The file.
         path: PathBuf,
     },
@@ -99,8 +114,8 @@ impl Claim {
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
         let single = data_dir.join(SINGLE_FILE);
-        if single.exists() && list(&dir)?.is_empty() {
-            fs::rename(&single, segment::path_of(&dir, 1)).map_err(io)?;
+        if single.exists() {
+            return Err(JournalError::Unreadable { path: single });
         }
         sync_dir(&dir).and_then(|()| sync_dir(data_dir)).map_err(io)?;
         Ok(Self { dir, lock })
@@ -221,11 +236,12 @@ impl OpenSegment {
 struct Reserve {
     path: PathBuf,
     there: bool,
+    tried: Option<Instant>,
 }
 
 impl Reserve {
     fn new(dir: &Path) -> Self {
-        let mut reserve = Self { path: dir.join(RESERVE), there: false };
+        let mut reserve = Self { path: dir.join(RESERVE), there: false, tried: None };
         if let Err(error) = reserve.fill() {
             tracing::warn!(%error, "there is no room for the journal's reserve");
         }
@@ -236,6 +252,10 @@ impl Reserve {
         if self.there {
             return Ok(());
         }
+        if self.tried.is_some_and(|tried| tried.elapsed() < REFILL_EVERY) {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        self.tried = Some(Instant::now());
         let filled =
             File::options().write(true).create(true).truncate(true).mode(0o600).open(&self.path).and_then(
                 |mut file| {
@@ -252,6 +272,7 @@ impl Reserve {
     }
 
     fn give_free(&mut self) -> bool {
+        self.tried = Some(Instant::now());
         std::mem::take(&mut self.there) && fs::remove_file(&self.path).is_ok()
     }
 }
@@ -307,15 +328,22 @@ impl Journal {
             link = Link { seq, hash };
         }
         let written = match self.write(day_of(at), &lines) {
-            Err(Unwritten::NoSpace(_)) if self.reserve.give_free() => {
+            Err(Unwritten::NoSpace) if self.reserve.give_free() => {
                 tracing::error!("the disk is full: the reserve is given free for the journal");
                 self.write(day_of(at), &lines)
             }
             written => written,
         };
-        if let Err(Unwritten::NoSpace(error) | Unwritten::Unknown(error)) = written {
-            self.sealed = true;
-            return Err(error);
+        match written {
+            Ok(()) => {}
+            // Nothing of it is there, so nothing is in doubt.
+            Err(Unwritten::NoSpace) => {
+                return Err(JournalError::NoSpace { path: self.current.path.clone() });
+            }
+            Err(Unwritten::Unknown(error)) => {
+                self.sealed = true;
+                return Err(error);
+            }
         }
         self.link = link;
         Ok(())
@@ -349,7 +377,7 @@ impl Journal {
 #[derive(Debug)]
 enum Unwritten {
     /// The disk is full, and nothing of them is there.
-    NoSpace(JournalError),
+    NoSpace,
     /// Something of them may be there.
     Unknown(JournalError),
 }
@@ -360,7 +388,7 @@ impl Unwritten {
             JournalError::Io { source, .. }
                 if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) =>
             {
-                Self::NoSpace(error)
+                Self::NoSpace
             }
             _ => Self::Unknown(error),
         }
@@ -543,12 +571,27 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_one_file_becomes_the_first_segment() {
+    fn a_journal_of_an_unreleased_version_is_left_alone() {
         let dir = tempfile::tempdir().unwrap();
-        reopen(dir.path()).unwrap().0.append("2026-01-01T00:00:00Z", &changes(3)).unwrap();
-        std::fs::rename(first_segment(dir.path()), dir.path().join(SINGLE_FILE)).unwrap();
-        assert_eq!(reopen(dir.path()).unwrap().1, 3);
-        assert!(!dir.path().join(SINGLE_FILE).exists());
+        std::fs::write(dir.path().join(SINGLE_FILE), "{}\n").unwrap();
+        assert!(matches!(reopen(dir.path()), Err(JournalError::Unreadable { .. })));
+        assert_eq!(std::fs::read(dir.path().join(SINGLE_FILE)).unwrap(), b"{}\n");
+    }
+
+    #[test]
+    fn half_a_checkpoint_is_no_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut journal = reopen(dir.path()).unwrap().0;
+        journal.append("2026-01-01T00:00:00Z", &changes(2)).unwrap();
+        journal.sign("2026-01-01T00:00:01Z");
+        // As a disk that is full leaves it.
+        journal.keeper.leave_half_a_line();
+        journal.append("2026-01-01T00:00:02Z", &changes(2)).unwrap();
+        journal.sign("2026-01-01T00:00:03Z");
+        drop(journal);
+        let report = verify(&dir.path().join(DIRECTORY), None).unwrap();
+        assert_eq!((report.checkpoints, report.signed_until), (2, 4));
+        assert_eq!(reopen(dir.path()).unwrap().1, 4);
     }
 
     fn rechained(dir: &Path, change: impl Fn(&mut Record)) {

@@ -14,6 +14,7 @@ use super::{JournalError, Link, sync_dir};
 
 const PLAIN: &str = "jsonl";
 const COMPRESSED: &str = "jsonl.gz";
+const TEMPORARY: &str = "tmp";
 /// The longest line; beyond, a damaged file could ask for any amount of memory.
 const MAX_LINE_BYTES: u64 = 64 * 1024 * 1024;
 
@@ -112,10 +113,16 @@ impl Segment {
     }
 
     fn open(&self) -> Result<Box<dyn BufRead>, JournalError> {
-        let file =
-            File::open(&self.path).map_err(|source| JournalError::Io { path: self.path.clone(), source })?;
+        let (file, compressed) = match File::open(&self.path) {
+            // It was compressed since it was listed.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !self.compressed => {
+                (File::open(self.path.with_extension(COMPRESSED)), true)
+            }
+            file => (file, self.compressed),
+        };
+        let file = file.map_err(|source| JournalError::Io { path: self.path.clone(), source })?;
         let file = BufReader::with_capacity(1 << 16, file);
-        Ok(if self.compressed {
+        Ok(if compressed {
             Box::new(BufReader::with_capacity(1 << 16, MultiGzDecoder::new(file)))
         } else {
             Box::new(file)
@@ -134,14 +141,19 @@ pub fn compress_sealed(dir: &Path) -> Result<usize, JournalError> {
     let mut compressed = 0;
     for segment in sealed.iter().filter(|segment| !segment.compressed) {
         let io = |source| JournalError::Io { path: segment.path.clone(), source };
-        compress(dir, &segment.path).map_err(io)?;
+        compress(dir, &segment.path)
+            .inspect_err(|_| {
+                // Not to stand in the way on a disk that is full.
+                let _there_or_not = fs::remove_file(segment.path.with_extension(TEMPORARY));
+            })
+            .map_err(io)?;
         compressed += 1;
     }
     Ok(compressed)
 }
 
 fn compress(dir: &Path, plain: &Path) -> io::Result<()> {
-    let (target, temporary) = (plain.with_extension(COMPRESSED), plain.with_extension("tmp"));
+    let (target, temporary) = (plain.with_extension(COMPRESSED), plain.with_extension(TEMPORARY));
     let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&temporary)?;
     let mut encoder = GzEncoder::new(file, Compression::default());
     io::copy(&mut BufReader::new(File::open(plain)?), &mut encoder)?;
