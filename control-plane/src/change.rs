@@ -65,7 +65,9 @@ pub enum Change {
         key_id: String,
         /// The token's id.
         jti: String,
-        /// When the key would have expired; the suspension is kept until then. Unix seconds.
+        /// When the key would have expired; the suspension is kept until then. Unix seconds. Unknown in a journal
+        /// that was one file: kept for good.
+        #[serde(default = "never")]
         expires_at: u64,
         /// When, why and by whom.
         suspension: Ended<Option<String>>,
@@ -125,6 +127,10 @@ pub enum Change {
         /// The new one.
         policy: Policy,
     },
+}
+
+const fn never() -> u64 {
+    u64::MAX
 }
 
 impl Change {

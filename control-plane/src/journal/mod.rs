@@ -73,12 +73,6 @@ pub enum JournalError {
         /// The file.
         path: PathBuf,
     },
-    /// A journal as a version before this one wrote it.
-    #[error("{path} is of an unreleased version that this one cannot read; move the data directory away")]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-    },
     /// A write or fsync failed before; nothing more can be promised.
     #[error("the journal is sealed after a failed write; restart once the disk is in order")]
     Sealed,
@@ -114,8 +108,8 @@ impl Claim {
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
         let single = data_dir.join(SINGLE_FILE);
-        if single.exists() {
-            return Err(JournalError::Unreadable { path: single });
+        if single.exists() && list(&dir)?.is_empty() {
+            fs::rename(&single, segment::path_of(&dir, 1)).map_err(io)?;
         }
         sync_dir(&dir).and_then(|()| sync_dir(data_dir)).map_err(io)?;
         Ok(Self { dir, lock })
@@ -571,11 +565,28 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_of_an_unreleased_version_is_left_alone() {
+    fn a_journal_that_was_one_file_becomes_the_first_segment() {
         let dir = tempfile::tempdir().unwrap();
-        std::fs::write(dir.path().join(SINGLE_FILE), "{}\n").unwrap();
-        assert!(matches!(reopen(dir.path()), Err(JournalError::Unreadable { .. })));
-        assert_eq!(std::fs::read(dir.path().join(SINGLE_FILE)).unwrap(), b"{}\n");
+        reopen(dir.path()).unwrap().0.append("2026-01-01T00:00:00Z", &changes(3)).unwrap();
+        // Its records did not say what auditors ask.
+        let text = std::fs::read(first_segment(dir.path())).unwrap();
+        let (mut old, mut prev) = (Vec::new(), record::NO_HASH.to_owned());
+        for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+            let record = Record::parse(line).unwrap();
+            let body = serde_json::json!({
+                "seq": record.seq, "at": record.at, "actor": record.actor, "change": record.change, "prev": prev,
+            });
+            let body = body.to_string();
+            let body = body.strip_suffix('}').unwrap();
+            prev = record::hash_of(body.as_bytes());
+            old.extend_from_slice(format!("{body},\"hash\":\"{prev}\"}}\n").as_bytes());
+        }
+        std::fs::remove_file(first_segment(dir.path())).unwrap();
+        std::fs::write(dir.path().join(SINGLE_FILE), old).unwrap();
+        assert_eq!(reopen(dir.path()).unwrap().1, 3);
+        assert!(!dir.path().join(SINGLE_FILE).exists());
+        let (records, _) = page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap();
+        assert_eq!((records[0].action.as_str(), records[0].outcome.as_str()), ("genesis", "done"));
     }
 
     #[test]

@@ -29,7 +29,8 @@ pub struct Record {
     pub at: String,
     /// Whose key did it, or `system`.
     pub actor: String,
-    /// What was done: the change's type.
+    /// What was done: the change's type. Records of a journal that was one file lack it.
+    #[serde(default)]
     pub action: String,
     /// To what: an id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -38,6 +39,7 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// What became of it: `done`.
+    #[serde(default = "done")]
     pub outcome: String,
     /// The change itself, enough to make it again.
     pub change: Change,
@@ -46,6 +48,10 @@ pub struct Record {
     /// Its own hash. Written by [`Record::write`], since it is of all the rest.
     #[serde(skip_serializing)]
     pub hash: String,
+}
+
+fn done() -> String {
+    "done".into()
 }
 
 impl Record {
@@ -58,7 +64,7 @@ impl Record {
             action: change.action().into(),
             target: change.target().map(Into::into),
             reason: change.reason(),
-            outcome: "done".into(),
+            outcome: done(),
             change,
             prev,
             hash: String::new(),
@@ -70,7 +76,13 @@ impl Record {
     /// # Errors
     /// What is wrong with the line.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
-        serde_json::from_slice(line).map_err(|e| e.to_string())
+        let mut record: Self = serde_json::from_slice(line).map_err(|e| e.to_string())?;
+        if record.action.is_empty() {
+            record.action = record.change.action().into();
+            record.target = record.change.target().map(Into::into);
+            record.reason = record.change.reason();
+        }
+        Ok(record)
     }
 
     /// Writes the line and returns its hash.
@@ -158,7 +170,7 @@ fn split_hash(line: &[u8]) -> Result<(&[u8], &[u8]), String> {
 }
 
 /// SHA-256 in hexadecimal.
-fn hash_of(text: &[u8]) -> String {
+pub fn hash_of(text: &[u8]) -> String {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
     let mut hash = String::with_capacity(HASH_DIGITS);
     for byte in Sha256::digest(text) {
