@@ -323,6 +323,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
         store.apply(&first)?;
     }
+    journal.sign(&clock::rfc3339_ms(clock.now_ms()));
     let latest_s = model.latest_s(0);
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));

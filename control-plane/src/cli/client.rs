@@ -264,8 +264,8 @@ pub fn fleet(output: &Output) -> anyhow::Result<ExitCode> {
             "{:<24} {state:<9} {:<22} {:>7} {:>4}  {}",
             text(proxy, "id"),
             text(proxy, "version"),
-            proxy["lag_ms"],
-            proxy["workers"],
+            text(proxy, "lag_ms"),
+            text(proxy, "workers"),
             text(proxy, "last_seen"),
         );
     }
