@@ -93,6 +93,13 @@ pub struct Config {
 #[error("the configuration has {} error(s):\n{}", .0.len(), .0.iter().map(|e| format!("  {e}")).collect::<Vec<_>>().join("\n"))]
 pub struct ConfigErrors(pub Vec<String>);
 
+impl Config {
+    /// Where the journal's segments are.
+    pub fn journal_dir(&self) -> PathBuf {
+        self.data_dir.join(crate::journal::DIRECTORY)
+    }
+}
+
 /// Reads the file's text and the overrides (`(key, value, where it came from)`, later ones win).
 ///
 /// # Errors

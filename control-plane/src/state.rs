@@ -323,6 +323,11 @@ impl Model {
         (&self.revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
     }
 
+    /// The cut-offs whose every key has expired by itself at `now`, Unix seconds: they say nothing any more.
+    pub fn spent_cutoffs(&self, now: u64) -> impl Iterator<Item = &Cutoff> {
+        self.cutoffs.iter().filter(move |cutoff| cutoff.is_spent(self.longest_life_s, now))
+    }
+
     /// The cut-offs in force.
     pub fn cutoffs(&self) -> &[Cutoff] {
         &self.cutoffs

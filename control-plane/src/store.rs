@@ -383,3 +383,55 @@ impl Tables<'_> {
 fn encode(record: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(record).expect("plain data")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::Idempotency;
+
+    fn issued(n: u64, expires_at: u64) -> Change {
+        let key = KeyRecord {
+            key_id: format!("key_{n}"),
+            jti: format!("jti-{n}"),
+            kid: "k".into(),
+            name: "a".into(),
+            role: "basic".into(),
+            scopes: Vec::new(),
+            owner: None,
+            metadata: serde_json::Map::new(),
+            issued_at: 1_000,
+            expires_at,
+            renews: None,
+            revoked: None,
+            suspended: None,
+        };
+        let idempotency = Some(Idempotency { request_id: format!("request-{n}"), body: String::new() });
+        Change::KeyIssued { key: Box::new(key), idempotency }
+    }
+
+    #[test]
+    fn records_are_kept_for_a_month_after_their_keys_and_requests_for_a_day() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        store.apply(&[(1, issued(1, 2_000)), (2, issued(2, 5_000))]).unwrap();
+        let known = |n: u64| {
+            let (key, jti, request) = (format!("key_{n}"), format!("jti-{n}"), format!("request-{n}"));
+            (
+                store.key(&key).unwrap().is_some(),
+                store.key_id_of(&jti).unwrap().is_some(),
+                store.request(&request).unwrap().is_some(),
+            )
+        };
+        for (seq, until, first, second) in [
+            (3, 1_000 + KEEP_REQUESTS_S, (true, true, true), (true, true, true)),
+            (4, 1_001 + KEEP_REQUESTS_S, (true, true, false), (true, true, false)),
+            (5, 2_000 + KEEP_EXPIRED_S, (true, true, false), (true, true, false)),
+            (6, 2_001 + KEEP_EXPIRED_S, (false, false, false), (true, true, false)),
+            (7, 9_999 + KEEP_EXPIRED_S, (false, false, false), (false, false, false)),
+        ] {
+            store.apply(&[(seq, Change::ExpiredForgotten { until })]).unwrap();
+            assert_eq!((known(1), known(2)), (first, second), "until {until}");
+        }
+        assert_eq!(store.applied().unwrap().1, 7);
+    }
+}

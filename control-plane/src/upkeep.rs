@@ -44,8 +44,7 @@ pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), 
     let plan = move |view: &View<'_>| {
         let model = view.model;
         let forgotten = model.due(until);
-        let spent: Vec<_> =
-            model.cutoffs().iter().filter(|c| c.is_spent(model.longest_life_s(), until)).collect();
+        let spent: Vec<_> = model.spent_cutoffs(until).collect();
         let mut changes = Vec::new();
         // Now and then also for the records of keys that were never revoked.
         let long_ago = until >= model.expired_until().saturating_add(A_DAY_S);
@@ -108,7 +107,7 @@ pub async fn run(app: Arc<App>) {
 
 /// Compresses the segments of the journal that are sealed.
 async fn compress_journal(app: &App) {
-    let dir = app.config.data_dir.join(journal::DIRECTORY);
+    let dir = app.config.journal_dir();
     match tokio::task::spawn_blocking(move || journal::compress_sealed(&dir)).await {
         Ok(Err(error)) => tracing::error!(%error, "a sealed segment of the journal cannot be compressed"),
         Ok(Ok(segments @ 1..)) => tracing::info!(segments, "sealed segments of the journal were compressed"),

@@ -62,11 +62,10 @@ pub async fn list(
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
     let query = query.normalised()?;
-    let (records, more) = read(&app, move |dir| {
-        journal::page(dir, query.cursor.unwrap_or(u64::MAX), limit, |record| query.wants(record))
-    })
-    .await?
-    .map_err(unreadable)?;
+    let dir = app.config.journal_dir();
+    let read =
+        move || journal::page(&dir, query.cursor.unwrap_or(u64::MAX), limit, |record| query.wants(record));
+    let (records, more) = request::read(read).await?.map_err(unreadable)?;
     let next_cursor = records.last().filter(|_| more).map(|record| record.seq);
     let records: Vec<_> = records.iter().map(view).collect();
     Ok(json(StatusCode::OK, value!({ "records": records, "next_cursor": next_cursor })))
@@ -88,8 +87,8 @@ fn view(record: &Record) -> serde_json::Value {
 
 /// Reads the whole journal and checks its chain and its checkpoints.
 pub async fn verify(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    let key = app.checkpoint_key.clone();
-    match read(&app, move |dir| journal::verify(dir, Some(&key))).await? {
+    let (dir, key) = (app.config.journal_dir(), app.checkpoint_key.clone());
+    match request::read(move || journal::verify(&dir, Some(&key))).await? {
         Ok(report) => Ok(json(StatusCode::OK, value!({ "valid": true, "journal": report }))),
         Err(JournalError::Damaged { path, line, problem }) => {
             let segment = path.file_name().map(|name| name.to_string_lossy().into_owned());
@@ -99,16 +98,6 @@ pub async fn verify(State(app): State<Arc<App>>) -> Result<Response, Problem> {
         }
         Err(error) => Err(unreadable(error)),
     }
-}
-
-/// Reads the journal on a thread that answers nobody else.
-async fn read<T: Send + 'static>(
-    app: &App,
-    read: impl Fn(&std::path::Path) -> Result<T, JournalError> + Send + 'static,
-) -> Result<Result<T, JournalError>, Problem> {
-    let dir = app.config.data_dir.join(journal::DIRECTORY);
-    let reading = tokio::task::spawn_blocking(move || read(&dir));
-    reading.await.map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))
 }
 
 fn unreadable(error: JournalError) -> Problem {

@@ -173,22 +173,21 @@ pub async fn cut_off(
 
 /// The changes that have a cut-off enforced which `added` adds.
 pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Problem> {
-    // One whose every key has expired by itself says nothing any more.
-    let is_spent =
-        |cutoff: &&Cutoff| cutoff.is_spent(view.model.longest_life_s(), view.model.expired_until());
-    let spent: Vec<&Cutoff> = view.model.cutoffs().iter().filter(is_spent).collect();
     if view.model.cutoffs().len() < MAX_CUTOFFS {
         return Ok(vec![added]);
     }
-    if spent.is_empty() {
+    let mut changes: Vec<Change> = view
+        .model
+        .spent_cutoffs(view.model.expired_until())
+        .map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() })
+        .collect();
+    if changes.is_empty() {
         return Err(Problem::new(
             StatusCode::CONFLICT,
             "too_many_cutoffs",
             format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
         ));
     }
-    let mut changes: Vec<Change> =
-        spent.iter().map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
     changes.push(added);
     Ok(changes)
 }
@@ -222,8 +221,7 @@ pub async fn lift_cut_off(
 /// How many live keys a cut-off ends.
 async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<Count, Problem> {
     let (app, cutoff) = (Arc::clone(app), cutoff.clone());
-    // Reading through all keys takes a while; not on a thread that answers others.
-    let counted = tokio::task::spawn_blocking(move || {
+    let counted = request::read(move || {
         let mut count = Count::default();
         app.store.each_key(|key| {
             if !matches!(key.state(now), KeyState::Active | KeyState::Suspended) {
@@ -236,8 +234,7 @@ async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<Count, Proble
         })?;
         Ok::<_, StoreError>(count)
     });
-    let unavailable = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later.");
-    Ok(counted.await.map_err(unavailable)??)
+    Ok(counted.await??)
 }
 
 /// A cut-off and what it hits.

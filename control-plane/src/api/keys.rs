@@ -36,17 +36,14 @@ pub async fn list(
     let limit = request::limit(query.limit)?;
     let now = app.clock.now_s();
     let store = Arc::clone(&app.store);
-    // Reading through many keys takes a while; not on a thread that answers others.
-    let read = tokio::task::spawn_blocking(move || {
+    let read = request::read(move || {
         store.keys(query.cursor.as_deref(), limit, |key| {
             query.role.as_ref().is_none_or(|role| *role == key.role)
                 && query.owner.as_ref().is_none_or(|owner| key.owner.as_ref() == Some(owner))
                 && query.state.is_none_or(|state| state == key.state(now))
         })
     });
-    let (keys, more) = read
-        .await
-        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))??;
+    let (keys, more) = read.await??;
     let next_cursor = keys.last().filter(|_| more).map(|key| key.key_id.clone());
     let keys: Vec<_> = keys.iter().map(|key| key_view(key, now)).collect();
     Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "next_cursor": next_cursor })))

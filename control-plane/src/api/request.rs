@@ -192,6 +192,12 @@ pub async fn finish(
     body
 }
 
+/// Reads what takes a while, on a thread that answers nobody.
+pub async fn read<T: Send + 'static>(read: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
+    let unavailable = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later.");
+    tokio::task::spawn_blocking(read).await.map_err(unavailable)
+}
+
 /// How many items a page has.
 pub fn limit(wanted: Option<usize>) -> Result<usize, Problem> {
     let limit = wanted.unwrap_or(DEFAULT_LIMIT);

@@ -188,13 +188,8 @@ pub async fn history(
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
     let store = Arc::clone(&app.store);
-    // Reading through many takes a while; not on a thread that answers others.
-    let read = tokio::task::spawn_blocking(move || {
-        store.revocations(query.cursor, limit, |revocation| query.wants(revocation))
-    });
-    let (found, more) = read
-        .await
-        .map_err(|_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later."))??;
+    let read = move || store.revocations(query.cursor, limit, |revocation| query.wants(revocation));
+    let (found, more) = request::read(read).await??;
     let next_cursor = found.last().filter(|_| more).map(|(seq, _)| *seq);
     let revocations: Vec<_> = found
         .into_iter()
