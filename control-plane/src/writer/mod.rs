@@ -4,7 +4,8 @@
 //! Changes that come at the same time share one fsync (group commit). A plan sees the effect of those
 //! before it in the same batch; if the write fails, none of them happened.
 
-use std::collections::HashMap;
+mod view;
+
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -14,14 +15,15 @@ use keygate_core::rules::{self, RulesError};
 use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 
+use self::view::Pending;
+pub use self::view::View;
 use crate::change::Change;
 use crate::clock::{self, Clock};
 use crate::journal::{Claim, Journal, JournalError, Notary};
-use crate::key::KeyRecord;
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
 use crate::state::{Deltas, Effect, Model, Settings, State};
-use crate::store::{Seen, Store, StoreError};
+use crate::store::{Store, StoreError};
 
 /// Jobs that may wait; beyond that callers wait to hand theirs in.
 const QUEUE: usize = 1_024;
@@ -88,77 +90,6 @@ pub enum CommitError {
 pub struct Committed {
     /// The version from which on it is enforced.
     pub version: Version,
-}
-
-/// What a plan is made against.
-pub struct View<'v> {
-    /// The state as it stands.
-    pub model: &'v Model,
-    /// Unix seconds.
-    pub now: u64,
-    store: &'v Store,
-    pending: &'v Pending,
-}
-
-/// What was changed and the store does not have yet.
-#[derive(Default, Clone)]
-struct Pending {
-    keys: HashMap<String, KeyRecord>,
-    requests: HashMap<String, Seen>,
-}
-
-impl View<'_> {
-    /// A key by its id.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub fn key(&self, key_id: &str) -> Result<Option<KeyRecord>, StoreError> {
-        match self.pending.keys.get(key_id) {
-            Some(key) => Ok(Some(key.clone())),
-            None => self.store.key(key_id),
-        }
-    }
-
-    /// The key with a token's id.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub fn key_of_jti(&self, jti: &str) -> Result<Option<KeyRecord>, StoreError> {
-        if let Some(key) = self.pending.keys.values().find(|key| key.jti == jti) {
-            return Ok(Some(key.clone()));
-        }
-        self.store.key_id_of(jti)?.map_or(Ok(None), |key_id| self.key(&key_id))
-    }
-
-    /// A request that came before.
-    ///
-    /// # Errors
-    /// When the store cannot be read.
-    pub fn request(&self, request_id: &str) -> Result<Option<Seen>, StoreError> {
-        match self.pending.requests.get(request_id) {
-            Some(seen) => Ok(Some(seen.clone())),
-            None => self.store.request(request_id),
-        }
-    }
-}
-
-impl Pending {
-    fn note(&mut self, change: &Change, store: &Store) {
-        if let Change::KeyIssued { key, idempotency } = change {
-            self.keys.insert(key.key_id.clone(), (**key).clone());
-            if let Some(seen) = idempotency {
-                let (body, key_id) = (seen.body.clone(), key.key_id.clone());
-                self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
-            }
-        }
-        if let Some(key_id) = change.altered_key() {
-            let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
-            if let Some(mut record) = record {
-                change.alter(&mut record);
-                self.keys.insert(key_id.to_owned(), record);
-            }
-        }
-    }
 }
 
 type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Change> + Send>;

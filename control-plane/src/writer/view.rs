@@ -1,0 +1,80 @@
+//! What plans are made against: the state, and the store together with what it does not have yet.
+
+use std::collections::HashMap;
+
+use crate::change::Change;
+use crate::key::KeyRecord;
+use crate::state::Model;
+use crate::store::{Seen, Store, StoreError};
+
+/// What a plan is made against.
+pub struct View<'v> {
+    /// The state as it stands.
+    pub model: &'v Model,
+    /// Unix seconds.
+    pub now: u64,
+    pub(super) store: &'v Store,
+    pub(super) pending: &'v Pending,
+}
+
+/// What was changed and the store does not have yet.
+#[derive(Default, Clone)]
+pub struct Pending {
+    keys: HashMap<String, KeyRecord>,
+    requests: HashMap<String, Seen>,
+}
+
+impl View<'_> {
+    /// A key by its id.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn key(&self, key_id: &str) -> Result<Option<KeyRecord>, StoreError> {
+        match self.pending.keys.get(key_id) {
+            Some(key) => Ok(Some(key.clone())),
+            None => self.store.key(key_id),
+        }
+    }
+
+    /// The key with a token's id.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn key_of_jti(&self, jti: &str) -> Result<Option<KeyRecord>, StoreError> {
+        if let Some(key) = self.pending.keys.values().find(|key| key.jti == jti) {
+            return Ok(Some(key.clone()));
+        }
+        self.store.key_id_of(jti)?.map_or(Ok(None), |key_id| self.key(&key_id))
+    }
+
+    /// A request that came before.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn request(&self, request_id: &str) -> Result<Option<Seen>, StoreError> {
+        match self.pending.requests.get(request_id) {
+            Some(seen) => Ok(Some(seen.clone())),
+            None => self.store.request(request_id),
+        }
+    }
+}
+
+impl Pending {
+    /// Takes note of a change.
+    pub fn note(&mut self, change: &Change, store: &Store) {
+        if let Change::KeyIssued { key, idempotency } = change {
+            self.keys.insert(key.key_id.clone(), (**key).clone());
+            if let Some(seen) = idempotency {
+                let (body, key_id) = (seen.body.clone(), key.key_id.clone());
+                self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
+            }
+        }
+        if let Some(key_id) = change.altered_key() {
+            let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
+            if let Some(mut record) = record {
+                change.alter(&mut record);
+                self.keys.insert(key_id.to_owned(), record);
+            }
+        }
+    }
+}
