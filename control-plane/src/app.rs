@@ -24,7 +24,7 @@ use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError, SecretRecord};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
-use crate::writer::{self, History, OpenError, Start, Writer};
+use crate::writer::{self, Feed, History, OpenError, Start, Writer};
 use crate::{api, files, random, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
@@ -76,6 +76,8 @@ pub struct App {
     pub deltas: Arc<Deltas>,
     /// What is known of keys.
     pub store: Arc<Store>,
+    /// What was journalled lately.
+    pub feed: Arc<Feed>,
     /// The proxies.
     pub fleet: Arc<Fleet>,
     /// Snapshots that proxies are fetching.
@@ -141,7 +143,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let notary = Notary::new(&master.derive("keygate journal checkpoints"));
     let checkpoint_key = notary.public_key();
-    let History { writer, states, deltas, store, latest_s, thread } = writer::open(Start {
+    let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
         claim,
         dir,
@@ -173,6 +175,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         states,
         deltas,
         store,
+        feed,
         fleet,
         snapshots: sync::Snapshots::default(),
         metrics,

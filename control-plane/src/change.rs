@@ -1,5 +1,11 @@
 //! What can change, as it stands in the journal. Applying the changes of a journal in order gives the
 //! state; nothing else does.
+//!
+//! Several control planes may serve one fleet, each with a journal of its own that takes in the others' changes.
+//! They come in another order there, so applying them must give the same: what ends keys is united, and of two
+//! changes to the same thing the one with the later [`Mark`] counts.
+
+use std::cmp::Reverse;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
@@ -9,6 +15,52 @@ use crate::approval::Proposal;
 use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::secret::SecretRecord;
 use crate::state::Settings;
+
+/// Orders changes to the same thing, also those of different control planes: the greatest counts.
+///
+/// A hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", OPODIS 2014): the stamp is the time of its
+/// control plane, but always later than every stamp that it had seen, so that a change made in knowledge of another
+/// counts more, whatever the clocks say.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Mark {
+    /// Unix milliseconds; 0 for what a new history begins with, which gives way to what anybody decided.
+    pub stamp: u64,
+    /// Whose. Of two beginnings that of the older history counts.
+    pub source: Reverse<u64>,
+}
+
+/// Where a change was made that this control plane took in from another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// The other's line of history.
+    pub source: u64,
+    /// The number in its journal.
+    pub seq: u64,
+    /// When it was made there, RFC 3339 UTC.
+    pub at: String,
+}
+
+/// A change to be written to the journal.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Whose key did it, or `system`, `redis`.
+    pub actor: String,
+    /// Its [`Mark::stamp`].
+    pub stamp: u64,
+    /// Where it was made, if not here.
+    pub origin: Option<Origin>,
+    /// What it is.
+    pub change: Change,
+}
+
+impl Entry {
+    /// Its mark, in the journal of `here`.
+    pub fn mark(&self, here: u64) -> Mark {
+        let source = self.origin.as_ref().map_or(here, |origin| origin.source);
+        Mark { stamp: self.stamp, source: Reverse(source) }
+    }
+}
 
 /// One change.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -87,6 +139,19 @@ pub enum Change {
     },
     /// The revocation set was cut anew for its size; proxies take it over as a snapshot.
     RevocationsRebuilt {},
+    /// Another control plane changed something that is its own matter, but for this.
+    PeerChanged {
+        /// The longest life of a key that it issues, in seconds; 0: not that.
+        #[serde(default)]
+        max_life_s: u64,
+    },
+    /// Something was written into the shared store by hand that cannot be honoured.
+    EditRefused {
+        /// The Redis key.
+        key: String,
+        /// What is wrong with it.
+        problem: String,
+    },
     /// Many keys were revoked by a rule.
     CutoffAdded {
         /// The rule.
@@ -147,6 +212,8 @@ impl Change {
             Self::KeyResumed { .. } => "key_resumed",
             Self::ExpiredForgotten { .. } => "expired_forgotten",
             Self::RevocationsRebuilt {} => "revocations_rebuilt",
+            Self::PeerChanged { .. } => "peer_changed",
+            Self::EditRefused { .. } => "edit_refused",
             Self::CutoffAdded { .. } => "cutoff_added",
             Self::CutoffLifted { .. } => "cutoff_lifted",
             Self::CutoffProposed { .. } => "cutoff_proposed",
@@ -168,6 +235,7 @@ impl Change {
             Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
             Self::CutoffProposed { proposal } => Some(&proposal.cutoff.id),
             Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } => Some(id),
+            Self::EditRefused { key, .. } => Some(key),
             _ => None,
         }
     }
@@ -181,7 +249,29 @@ impl Change {
             Self::CutoffAdded { reason, .. } => Some(reason.label().into()),
             Self::CutoffProposed { proposal } => Some(proposal.reason.label().into()),
             Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
+            Self::EditRefused { problem, .. } => Some(problem.clone()),
             _ => None,
+        }
+    }
+
+    /// What became of it, as it stands in the journal.
+    pub const fn outcome(&self) -> &'static str {
+        match self {
+            Self::EditRefused { .. } => "refused",
+            _ => "done",
+        }
+    }
+
+    /// What other control planes take in: the change itself, unless it is a matter of this one alone. When keys
+    /// have expired each judges by its own clock.
+    pub fn for_peers(&self) -> Self {
+        match self {
+            Self::SettingsChanged { settings } => Self::PeerChanged { max_life_s: settings.max_life_s() },
+            Self::Genesis { .. }
+            | Self::RevocationsRebuilt {}
+            | Self::ExpiredForgotten { .. }
+            | Self::EditRefused { .. } => Self::PeerChanged { max_life_s: 0 },
+            change => change.clone(),
         }
     }
 
@@ -224,6 +314,8 @@ impl Change {
             | Self::JtiRevoked { .. }
             | Self::ExpiredForgotten { .. }
             | Self::RevocationsRebuilt {}
+            | Self::PeerChanged { .. }
+            | Self::EditRefused { .. }
             | Self::CutoffAdded { .. }
             | Self::CutoffProposed { .. }
             | Self::CutoffWithdrawn { .. }

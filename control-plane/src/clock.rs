@@ -79,6 +79,12 @@ pub fn rfc3339_ms(unix_ms: u64) -> String {
     humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(unix_ms)).to_string()
 }
 
+/// An RFC 3339 UTC time in Unix milliseconds; 0 for what is none.
+pub fn unix_ms(rfc3339: &str) -> u64 {
+    let since = humantime::parse_rfc3339(rfc3339).ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -14,7 +14,7 @@ use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
 use serde::{Deserialize, Serialize};
 
 use crate::approval::{Proposal, Warrant};
-use crate::change::Change;
+use crate::change::{Change, Entry, Mark, Origin};
 use crate::config::Config;
 use crate::expiry::Expiries;
 use crate::secret::{MasterKey, SecretError, SecretRecord, Signer};
@@ -49,6 +49,10 @@ pub struct State {
     pub proposals: Vec<Proposal>,
     /// How those in force took force that needed a second approval, by their id. Not for proxies.
     pub warrants: Arc<BTreeMap<String, Warrant>>,
+    /// The stamp of the last change of the lockdown. Not for proxies.
+    pub lockdown_stamp: u64,
+    /// How far the journals of other control planes were taken in, by their source. Not for proxies.
+    pub merged: Arc<BTreeMap<u64, u64>>,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -108,8 +112,9 @@ pub struct Model {
     seq: u64,
     policy: Arc<Policy>,
     policy_seq: u64,
-    secrets: Vec<SecretRecord>,
-    signers: Vec<Arc<Signer>>,
+    policy_mark: Mark,
+    /// In the order of their marks: the last one signs.
+    secrets: Vec<Secret>,
     revocations: ExactSet,
     expiries: Expiries,
     expired_until: u64,
@@ -117,11 +122,29 @@ pub struct Model {
     latest_s: u64,
     longest_life_s: u64,
     cutoffs: Vec<Cutoff>,
+    /// Cut-offs that were lifted, so that one which comes late from another control plane does not come back.
+    lifted: Arc<BTreeSet<String>>,
     proposals: Vec<Proposal>,
     warrants: Arc<BTreeMap<String, Warrant>>,
     lockdown: Option<Lockdown>,
+    lockdown_mark: Mark,
+    /// The last suspension or resumption of each key that had one.
+    suspension_marks: Arc<BTreeMap<Fingerprint, Mark>>,
     recent: Recent,
     census: Census,
+    /// How far the journals of other control planes were taken in, by their source.
+    merged: Arc<BTreeMap<u64, u64>>,
+    /// The latest stamp of a change made here.
+    latest_own_stamp: u64,
+    /// The latest stamp of a change taken in.
+    latest_peer_stamp: u64,
+}
+
+#[derive(Debug, Clone)]
+struct Secret {
+    mark: Mark,
+    record: SecretRecord,
+    signer: Arc<Signer>,
 }
 
 /// What the configuration says of the state. Journalled when it changed, so that proxies get a new version.
@@ -149,6 +172,11 @@ impl Settings {
             hard_age_s: config.hard_age.as_secs(),
         }
     }
+
+    /// The longest life of a key, in seconds.
+    pub const fn max_life_s(&self) -> u64 {
+        self.max_life_s
+    }
 }
 
 /// What a change means for proxies.
@@ -162,6 +190,8 @@ pub struct Effect {
     pub members: BTreeSet<String>,
     /// Whether proxies take a snapshot, however little changed.
     pub rebuilt: bool,
+    /// Whether another change to the same thing counts more, so that this one does nothing.
+    pub superseded: bool,
 }
 
 impl Effect {
@@ -176,9 +206,18 @@ impl Model {
     ///
     /// # Errors
     /// When a secret does not open.
-    pub fn apply(&mut self, change: &Change, seq: u64, master: &MasterKey) -> Result<Effect, SecretError> {
+    pub fn apply(&mut self, seq: u64, entry: &Entry, master: &MasterKey) -> Result<Effect, SecretError> {
         let mut effect = Effect::default();
-        match change {
+        let mark = entry.mark(self.source);
+        match &entry.origin {
+            None => self.latest_own_stamp = self.latest_own_stamp.max(entry.stamp),
+            Some(Origin { source, seq, .. }) => {
+                self.latest_peer_stamp = self.latest_peer_stamp.max(entry.stamp);
+                let merged = Arc::make_mut(&mut self.merged).entry(*source).or_default();
+                *merged = (*merged).max(*seq);
+            }
+        }
+        match &entry.change {
             Change::Genesis { source } => {
                 self.source = *source;
                 effect.rules = true;
@@ -188,10 +227,27 @@ impl Model {
                 self.settings = Arc::new(settings.clone());
                 effect.rules = true;
             }
+            Change::PeerChanged { max_life_s } => self.longest_life_s = self.longest_life_s.max(*max_life_s),
+            Change::EditRefused { .. } => {}
             Change::SecretCreated { secret } => {
-                self.signers.push(Arc::new(secret.open(master)?));
-                self.secrets.push(secret.clone());
+                let signer = Arc::new(secret.open(master)?);
+                let place = self.secrets.partition_point(|other| other.mark <= mark);
+                self.secrets.insert(place, Secret { mark, record: secret.clone(), signer });
                 effect.rules = true;
+            }
+            Change::CutoffAdded { cutoff, .. } if self.lifted.contains(&cutoff.id) => effect.superseded = true,
+            Change::CutoffProposed { proposal }
+                if self.lifted.contains(&proposal.cutoff.id)
+                    || self.cutoffs.iter().any(|cutoff| cutoff.id == proposal.cutoff.id) =>
+            {
+                effect.superseded = true;
+            }
+            Change::LockdownChanged { .. } if mark < self.lockdown_mark => effect.superseded = true,
+            Change::PolicyReplaced { .. } if mark < self.policy_mark => effect.superseded = true,
+            Change::KeySuspended { jti, .. } | Change::KeyResumed { jti, .. }
+                if self.suspension_marks.get(&Fingerprint::of(jti)).is_some_and(|last| mark < *last) =>
+            {
+                effect.superseded = true;
             }
             Change::CutoffAdded { cutoff, approved_by, break_glass, .. } => {
                 if let Some(warrant) = Warrant::of(approved_by.as_ref(), break_glass.as_ref()) {
@@ -207,35 +263,45 @@ impl Model {
             Change::CutoffLifted { id } => {
                 self.cutoffs.retain(|cutoff| cutoff.id != *id);
                 Arc::make_mut(&mut self.warrants).remove(id);
+                Arc::make_mut(&mut self.lifted).insert(id.clone());
                 effect.rules = true;
             }
             Change::LockdownChanged { lockdown } => {
                 self.lockdown = lockdown.clone();
+                self.lockdown_mark = mark;
                 effect.rules = true;
             }
             Change::PolicyReplaced { policy } => {
                 self.policy = Arc::new(policy.clone());
                 self.policy_seq = seq;
+                self.policy_mark = mark;
                 effect.rules = true;
             }
             Change::KeyIssued { key, .. } => {
-                self.latest_s = self.latest_s.max(key.issued_at);
+                if entry.origin.is_none() {
+                    self.latest_s = self.latest_s.max(key.issued_at);
+                }
                 self.census.change(&key.role, key.expires_at, 1);
             }
             Change::KeyRevoked { jti, role, expires_at, revocation, .. } => {
-                self.note_revocation(revocation.at);
-                self.census.change(role, *expires_at, -1);
+                // Of two control planes each may have revoked it.
+                if !self.is_revoked(jti) {
+                    self.census.change(role, *expires_at, -1);
+                }
+                self.note_revocation(revocation.at, entry.origin.is_none());
                 effect.ops.push(self.keep_until(Op::Revoke(Fingerprint::of(jti)), *expires_at));
             }
             Change::JtiRevoked { jti, expires_at, revocation } => {
-                self.note_revocation(revocation.at);
+                self.note_revocation(revocation.at, entry.origin.is_none());
                 effect.ops.push(self.keep_until(Op::Revoke(Fingerprint::of(jti)), *expires_at));
             }
             Change::KeySuspended { jti, expires_at, .. } => {
+                Arc::make_mut(&mut self.suspension_marks).insert(Fingerprint::of(jti), mark);
                 effect.ops.push(self.keep_until(Op::Suspend(Fingerprint::of(jti)), *expires_at));
             }
             Change::KeyResumed { jti, .. } => {
                 let fingerprint = Fingerprint::of(jti);
+                Arc::make_mut(&mut self.suspension_marks).insert(fingerprint, mark);
                 self.revocations.apply(Op::Resume(fingerprint));
                 if (&self.revocations).standing(fingerprint) == Standing::Clear {
                     self.expiries.drop_one(fingerprint);
@@ -246,6 +312,10 @@ impl Model {
                 self.expired_until = self.expired_until.max(*until);
                 self.census.forget(*until);
                 let due = self.expiries.take_due(*until);
+                if !self.suspension_marks.is_empty() {
+                    let marks = Arc::make_mut(&mut self.suspension_marks);
+                    marks.retain(|fingerprint, _| !due.contains(fingerprint));
+                }
                 self.revocations.forget_all(&due);
                 effect.ops.extend(due.into_iter().map(Op::Forget));
                 effect.rules = true;
@@ -261,8 +331,10 @@ impl Model {
         Ok(effect)
     }
 
-    fn note_revocation(&mut self, at: u64) {
-        self.latest_s = self.latest_s.max(at);
+    fn note_revocation(&mut self, at: u64, here: bool) {
+        if here {
+            self.latest_s = self.latest_s.max(at);
+        }
         self.recent.add(at);
     }
 
@@ -285,6 +357,16 @@ impl Model {
     /// The line of history.
     pub fn source(&self) -> u64 {
         self.source
+    }
+
+    /// The stamp of the next change that is made here.
+    pub fn next_stamp(&self, now_ms: u64) -> u64 {
+        now_ms.max(self.latest_own_stamp).max(self.latest_peer_stamp.saturating_add(1))
+    }
+
+    /// How far the journals of other control planes were taken in, by their source.
+    pub fn merged(&self) -> &Arc<BTreeMap<u64, u64>> {
+        &self.merged
     }
 
     /// What the configuration said last.
@@ -350,7 +432,7 @@ impl Model {
 
     /// The secret that signs, once there is one.
     pub fn signer(&self) -> Option<&Arc<Signer>> {
-        self.signers.last()
+        self.secrets.last().map(|secret| &secret.signer)
     }
 
     /// The `iss` and `aud` of keys.
@@ -369,7 +451,7 @@ impl Model {
             leeway_s: settings.leeway_s,
             max_life_s: settings.max_life_s,
             hard_age_s: settings.hard_age_s,
-            keys: self.signers.iter().map(|signer| signer.verification_key()).collect(),
+            keys: self.secrets.iter().map(|secret| secret.signer.verification_key()).collect(),
             policy: (*self.policy).clone(),
             cutoffs: self.cutoffs.clone(),
             lockdown: self.lockdown.clone(),
@@ -397,12 +479,14 @@ impl Model {
             rules_bytes,
             revocations: self.revocations.clone(),
             policy_seq: self.policy_seq,
-            secrets: self.secrets.clone(),
+            secrets: self.secrets.iter().map(|secret| secret.record.clone()).collect(),
             signer: self.signer().cloned().ok_or(RulesError::Invalid("no secret signs"))?,
             census: self.census.clone(),
             recent: self.recent.clone(),
             proposals: self.proposals.clone(),
             warrants: self.warrants.clone(),
+            lockdown_stamp: self.lockdown_mark.stamp,
+            merged: self.merged.clone(),
         })
     }
 }

@@ -19,11 +19,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use checkpoint::Notary;
-pub use read::{Report, page, verify};
+pub use read::{Report, page, verify, walk_after};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
 
-use crate::change::Change;
+use crate::change::Entry;
 use checkpoint::{Checks, Keeper};
 
 /// The directory of the segments, in the data directory.
@@ -311,14 +311,14 @@ impl Journal {
     /// When that is not certain. A failed fsync is not tried again: the kernel may have dropped the pages and
     /// report success the next time (Rebello et al., "Can applications recover from fsync failures?", USENIX ATC
     /// 2020). The journal is sealed.
-    pub fn append(&mut self, at: &str, changes: &[(String, Change)]) -> Result<(), JournalError> {
+    pub fn append(&mut self, at: &str, entries: &[Entry]) -> Result<(), JournalError> {
         if self.sealed {
             return Err(JournalError::Sealed);
         }
         let (mut link, mut lines) = (self.link.clone(), Vec::new());
-        for (actor, change) in changes {
+        for entry in entries {
             let seq = link.seq + 1;
-            let hash = Record::new(seq, at, actor, change.clone(), link.hash).write(&mut lines);
+            let hash = Record::new(seq, at, entry, link.hash).write(&mut lines);
             link = Link { seq, hash };
         }
         let written = match self.write(day_of(at), &lines) {
@@ -402,9 +402,16 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::change::Change;
 
-    fn changes(n: u64) -> Vec<(String, Change)> {
-        (0..n).map(|source| ("system".to_owned(), Change::Genesis { source })).collect()
+    fn changes(n: u64) -> Vec<Entry> {
+        let entry = |source| Entry {
+            actor: "system".into(),
+            stamp: 0,
+            origin: None,
+            change: Change::Genesis { source },
+        };
+        (0..n).map(entry).collect()
     }
 
     fn first_segment(data_dir: &Path) -> PathBuf {

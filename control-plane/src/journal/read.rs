@@ -64,6 +64,39 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
     })
 }
 
+/// Hands every record after number `after` to `each`, oldest first, until that says no more. The chain is not
+/// checked.
+///
+/// # Errors
+/// When a file cannot be read, or a record is no record.
+pub fn walk_after(
+    dir: &Path,
+    after: u64,
+    mut each: impl FnMut(Record) -> bool,
+) -> Result<(), JournalError> {
+    let segments = segment::list(dir)?;
+    let next_first = segments.iter().skip(1).map(|segment| segment.first_seq).chain([u64::MAX]);
+    for (segment, next_first) in segments.iter().zip(next_first) {
+        if next_first <= after.saturating_add(1) {
+            continue;
+        }
+        let text = segment.text()?;
+        let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
+        let whole = lines.split_last().map_or(&[][..], |(_, whole)| whole);
+        for (number, line) in whole.iter().enumerate() {
+            let record = Record::parse(line).map_err(|problem| JournalError::Damaged {
+                path: segment.path.clone(),
+                line: number as u64 + 1,
+                problem,
+            })?;
+            if record.seq > after && !each(record) {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Records before number `before`, the last one first, that `wanted` takes; at most `limit`, and whether there
 /// may be more. The chain is not checked.
 ///

@@ -5,13 +5,17 @@
 //!  "reason":"compromised","outcome":"done","change":{…},"prev":"<hash of 6>","hash":"…"}
 //! ```
 //!
+//! A change that was taken in from another control plane has an `origin` too, and a `stamp` stands where it is not
+//! the time `at`, see [`crate::change::Mark`].
+//!
 //! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
 //! the lines.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::change::Change;
+use crate::change::{Change, Entry, Origin};
+use crate::clock;
 
 /// The `prev` of the first record.
 pub const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";
@@ -38,9 +42,15 @@ pub struct Record {
     /// Why, if that was said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// What became of it: `done`.
+    /// What became of it: `done` or `refused`.
     #[serde(default = "done")]
     pub outcome: String,
+    /// Where it was made, if not here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
+    /// How it is ordered among others, if not by the time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stamp: Option<u64>,
     /// The change itself, enough to make it again.
     pub change: Change,
     /// The hash of the record before.
@@ -56,16 +66,19 @@ fn done() -> String {
 
 impl Record {
     /// The record of a change that is made; its hash comes with writing it.
-    pub fn new(seq: u64, at: &str, actor: &str, change: Change, prev: String) -> Self {
+    pub fn new(seq: u64, at: &str, entry: &Entry, prev: String) -> Self {
+        let Entry { actor, stamp, origin, change } = entry;
         Self {
             seq,
             at: at.into(),
-            actor: actor.into(),
+            actor: actor.clone(),
             action: change.action().into(),
             target: change.target().map(Into::into),
             reason: change.reason(),
-            outcome: done(),
-            change,
+            outcome: change.outcome().into(),
+            origin: origin.clone(),
+            stamp: Some(*stamp).filter(|stamp| *stamp != clock::unix_ms(at)),
+            change: change.clone(),
             prev,
             hash: String::new(),
         }
@@ -83,6 +96,12 @@ impl Record {
             record.reason = record.change.reason();
         }
         Ok(record)
+    }
+
+    /// What was written.
+    pub fn into_entry(self) -> Entry {
+        let stamp = self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at));
+        Entry { actor: self.actor, stamp, origin: self.origin, change: self.change }
     }
 
     /// Writes the line and returns its hash.

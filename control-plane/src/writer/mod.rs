@@ -4,6 +4,7 @@
 //! Changes that come at the same time share one fsync (group commit). A plan sees the effect of those
 //! before it in the same batch; if the write fails, none of them happened.
 
+mod feed;
 mod view;
 
 use std::path::Path;
@@ -16,8 +17,9 @@ use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use self::view::Pending;
+pub use self::feed::{Feed, Logged};
 pub use self::view::View;
-use crate::change::Change;
+use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
 use crate::journal::{Claim, Journal, JournalError, Notary};
 use crate::metrics::Metrics;
@@ -90,12 +92,13 @@ pub enum CommitError {
 pub struct Committed {
     /// The version from which on it is enforced.
     pub version: Version,
+    /// The number of its last record in the journal.
+    pub journal_seq: u64,
 }
 
-type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Change> + Send>;
+type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Entry> + Send>;
 
 struct Job {
-    actor: String,
     plan: Plan,
     done: oneshot::Sender<Result<Committed, CommitError>>,
 }
@@ -123,23 +126,43 @@ impl Writer {
     {
         let (done, committed) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
+        let actor = actor.to_owned();
         let plan: Plan = Box::new(move |view| match plan(view) {
             Ok((changes, value)) => {
                 let _caller_gone = answer.send(Ok(value));
-                changes
+                let entry = |change| Entry { actor: actor.clone(), stamp: view.stamp, origin: None, change };
+                changes.into_iter().map(entry).collect()
             }
             Err(refusal) => {
                 let _caller_gone = answer.send(Err(refusal));
                 Vec::new()
             }
         });
-        let job = Job { actor: actor.to_owned(), plan, done };
-        self.jobs.send(job).await.map_err(|_| CommitError::Stopped)?;
+        self.jobs.send(Job { plan, done }).await.map_err(|_| CommitError::Stopped)?;
         let committed = committed.await.map_err(|_| CommitError::Stopped)??;
         match answered.await.map_err(|_| CommitError::Stopped)? {
             Ok(value) => Ok(Ok((value, committed))),
             Err(refusal) => Ok(Err(refusal)),
         }
+    }
+
+    /// Takes in changes that another control plane made, in its order; those that were taken in before are left
+    /// out.
+    ///
+    /// # Errors
+    /// When the journal cannot be written, or the rules that they make do not hold here.
+    pub async fn merge(&self, entries: Vec<Entry>) -> Result<Committed, CommitError> {
+        let (done, committed) = oneshot::channel();
+        let plan: Plan = Box::new(move |view| {
+            let is_new = |entry: &Entry| {
+                entry.origin.as_ref().is_some_and(|origin| {
+                    view.model.merged().get(&origin.source).is_none_or(|seq| *seq < origin.seq)
+                })
+            };
+            entries.into_iter().filter(is_new).collect()
+        });
+        self.jobs.send(Job { plan, done }).await.map_err(|_| CommitError::Stopped)?;
+        committed.await.map_err(|_| CommitError::Stopped)?
     }
 }
 
@@ -153,6 +176,8 @@ pub struct History {
     pub deltas: Arc<Deltas>,
     /// What is known of keys.
     pub store: Arc<Store>,
+    /// What was journalled lately.
+    pub feed: Arc<Feed>,
     /// The latest second at which anything was issued or revoked.
     pub latest_s: u64,
     /// The writer's thread; it ends when the last [`Writer`] is gone.
@@ -166,6 +191,7 @@ struct Thread {
     master: Arc<MasterKey>,
     states: watch::Sender<Arc<State>>,
     deltas: Arc<Deltas>,
+    feed: Arc<Feed>,
     clock: Clock,
     metrics: Arc<Metrics>,
     /// Changes of the journal that the store could not take yet.
@@ -209,6 +235,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     let mut failed: Option<OpenError> = None;
     let mut journal = claim
         .read(notary, |record| {
+            let seq = record.seq;
             if let Change::Genesis { source } = record.change
                 && stored_source != source
                 && stored_source != 0
@@ -219,11 +246,16 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
                 }
                 applied = 0;
             }
-            if let Err(error) = model.apply(&record.change, record.seq, &master) {
-                failed = Some(error.into());
-            }
-            if record.seq > applied {
-                behind.push((record.seq, record.change));
+            let entry = record.into_entry();
+            let superseded = match model.apply(seq, &entry, &master) {
+                Ok(effect) => effect.superseded,
+                Err(error) => {
+                    failed = Some(error.into());
+                    false
+                }
+            };
+            if seq > applied && !superseded {
+                behind.push((seq, entry.change));
                 if behind.len() >= 10_000 {
                     catch_up(&store, &mut behind).unwrap_or_else(|error| failed = Some(error.into()));
                 }
@@ -245,13 +277,17 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         first.push(Change::SettingsChanged { settings });
     }
     if !first.is_empty() {
-        let first: Vec<(u64, Change)> = (journal.last_seq() + 1..).zip(first).collect();
-        for (seq, change) in &first {
-            model.apply(change, *seq, &master)?;
+        // What a history begins with gives way to what was decided elsewhere.
+        let stamp = if model.is_empty() { 0 } else { model.next_stamp(clock.now_ms()) };
+        let entry = |change| Entry { actor: "system".into(), stamp, origin: None, change };
+        let first: Vec<Entry> = first.into_iter().map(entry).collect();
+        for (seq, entry) in (journal.last_seq() + 1..).zip(&first) {
+            model.apply(seq, entry, &master)?;
         }
         model.picture(None)?; // Nothing that does not hold goes into the journal.
-        let records: Vec<_> = first.iter().map(|(_, change)| ("system".to_owned(), change.clone())).collect();
-        journal.append(&clock::rfc3339_ms(clock.now_ms()), &records)?;
+        let first_seq = journal.last_seq() + 1;
+        journal.append(&clock::rfc3339_ms(clock.now_ms()), &first)?;
+        let first: Vec<(u64, Change)> = (first_seq..).zip(first.into_iter().map(|entry| entry.change)).collect();
         store.apply(&first)?;
     }
     journal.sign(&clock::rfc3339_ms(clock.now_ms()));
@@ -259,6 +295,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
     metrics.journal_reserve.set(f64::from(u8::from(!journal.uses_reserve())));
+    let feed = Feed::after_start(journal.last_seq());
     let (states, receiver) = watch::channel(state);
     let (jobs, queue) = mpsc::channel(QUEUE);
     let thread = Thread {
@@ -268,6 +305,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         master,
         states,
         deltas: deltas.clone(),
+        feed: feed.clone(),
         clock,
         metrics,
         unstored: Vec::new(),
@@ -278,7 +316,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         .name("writer".into())
         .spawn(move || thread.run(queue))
         .map_err(|source| JournalError::Io { path: dir.into(), source })?;
-    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, latest_s, thread })
+    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, feed, latest_s, thread })
 }
 
 fn warn_if_slow(what: &str, took: Duration) {
@@ -317,13 +355,20 @@ impl Thread {
         let now_ms = self.clock.now_ms();
         let mut model = self.model.clone();
         let mut pending = self.pending.clone();
-        let (mut changes, mut effects, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut entries, mut effects, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
+        let mut unstored = Vec::new();
         let mut seq = self.journal.last_seq();
         for job in batch {
-            let view = View { model: &model, now: now_ms / 1_000, store: &self.store, pending: &pending };
-            let Job { actor, plan, done } = job;
+            let view = View {
+                model: &model,
+                now: now_ms / 1_000,
+                stamp: model.next_stamp(now_ms),
+                store: &self.store,
+                pending: &pending,
+            };
+            let Job { plan, done } = job;
             let planned = plan(&view);
-            if !planned.iter().all(Change::ends_keys)
+            if !planned.iter().all(|entry| entry.change.ends_keys())
                 && self.journal.uses_reserve()
                 && !self.journal.refill_reserve()
             {
@@ -334,11 +379,18 @@ impl Thread {
                 let _caller_gone = done.send(Err(error));
                 continue;
             }
-            for change in planned {
+            for entry in planned {
                 seq += 1;
-                match model.apply(&change, seq, &self.master) {
-                    Ok(effect) if effect.is_empty() => {}
-                    Ok(effect) => effects.push((seq, effect)),
+                match model.apply(seq, &entry, &self.master) {
+                    Ok(effect) => {
+                        if !effect.superseded {
+                            pending.note(&entry.change, &self.store);
+                            unstored.push((seq, entry.change.clone()));
+                        }
+                        if !effect.is_empty() {
+                            effects.push((seq, effect));
+                        }
+                    }
                     Err(error) => {
                         // Only a secret that this process sealed a moment ago can fail to open.
                         tracing::error!(%error, "a planned change cannot be applied; nothing of its batch was changed");
@@ -349,14 +401,15 @@ impl Thread {
                         return;
                     }
                 }
-                pending.note(&change, &self.store);
-                changes.push((actor.clone(), change));
+                entries.push(entry);
             }
-            waiting.push((done, Committed { version: Version { source: model.source(), seq: model.seq() } }));
+            let version = Version { source: model.source(), seq: model.seq() };
+            waiting.push((done, Committed { version, journal_seq: seq }));
         }
-        if !changes.is_empty() {
+        if !entries.is_empty() {
             let started = Instant::now();
-            if let Err(error) = self.journal.append(&clock::rfc3339_ms(now_ms), &changes) {
+            let at = clock::rfc3339_ms(now_ms);
+            if let Err(error) = self.journal.append(&at, &entries) {
                 tracing::error!(%error, "the journal cannot be written; changes are refused");
                 let full = matches!(error, JournalError::NoSpace { .. });
                 self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
@@ -371,8 +424,10 @@ impl Thread {
             warn_if_slow("journal", started.elapsed());
             self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
             self.publish(model, effects);
-            let first_seq = self.journal.last_seq() + 1 - changes.len() as u64;
-            self.unstored.extend((first_seq..).zip(changes.into_iter().map(|(_, change)| change)));
+            let first_seq = self.journal.last_seq() + 1 - entries.len() as u64;
+            let logged = |(seq, entry)| Logged { seq, at: at.clone(), entry };
+            self.feed.push((first_seq..).zip(entries).map(logged));
+            self.unstored.append(&mut unstored);
             self.pending = pending;
             self.store_what_waits();
         }
@@ -382,14 +437,14 @@ impl Thread {
     }
 
     /// Whether the rules hold that planned changes make: what does not must not be in the journal.
-    fn check_rules(&self, model: &Model, planned: &[Change], mut seq: u64) -> Result<(), CommitError> {
-        if !planned.iter().any(Change::is_of_rules) {
+    fn check_rules(&self, model: &Model, planned: &[Entry], mut seq: u64) -> Result<(), CommitError> {
+        if !planned.iter().any(|entry| entry.change.is_of_rules()) {
             return Ok(());
         }
         let mut trial = model.clone();
-        for change in planned {
+        for entry in planned {
             seq += 1;
-            trial.apply(change, seq, &self.master).map_err(|_| CommitError::Inapplicable)?;
+            trial.apply(seq, entry, &self.master).map_err(|_| CommitError::Inapplicable)?;
         }
         trial.picture(None).map(|_| ()).map_err(CommitError::Rules)
     }

@@ -13,6 +13,7 @@ pub struct View<'v> {
     pub model: &'v Model,
     /// Unix seconds.
     pub now: u64,
+    pub(super) stamp: u64,
     pub(super) store: &'v Store,
     pub(super) pending: &'v Pending,
 }
