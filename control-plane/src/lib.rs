@@ -18,6 +18,7 @@ pub mod key;
 pub mod metrics;
 pub mod problem;
 pub mod random;
+pub mod redis_store;
 pub mod roles;
 pub mod secret;
 pub mod state;
