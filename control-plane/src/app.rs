@@ -21,6 +21,7 @@ use crate::fleet::Fleet;
 use crate::journal::{Claim, JournalError, Notary};
 use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
+use crate::redis_store::{self, Mirror, Sealer};
 use crate::secret::{MasterKey, SecretError, SecretRecord};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
@@ -80,6 +81,8 @@ pub struct App {
     pub feed: Arc<Feed>,
     /// The proxies.
     pub fleet: Arc<Fleet>,
+    /// The copy in Redis, if there is one.
+    pub mirror: Option<Arc<Mirror>>,
     /// Snapshots that proxies are fetching.
     pub snapshots: sync::Snapshots,
     /// Metrics.
@@ -140,6 +143,10 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     };
     let master = Arc::new(MasterKey::load(&config.master_key_file, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
+    let mirror = config
+        .redis
+        .as_ref()
+        .map(|redis| Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(&master)));
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let notary = Notary::new(&master.derive("keygate journal checkpoints"));
     let checkpoint_key = notary.public_key();
@@ -177,6 +184,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         store,
         feed,
         fleet,
+        mirror,
         snapshots: sync::Snapshots::default(),
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
@@ -208,7 +216,10 @@ impl Serving {
         let io = |source| RunError::Io { what: "serving".into(), source };
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
-        let upkeep = tokio::spawn(upkeep::run(app));
+        let upkeep = tokio::spawn(upkeep::run(Arc::clone(&app)));
+        let mirror =
+            app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
+        drop(app);
         let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
         tokio::pin!(servers);
         tokio::select! {
@@ -222,6 +233,9 @@ impl Serving {
             Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
         }
         let _ended = upkeep.await;
+        if let Some(mirror) = mirror {
+            let _ended = mirror.await;
+        }
         // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
         let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
         Ok(())

@@ -71,6 +71,12 @@ pub enum Change {
         /// Its number: the Unix milliseconds of its beginning.
         source: u64,
     },
+    /// This journal is an older copy of one that went on: what follows is another line of history, into which the
+    /// changes that the copy lacks are taken as those of another control plane.
+    LineBegun {
+        /// Its number.
+        source: u64,
+    },
     /// The configuration says something else than before.
     SettingsChanged {
         /// What it says.
@@ -199,10 +205,22 @@ const fn never() -> u64 {
 }
 
 impl Change {
+    /// The one that revokes a key.
+    pub fn revoking(key: &KeyRecord, revocation: Ended<RevocationReason>) -> Self {
+        Self::KeyRevoked {
+            key_id: key.key_id.clone(),
+            jti: key.jti.clone(),
+            role: key.role.clone(),
+            expires_at: key.expires_at,
+            revocation,
+        }
+    }
+
     /// What it does: its type, as it stands in the journal.
     pub const fn action(&self) -> &'static str {
         match self {
             Self::Genesis { .. } => "genesis",
+            Self::LineBegun { .. } => "line_begun",
             Self::SettingsChanged { .. } => "settings_changed",
             Self::SecretCreated { .. } => "secret_created",
             Self::KeyIssued { .. } => "key_issued",
@@ -268,6 +286,7 @@ impl Change {
         match self {
             Self::SettingsChanged { settings } => Self::PeerChanged { max_life_s: settings.max_life_s() },
             Self::Genesis { .. }
+            | Self::LineBegun { .. }
             | Self::RevocationsRebuilt {}
             | Self::ExpiredForgotten { .. }
             | Self::EditRefused { .. } => Self::PeerChanged { max_life_s: 0 },
@@ -308,6 +327,7 @@ impl Change {
             | Self::KeySuspended { key_id, .. }
             | Self::KeyResumed { key_id, .. } => Some(key_id),
             Self::Genesis { .. }
+            | Self::LineBegun { .. }
             | Self::SettingsChanged { .. }
             | Self::SecretCreated { .. }
             | Self::KeyIssued { .. }

@@ -11,11 +11,12 @@ use keygate_core::rules::MAX_LEEWAY_S;
 use keygate_core::token;
 use toml::Value;
 
+use crate::redis_store::{Durability, Target};
 use crate::roles::{self, Role, Roles};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 15] = [
+pub const SETTINGS: [(&str, &str); 19] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -39,6 +40,16 @@ pub const SETTINGS: [(&str, &str); 15] = [
         "emergency.two_approvals_above",
         "Share of live keys, 0 to 1, above which a cut-off needs a second approval [default: never]",
     ),
+    (
+        "redis.url",
+        "Redis that control planes share: redis://, rediss://, redis+sentinel://, redis+cluster:// [default: none]",
+    ),
+    (
+        "redis.replicas",
+        "Replicas that must have a change before it is 'replicated' [default: 1 with Sentinel, else 0]",
+    ),
+    ("redis.timeout", "How long Redis may take to answer, 50ms to 10s [default: 500ms]"),
+    ("durability", "local or replicated: below it, changes are answered with 202 [default: local]"),
     ("log.format", "text or json [default: text]"),
 ];
 
@@ -49,6 +60,17 @@ pub enum LogFormat {
     Text,
     /// For machines.
     Json,
+}
+
+/// The Redis that control planes share.
+#[derive(Debug, Clone)]
+pub struct Redis {
+    /// Where it is.
+    pub target: Target,
+    /// Replicas that must have a change before it counts as replicated.
+    pub replicas: u64,
+    /// How long it may take to answer.
+    pub timeout: Duration,
 }
 
 /// A valid configuration.
@@ -82,6 +104,10 @@ pub struct Config {
     pub hard_age: Duration,
     /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
     pub two_approvals_above: Option<f64>,
+    /// The Redis that control planes share, if there is one.
+    pub redis: Option<Redis>,
+    /// How durable a change should be before it is answered with more than 202.
+    pub durability: Durability,
     /// How log lines look.
     pub log_format: LogFormat,
     /// The roles.
@@ -172,14 +198,35 @@ impl Typed {
             algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
             two_approvals_above: self.take("emergency.two_approvals_above", share),
+            redis: self.redis(),
+            durability: self.take("durability", durability).unwrap_or(Durability::Local),
             log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
             roles: self.roles(),
             data_dir,
         };
+        if config.durability == Durability::Replicated && config.redis.is_none() {
+            self.errors.push("durability: \"replicated\" needs a Redis; set redis.url".into());
+        }
         for (key, (_, origin)) in std::mem::take(&mut self.values) {
             self.errors.push(format!("{key}: no such setting (from {origin}){}", suggestion(&key)));
         }
         if self.errors.is_empty() { Ok(config) } else { Err(ConfigErrors(self.errors)) }
+    }
+
+    fn redis(&mut self) -> Option<Redis> {
+        let target = self.take("redis.url", |value| {
+            let text = value.as_str().ok_or("is not a text")?; // It may hold a password.
+            text.parse::<Target>().map_err(|error| error.to_string())
+        });
+        let replicas = self.take("redis.replicas", count);
+        let timeout = self.take("redis.timeout", redis_timeout);
+        let target = target?;
+        let usual = u64::from(target.is_sentinel());
+        Some(Redis {
+            replicas: replicas.unwrap_or(usual),
+            timeout: timeout.unwrap_or(Duration::from_millis(500)),
+            target,
+        })
     }
 
     /// The default roles, changed member by member and added to by `[roles.NAME]` tables.
@@ -296,6 +343,30 @@ fn hard_age(value: &Value) -> Result<Duration, String> {
         Ok(age)
     } else {
         Err("must be whole seconds from 1s to 24h".into())
+    }
+}
+
+fn redis_timeout(value: &Value) -> Result<Duration, String> {
+    let timeout = duration(value)?;
+    let range = Duration::from_millis(50)..=Duration::from_secs(10);
+    if range.contains(&timeout) { Ok(timeout) } else { Err("must be from 50ms to 10s".into()) }
+}
+
+/// A variable has it as a text.
+fn count(value: &Value) -> Result<u64, String> {
+    let number = match value {
+        Value::Integer(number) => u64::try_from(*number).ok(),
+        Value::String(text) => text.parse().ok(),
+        _ => None,
+    };
+    number.ok_or_else(|| format!("{value} is not a whole number, 0 or more"))
+}
+
+fn durability(value: &Value) -> Result<Durability, String> {
+    match text(value)? {
+        "local" => Ok(Durability::Local),
+        "replicated" => Ok(Durability::Replicated),
+        other => Err(format!("{other:?} is neither \"local\" nor \"replicated\"")),
     }
 }
 

@@ -11,6 +11,7 @@ use prometheus::{
 };
 
 use crate::key::RevocationReason;
+use crate::redis_store;
 use crate::roles::Roles;
 
 /// The version label: keys of Keygate.
@@ -45,6 +46,18 @@ pub struct Metrics {
     pub secret_rotation_failures: IntCounter,
     /// Cut-offs that did without the second approval that they needed.
     pub break_glass: IntCounter,
+    /// Whether Redis answers.
+    pub redis_connection: Gauge,
+    /// Time that Redis takes.
+    pub redis_seconds: HistogramVec,
+    /// What went wrong with Redis.
+    pub redis_errors: IntCounterVec,
+    /// Edits by hand.
+    pub redis_edits: IntCounterVec,
+    /// How Redis is not set up as it should be.
+    pub redis_problems: GaugeVec,
+    /// Changes of other control planes that were taken in.
+    pub merged: IntCounter,
     /// Live keys.
     pub active_keys: GaugeVec,
     /// Time to write and sync a batch of changes.
@@ -109,6 +122,22 @@ impl Metrics {
         )
         .expect("a valid metric");
         registry.register(Box::new(validation_seconds.clone())).expect("a name of its own");
+        let redis_seconds = HistogramVec::new(
+            HistogramOpts::new(
+                "redis_operation_duration_seconds",
+                "Time that Redis takes, with what is done about it.",
+            )
+            .buckets(MILLISECONDS.to_vec()),
+            &["operation"],
+        )
+        .expect("a valid metric");
+        registry.register(Box::new(redis_seconds.clone())).expect("a name of its own");
+        let redis_problems = GaugeVec::new(
+            Opts::new("keygate_redis_setting_problem", "1 for what an operator should change in Redis."),
+            &["setting"],
+        )
+        .expect("a valid metric");
+        registry.register(Box::new(redis_problems.clone())).expect("a name of its own");
         let active_keys = GaugeVec::new(
             Opts::new("active_api_keys", "Keys neither revoked nor expired, to the minute."),
             &["role"],
@@ -148,6 +177,22 @@ impl Metrics {
             break_glass: counter(
                 "keygate_break_glass_total",
                 "Cut-offs that did without the second approval that they needed.",
+            ),
+            redis_connection: gauge(
+                "redis_connection_status",
+                "1: Redis answers; 0: it does not, or none is configured. The journal keeps every change.",
+            ),
+            redis_seconds,
+            redis_errors: counters("keygate_redis_errors_total", "What went wrong with Redis.", &["kind"]),
+            redis_edits: counters(
+                "keygate_redis_edits_total",
+                "Edits of Redis keys by hand, put in force (taken) or refused.",
+                &["key", "outcome"],
+            ),
+            redis_problems,
+            merged: counter(
+                "keygate_merged_changes_total",
+                "Changes of other control planes that were taken in.",
             ),
             active_keys,
             journal_append_seconds: histogram(
@@ -224,10 +269,29 @@ impl Metrics {
             self.sync_answers.with_label_values(&[kind]);
             self.sync_bytes.with_label_values(&[kind]);
         }
+        for operation in redis_store::OPERATIONS {
+            self.redis_seconds.with_label_values(&[operation]);
+        }
+        for problem in redis_store::PROBLEMS {
+            self.redis_problems.with_label_values(&[problem]);
+        }
+        for key in redis_store::EDITED {
+            for outcome in ["taken", "refused"] {
+                self.redis_edits.with_label_values(&[key, outcome]);
+            }
+        }
         self.validated.with_label_values(&["unknown", V2, "failure"]);
         self.validation_seconds.with_label_values(&[V2]);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.auth_errors.with_label_values(&[reason.label(), V2]);
+        }
+    }
+
+    /// Shows what an operator should change in Redis.
+    pub fn show_redis_problems(&self, problems: &[(&'static str, String)]) {
+        for name in redis_store::PROBLEMS {
+            let there = problems.iter().any(|(problem, _)| *problem == name);
+            self.redis_problems.with_label_values(&[name]).set(f64::from(u8::from(there)));
         }
     }
 

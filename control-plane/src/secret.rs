@@ -134,7 +134,7 @@ impl MasterKey {
     }
 }
 
-fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
+pub(crate) fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
     let nonce = random::bytes::<24>();
     let cipher = XChaCha20Poly1305::new(key.into());
     let payload = Payload { msg: plain, aad: associated.as_bytes() };
@@ -142,7 +142,7 @@ fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
     BASE64URL.encode([nonce.as_slice(), &sealed].concat())
 }
 
-fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Zeroizing<Vec<u8>>> {
+pub(crate) fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Zeroizing<Vec<u8>>> {
     let bytes = BASE64URL.decode(sealed).ok()?;
     let (nonce, sealed) = bytes.split_first_chunk::<24>()?;
     let cipher = XChaCha20Poly1305::new(key.into());

@@ -53,6 +53,8 @@ pub struct State {
     pub lockdown_stamp: u64,
     /// How far the journals of other control planes were taken in, by their source. Not for proxies.
     pub merged: Arc<BTreeMap<u64, u64>>,
+    /// The number of the first change of this line of history. Not for proxies.
+    pub line_start: u64,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -109,6 +111,10 @@ impl Recent {
 pub struct Model {
     settings: Arc<Settings>,
     source: u64,
+    /// The number of the first change of this line of history.
+    line_start: u64,
+    /// The number of the last change that was made here.
+    last_own_seq: u64,
     seq: u64,
     policy: Arc<Policy>,
     policy_seq: u64,
@@ -220,7 +226,14 @@ impl Model {
         match &entry.change {
             Change::Genesis { source } => {
                 self.source = *source;
+                self.line_start = seq;
                 effect.rules = true;
+            }
+            Change::LineBegun { source } => {
+                Arc::make_mut(&mut self.merged).insert(self.source, self.last_own_seq);
+                self.source = *source;
+                self.line_start = seq;
+                effect.rebuilt = true;
             }
             Change::SettingsChanged { settings } => {
                 self.longest_life_s = self.longest_life_s.max(settings.max_life_s);
@@ -235,7 +248,9 @@ impl Model {
                 self.secrets.insert(place, Secret { mark, record: secret.clone(), signer });
                 effect.rules = true;
             }
-            Change::CutoffAdded { cutoff, .. } if self.lifted.contains(&cutoff.id) => effect.superseded = true,
+            Change::CutoffAdded { cutoff, .. } if self.lifted.contains(&cutoff.id) => {
+                effect.superseded = true
+            }
             Change::CutoffProposed { proposal }
                 if self.lifted.contains(&proposal.cutoff.id)
                     || self.cutoffs.iter().any(|cutoff| cutoff.id == proposal.cutoff.id) =>
@@ -321,6 +336,9 @@ impl Model {
                 effect.rules = true;
             }
             Change::RevocationsRebuilt {} => effect.rebuilt = true,
+        }
+        if entry.origin.is_none() {
+            self.last_own_seq = seq;
         }
         if !effect.is_empty() {
             self.seq = seq;
@@ -487,6 +505,7 @@ impl Model {
             warrants: self.warrants.clone(),
             lockdown_stamp: self.lockdown_mark.stamp,
             merged: self.merged.clone(),
+            line_start: self.line_start,
         })
     }
 }

@@ -17,6 +17,9 @@ const BY_JTI: TableDefinition<'_, &str, &str> = TableDefinition::new("key_id_by_
 const BY_EXPIRY: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("keys_by_expiry");
 /// Revocations by their number in the journal.
 const REVOCATIONS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("revocations");
+/// The ids of revoked tokens, with the Unix second in which they expire.
+const REVOKED: TableDefinition<'_, &str, u64> = TableDefinition::new("revoked");
+const REVOKED_BY_EXPIRY: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("revoked_by_expiry");
 const REQUESTS: TableDefinition<'_, &str, (&str, &str)> = TableDefinition::new("requests");
 /// Remembered requests by the Unix second of the key that they created.
 const REQUESTS_BY_TIME: TableDefinition<'_, (u64, &str), ()> = TableDefinition::new("requests_by_time");
@@ -27,7 +30,7 @@ const APPLIED_SEQ: &str = "applied_seq";
 const SOURCE: &str = "source";
 const FORMAT: &str = "format";
 /// The tables as this version has them. Another format is emptied and applied again from the journal.
-const CURRENT_FORMAT: u64 = 3;
+const CURRENT_FORMAT: u64 = 4;
 /// How many batches are applied again after a crash, at most.
 const BATCHES_PER_DURABLE_COMMIT: u32 = 1_000;
 
@@ -97,7 +100,8 @@ pub struct PastRevocation {
 }
 
 impl PastRevocation {
-    fn of(change: &Change) -> Option<Self> {
+    /// That of a change, if it is one.
+    pub fn of(change: &Change) -> Option<Self> {
         let (key_id, jti, role, expires_at, ended) = match change {
             Change::KeyRevoked { key_id, jti, role, expires_at, revocation } => {
                 (Some(key_id.clone()), jti, Some(role.clone()), expires_at, revocation)
@@ -152,7 +156,17 @@ impl Store {
                 write.open_table($table)?;
             )*};
         }
-        empty!(KEYS, BY_JTI, BY_EXPIRY, REVOCATIONS, REQUESTS, REQUESTS_BY_TIME, META);
+        empty!(
+            KEYS,
+            BY_JTI,
+            BY_EXPIRY,
+            REVOCATIONS,
+            REVOKED,
+            REVOKED_BY_EXPIRY,
+            REQUESTS,
+            REQUESTS_BY_TIME,
+            META
+        );
         write.open_table(META)?.insert(FORMAT, CURRENT_FORMAT)?;
         Ok(write.commit()?)
     }
@@ -247,6 +261,25 @@ impl Store {
         Ok((found, false))
     }
 
+    /// Until when the revocation of a token is kept, Unix seconds; `None`: no revocation is known.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn revoked_until(&self, jti: &str) -> Result<Option<u64>, StoreError> {
+        let revoked = self.database.begin_read()?.open_table(REVOKED)?;
+        Ok(revoked.get(jti)?.map(|until| until.value()))
+    }
+
+    /// The ids of tokens whose revocations are kept until a Unix second in `from..to`.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn revoked_within(&self, from: u64, to: u64) -> Result<Vec<String>, StoreError> {
+        let by_expiry = self.database.begin_read()?.open_table(REVOKED_BY_EXPIRY)?;
+        let entries = by_expiry.range((from, "")..(to, ""))?;
+        entries.map(|entry| Ok(entry?.0.value().1.to_owned())).collect()
+    }
+
     /// A request that came before, by its id.
     ///
     /// # Errors
@@ -303,6 +336,8 @@ impl Store {
                 by_jti: write.open_table(BY_JTI)?,
                 by_expiry: write.open_table(BY_EXPIRY)?,
                 revocations: write.open_table(REVOCATIONS)?,
+                revoked: write.open_table(REVOKED)?,
+                revoked_by_expiry: write.open_table(REVOKED_BY_EXPIRY)?,
                 requests: write.open_table(REQUESTS)?,
                 requests_by_time: write.open_table(REQUESTS_BY_TIME)?,
             };
@@ -325,6 +360,8 @@ struct Tables<'w> {
     by_jti: Table<'w, &'static str, &'static str>,
     by_expiry: Table<'w, (u64, &'static str), ()>,
     revocations: Table<'w, u64, &'static [u8]>,
+    revoked: Table<'w, &'static str, u64>,
+    revoked_by_expiry: Table<'w, (u64, &'static str), ()>,
     requests: Table<'w, &'static str, (&'static str, &'static str)>,
     requests_by_time: Table<'w, (u64, &'static str), ()>,
 }
@@ -347,6 +384,12 @@ impl Tables<'_> {
         }
         if let Some(revocation) = PastRevocation::of(change) {
             self.revocations.insert(seq, encode(&revocation).as_slice())?;
+            let (jti, until) = (revocation.jti.as_str(), revocation.expires_at);
+            let before = self.revoked.insert(jti, until)?.map(|until| until.value());
+            if let Some(before) = before {
+                self.revoked_by_expiry.remove((before, jti))?;
+            }
+            self.revoked_by_expiry.insert((until, jti), ())?;
         }
         if let Some(key_id) = change.altered_key()
             && let Some(mut record) = self.key(key_id)?
@@ -368,6 +411,9 @@ impl Tables<'_> {
             self.requests.remove(entry?.0.value().1)?;
         }
         let before = until.saturating_sub(KEEP_EXPIRED_S);
+        for entry in self.revoked_by_expiry.extract_from_if(..(before, ""), |_, ()| true)? {
+            self.revoked.remove(entry?.0.value().1)?;
+        }
         for entry in self.by_expiry.extract_from_if(..(before, ""), |_, ()| true)? {
             let entry = entry?;
             if let Some(bytes) = self.keys.remove(entry.0.value().1)?

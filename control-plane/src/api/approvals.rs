@@ -11,7 +11,7 @@ use serde_json::{Value, json as value};
 
 use super::emergency::{note_revoked, order_view, put_in_force};
 use super::request::{self, KeyId, Waits};
-use super::{Caller, actor, json};
+use super::{Caller, actor};
 use crate::app::App;
 use crate::approval::{Count, Proposal};
 use crate::change::Change;
@@ -66,7 +66,7 @@ pub async fn propose(
     tracing::warn!(by = proposal.requested_by, id, keys, "a mass revocation waits for its second approval");
     answer["share"] = proposal.count.share().into();
     answer["approval"] = approval_view(&proposal);
-    Ok(json(StatusCode::ACCEPTED, request::finish(app, committed, waits.for_nothing(), answer).await))
+    Ok(request::finish(app, committed, waits.for_nothing(), StatusCode::ACCEPTED, answer).await)
 }
 
 pub async fn approve(
@@ -97,7 +97,7 @@ pub async fn approve(
     answer["requested_by"] = requested_by.into();
     answer["approved_by"] = actor(&caller.0).into();
     answer["ends_approver"] = cutoff.hits(&caller.0.claims, &caller.0.kid).into();
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, answer).await)
 }
 
 pub async fn withdraw(
@@ -113,7 +113,7 @@ pub async fn withdraw(
     let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     tracing::warn!(by = actor(&caller.0), id = proposal.cutoff.id, "a mass revocation was withdrawn");
     let answer = value!({ "withdrawn": proposal_view(&proposal) });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits.for_nothing(), answer).await))
+    Ok(request::finish(&app, committed, waits.for_nothing(), StatusCode::OK, answer).await)
 }
 
 /// The cut-offs of `proposals` that wait at `now`.

@@ -48,11 +48,12 @@ pub async fn register(
         let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency };
         Ok::<_, Problem>((vec![change], Issued { key, signer, replayed: false }))
     };
-    let (issued, _) = app.writer.submit(actor(&caller), plan).await??;
+    let (issued, committed) = app.writer.submit(actor(&caller), plan).await??;
     if !issued.replayed {
         app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
     }
-    Ok(json(StatusCode::CREATED, issued_view(&app, &issued)?))
+    let view = issued_view(&app, &issued)?;
+    Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view).await)
 }
 
 pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, Problem> {
@@ -121,8 +122,10 @@ pub async fn refresh(
         let signer = signer(view)?;
         let key = key::renewal(&old, configured.as_ref(), random::identity(), &signer.kid, view.now);
         let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by };
-        let changes =
-            vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency }, revoked(&old, ended)];
+        let changes = vec![
+            Change::KeyIssued { key: Box::new(key.clone()), idempotency },
+            Change::revoking(&old, ended),
+        ];
         Ok((changes, Issued { key, signer, replayed: false }))
     };
     let submitted =
@@ -135,7 +138,7 @@ pub async fn refresh(
         app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
     }
     let view = issued_view(&app, &issued)?;
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, view).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, view).await)
 }
 
 pub async fn revoke(
@@ -145,17 +148,6 @@ pub async fn revoke(
 ) -> Result<Response, Problem> {
     let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?.0;
     super::keys::revoke_key(&app, actor(&caller), actor(&caller), RevocationReason::UserRequest, waits).await
-}
-
-/// The change that revokes a key.
-pub fn revoked(key: &KeyRecord, revocation: Ended<RevocationReason>) -> Change {
-    Change::KeyRevoked {
-        key_id: key.key_id.clone(),
-        jti: key.jti.clone(),
-        role: key.role.clone(),
-        expires_at: key.expires_at,
-        revocation,
-    }
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {

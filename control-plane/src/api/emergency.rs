@@ -168,7 +168,7 @@ pub async fn cut_off(
     if break_glass.is_some() {
         answer["break_glass"] = true.into();
     }
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, answer).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, answer).await)
 }
 
 /// The changes that have a cut-off enforced which `added` adds.
@@ -215,7 +215,7 @@ pub async fn lift_cut_off(
     let (cutoff, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     tracing::warn!(by = actor(&caller.0), id = cutoff.id, "a mass revocation was lifted");
     let body = serde_json::json!({ "lifted": cutoff_view(&cutoff) });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }
 
 /// How many live keys a cut-off ends.
@@ -341,7 +341,7 @@ async fn change(
     };
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     tracing::warn!(by = actor(&caller.0), lockdown = %body["lockdown"], "the lockdown was changed");
-    Ok(json(StatusCode::OK, request::finish(app, committed, waits, body).await))
+    Ok(request::finish(app, committed, waits, StatusCode::OK, body).await)
 }
 
 fn view(lockdown: Option<&Lockdown>, now: u64) -> serde_json::Value {

@@ -3,9 +3,10 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
+use axum::extract::{Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
 
 use super::json;
 use crate::app::App;
@@ -18,6 +19,16 @@ fn reasons(app: &App) -> Vec<String> {
     }
     if app.metrics.journal_reserve.get() == 0.0 {
         reasons.push("the disk of the journal is full; only changes that end keys are taken".into());
+    }
+    if let Some(mirror) = &app.mirror {
+        let status = mirror.status();
+        if !status.connected || status.error.is_some() {
+            let error = status.error.unwrap_or_else(|| "not connected yet".into());
+            reasons.push(format!("Redis: {error}; changes are in the journal only"));
+        }
+        reasons.extend(status.problems.into_iter().map(|(_, problem)| format!("Redis: {problem}")));
+        let peers = status.peers.into_iter().filter_map(|peer| peer.error);
+        reasons.extend(peers.map(|error| format!("Redis: {error}")));
     }
     let (total, behind) = app.fleet.counts(&app.state());
     if behind > 0 {
@@ -42,14 +53,35 @@ pub async fn livez() -> Response {
     json(StatusCode::OK, serde_json::json!({ "status": "alive" }))
 }
 
-pub async fn readyz(State(app): State<Arc<App>>) -> Response {
+#[derive(Debug, Deserialize)]
+pub struct Verbose {
+    verbose: Option<String>,
+}
+
+/// Whether it can be used. What does not keep it from its work makes it `degraded`, and is told with `?verbose`.
+pub async fn readyz(State(app): State<Arc<App>>, Query(Verbose { verbose }): Query<Verbose>) -> Response {
     if app.metrics.journal_failures.get() > 0 {
         return json(
             StatusCode::SERVICE_UNAVAILABLE,
             serde_json::json!({ "status": "not ready", "journal": "sealed" }),
         );
     }
-    json(StatusCode::OK, serde_json::json!({ "status": "ready", "journal": "ok", "store": "embedded" }))
+    let reasons = reasons(&app);
+    let status = if reasons.is_empty() { "ready" } else { "degraded" };
+    let store = if app.mirror.is_some() { "redis" } else { "embedded" };
+    let mut answer = serde_json::json!({ "status": status, "journal": "ok", "store": store });
+    if let Some(mirror) = &app.mirror {
+        let connected = mirror.status().connected;
+        answer["redis"] = (if connected { "connected" } else { "unreachable" }).into();
+    }
+    if verbose.is_some() {
+        answer["reasons"] = serde_json::json!(reasons);
+        answer["version"] = serde_json::json!(app.state().version);
+        if let Some(mirror) = &app.mirror {
+            answer["redis"] = serde_json::json!(mirror.status());
+        }
+    }
+    json(StatusCode::OK, answer)
 }
 
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {

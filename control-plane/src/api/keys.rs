@@ -9,7 +9,6 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::auth::revoked;
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json, key_view};
 use crate::app::App;
@@ -88,7 +87,7 @@ pub async fn revoke_key(
         }
         let ended = Ended { at: view.now, reason, by };
         key.revoked = Some(ended.clone());
-        Ok((vec![revoked(&key, ended)], key))
+        Ok((vec![Change::revoking(&key, ended)], key))
     })
     .await
 }
@@ -178,7 +177,7 @@ async fn change_key(
     }
     let mut view = key_view(&key, app.clock.now_s());
     view["changed"] = changed.into();
-    Ok(json(StatusCode::OK, request::finish(app, committed, waits, view).await))
+    Ok(request::finish(app, committed, waits, StatusCode::OK, view).await)
 }
 
 fn find(view: &View<'_>, id: &str) -> Result<KeyRecord, Problem> {

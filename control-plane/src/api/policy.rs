@@ -75,8 +75,8 @@ pub async fn replace(
     };
     let (policy, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     app.metrics.begin_routes(&app.config.roles, &policy);
-    let body = request::finish(&app, committed, waits, serde_json::json!(policy)).await;
-    Ok(tagged(json(StatusCode::OK, body), app.state().policy_seq))
+    let answer = request::finish(&app, committed, waits, StatusCode::OK, serde_json::json!(policy)).await;
+    Ok(tagged(answer, app.state().policy_seq))
 }
 
 fn etag(seq: u64) -> String {

@@ -7,6 +7,7 @@ use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::cache::Verified;
@@ -21,6 +22,7 @@ use crate::app::App;
 use crate::change::Idempotency;
 use crate::metrics::V2;
 use crate::problem::Problem;
+use crate::redis_store::Durability;
 use crate::writer::Committed;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -125,6 +127,11 @@ pub struct Waits {
 }
 
 impl Waits {
+    /// For a call that cannot ask for it.
+    pub fn for_nobody() -> Self {
+        Self { since: Instant::now(), limit: None }
+    }
+
     /// The same for a change that there is nothing to wait for: proxies need not know it.
     pub fn for_nothing(self) -> Self {
         Self { limit: None, ..self }
@@ -169,16 +176,21 @@ impl Wait {
     }
 }
 
-/// Adds what every answer to a change says: the version, how durable it is, and, if asked for, how far it
-/// has got.
+/// The answer to a change, which says the version, how durable it is, and, if asked for, how far it has got. When
+/// the configuration asks for a copy in Redis and there is none yet, the status is 202.
 pub async fn finish(
     app: &App,
     committed: Committed,
     waits: Waits,
+    status: StatusCode,
     mut body: serde_json::Value,
-) -> serde_json::Value {
+) -> Response {
     body["version"] = serde_json::json!(committed.version);
-    body["durability"] = "local".into();
+    let durability = match &app.mirror {
+        Some(mirror) => mirror.durability(committed.journal_seq).await,
+        None => Durability::Local,
+    };
+    body["durability"] = serde_json::json!(durability);
     if let Some(limit) = waits.limit {
         let state = app.state();
         let propagation = app.fleet.wait_applied(committed.version, &state, waits.since, limit).await;
@@ -189,7 +201,8 @@ pub async fn finish(
         }
         body["propagation"] = serde_json::json!(propagation);
     }
-    body
+    let is_short_of = durability < app.config.durability;
+    super::json(if is_short_of { StatusCode::ACCEPTED } else { status }, body)
 }
 
 /// Reads what takes a while, on a thread that answers nobody.

@@ -14,7 +14,6 @@ use keygate_core::token::is_identifier;
 use serde::Deserialize;
 use serde_json::json as value;
 
-use super::auth::revoked;
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
@@ -88,7 +87,7 @@ impl Planned {
         if key.revoked.is_some() || !self.seen.insert(key.jti.clone()) {
             return Outcome::Already;
         }
-        self.changes.push(revoked(key, self.ended.clone()));
+        self.changes.push(Change::revoking(key, self.ended.clone()));
         self.roles.push(key.role.clone());
         Outcome::Revoked
     }
@@ -152,7 +151,7 @@ pub async fn revoke_many(
         "unknown": count("unknown_key"),
         "results": results,
     });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }
 
 #[derive(Debug, Deserialize)]
@@ -221,7 +220,7 @@ pub async fn cleanup(
         "remaining": cleaned.remaining,
         "expired_until": clock::rfc3339(cleaned.until),
     });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }
 
 /// Has every proxy take the whole set over anew: only shards that it does not have cross the wire.
@@ -238,7 +237,7 @@ pub async fn rebuild(
         "bloom_fp_rate": size.bloom_fp_rate,
         "exact_bytes": size.exact_bytes,
     });
-    Ok(json(StatusCode::OK, request::finish(&app, committed, waits, body).await))
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }
 
 /// What the set costs a proxy.

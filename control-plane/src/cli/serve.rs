@@ -41,6 +41,9 @@ pub struct Serve {
     /// File with the key that seals secrets; made if missing
     #[arg(long)]
     master_key_file: Option<String>,
+    /// Redis that control planes share; a password is better given as KEYGATE_REDIS_URL
+    #[arg(long, value_name = "URL")]
+    redis: Option<String>,
     /// Route policy that a new data directory begins with
     #[arg(long, value_name = "FILE")]
     policy: Option<String>,
@@ -85,6 +88,7 @@ impl Serve {
             ("admin_key_file", "--admin-key-file", &self.admin_key_file),
             ("fleet_token_file", "--fleet-token-file", &self.fleet_token_file),
             ("master_key_file", "--master-key-file", &self.master_key_file),
+            ("redis.url", "--redis", &self.redis),
             ("policy_file", "--policy", &self.policy),
         ] {
             if let Some(value) = value {

@@ -69,11 +69,7 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
 ///
 /// # Errors
 /// When a file cannot be read, or a record is no record.
-pub fn walk_after(
-    dir: &Path,
-    after: u64,
-    mut each: impl FnMut(Record) -> bool,
-) -> Result<(), JournalError> {
+pub fn walk_after(dir: &Path, after: u64, mut each: impl FnMut(Record) -> bool) -> Result<(), JournalError> {
     let segments = segment::list(dir)?;
     let next_first = segments.iter().skip(1).map(|segment| segment.first_seq).chain([u64::MAX]);
     for (segment, next_first) in segments.iter().zip(next_first) {

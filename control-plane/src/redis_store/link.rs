@@ -13,6 +13,7 @@ use futures_util::{StreamExt as _, stream};
 use redis::aio::{ConnectionLike as _, MultiplexedConnection};
 use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
+use redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr};
 use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, FromRedisValue,
@@ -294,6 +295,21 @@ impl Link {
         .map_err(|error| self.error(error))
     }
 
+    /// Sends a command to the server that holds `key`, for what a server does for itself.
+    ///
+    /// # Errors
+    /// As for [`Self::query`].
+    pub async fn query_at<T: FromRedisValue>(&self, key: &str, command: &Cmd) -> Result<T, LinkError> {
+        let Connection::Cluster(mut connection) = self.connection.clone() else {
+            return self.query(command).await;
+        };
+        let route = Route::with_key(key.as_bytes(), SlotAddr::Master);
+        let routing = RoutingInfo::SingleNode(SingleNodeRoutingInfo::SpecificNode(route));
+        let value =
+            connection.route_command(command.clone(), routing).await.map_err(|error| self.error(error))?;
+        redis::from_redis_value(value).map_err(|error| self.error(error.into()))
+    }
+
     /// Sends commands without waiting for each other's answers, and gives what became of each. One server
     /// carries them out in order, on one connection, and others' commands may come between; a Cluster in
     /// any order. All of them have the response timeout together: a few thousand at most.
@@ -302,8 +318,9 @@ impl Link {
     /// When nothing is known of any of them.
     pub async fn pipeline(&self, commands: &[Cmd]) -> Result<Vec<Result<Value, LinkError>>, LinkError> {
         let Connection::One(mut connection) = self.connection.clone() else {
-            let answers = stream::iter(commands).map(|command| self.query(command));
-            return Ok(answers.buffered(CLUSTER_CONCURRENCY).collect().await);
+            // Collected first: the compiler does not see that a lazy map of them can be sent to another thread.
+            let queries: Vec<_> = commands.iter().map(|command| self.query(command)).collect();
+            return Ok(stream::iter(queries).buffered(CLUSTER_CONCURRENCY).collect().await);
         };
         if commands.is_empty() {
             return Ok(Vec::new());

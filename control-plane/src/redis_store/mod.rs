@@ -1,15 +1,157 @@
-//! The shared store: Redis, alone, behind Sentinels, or as a Cluster.
+//! Redis, the store that several control planes share and that operators read and edit with redis-cli.
+//!
+//! It is a copy and a place to meet, never the truth: what was answered stands in the journal. Each control plane
+//! appends its changes to a log of its own there, sealed, and takes in those of the others; it writes the keys of
+//! the contract; and it looks at the keys that operators edit. A Redis that was emptied or set back is filled
+//! again from the journals. Here is what the rest of the control plane sees of it.
 //!
 //! A [`Target`] is what the operator typed, a [`Link`] is a live connection to it that never reconnects by
 //! itself: after a failover a connection that stays open may lead to a replica, so whoever holds a link
 //! that failed with [`LinkError::must_reconnect`] drops it and asks the target for a new one.
 
+mod edits;
 mod error;
+mod health;
 mod link;
 mod listen;
+mod log;
+mod names;
+mod projection;
+mod revoked;
+mod scripts;
+mod sealed;
+mod session;
 mod target;
 
-pub use error::LinkError;
-pub use link::{Link, Timeouts};
-pub use listen::{Message, Messages};
-pub use target::{Target, TargetError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde::Serialize;
+use tokio::sync::watch;
+
+pub use self::error::LinkError;
+pub use self::health::{Health, PROBLEMS};
+pub use self::link::{Link, Timeouts};
+pub use self::listen::{Message, Messages};
+pub use self::names::EDITED;
+pub use self::sealed::Sealer;
+pub use self::session::run;
+pub use self::target::{Target, TargetError};
+
+/// What the time of Redis is measured for.
+pub const OPERATIONS: [&str; 4] = ["append", "wait", "look", "unite"];
+/// How long an answer waits for Redis to have its change.
+const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
+
+/// How long Redis may take to take a connection.
+const CONNECT_WITHIN: Duration = Duration::from_secs(1);
+
+/// Where a change is that was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// In the journal of this control plane.
+    Local,
+    /// In Redis too, and in as many of its replicas as are asked for.
+    Replicated,
+}
+
+/// How it stands with Redis.
+#[derive(Debug, Clone, Default, Serialize)]
+pub struct Status {
+    /// Whether there is a connection that answers.
+    pub connected: bool,
+    /// What is wrong, if anything is: with the connection, or with writing.
+    pub error: Option<String>,
+    /// The last change of the journal that Redis and its replicas have.
+    pub replicated: u64,
+    /// The last change that was tried; those after `replicated` are here only.
+    #[serde(skip)]
+    pub tried: u64,
+    /// Each master.
+    pub masters: Vec<Health>,
+    /// What an operator should change, each with its short name.
+    pub problems: Vec<(&'static str, String)>,
+    /// The other control planes, by their source in hexadecimal, and how far their logs were taken in.
+    pub peers: Vec<Peer>,
+    /// The fencing token of the scheduled work, if it is this control plane that does it.
+    pub lease: Option<u64>,
+}
+
+/// Another control plane.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Peer {
+    /// Its line of history, in hexadecimal.
+    pub source: String,
+    /// The last change of it that was taken in.
+    pub merged: u64,
+    /// What is wrong with its log, if anything is.
+    pub error: Option<String>,
+}
+
+/// The copy in Redis.
+#[derive(Debug)]
+pub struct Mirror {
+    /// Where Redis is.
+    pub target: Target,
+    /// Replicas that must have a change before it counts as replicated.
+    pub replicas: u64,
+    /// How long Redis may take to answer.
+    pub timeout: Duration,
+    /// Seals what is told to other control planes.
+    pub sealer: Sealer,
+    /// The last change that is in the log for certain.
+    in_log: AtomicU64,
+    status: watch::Sender<Status>,
+}
+
+impl Mirror {
+    /// One that is not connected yet.
+    pub fn new(target: Target, replicas: u64, timeout: Duration, sealer: Sealer) -> Arc<Self> {
+        let status = watch::Sender::new(Status::default());
+        Arc::new(Self { target, replicas, timeout, sealer, in_log: AtomicU64::new(0), status })
+    }
+
+    /// How it stands now.
+    pub fn status(&self) -> Status {
+        self.status.borrow().clone()
+    }
+
+    /// Waits until Redis has change `seq` of the journal, for a moment; not at all when it is known not to come.
+    pub async fn durability(&self, seq: u64) -> Durability {
+        let mut status = self.status.subscribe();
+        let settled = status.wait_for(|status| {
+            !status.connected || status.may_lose() || status.replicated >= seq || status.tried >= seq
+        });
+        match tokio::time::timeout(REPLICATED_WITHIN, settled).await {
+            Ok(Ok(status)) if status.replicated >= seq && status.connected && !status.may_lose() => {
+                Durability::Replicated
+            }
+            _ => Durability::Local,
+        }
+    }
+
+    fn timeouts(&self) -> Timeouts {
+        Timeouts { connect: CONNECT_WITHIN, response: self.timeout }
+    }
+
+    fn in_log(&self) -> u64 {
+        self.in_log.load(Ordering::Acquire)
+    }
+
+    fn set_in_log(&self, seq: u64) {
+        self.in_log.store(seq, Ordering::Release);
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Status)) {
+        self.status.send_modify(change);
+    }
+}
+
+impl Status {
+    /// Whether Redis may drop what it took.
+    fn may_lose(&self) -> bool {
+        self.masters.iter().any(Health::may_evict)
+    }
+}

@@ -121,6 +121,16 @@ impl Target {
         matches!(self.servers, Servers::Cluster { .. })
     }
 
+    /// Whether it is found by Sentinels.
+    pub fn is_sentinel(&self) -> bool {
+        matches!(self.servers, Servers::Sentinels { .. })
+    }
+
+    /// The number of the database.
+    pub fn database(&self) -> u32 {
+        self.database
+    }
+
     /// The file with the roots to trust, if one is named.
     pub(super) fn ca(&self) -> Option<&Path> {
         self.tls.as_ref()?.ca.as_deref()

@@ -70,7 +70,8 @@ mod tests {
     use crate::change::Change;
 
     fn logged(seq: u64) -> Logged {
-        let entry = Entry { actor: "a".into(), stamp: 1, origin: None, change: Change::RevocationsRebuilt {} };
+        let entry =
+            Entry { actor: "a".into(), stamp: 1, origin: None, change: Change::RevocationsRebuilt {} };
         Logged { seq, at: String::new(), entry }
     }
 

@@ -16,8 +16,8 @@ use keygate_core::rules::{self, RulesError};
 use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use self::view::Pending;
 pub use self::feed::{Feed, Logged};
+use self::view::Pending;
 pub use self::view::View;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
@@ -287,7 +287,8 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         model.picture(None)?; // Nothing that does not hold goes into the journal.
         let first_seq = journal.last_seq() + 1;
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &first)?;
-        let first: Vec<(u64, Change)> = (first_seq..).zip(first.into_iter().map(|entry| entry.change)).collect();
+        let first: Vec<(u64, Change)> =
+            (first_seq..).zip(first.into_iter().map(|entry| entry.change)).collect();
         store.apply(&first)?;
     }
     journal.sign(&clock::rfc3339_ms(clock.now_ms()));

@@ -1,0 +1,360 @@
+//! Keys that operators edit by hand: what stands there is compared with the state, and told apart what is an edit,
+//! what is a copy that lags behind, and what was lost. Pure.
+//!
+//! Beside each such key stands what was written to it last, with the stamp of the change that did. Redis may have
+//! been emptied or restored meanwhile: then that record is missing or older than the state, and what stands there
+//! is written again rather than obeyed.
+
+use std::time::Duration;
+
+use keygate_core::cutoff::Lockdown;
+use serde::Deserialize;
+
+use super::names;
+use crate::clock;
+
+/// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
+const END_TOLERANCE_MS: u64 = 1_500;
+/// The end of a lockdown that names none.
+const LOCKDOWN_TTL: Duration = Duration::from_secs(60 * 60);
+/// The longest.
+const MAX_LOCKDOWN_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
+/// Whoever would lift it must get through.
+const EXEMPT: &str = "admin";
+
+/// What stands under a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Value {
+    /// Nothing.
+    None,
+    /// A text.
+    Text(String),
+    /// Something of another type, named.
+    Other(String),
+}
+
+/// What was written last.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The stamp of the change that did.
+    pub stamp: u64,
+    /// The digest of what was written, as Redis makes it.
+    pub digest: String,
+    /// When it ends, Unix milliseconds; 0: not by itself.
+    pub until_ms: u64,
+}
+
+/// A key as it was seen.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// What stands there.
+    pub value: Value,
+    /// Its TTL in milliseconds, if it has one.
+    pub ttl_ms: Option<u64>,
+    /// The digest of that.
+    pub digest: String,
+    /// What was written last; `None`: unknown here.
+    pub written: Option<Written>,
+    /// What Redis's clock said, Unix milliseconds.
+    pub now_ms: u64,
+}
+
+/// What should stand there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ours {
+    /// The stamp of the change that made it so.
+    pub stamp: u64,
+    /// The text; `None`: nothing.
+    pub text: Option<String>,
+    /// When it ends, Unix milliseconds; 0: not by itself.
+    pub until_ms: u64,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing.
+    Same,
+    /// Redis lacks it, or has an older one: write ours.
+    Write,
+    /// Somebody edited it.
+    Edited,
+    /// Another control plane wrote a newer one, which comes by its log.
+    Newer,
+}
+
+impl Seen {
+    /// Whether it is as it was written.
+    fn is_untouched(&self, written: &Written) -> bool {
+        if self.value == Value::None && written.until_ms != 0 && written.until_ms <= self.now_ms {
+            return true; // It ended by itself.
+        }
+        self.digest == written.digest && self.ends_at(written.until_ms)
+    }
+
+    fn ends_at(&self, until_ms: u64) -> bool {
+        match (self.ttl_ms, until_ms) {
+            (None, 0) => true,
+            _ if self.value == Value::None => true,
+            (None, _) | (Some(_), 0) => false,
+            (Some(ttl), until) => self.now_ms.saturating_add(ttl).abs_diff(until) <= END_TOLERANCE_MS,
+        }
+    }
+
+    /// What is to be done about it.
+    pub fn judge(&self, ours: &Ours) -> Verdict {
+        let Some(written) = &self.written else { return Verdict::Write };
+        let untouched = self.is_untouched(written);
+        if written.stamp > ours.stamp {
+            return Verdict::Newer;
+        }
+        if !untouched {
+            return Verdict::Edited;
+        }
+        let text = match &self.value {
+            Value::Text(text) => Some(text),
+            Value::None => None,
+            Value::Other(_) => return Verdict::Write,
+        };
+        if written.stamp == ours.stamp && text == ours.text.as_ref() { Verdict::Same } else { Verdict::Write }
+    }
+}
+
+#[derive(Debug, Deserialize)]
+struct LockdownEdit {
+    until: Option<String>,
+    exempt_roles: Option<Vec<String>>,
+}
+
+/// What an edit of [`names::LOCKDOWN`] says. Members that are not known are left alone: other tools write some.
+///
+/// # Errors
+/// What is wrong with it, for operators.
+pub fn lockdown(
+    value: &Value,
+    ttl_ms: Option<u64>,
+    now: u64,
+    is_role: impl Fn(&str) -> bool,
+) -> Result<Option<Lockdown>, String> {
+    let text = match value {
+        Value::None => return Ok(None),
+        Value::Text(text) => text,
+        Value::Other(kind) => return Err(is_of_type(kind)),
+    };
+    let edit: LockdownEdit = serde_json::from_str(text).map_err(|error| {
+        format!("it is not a JSON object such as {{\"exempt_roles\": [\"admin\"]}}: {error}")
+    })?;
+    let longest = now.saturating_add(MAX_LOCKDOWN_TTL.as_secs());
+    let until = match (ttl_ms, edit.until) {
+        (Some(ttl), _) => now.saturating_add(ttl.div_ceil(1_000)),
+        (None, Some(until)) => match clock::unix_ms(&until) / 1_000 {
+            0 => return Err(format!("'until' is not a time such as {}", clock::rfc3339(now))),
+            until => until,
+        },
+        (None, None) => now.saturating_add(LOCKDOWN_TTL.as_secs()),
+    };
+    if until <= now || until > longest {
+        return Err(format!("it must end within 30 days from now, before {}", clock::rfc3339(longest)));
+    }
+    let mut exempt_roles = edit.exempt_roles.unwrap_or_else(|| vec![EXEMPT.into()]);
+    exempt_roles.sort();
+    exempt_roles.dedup();
+    if let Some(unknown) = exempt_roles.iter().find(|role| !is_role(role)) {
+        return Err(format!("'exempt_roles': there is no role {unknown:?}"));
+    }
+    Ok(Some(Lockdown { until, exempt_roles }))
+}
+
+/// What stands under [`names::LOCKDOWN`] at `now`, Unix seconds.
+pub fn ours_lockdown(lockdown: Option<&Lockdown>, stamp: u64, now: u64) -> Ours {
+    let Some(lockdown) = lockdown.filter(|lockdown| lockdown.is_active(now)) else {
+        return Ours { stamp, text: None, until_ms: 0 };
+    };
+    let text = serde_json::json!({
+        "active": true,
+        "exempt_roles": lockdown.exempt_roles,
+        "until": clock::rfc3339(lockdown.until),
+    });
+    Ours { stamp, text: Some(text.to_string()), until_ms: lockdown.until.saturating_mul(1_000) }
+}
+
+/// What stands under [`names::FLAGS`]: no V1 is configured, so everything goes to V2.
+pub fn ours_flags() -> Ours {
+    let text = serde_json::json!({ "strategy": "full", "percentage": 100, "canary_users": [] });
+    Ours { stamp: 0, text: Some(text.to_string()), until_ms: 0 }
+}
+
+/// Why an edit of another key cannot be honoured; `None`: it says what is so anyway.
+pub fn refusal(key: &str, value: &Value) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Flags {
+        strategy: String,
+    }
+    match (key, value) {
+        (_, Value::None) => None,
+        (_, Value::Other(kind)) => Some(is_of_type(kind)),
+        (names::FLAGS, Value::Text(text)) => match serde_json::from_str::<Flags>(text) {
+            Err(error) => Some(format!("it is not a JSON object with a 'strategy': {error}")),
+            Ok(flags) if flags.strategy == "full" => None,
+            Ok(flags) if ["off", "canary", "percentage", "gradual"].contains(&flags.strategy.as_str()) => {
+                Some("it would send traffic to V1, and no V1 upstream is configured".into())
+            }
+            Ok(_) => Some("'strategy' must be off, canary, percentage, gradual or full".into()),
+        },
+        _ => Some("this version of Keygate enforces no quotas, so there are no limits to change".into()),
+    }
+}
+
+fn is_of_type(kind: &str) -> String {
+    format!("it is a Redis {kind}, not a string")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW_MS: u64 = 1_000_000;
+
+    fn seen(value: &str, ttl_ms: Option<u64>, written: Option<(u64, &str, u64)>) -> Seen {
+        let value_of = |text: &str| match text {
+            "" => Value::None,
+            "list" => Value::Other("list".into()),
+            text => Value::Text(text.into()),
+        };
+        Seen {
+            value: value_of(value),
+            ttl_ms,
+            digest: format!("#{value}"),
+            written: written.map(|(stamp, text, until_ms)| Written {
+                stamp,
+                digest: format!("#{text}"),
+                until_ms,
+            }),
+            now_ms: NOW_MS,
+        }
+    }
+
+    #[test]
+    fn an_edit_is_told_from_a_copy_that_lags_and_from_a_loss() {
+        let ours = |stamp, text: &str, until_ms| Ours {
+            stamp,
+            text: Some(text.to_owned()).filter(|text| !text.is_empty()),
+            until_ms,
+        };
+        let in_a_minute = NOW_MS + 60_000;
+        for (what, seen, ours, verdict) in [
+            ("as written", seen("a", None, Some((5, "a", 0))), ours(5, "a", 0), Verdict::Same),
+            ("nothing, as written", seen("", None, Some((5, "", 0))), ours(5, "", 0), Verdict::Same),
+            ("emptied", seen("", None, None), ours(5, "a", 0), Verdict::Write),
+            ("emptied, then set by hand", seen("b", None, None), ours(5, "a", 0), Verdict::Write),
+            ("never written", seen("", None, None), ours(0, "", 0), Verdict::Write),
+            ("restored from before", seen("b", None, Some((4, "b", 0))), ours(5, "a", 0), Verdict::Write),
+            ("set by hand", seen("b", None, Some((5, "a", 0))), ours(5, "a", 0), Verdict::Edited),
+            ("deleted by hand", seen("", None, Some((5, "a", 0))), ours(5, "a", 0), Verdict::Edited),
+            ("another type", seen("list", None, Some((5, "a", 0))), ours(5, "a", 0), Verdict::Edited),
+            (
+                "set by hand, changed here meanwhile",
+                seen("b", None, Some((4, "a", 0))),
+                ours(5, "c", 0),
+                Verdict::Edited,
+            ),
+            ("changed elsewhere", seen("b", None, Some((6, "b", 0))), ours(5, "a", 0), Verdict::Newer),
+            (
+                "changed elsewhere, then by hand",
+                seen("c", None, Some((6, "b", 0))),
+                ours(5, "a", 0),
+                Verdict::Newer,
+            ),
+            (
+                "with its end",
+                seen("a", Some(60_500), Some((5, "a", in_a_minute))),
+                ours(5, "a", in_a_minute),
+                Verdict::Same,
+            ),
+            (
+                "its end was moved",
+                seen("a", Some(90_000), Some((5, "a", in_a_minute))),
+                ours(5, "a", in_a_minute),
+                Verdict::Edited,
+            ),
+            (
+                "its end was taken away",
+                seen("a", None, Some((5, "a", in_a_minute))),
+                ours(5, "a", in_a_minute),
+                Verdict::Edited,
+            ),
+            ("it ended by itself", seen("", None, Some((5, "a", NOW_MS))), ours(5, "", 0), Verdict::Same),
+            (
+                "an older one ended by itself",
+                seen("", None, Some((4, "a", NOW_MS))),
+                ours(5, "b", in_a_minute),
+                Verdict::Write,
+            ),
+            (
+                "deleted before its end",
+                seen("", None, Some((5, "a", in_a_minute))),
+                ours(5, "a", in_a_minute),
+                Verdict::Edited,
+            ),
+        ] {
+            assert_eq!(seen.judge(&ours), verdict, "{what}");
+        }
+    }
+
+    #[test]
+    fn a_lockdown_by_hand_is_read_or_refused_with_a_reason() {
+        let read = |text: &str, ttl_ms| {
+            lockdown(&Value::Text(text.into()), ttl_ms, 1_000, |role| role == "admin" || role == "basic")
+        };
+        let until = |until, roles: &[&str]| {
+            let exempt_roles = roles.iter().map(ToString::to_string).collect();
+            Ok(Some(Lockdown { until, exempt_roles }))
+        };
+        assert_eq!(read("{}", None), until(4_600, &["admin"]));
+        assert_eq!(read("{}", Some(1_500)), until(1_002, &["admin"]));
+        assert_eq!(
+            read(r#"{"exempt_roles":["basic","basic"],"by":"x"}"#, Some(1_000)),
+            until(1_001, &["basic"])
+        );
+        assert_eq!(read(r#"{"until":"1970-01-01T01:00:00Z","exempt_roles":[]}"#, None), until(3_600, &[]));
+        assert_eq!(lockdown(&Value::None, None, 0, |_| true), Ok(None));
+        for bad in [
+            "",
+            "1",
+            "[]",
+            "{",
+            r#"{"exempt_roles":"admin"}"#,
+            r#"{"exempt_roles":["nobody"]}"#,
+            r#"{"until":"soon"}"#,
+            r#"{"until":"1970-01-01T00:00:01Z"}"#,
+            r#"{"until":"2970-01-01T00:00:01Z"}"#,
+        ] {
+            assert!(read(bad, None).is_err(), "{bad}");
+        }
+        assert!(lockdown(&Value::Other("list".into()), None, 0, |_| true).is_err());
+    }
+
+    #[test]
+    fn what_is_written_reads_back() {
+        let lockdown_ = Lockdown { until: 2_000, exempt_roles: vec!["admin".into()] };
+        let ours = ours_lockdown(Some(&lockdown_), 7, 1_000);
+        let value = Value::Text(ours.text.unwrap());
+        assert_eq!(lockdown(&value, None, 1_000, |_| true), Ok(Some(lockdown_.clone())));
+        assert_eq!(ours_lockdown(Some(&lockdown_), 7, 2_000).text, None, "over");
+        assert_eq!(refusal(names::FLAGS, &Value::Text(ours_flags().text.unwrap())), None);
+    }
+
+    #[test]
+    fn flags_that_need_a_v1_are_refused() {
+        for bad in [
+            r#"{"strategy": "off"}"#,
+            r#"{"strategy":"percentage","percentage":5}"#,
+            "off",
+            r#"{"strategy":"on"}"#,
+        ] {
+            assert!(refusal(names::FLAGS, &Value::Text(bad.into())).is_some(), "{bad}");
+        }
+        assert!(refusal(names::LIMITS, &Value::Text("{}".into())).is_some());
+        assert_eq!(refusal(names::LIMITS, &Value::None), None);
+    }
+}

@@ -1,0 +1,173 @@
+//! The revocations in Redis and those here, united. What Redis lacks is written again; what somebody put there by
+//! hand is revoked here too; what belongs to keys that have expired is taken away.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use keygate_core::revocation::{Fingerprint, Revocations as _, Standing};
+use keygate_core::token::is_identifier;
+
+use super::error::LinkError;
+use super::link::Link;
+use super::projection::Write;
+use super::{log, names};
+use crate::app::App;
+use crate::change::Change;
+use crate::key::{Ended, RevocationReason};
+use crate::problem::Problem;
+use crate::store::StoreError;
+use crate::writer::{CommitError, View};
+
+/// Members that are read or written at a time.
+const AT_A_TIME: usize = 1_000;
+/// In whose name.
+pub const ACTOR: &str = "redis";
+
+/// Why revocations cannot be united.
+#[derive(Debug, thiserror::Error)]
+pub enum UnionError {
+    /// Redis.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The journal.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+/// What was done.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct United {
+    /// Revoked here, since somebody had put them there.
+    pub taken: usize,
+    /// Written there again.
+    pub written: usize,
+    /// Taken away there, since they have expired.
+    pub forgotten: usize,
+}
+
+/// How many members the set has.
+///
+/// # Errors
+/// When Redis cannot be asked.
+pub async fn count(link: &Link) -> Result<u64, LinkError> {
+    let mut command = redis::cmd("SCARD");
+    command.arg(names::REVOKED_SET);
+    match link.query(&command).await {
+        Err(LinkError::WrongType) => Ok(0),
+        answer => answer,
+    }
+}
+
+/// Unites the set with what is revoked here. `and_keys`: also with the single keys, which takes a look at every
+/// key of Redis. `may_forget`: takes away what has expired; one control plane at a time does.
+///
+/// # Errors
+/// See [`UnionError`].
+pub async fn unite(
+    app: &Arc<App>,
+    link: &Link,
+    and_keys: bool,
+    may_forget: bool,
+) -> Result<United, UnionError> {
+    let mut there = members(link).await?;
+    let mut unknown: Vec<String> = Vec::new();
+    let mut expired: Vec<String> = Vec::new();
+    if and_keys {
+        let mut found = Vec::new();
+        link.scan(&names::revoked("*"), &mut |keys| found.extend(keys)).await?;
+        let jtis = found.iter().filter_map(|key| key.strip_prefix(names::REVOKED_PREFIX));
+        unknown.extend(jtis.filter(|jti| !there.contains(*jti) && !is_revoked(app, jti)).map(str::to_owned));
+    }
+    for jti in there.iter().filter(|jti| !is_revoked(app, jti)) {
+        match app.store.revoked_until(jti)? {
+            Some(_) => expired.push(jti.clone()),
+            None => unknown.push(jti.clone()),
+        }
+    }
+    let mut united = United::default();
+    for jtis in unknown.chunks(AT_A_TIME) {
+        let jtis: Vec<String> = jtis.iter().filter(|jti| is_identifier(jti)).cloned().collect();
+        united.taken += take(app, jtis).await?;
+    }
+    if may_forget {
+        for jtis in expired.chunks(AT_A_TIME) {
+            log::write_keys(link, &Write::Forget { jtis: jtis.to_vec() }.commands(link.is_cluster())).await?;
+            there.retain(|jti| !jtis.contains(jti));
+        }
+        united.forgotten = expired.len();
+    }
+    let from = app.state().rules.expired_until.max(app.clock.now_s()).saturating_add(1);
+    let store = Arc::clone(&app.store);
+    let here = tokio::task::spawn_blocking(move || store.revoked_within(from, u64::MAX));
+    let here = here.await.map_err(|_| CommitError::Stopped)??;
+    let missing: Vec<String> = here.into_iter().filter(|jti| !there.contains(jti)).collect();
+    for jtis in missing.chunks(AT_A_TIME) {
+        let mut commands = Vec::new();
+        for jti in jtis {
+            let until = app.store.revoked_until(jti)?.unwrap_or(from);
+            let text = serde_json::json!({ "jti": jti }).to_string();
+            commands.extend(Write::Revoke { jti: jti.clone(), text, until }.commands(link.is_cluster()));
+        }
+        log::write_keys(link, &commands).await?;
+    }
+    united.written = missing.len();
+    Ok(united)
+}
+
+async fn members(link: &Link) -> Result<HashSet<String>, LinkError> {
+    let (mut members, mut cursor) = (HashSet::new(), 0_u64);
+    loop {
+        let mut command = redis::cmd("SSCAN");
+        command.arg(names::REVOKED_SET).arg(cursor).arg("COUNT").arg(AT_A_TIME);
+        let (next, found): (u64, Vec<String>) = match link.query(&command).await {
+            Err(LinkError::WrongType) => return Ok(HashSet::new()),
+            answer => answer?,
+        };
+        members.extend(found);
+        cursor = next;
+        if cursor == 0 {
+            return Ok(members);
+        }
+    }
+}
+
+fn is_revoked(app: &App, jti: &str) -> bool {
+    (&app.state().revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
+}
+
+/// Revokes what somebody put into Redis by hand; how many.
+async fn take(app: &App, jtis: Vec<String>) -> Result<usize, CommitError> {
+    if jtis.is_empty() {
+        return Ok(0);
+    }
+    let plan = move |view: &View<'_>| {
+        let revocation = Ended { at: view.now, reason: RevocationReason::AdminAction, by: ACTOR.to_owned() };
+        let mut changes = Vec::new();
+        for jti in jtis {
+            if view.model.is_revoked(&jti) {
+                continue;
+            }
+            changes.push(match view.key_of_jti(&jti).ok().flatten() {
+                Some(key) => Change::revoking(&key, revocation.clone()),
+                None => Change::JtiRevoked {
+                    expires_at: view.model.latest_s(view.now).saturating_add(view.model.longest_life_s()),
+                    revocation: revocation.clone(),
+                    jti,
+                },
+            });
+        }
+        let taken = changes.len();
+        Ok::<_, Problem>((changes, taken))
+    };
+    let taken = match app.writer.submit(ACTOR, plan).await? {
+        Ok((taken, _)) => taken,
+        Err(_) => 0,
+    };
+    if taken > 0 {
+        tracing::warn!(taken, "revocations that were put into Redis by hand are in force");
+    }
+    Ok(taken)
+}

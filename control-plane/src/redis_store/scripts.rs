@@ -1,0 +1,76 @@
+//! What must happen as one in Redis. Each script touches keys of one slot only, unless it says otherwise.
+
+/// Appends changes to the log of a control plane, if they follow on what is there, so that a log has no gaps
+/// whoever fills it.
+///
+/// KEYS\[1\]: the log. ARGV\[1\]: the number of the change before the first, 0 if there is none; then the number and
+/// the sealed change, for each. Returns the number of the last change that is there now; unless that is the last
+/// one given, nothing was appended.
+pub const APPEND: &str = "
+local last = 0
+local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
+if found[1] then last = tonumber(string.match(found[1][1], '^(%d+)')) end
+if last ~= tonumber(ARGV[1]) then return last end
+for i = 2, #ARGV, 2 do
+  redis.call('XADD', KEYS[1], ARGV[i] .. '-0', 'c', ARGV[i + 1])
+  last = tonumber(ARGV[i])
+end
+return last";
+
+/// Looks at a key that operators may edit, and at what was written to it last.
+///
+/// KEYS\[1\]: the key. KEYS\[2\]: its `written` hash. Returns the key's type, its text if it is one, its TTL in
+/// milliseconds (-1: none), the digest of what stands there, and of the hash the stamp, the digest and the end
+/// (Unix milliseconds, 0: none), each an empty text if it is missing; then Redis's time in milliseconds.
+pub const LOOK: &str = "
+local kind = redis.call('TYPE', KEYS[1]).ok
+local text, digest = '', kind
+if kind == 'string' then
+  text = redis.call('GET', KEYS[1])
+  digest = redis.sha1hex(text)
+end
+local written = redis.call('HMGET', KEYS[2], 'stamp', 'digest', 'until')
+local time = redis.call('TIME')
+return {kind, text, redis.call('PTTL', KEYS[1]), digest,
+  written[1] or '', written[2] or '', written[3] or '',
+  tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)}";
+
+/// Writes a key that operators may edit, unless it was changed since it was looked at.
+///
+/// KEYS\[1\]: the key. KEYS\[2\]: its `written` hash. ARGV\[1\]: the digest seen. ARGV\[2\]: the text, empty: none.
+/// ARGV\[3\]: its end in Unix milliseconds, 0: none. ARGV\[4\]: the stamp. Returns 1 if it was written.
+pub const PUT: &str = "
+local function digest()
+  local kind = redis.call('TYPE', KEYS[1]).ok
+  if kind == 'string' then return redis.sha1hex(redis.call('GET', KEYS[1])) end
+  return kind
+end
+if digest() ~= ARGV[1] then return 0 end
+if ARGV[2] == '' then
+  redis.call('DEL', KEYS[1])
+elseif ARGV[3] == '0' then
+  redis.call('SET', KEYS[1], ARGV[2])
+else
+  redis.call('SET', KEYS[1], ARGV[2], 'PXAT', ARGV[3])
+end
+redis.call('HSET', KEYS[2], 'stamp', ARGV[4], 'digest', digest(), 'until', ARGV[3])
+return 1";
+
+/// Notes a revocation in both of its places. Not for a cluster, where they are in different slots.
+///
+/// KEYS\[1\]: `revoked:<jti>`. KEYS\[2\]: `revoked_bloom`. ARGV\[1\]: the jti. ARGV\[2\]: JSON. ARGV\[3\]: until
+/// when, Unix seconds.
+pub const REVOKE: &str = "
+redis.call('SADD', KEYS[2], ARGV[1])
+redis.call('SET', KEYS[1], ARGV[2], 'EXAT', ARGV[3])";
+
+/// Takes or renews a lease. The fencing token rises each time the work changes hands.
+///
+/// KEYS\[1\]: who has it. KEYS\[2\]: the fencing token. ARGV\[1\]: who asks. ARGV\[2\]: for how long, in
+/// milliseconds. Returns the token, 0 if another has it.
+pub const LEASE: &str = "
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+if holder then return tonumber(redis.call('GET', KEYS[2]) or redis.call('INCR', KEYS[2])) end
+return redis.call('INCR', KEYS[2])";
