@@ -227,7 +227,9 @@ impl Fleet {
             let due = state.published.max(entry.joined);
             entry.lag = (poll.applied == Some(state.version)).then(|| now.saturating_duration_since(due));
         }
-        entry.ahead = poll.applied.is_some_and(|applied| applied > state.version);
+        entry.ahead = poll
+            .applied
+            .is_some_and(|applied| applied.source == state.version.source && applied.seq > state.version.seq);
         entry.poll = poll;
         entry.heard = now;
         entry.heard_ms = now_ms;
@@ -345,7 +347,8 @@ impl Fleet {
                 }
                 continue;
             };
-            if !entry.ahead && entry.poll.applied.is_some_and(|applied| applied >= version) {
+            let reaches = |applied: Version| applied.source == version.source && applied.seq >= version.seq;
+            if !entry.ahead && entry.poll.applied.is_some_and(reaches) {
                 let lag = entry.applied_since.saturating_duration_since(since);
                 propagation.max_lag_ms = propagation.max_lag_ms.max(millis(lag));
                 propagation.applied += 1;

@@ -544,14 +544,21 @@ impl Deltas {
         }
     }
 
-    /// What brings a proxy from `applied` to `state`: a delta if that is kept, else a snapshot.
-    pub fn answer(&self, state: &State, applied: Option<Version>, sent_at_ms: u64) -> Answer {
+    /// What brings a proxy from `applied` to `state`: a delta if that is kept, else a snapshot. `covers` is what it
+    /// enforces of another control plane, if `state` is known to lack nothing of that.
+    pub fn answer(
+        &self,
+        state: &State,
+        applied: Option<Version>,
+        covers: Option<Version>,
+        sent_at_ms: u64,
+    ) -> Answer {
         let kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let base =
             applied.filter(|applied| applied.source == state.version.source && applied.seq >= kept.floor);
         let Some(base) = base else {
             drop(kept);
-            return Self::snapshot(state, sent_at_ms);
+            return Self::snapshot(state, covers, sent_at_ms);
         };
         let start = kept.entries.partition_point(|(seq, _)| *seq <= base.seq);
         let (mut ops, mut members) = (Vec::new(), BTreeSet::new());
@@ -568,13 +575,14 @@ impl Deltas {
         }
     }
 
-    fn snapshot(state: &State, sent_at_ms: u64) -> Answer {
+    fn snapshot(state: &State, covers: Option<Version>, sent_at_ms: u64) -> Answer {
         let shards = state.revocations.shards();
         Answer {
             version: state.version,
             sent_at_ms,
             rules: NewRules::Whole(state.rules_bytes.clone()),
             body: Body::Snapshot {
+                covers,
                 bits: state.revocations.bits(),
                 digests: shards.iter().map(|shard| shard.digest()).collect(),
             },

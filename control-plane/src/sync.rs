@@ -78,10 +78,10 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     let mut states = app.states.clone();
     let state = states.borrow_and_update().clone();
     let polling = app.fleet.heard(poll, &state, app.clock.now_ms());
-    if let Some(applied) = applied.filter(|applied| *applied > state.version) {
-        app.metrics.sync_ahead.inc();
-        return Err(ahead(applied, state.version));
-    }
+    let covers = match applied {
+        Some(applied) => standing(&app, applied, state.version)?,
+        None => None,
+    };
     // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
     let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
     let mut stopping = app.stopping.clone();
@@ -98,7 +98,7 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
         _ = stopping.wait_for(|stop| *stop) => {}
     }
     let state = app.state();
-    let answer = app.deltas.answer(&state, base, app.clock.now_ms());
+    let answer = app.deltas.answer(&state, base, covers, app.clock.now_ms());
     let kind = match &answer.body {
         Body::Snapshot { .. } => {
             app.snapshots.keep(state);
@@ -135,15 +135,33 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
 }
 
+/// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version
+/// itself if it is another control plane's, and nothing of it is lacking here.
+fn standing(app: &App, applied: Version, have: Version) -> Result<Option<Version>, Problem> {
+    let known = app.mirror.as_ref().and_then(|mirror| mirror.covered(applied.source));
+    if applied.source == have.source && applied.seq <= have.seq {
+        return Ok(None);
+    }
+    match known {
+        Some(covered) if applied.seq <= covered => Ok(Some(Version { seq: covered, ..applied })),
+        // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
+        None if applied < have => Ok(None),
+        _ => {
+            app.metrics.sync_ahead.inc();
+            Err(ahead(applied, have))
+        }
+    }
+}
+
 fn ahead(applied: Version, have: Version) -> Problem {
     tracing::error!(
         enforced = %applied, have = %have,
-        "a proxy enforces a newer state than this control plane has: was it restored from an old copy?"
+        "a proxy enforces changes that this control plane lacks: it was restored from an old copy, or another has not passed them on yet"
     );
     Problem::new(
         StatusCode::CONFLICT,
         "proxy_ahead",
-        format!("The proxy enforces {applied}, this control plane has only {have}."),
+        format!("The proxy enforces {applied}, of which this control plane, at {have}, lacks changes."),
     )
 }
 

@@ -37,8 +37,10 @@ impl Replica {
     pub fn look(&mut self, data: &mut impl SharedData, now_ns: u64) {
         self.looked_ns = Some(now_ns);
         let Some(beacon) = shared::beacon(data).filter(Beacon::has_state) else { return };
-        if beacon.version < self.beacon.version {
-            return; // Never an older one.
+        // Never an older one. Whether one of another control plane may follow was for the leader to say.
+        let (new, old) = (beacon.version, self.beacon.version);
+        if new.source == old.source && new.seq < old.seq {
+            return;
         }
         if beacon.generation != self.beacon.generation || self.rules.is_none() {
             self.gate = Gate::new(beacon.bits);

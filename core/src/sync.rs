@@ -270,6 +270,7 @@ impl Follower {
         let answer = Answer::decode(bytes)?;
         if let Some(enforced) = self.applied
             && answer.version < enforced
+            && !goes_on_from(&answer, enforced)
         {
             return Err(SyncError::Older { offered: answer.version, enforced });
         }
@@ -307,7 +308,7 @@ impl Follower {
                     revocations: Change::Ops(ops),
                 }))
             }
-            Body::Snapshot { bits, digests } => {
+            Body::Snapshot { bits, digests, .. } => {
                 self.take_over = Some(TakeOver {
                     version: answer.version,
                     sent_at_ms: answer.sent_at_ms,
@@ -363,6 +364,12 @@ impl Follower {
     }
 }
 
+/// Whether an answer of another control plane is known to lack nothing of the version that is enforced.
+fn goes_on_from(answer: &Answer, enforced: Version) -> bool {
+    let Body::Snapshot { covers: Some(covers), .. } = answer.body else { return false };
+    answer.version.source != enforced.source && covers.source == enforced.source && covers.seq >= enforced.seq
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -403,7 +410,7 @@ mod tests {
     fn snapshot(seq: u64, set: &ExactSet) -> (Answer, Vec<Vec<u8>>) {
         let shards: Vec<Vec<u8>> = set.shards().iter().map(|shard| shard.encode()).collect();
         let digests = shards.iter().map(|shard| revocation::digest(shard)).collect();
-        let body = Body::Snapshot { bits: set.bits(), digests };
+        let body = Body::Snapshot { covers: None, bits: set.bits(), digests };
         (Answer { version: at(seq), sent_at_ms: 5, rules: NewRules::Whole(rules()), body }, shards)
     }
 
@@ -513,6 +520,29 @@ mod tests {
         newer.version.source = 6;
         newer.version.seq = 1_000;
         assert!(follower.on_answer(&newer.encode(), || None).is_err());
+    }
+
+    #[test]
+    fn an_older_source_is_taken_when_it_lacks_nothing_of_what_is_enforced() {
+        let (answer, _) = snapshot(1, &ExactSet::default());
+        for (covers, taken) in [
+            (Some(Version { source: 7, seq: 50 }), true),
+            (Some(Version { source: 7, seq: 51 }), true),
+            (Some(Version { source: 7, seq: 49 }), false),
+            (Some(Version { source: 8, seq: 50 }), false),
+            (None, false),
+        ] {
+            let mut answer = answer.clone();
+            answer.version.source = 6;
+            if let Body::Snapshot { covers: place, .. } = &mut answer.body {
+                *place = covers;
+            }
+            let mut follower = Follower::from(Some(at(50)));
+            assert_eq!(follower.on_answer(&answer.encode(), || None).is_ok(), taken, "{covers:?}");
+            // What goes on from an older change of the same source would go back all the same.
+            answer.version = at(49);
+            assert!(follower.on_answer(&answer.encode(), || None).is_err(), "{covers:?}");
+        }
     }
 
     #[test]

@@ -7,7 +7,8 @@
 //! ```text
 //! answer to a poll, little-endian
 //!  0  4  magic "KGS1"
-//!  4  1  kind: 1 delta, 2 snapshot, 3 delta with a patch of the rules
+//!  4  1  kind: 1 delta, 2 snapshot, 3 delta with a patch of the rules, 4 snapshot for who comes from another
+//!        control plane
 //!  5  8  source of the version
 //! 13  8  seq of the version that the receiver has after applying this
 //! 21  8  time of sending, Unix milliseconds
@@ -19,7 +20,9 @@
 //!     8  seq of the version that this applies to
 //!     4  m: number of changes
 //!    9m  changes: kind (1 revoke, 2 suspend, 3 resume, 4 forget), fingerprint
-//!        snapshot:
+//!        snapshot for who comes from another control plane:
+//!    16  source and seq of the version that this one is known to go on from
+//!        snapshot, also this one:
 //!     1  bits: the exact set has 2^bits shards
 //!   32·2^bits  SHA-256 of each shard
 //!
@@ -161,6 +164,8 @@ pub enum Body {
     },
     /// The whole state, by content address.
     Snapshot {
+        /// A version of another control plane that this one is known to go on from: it lacks no change of it.
+        covers: Option<Version>,
         /// The number of shards as a power of two.
         bits: u8,
         /// Each shard's SHA-256.
@@ -193,7 +198,8 @@ impl Answer {
         out.push(match (&self.body, &self.rules) {
             (Body::Delta { .. }, NewRules::Patch { .. }) => 3,
             (Body::Delta { .. }, _) => 1,
-            (Body::Snapshot { .. }, _) => 2,
+            (Body::Snapshot { covers: None, .. }, _) => 2,
+            (Body::Snapshot { covers: Some(_), .. }, _) => 4,
         });
         out.extend_from_slice(&self.version.source.to_le_bytes());
         out.extend_from_slice(&self.version.seq.to_le_bytes());
@@ -212,7 +218,11 @@ impl Answer {
                 out.extend_from_slice(&base_seq.to_le_bytes());
                 out.extend_from_slice(&encode_ops(ops));
             }
-            Body::Snapshot { bits, digests } => {
+            Body::Snapshot { covers, bits, digests } => {
+                if let Some(covers) = covers {
+                    out.extend_from_slice(&covers.source.to_le_bytes());
+                    out.extend_from_slice(&covers.seq.to_le_bytes());
+                }
                 out.push(*bits);
                 for digest in digests {
                     out.extend_from_slice(digest);
@@ -243,7 +253,11 @@ impl Answer {
         };
         let body = match kind {
             1 | 3 => Body::Delta { base_seq: reader.u64()?, ops: decode_ops(&mut reader)? },
-            2 => {
+            2 | 4 => {
+                let covers = match kind {
+                    4 => Some(Version { source: reader.u64()?, seq: reader.u64()? }),
+                    _ => None,
+                };
                 let bits = reader.u8()?;
                 if bits > MAX_SHARD_BITS || rules == NewRules::Same {
                     return Err(WireError::TooMany);
@@ -251,7 +265,7 @@ impl Answer {
                 let shards = 1_usize.checked_shl(u32::from(bits)).unwrap_or(1);
                 let (digests, _) =
                     reader.take(shards.saturating_mul(DIGEST_BYTES))?.as_chunks::<DIGEST_BYTES>();
-                Body::Snapshot { bits, digests: digests.to_vec() }
+                Body::Snapshot { covers, bits, digests: digests.to_vec() }
             }
             _ => return Err(WireError::UnknownFormat),
         };
@@ -438,7 +452,7 @@ mod tests {
             version: Version { source: 1, seq: 2 },
             sent_at_ms: 3,
             rules: NewRules::Whole(b"{}".to_vec()),
-            body: Body::Snapshot { bits: 1, digests: vec![[0xaa; 32], [0xbb; 32]] },
+            body: Body::Snapshot { covers: None, bits: 1, digests: vec![[0xaa; 32], [0xbb; 32]] },
         }
     }
 

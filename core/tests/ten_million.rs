@@ -79,7 +79,7 @@ struct ControlPlane {
 impl ControlPlane {
     fn snapshot(&mut self) -> Vec<u8> {
         let digests = self.set.shards().iter().map(|shard| shard.digest()).collect();
-        let body = Body::Snapshot { bits: self.set.bits(), digests };
+        let body = Body::Snapshot { covers: None, bits: self.set.bits(), digests };
         let bytes =
             Answer { version: self.version, sent_at_ms: 0, rules: NewRules::Whole(rules()), body }.encode();
         self.count(bytes)

@@ -23,11 +23,12 @@ mod sealed;
 mod session;
 mod target;
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 pub use self::error::LinkError;
@@ -79,6 +80,17 @@ pub struct Status {
     pub lease: Option<u64>,
 }
 
+/// What a control plane says of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The last change of its journal.
+    pub seq: u64,
+    /// The last one of those that was made there.
+    pub last_own: u64,
+    /// How far it had taken in the others' logs by then.
+    pub merged: BTreeMap<u64, u64>,
+}
+
 /// Another control plane.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Peer {
@@ -103,6 +115,8 @@ pub struct Mirror {
     pub sealer: Sealer,
     /// The last change that is in the log for certain.
     in_log: AtomicU64,
+    /// Of each other control plane, up to which of its changes nothing is lacking here.
+    covered: Mutex<BTreeMap<u64, u64>>,
     status: watch::Sender<Status>,
 }
 
@@ -110,7 +124,15 @@ impl Mirror {
     /// One that is not connected yet.
     pub fn new(target: Target, replicas: u64, timeout: Duration, sealer: Sealer) -> Arc<Self> {
         let status = watch::Sender::new(Status::default());
-        Arc::new(Self { target, replicas, timeout, sealer, in_log: AtomicU64::new(0), status })
+        Arc::new(Self {
+            target,
+            replicas,
+            timeout,
+            sealer,
+            in_log: AtomicU64::new(0),
+            covered: Mutex::default(),
+            status,
+        })
     }
 
     /// How it stands now.
@@ -129,6 +151,28 @@ impl Mirror {
                 Durability::Replicated
             }
             _ => Durability::Local,
+        }
+    }
+
+    /// Up to which change of another control plane nothing is lacking here; `None`: that one is not known.
+    pub fn covered(&self, source: u64) -> Option<u64> {
+        self.covered.lock().unwrap_or_else(PoisonError::into_inner).get(&source).copied()
+    }
+
+    /// Notes what other control planes have said of themselves, now that `merged` of their logs was taken in.
+    fn cover(&self, reports: &BTreeMap<u64, Report>, (own, last): (u64, u64), merged: &BTreeMap<u64, u64>) {
+        let mut covered = self.covered.lock().unwrap_or_else(PoisonError::into_inner);
+        let has = |(source, seq): (&u64, &u64)| {
+            if *source == own { *seq <= last } else { merged.get(source).is_some_and(|merged| merged >= seq) }
+        };
+        for (source, report) in reports.iter().filter(|(source, _)| **source != own) {
+            let known = covered.entry(*source).or_default();
+            if has((source, &report.last_own)) && report.merged.iter().all(has) {
+                *known = (*known).max(report.seq);
+            }
+        }
+        for source in merged.keys() {
+            covered.entry(*source).or_default(); // Known, whatever it has not said.
         }
     }
 

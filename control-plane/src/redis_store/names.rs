@@ -50,6 +50,9 @@ pub fn secret_version(kid: &str) -> String {
 /// The set of the sources of all control planes, in hexadecimal.
 pub const SOURCES: &str = "keygate:sources";
 
+/// What each control plane said of itself last, sealed: a hash by its source.
+pub const REPORTS: &str = "keygate:reports";
+
 /// The changes of a control plane, a stream whose ids are their numbers.
 pub fn log(source: u64) -> String {
     format!("keygate:log:{source:x}")

@@ -80,6 +80,11 @@ impl Sealer {
     }
 }
 
+/// The place of a report.
+pub fn report_place(source: u64) -> String {
+    format!("keygate report {source}")
+}
+
 fn place(source: u64, before: u64, seq: u64) -> String {
     format!("keygate log {source} {before} {seq}")
 }

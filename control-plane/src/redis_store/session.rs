@@ -14,8 +14,8 @@ use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
 use super::revoked::{self, ACTOR, UnionError};
-use super::sealed::Shipped;
-use super::{Mirror, Peer, names, scripts};
+use super::sealed::{self, Shipped};
+use super::{Mirror, Peer, Report, names, scripts};
 use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
@@ -221,8 +221,19 @@ impl PassOn<'_> {
             timer.observe_duration();
             *passed_on = PassedOn { seq: to, in_log: filler.last };
             mirror.set_in_log(filler.last);
+            // A state that is later than its seq says too much, which asks more of others than it must.
+            self.report(Report { seq: to, last_own: filler.last, merged: (*state.merged).clone() }).await?;
             self.note(to).await?;
         }
+    }
+
+    /// Tells the others where this one stands.
+    async fn report(&self, report: Report) -> Result<(), SessionError> {
+        let source = self.app.state().version.source;
+        let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
+        let mut set = redis::cmd("HSET");
+        set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
+        Ok(self.link.query::<()>(&set).await?)
     }
 
     /// Notes that Redis has all changes up to `seq`, once its replicas have too.
@@ -336,6 +347,8 @@ impl Session<'_> {
         let mut passed_on = PassedOn { seq: in_log.max(state.line_start.saturating_sub(1)), in_log };
         let pass_on = PassOn { app, mirror: self.mirror, link: self.writing.clone() };
         pass_on.go_on(&mut passed_on).await?;
+        let merged = (*app.state().merged).clone();
+        pass_on.report(Report { seq: passed_on.seq, last_own: passed_on.in_log, merged }).await?;
         pass_on.note(passed_on.seq).await?;
         self.unite(true).await?;
         self.look_at_edits().await?;
@@ -406,7 +419,10 @@ impl Session<'_> {
         if in_log < expected {
             return Err(LogError::Lost.into());
         }
+        // First what they say, then what is to be taken in for it.
+        let reports = self.reports().await?;
         while self.take_in().await? {}
+        self.mirror.cover(&reports, (source, *self.app.feed.last().borrow()), &self.app.state().merged);
         self.look_at_edits().await?;
         let passed_on = self.mirror.status.borrow().tried >= *self.app.feed.last().borrow();
         if passed_on && self.set_size.is_some_and(|before| before != size) {
@@ -415,6 +431,17 @@ impl Session<'_> {
             self.set_size = passed_on.then_some(size);
         }
         Ok(())
+    }
+
+    /// What the control planes say of themselves.
+    async fn reports(&self) -> Result<BTreeMap<u64, Report>, SessionError> {
+        let all: Vec<(String, String)> =
+            self.reading.query(redis::cmd("HGETALL").arg(names::REPORTS)).await?;
+        let read = |(source, report): (String, String)| {
+            let source = u64::from_str_radix(&source, 16).ok()?;
+            Some((source, self.mirror.sealer.open(&sealed::report_place(source), &report)?))
+        };
+        Ok(all.into_iter().filter_map(read).collect())
     }
 
     /// Takes in what is new in the logs of others; whether there may be more at once.
