@@ -483,3 +483,23 @@ fn node_address(node: Value, asked: &Address) -> Option<Address> {
 fn join(addresses: &[Address]) -> String {
     addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compiles only while all of it can run on a task that moves between threads.
+    #[test]
+    fn a_link_is_of_use_on_any_task() {
+        fn on_a_task<T: Send>(_: impl FnOnce(Link, Target) -> T) {}
+        on_a_task(|link, target| async move {
+            let script = redis::Script::new("");
+            let made = target.connect(Timeouts::default()).await;
+            let heard = target.listen(Timeouts::default(), &["a"]).await;
+            let ran = link.script::<Value>(&script.prepare_invoke()).await;
+            let found = link.scan("", &mut |_| ()).await;
+            let (masters, answers) = (link.masters().await, link.pipeline(&[]).await);
+            (made, heard, ran, found, masters, answers)
+        });
+    }
+}
