@@ -24,12 +24,39 @@ pub fn trap_filter() -> PathBuf {
 
 /// Envoy: the one named, else one on `PATH`, else the one that `scripts/setup` downloads.
 pub fn envoy() -> PathBuf {
-    let on_path = std::env::var_os("PATH")
-        .into_iter()
-        .flat_map(|path| std::env::split_paths(&path).collect::<Vec<_>>())
-        .map(|directory| directory.join("envoy"))
-        .find(|candidate| candidate.is_file());
-    existing("KEYGATE_ENVOY", on_path.unwrap_or_else(|| cache().join("envoy-1.40.0/envoy/_bin/envoy")))
+    existing(
+        "KEYGATE_ENVOY",
+        on_path("envoy").unwrap_or_else(|| cache().join("envoy-1.40.0/envoy/_bin/envoy")),
+    )
+}
+
+/// Redis.
+pub fn redis_server() -> PathBuf {
+    installed("redis-server")
+}
+
+/// Redis's Sentinel.
+pub fn redis_sentinel() -> PathBuf {
+    installed("redis-sentinel")
+}
+
+/// What operators type their commands with.
+pub fn redis_cli() -> PathBuf {
+    installed("redis-cli")
+}
+
+/// What makes certificates.
+pub fn openssl() -> PathBuf {
+    installed("openssl")
+}
+
+fn installed(name: &str) -> PathBuf {
+    on_path(name).unwrap_or_else(|| panic!("{name} is not on PATH: run scripts/setup first"))
+}
+
+fn on_path(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path).map(|directory| directory.join(name)).find(|candidate| candidate.is_file())
 }
 
 fn target() -> PathBuf {

@@ -16,6 +16,7 @@ pub mod load;
 pub mod metrics;
 pub mod ports;
 pub mod process;
+pub mod redis;
 pub mod stack;
 pub mod upstream;
 pub mod wait;
@@ -26,6 +27,7 @@ pub use figures::Times;
 pub use http::{Connection, Request, Response};
 pub use line::Line;
 pub use load::Load;
+pub use redis::{Cluster, Redis, Sentinels};
 pub use stack::Stack;
 pub use wait::{wait_for, wait_until};
 

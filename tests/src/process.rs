@@ -77,6 +77,16 @@ impl Process {
         self.child.wait().expect("the child is ours");
     }
 
+    /// Stops its time: it keeps its connections, accepts new ones and answers nothing.
+    pub fn pause(&self) {
+        self.signal(Signal::STOP);
+    }
+
+    /// Lets it go on after [`Self::pause`].
+    pub fn resume(&self) {
+        self.signal(Signal::CONT);
+    }
+
     /// Waits for it to end by itself.
     #[track_caller]
     pub fn wait(mut self, within: Duration) -> ExitStatus {
@@ -89,10 +99,18 @@ impl Process {
         tail(&self.log)
     }
 
+    /// The child is not waited for yet, so its id is still its own.
+    fn signal(&self, signal: Signal) {
+        if let Some(id) = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw) {
+            let _ = kill_process(id, signal);
+        }
+    }
+
     fn end(&mut self) -> ExitStatus {
-        let id = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
-        if let (None, Some(id)) = (self.ended(), id) {
-            let _ = kill_process(id, Signal::TERM);
+        if self.ended().is_none() {
+            self.signal(Signal::TERM);
+            // A paused one hears nothing.
+            self.resume();
         }
         try_wait_for(Duration::from_secs(10), || self.ended()).unwrap_or_else(|| {
             let _ = self.child.kill();

@@ -3,7 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
-use redis::{ErrorKind, RedisError, ServerError};
+use redis::{ErrorKind, RedisError};
 
 /// Why Redis did not do as asked.
 ///
@@ -117,11 +117,6 @@ impl LinkError {
             ErrorKind::InvalidClientConfig => Self::Other { code: "settings".to_owned() },
             _ => Self::Other { code: "client".to_owned() },
         }
-    }
-
-    /// What a server's answer to one command of several means.
-    pub(super) fn of_server(error: &ServerError, address: &str) -> Self {
-        Self::of_code(error.code(), address)
     }
 
     pub(super) fn timed_out(address: &str) -> Self {

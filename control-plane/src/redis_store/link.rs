@@ -5,15 +5,16 @@
 //! gets a link to the master of then, proved by `ROLE`. Only a Cluster's connection follows what moves by
 //! itself: its slots have no one address to come back to.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{StreamExt as _, stream};
-use redis::aio::{ConnectionLike as _, MultiplexedConnection};
+use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::cluster::ClusterClient;
 use redis::cluster_async::ClusterConnection;
-use redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, SlotAddr};
+use redis::cluster_routing::{Route, RoutingInfo, SingleNodeRoutingInfo, Slot, SlotAddr};
 use redis::io::tcp::{TcpSettings, socket2::TcpKeepalive};
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, FromRedisValue,
@@ -26,7 +27,7 @@ use super::target::{Address, Credentials, Servers, Target};
 /// How many slots a Cluster has (its specification, "Key distribution model").
 const SLOTS: usize = 16384;
 
-/// How many commands of one pipeline are under way in a Cluster: enough to fill the line, and no more than
+/// How many slots' commands of one pipeline are under way in a Cluster: enough to fill the line, and no more than
 /// its connection queues.
 const CLUSTER_CONCURRENCY: usize = 64;
 
@@ -311,33 +312,73 @@ impl Link {
     }
 
     /// Sends commands without waiting for each other's answers, and gives what became of each. One server
-    /// carries them out in order, on one connection, and others' commands may come between; a Cluster in
-    /// any order. All of them have the response timeout together: a few thousand at most.
+    /// carries them out in order, on one connection, and others' commands may come between. In a Cluster only
+    /// those of one slot are in order; there each command's first argument must be its key.
+    ///
+    /// One server has the response timeout for all of them: a few thousand at most.
     ///
     /// # Errors
     /// When nothing is known of any of them.
     pub async fn pipeline(&self, commands: &[Cmd]) -> Result<Vec<Result<Value, LinkError>>, LinkError> {
-        let Connection::One(mut connection) = self.connection.clone() else {
-            // Collected first: the compiler does not see that a lazy map of them can be sent to another thread.
-            let queries: Vec<_> = commands.iter().map(|command| self.query(command)).collect();
-            return Ok(stream::iter(queries).buffered(CLUSTER_CONCURRENCY).collect().await);
-        };
         if commands.is_empty() {
             return Ok(Vec::new());
         }
+        match self.connection.clone() {
+            Connection::One(connection) => self.pipeline_on(connection, commands.iter()).await,
+            Connection::Cluster(connection) => Ok(self.pipelines(&connection, commands).await),
+        }
+    }
+
+    async fn pipeline_on(
+        &self,
+        mut connection: impl ConnectionLike,
+        commands: impl ExactSizeIterator<Item = &Cmd>,
+    ) -> Result<Vec<Result<Value, LinkError>>, LinkError> {
+        let count = commands.len();
         let mut pipeline = redis::pipe();
         for command in commands {
             pipeline.add_command(command.clone());
         }
-        let answers = connection
-            .req_packed_commands(&pipeline, 0, commands.len())
-            .await
-            .map_err(|error| self.error(error))?;
+        let answers =
+            connection.req_packed_commands(&pipeline, 0, count).await.map_err(|error| self.error(error))?;
         let read = |value| match value {
-            Value::ServerError(error) => Err(LinkError::of_server(&error, &self.address)),
+            Value::ServerError(error) => Err(self.error(error.into())),
             value => Ok(value),
         };
         Ok(answers.into_iter().map(read).collect())
+    }
+
+    /// A pipeline for each slot: the Cluster's connection takes no other, and single commands overtake each
+    /// other in it.
+    async fn pipelines(
+        &self,
+        connection: &ClusterConnection,
+        commands: &[Cmd],
+    ) -> Vec<Result<Value, LinkError>> {
+        let mut of_slots: HashMap<Option<Slot>, Vec<usize>> = HashMap::new();
+        for (index, command) in commands.iter().enumerate() {
+            let slot = match command.args_iter().nth(1) {
+                Some(redis::Arg::Simple(key)) => Some(Slot::for_key(key)),
+                _ => None,
+            };
+            of_slots.entry(slot).or_default().push(index);
+        }
+        let answers = stream::iter(of_slots.into_values()).map(async |indices| {
+            let chosen = indices.iter().filter_map(|index| commands.get(*index)).collect::<Vec<_>>();
+            let answers = self.pipeline_on(connection.clone(), chosen.into_iter()).await;
+            let each = |(position, index)| {
+                let answer = match &answers {
+                    Ok(answers) => answers.get(position).cloned(),
+                    Err(error) => Some(Err(error.clone())),
+                };
+                let missing = || LinkError::Other { code: "count of answers".to_owned() };
+                (index, answer.unwrap_or_else(|| Err(missing())))
+            };
+            indices.into_iter().enumerate().map(each).collect::<Vec<_>>()
+        });
+        let mut answers = answers.buffer_unordered(CLUSTER_CONCURRENCY).concat().await;
+        answers.sort_unstable_by_key(|(index, _)| *index);
+        answers.into_iter().map(|(_, answer)| answer).collect()
     }
 
     /// Runs a script, which is loaded where it is missing. In a Cluster all its keys must be in one slot.
@@ -456,4 +497,24 @@ fn node_address(node: Value, asked: &Address) -> Option<Address> {
 
 fn join(addresses: &[Address]) -> String {
     addresses.iter().map(Address::to_string).collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compiles only while all of it can run on a task that moves between threads.
+    #[test]
+    fn a_link_is_of_use_on_any_task() {
+        fn on_a_task<T: Send>(_: impl FnOnce(Link, Target) -> T) {}
+        on_a_task(|link, target| async move {
+            let script = redis::Script::new("");
+            let made = target.connect(Timeouts::default()).await;
+            let heard = target.listen(Timeouts::default(), &["a"]).await;
+            let ran = link.script::<Value>(&script.prepare_invoke()).await;
+            let found = link.scan("", &mut |_| ()).await;
+            let (masters, answers) = (link.masters().await, link.pipeline(&[]).await);
+            (made, heard, ran, found, masters, answers)
+        });
+    }
 }
