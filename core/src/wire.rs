@@ -456,6 +456,11 @@ mod tests {
         }
     }
 
+    fn going_over() -> Answer {
+        let covers = Some(Version { source: 5, seq: 6 });
+        Answer { body: Body::Snapshot { covers, bits: 0, digests: vec![[0xaa; 32]] }, ..snapshot() }
+    }
+
     #[test]
     fn golden_bytes() {
         let want = [
@@ -485,6 +490,19 @@ mod tests {
         .concat();
         assert_eq!(snapshot().encode(), want);
         assert_eq!(Answer::decode(&want).unwrap(), snapshot());
+
+        let want = [
+            b"KGS1\x04".as_slice(),
+            &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0],
+            &[2, 0, 0, 0],
+            b"{}",
+            &[5, 0, 0, 0, 0, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0],
+            &[0],
+            &[0xaa; 32],
+        ]
+        .concat();
+        assert_eq!(going_over().encode(), want);
+        assert_eq!(Answer::decode(&want).unwrap(), going_over());
 
         let patch = Answer {
             rules: NewRules::Patch { patch: b"{}".to_vec(), digest: [0xcc; 32] },
@@ -536,7 +554,7 @@ mod tests {
 
     #[test]
     fn every_cut_and_every_addition_is_refused() {
-        for answer in [delta(), snapshot()] {
+        for answer in [delta(), snapshot(), going_over()] {
             let bytes = answer.encode();
             for cut in 0..bytes.len() {
                 assert!(Answer::decode(&bytes[..cut]).is_err());
@@ -547,7 +565,7 @@ mod tests {
         other[3] = b'2';
         assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
         other[3] = b'1';
-        other[4] = 4;
+        other[4] = 5;
         assert_eq!(Answer::decode(&other), Err(WireError::UnknownFormat));
     }
 

@@ -1,5 +1,6 @@
 //! The control plane under test.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
@@ -17,6 +18,7 @@ pub struct ControlPlane {
     directory: PathBuf,
     api_port: Port,
     sync_port: Port,
+    redis: Option<String>,
     process: Option<Process>,
 }
 
@@ -27,8 +29,29 @@ impl ControlPlane {
             directory: directory.to_owned(),
             api_port: Port::reserve(),
             sync_port: Port::reserve(),
+            redis: None,
             process: None,
         }
+    }
+
+    /// Another one of the same fleet, in a directory of its own: with the same master key and fleet token. `first`
+    /// must have been started once.
+    #[track_caller]
+    pub fn beside(first: &Self, directory: &Path) -> Self {
+        let another = Self::new(directory);
+        fs::create_dir_all(another.data()).expect("a directory");
+        for (from, to) in [
+            (first.fleet_token_file(), another.fleet_token_file()),
+            (first.data().join("master.key"), another.data().join("master.key")),
+        ] {
+            fs::copy(&from, &to).unwrap_or_else(|error| panic!("{}: {error}", from.display()));
+        }
+        another
+    }
+
+    /// From the next start on it shares the Redis at this URL.
+    pub fn use_redis(&mut self, url: &str) {
+        self.redis = Some(url.to_owned());
     }
 
     /// Starts it and waits until it is ready.
@@ -64,6 +87,9 @@ impl ControlPlane {
             .arg(self.fleet_token_file())
             .arg("--policy")
             .arg(binaries::root().join("envoy/demo-policy.json"));
+        if let Some(url) = &self.redis {
+            command.env("KEYGATE_REDIS_URL", url); // Not an argument: it may hold a password.
+        }
         if self.config_file().exists() {
             command.arg("--config").arg(self.config_file());
         }

@@ -23,6 +23,7 @@ pub struct Builder {
     control_plane: bool,
     envoy: bool,
     trap_filter: bool,
+    redis: Option<String>,
 }
 
 impl Builder {
@@ -35,6 +36,12 @@ impl Builder {
     /// The text of `keygate.toml`; there is none unless told.
     pub fn config(mut self, toml: &str) -> Self {
         self.config = Some(toml.to_owned());
+        self
+    }
+
+    /// The Redis that the control plane shares; none unless told.
+    pub fn redis(mut self, url: &str) -> Self {
+        self.redis = Some(url.to_owned());
         self
     }
 
@@ -69,6 +76,9 @@ impl Builder {
         if self.trap_filter {
             stack.envoy.use_trap_filter();
         }
+        if let Some(url) = self.redis {
+            stack.control_plane.use_redis(&url);
+        }
         if let Some(toml) = self.config {
             fs::write(stack.control_plane.config_file(), toml).expect("the configuration");
         }
@@ -101,7 +111,14 @@ pub struct Stack {
 impl Stack {
     /// Sets one up.
     pub fn builder() -> Builder {
-        Builder { workers: 4, config: None, control_plane: true, envoy: true, trap_filter: false }
+        Builder {
+            workers: 4,
+            config: None,
+            control_plane: true,
+            envoy: true,
+            trap_filter: false,
+            redis: None,
+        }
     }
 
     /// Starts one as usual.
