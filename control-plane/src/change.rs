@@ -76,6 +76,9 @@ pub enum Change {
     LineBegun {
         /// Its number.
         source: u64,
+        /// Whether changes that the copy lacks are lost for good, so that proxies shall not wait for them.
+        #[serde(default)]
+        accepts_loss: bool,
     },
     /// The configuration says something else than before.
     SettingsChanged {

@@ -7,6 +7,7 @@
 pub mod api;
 pub mod app;
 pub mod approval;
+pub mod backup;
 pub mod change;
 pub mod clock;
 pub mod config;

@@ -55,6 +55,9 @@ pub struct State {
     pub merged: Arc<BTreeMap<u64, u64>>,
     /// The number of the first change of this line of history. Not for proxies.
     pub line_start: u64,
+    /// The lines that went before in this journal, and up to which change of each nothing is lacking. Not for
+    /// proxies.
+    pub lines: Arc<BTreeMap<u64, u64>>,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -113,6 +116,8 @@ pub struct Model {
     source: u64,
     /// The number of the first change of this line of history.
     line_start: u64,
+    /// The lines that went before in this journal, and up to which change of each nothing is lacking.
+    lines: Arc<BTreeMap<u64, u64>>,
     /// The number of the last change that was made here.
     last_own_seq: u64,
     seq: u64,
@@ -229,8 +234,10 @@ impl Model {
                 self.line_start = seq;
                 effect.rules = true;
             }
-            Change::LineBegun { source } => {
+            Change::LineBegun { source, accepts_loss } => {
                 Arc::make_mut(&mut self.merged).insert(self.source, self.last_own_seq);
+                let covered = if *accepts_loss { u64::MAX } else { seq.saturating_sub(1) };
+                Arc::make_mut(&mut self.lines).insert(self.source, covered);
                 self.source = *source;
                 self.line_start = seq;
                 effect.rebuilt = true;
@@ -506,6 +513,7 @@ impl Model {
             lockdown_stamp: self.lockdown_mark.stamp,
             merged: self.merged.clone(),
             line_start: self.line_start,
+            lines: self.lines.clone(),
         })
     }
 }

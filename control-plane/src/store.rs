@@ -11,6 +11,9 @@ use serde::{Deserialize, Serialize};
 use crate::change::Change;
 use crate::key::{KeyRecord, RevocationReason};
 
+/// The file, in the data directory.
+pub const FILE: &str = "store.redb";
+
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
 const BY_JTI: TableDefinition<'_, &str, &str> = TableDefinition::new("key_id_by_jti");
 /// Keys by the Unix second in which they expire.
@@ -120,7 +123,7 @@ impl Store {
     /// # Errors
     /// When the file cannot be opened.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
-        let path = dir.join("store.redb");
+        let path = dir.join(FILE);
         let database = Database::create(&path)?;
         std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(redb::Error::Io)?;
         let write = database.begin_write()?;

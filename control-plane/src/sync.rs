@@ -79,7 +79,7 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     let state = states.borrow_and_update().clone();
     let polling = app.fleet.heard(poll, &state, app.clock.now_ms());
     let covers = match applied {
-        Some(applied) => standing(&app, applied, state.version)?,
+        Some(applied) => standing(&app, applied, &state)?,
         None => None,
     };
     // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
@@ -137,13 +137,15 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
 
 /// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version
 /// itself if it is another control plane's, and nothing of it is lacking here.
-fn standing(app: &App, applied: Version, have: Version) -> Result<Option<Version>, Problem> {
-    let known = app.mirror.as_ref().and_then(|mirror| mirror.covered(applied.source));
+fn standing(app: &App, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
+    let have = state.version;
+    let elsewhere = app.mirror.as_ref().and_then(|mirror| mirror.covered(applied.source));
+    let known = elsewhere.max(state.lines.get(&applied.source).copied());
     if applied.source == have.source && applied.seq <= have.seq {
         return Ok(None);
     }
     match known {
-        Some(covered) if applied.seq <= covered => Ok(Some(Version { seq: covered, ..applied })),
+        Some(covered) if applied.seq <= covered => Ok(Some(applied)),
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
         None if applied < have => Ok(None),
         _ => {

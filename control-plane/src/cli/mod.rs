@@ -3,6 +3,7 @@
 mod audit;
 mod client;
 mod emergency;
+mod recovery;
 mod serve;
 
 use std::process::ExitCode;
@@ -35,6 +36,10 @@ enum Command {
     /// Check the audit log
     #[command(subcommand)]
     Audit(audit::Audit),
+    /// Write the journal to a file, and restore it
+    #[command(subcommand)]
+    Backup(recovery::Backup),
+    Recover(recovery::Recover),
     /// Say how a request would be decided; the key to ask about is read from KEYGATE_KEY or standard input
     Explain(client::Explain),
 }
@@ -56,6 +61,8 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Revocations(revocations) => revocations.run(),
         Command::Fleet(output) => client::fleet(&output),
         Command::Audit(audit) => audit.run(),
+        Command::Backup(backup) => backup.run(),
+        Command::Recover(recover) => recover.run(),
         Command::Explain(explain) => explain.run(),
     }
 }

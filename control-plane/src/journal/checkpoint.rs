@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::{JournalError, Link};
 
 /// The file, in the journal's directory.
-const FILE: &str = "checkpoints";
+pub const FILE: &str = "checkpoints";
 /// A checkpoint is written after so many records at the latest.
 const EVERY_RECORDS: u64 = 1_000;
 

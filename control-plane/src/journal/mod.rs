@@ -8,6 +8,7 @@
 //! was written anew.
 
 mod checkpoint;
+mod copy;
 mod read;
 mod record;
 mod segment;
@@ -19,6 +20,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub use checkpoint::Notary;
+pub use copy::{checkpoints, hash_at, lines, salvage, write_whole};
 pub use read::{Report, page, verify, walk_after};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};

@@ -179,7 +179,7 @@ impl Link {
 }
 
 /// A line's bytes before the hash, and the hash.
-fn split_hash(line: &[u8]) -> Result<(&[u8], &[u8]), String> {
+pub fn split_hash(line: &[u8]) -> Result<(&[u8], &[u8]), String> {
     let split = || {
         let rest = line.strip_suffix(TAIL)?;
         let (rest, hash) = rest.split_at_checked(rest.len().checked_sub(HASH_DIGITS)?)?;

@@ -34,6 +34,15 @@ pub enum Write {
         /// Until when it is kept, Unix seconds.
         until: u64,
     },
+    /// The same of which only this is known; what is known there stays.
+    RevokeIfMissing {
+        /// The token's id.
+        jti: String,
+        /// What is known.
+        text: String,
+        /// Until when it is kept, Unix seconds.
+        until: u64,
+    },
     /// Revocations that are not kept any more.
     Forget {
         /// The tokens' ids.
@@ -72,6 +81,13 @@ impl Write {
                 revoke.arg(scripts::REVOKE).arg(2).arg(names::revoked(jti)).arg(names::REVOKED_SET);
                 revoke.arg(jti).arg(text).arg(*until);
                 vec![revoke]
+            }
+            Self::RevokeIfMissing { jti, text, until } => {
+                let mut add = redis::cmd("SADD");
+                add.arg(names::REVOKED_SET).arg(jti);
+                let mut set = redis::cmd("SET");
+                set.arg(names::revoked(jti)).arg(text).arg("EXAT").arg(*until).arg("NX");
+                vec![add, set]
             }
             Self::Forget { jtis } => {
                 let mut remove = redis::cmd("SREM");

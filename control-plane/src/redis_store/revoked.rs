@@ -109,7 +109,8 @@ pub async fn unite(
         for jti in jtis {
             let until = app.store.revoked_until(jti)?.unwrap_or(from);
             let text = serde_json::json!({ "jti": jti }).to_string();
-            commands.extend(Write::Revoke { jti: jti.clone(), text, until }.commands(link.is_cluster()));
+            commands
+                .extend(Write::RevokeIfMissing { jti: jti.clone(), text, until }.commands(link.is_cluster()));
         }
         log::write_keys(link, &commands).await?;
     }

@@ -333,7 +333,9 @@ impl Session<'_> {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = app.clock.now_ms().max(state.version.source + 1);
-            let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![Change::LineBegun { source }], ()));
+            let plan = move |_: &View<'_>| {
+                Ok::<_, Problem>((vec![Change::LineBegun { source, accepts_loss: false }], ()))
+            };
             app.writer.submit("system", plan).await?.map_err(|_| CommitError::Stopped)?;
             state = app.state();
             in_log = 0;
@@ -384,7 +386,7 @@ impl Session<'_> {
             let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
             let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
             for logged in &entries {
-                if let Change::Genesis { source } | Change::LineBegun { source } = logged.entry.change
+                if let Change::Genesis { source } | Change::LineBegun { source, .. } = logged.entry.change
                     && logged.entry.origin.is_none()
                 {
                     line = source;

@@ -19,9 +19,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 pub use self::feed::{Feed, Logged};
 use self::view::Pending;
 pub use self::view::View;
+use crate::backup::Restored;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
-use crate::journal::{Claim, Journal, JournalError, Notary};
+use crate::journal::{Claim, Journal, JournalError, Notary, Record};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
 use crate::state::{Deltas, Effect, Model, Settings, State};
@@ -230,6 +231,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     let Start { claim, notary, dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
+    let in_dir = |source| JournalError::Io { path: dir.into(), source };
     let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
@@ -276,6 +278,17 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     } else if *model.settings() != settings {
         first.push(Change::SettingsChanged { settings });
     }
+    let restored = if model.is_empty() { None } else { Restored::read(dir).map_err(in_dir)? };
+    let is_restored = restored.is_some();
+    if let Some(Restored { accepts_loss, ended }) = restored {
+        tracing::warn!(accepts_loss, ended = ended.len(), "the journal was restored from a backup");
+        // Numbers after its end were given to other changes before.
+        let source = clock.now_ms().max(model.source() + 1);
+        first.push(Change::LineBegun { source, accepts_loss });
+        first.extend(
+            ended.iter().filter_map(|line| Record::parse(line.as_bytes()).ok()).map(|record| record.change),
+        );
+    }
     if !first.is_empty() {
         // What a history begins with gives way to what was decided elsewhere.
         let stamp = if model.is_empty() { 0 } else { model.next_stamp(clock.now_ms()) };
@@ -290,6 +303,9 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         let first: Vec<(u64, Change)> =
             (first_seq..).zip(first.into_iter().map(|entry| entry.change)).collect();
         store.apply(&first)?;
+    }
+    if is_restored {
+        Restored::done(dir).map_err(in_dir)?;
     }
     journal.sign(&clock::rfc3339_ms(clock.now_ms()));
     let latest_s = model.latest_s(0);
@@ -313,10 +329,8 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         pending: Pending::default(),
         rules_changed: false,
     };
-    let thread = thread::Builder::new()
-        .name("writer".into())
-        .spawn(move || thread.run(queue))
-        .map_err(|source| JournalError::Io { path: dir.into(), source })?;
+    let thread =
+        thread::Builder::new().name("writer".into()).spawn(move || thread.run(queue)).map_err(in_dir)?;
     Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, feed, latest_s, thread })
 }
 

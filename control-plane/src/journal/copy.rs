@@ -1,0 +1,119 @@
+//! Journals as lines, for who copies them: out of a directory, into a new one, and what is left of a damaged one.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::Path;
+
+use super::checkpoint::{self, Checks};
+use super::{JournalError, Link, MAX_SEGMENT_BYTES, Record, record, segment, sync_dir};
+
+/// The signed checkpoints, each with its record's number and its line.
+///
+/// # Errors
+/// When they cannot be read.
+pub fn checkpoints(dir: &Path) -> Result<Vec<(u64, String)>, JournalError> {
+    let checks = Checks::read(dir, None)?;
+    let line = |checkpoint| serde_json::to_string(checkpoint).expect("plain data");
+    Ok(checks.all().iter().map(|checkpoint| (checkpoint.seq, line(checkpoint))).collect())
+}
+
+/// Hands the lines of the first `records` records to `each`, until that says no more.
+///
+/// # Errors
+/// When a file cannot be read, or a line is not what was written.
+pub fn lines(dir: &Path, records: u64, mut each: impl FnMut(&[u8]) -> bool) -> Result<(), JournalError> {
+    let mut link = Link::start();
+    let mut goes_on = true;
+    let segments = segment::list(dir)?;
+    for (position, segment) in segments.iter().enumerate() {
+        if !goes_on || link.seq >= records {
+            break;
+        }
+        let last = position + 1 == segments.len() && !segment.compressed;
+        segment.walk(&mut link, last, &mut |line, link| {
+            link.follow_head(line)?;
+            goes_on = goes_on && link.seq <= records && each(line);
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The hash of a record; `None`: there are fewer.
+///
+/// # Errors
+/// When a file cannot be read, or a line is not what was written.
+pub fn hash_at(dir: &Path, seq: u64) -> Result<Option<String>, JournalError> {
+    let mut found = None;
+    let mut number = 0;
+    lines(dir, seq, |line| {
+        number += 1;
+        if number == seq {
+            found = record::split_hash(line).ok().map(|(_, hash)| String::from_utf8_lossy(hash).into_owned());
+        }
+        true
+    })?;
+    Ok(found)
+}
+
+/// Writes lines as the journal of a new directory. They are not checked.
+///
+/// # Errors
+/// When the disk fails, or the lines do.
+pub fn write_whole(
+    dir: &Path,
+    lines: &mut dyn Iterator<Item = io::Result<Vec<u8>>>,
+    checkpoints: &[String],
+) -> Result<(), JournalError> {
+    let io = |source| JournalError::Io { path: dir.into(), source };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
+    let create = |path: &Path| File::options().write(true).create_new(true).mode(0o600).open(path);
+    let (mut seq, mut bytes, mut out): (u64, u64, Option<BufWriter<File>>) = (0, 0, None);
+    let close = |out: Option<BufWriter<File>>| match out {
+        Some(out) => out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all(),
+        None => Ok(()),
+    };
+    for line in lines {
+        let line = line.map_err(io)?;
+        if out.is_none() || bytes >= MAX_SEGMENT_BYTES {
+            close(out.take()).map_err(io)?;
+            bytes = 0;
+            out = Some(BufWriter::new(create(&segment::path_of(dir, seq + 1)).map_err(io)?));
+        }
+        if let Some(out) = &mut out {
+            out.write_all(&line).and_then(|()| out.write_all(b"\n")).map_err(io)?;
+        }
+        (seq, bytes) = (seq + 1, bytes + line.len() as u64 + 1);
+    }
+    close(out).map_err(io)?;
+    let mut file = create(&dir.join(checkpoint::FILE)).map_err(io)?;
+    for checkpoint in checkpoints {
+        file.write_all(checkpoint.as_bytes()).and_then(|()| file.write_all(b"\n")).map_err(io)?;
+    }
+    file.sync_all().and_then(|()| sync_dir(dir)).map_err(io)
+}
+
+/// Of a damaged journal, the lines after number `after` that are whole each by itself and end keys: their own hash
+/// fits. That they follow on each other is not asked, which does no harm in what only refuses.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn salvage(dir: &Path, after: u64) -> Result<Vec<String>, JournalError> {
+    let mut found = Vec::new();
+    for segment in segment::list(dir)? {
+        let Ok(text) = segment.text() else { continue }; // Some of it may not be readable at all.
+        for line in text.split(|byte| *byte == b'\n') {
+            let is_whole =
+                record::split_hash(line).is_ok_and(|(body, hash)| record::hash_of(body).as_bytes() == hash);
+            if let Ok(record) = Record::parse(line)
+                && is_whole
+                && record.seq > after
+                && record.change.ends_keys()
+            {
+                found.push(String::from_utf8_lossy(line).into_owned());
+            }
+        }
+    }
+    Ok(found)
+}

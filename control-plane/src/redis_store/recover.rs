@@ -1,0 +1,145 @@
+//! Filling a Redis from a journal, without a control plane.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use keygate_core::revocation::{Fingerprint, Revocations as _, Standing};
+
+use super::error::LinkError;
+use super::link::Timeouts;
+use super::log::{self, Filler, LogError};
+use super::projection::{self, Write};
+use super::sealed::Shipped;
+use super::{Sealer, Target, names};
+use crate::change::Change;
+use crate::journal::JournalError;
+use crate::secret::{MasterKey, SecretError};
+use crate::state::Model;
+use crate::store::{Store, StoreError};
+
+/// Keys that are written at a time.
+const AT_A_TIME: usize = 500;
+
+/// Why a Redis cannot be filled.
+#[derive(Debug, thiserror::Error)]
+pub enum RecoverError {
+    /// The journal.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// Redis.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// Its logs.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The work file.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// What was done.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Recovered {
+    /// Changes read from the journal.
+    pub changes: u64,
+    /// Of them, those that Redis lacked.
+    pub appended: u64,
+    /// Records of keys written.
+    pub keys: u64,
+    /// Revocations written.
+    pub revocations: u64,
+}
+
+/// Fills the Redis of `target` from the journal in `dir`. What is there already stays; revocations are united.
+/// `work` is an empty directory for a while. `progress` is told how many changes were passed on so far.
+///
+/// # Errors
+/// See [`RecoverError`]; it can be tried again, what was written stays.
+pub async fn recover(
+    target: &Target,
+    dir: &Path,
+    work: &Path,
+    master: &MasterKey,
+    now: u64,
+    mut progress: impl FnMut(Recovered),
+) -> Result<Recovered, RecoverError> {
+    // Whole batches take longer than one request of a client that waits.
+    let timeouts = Timeouts { response: std::time::Duration::from_secs(10), ..Timeouts::default() };
+    let link = target.connect(timeouts).await?;
+    let sealer = Sealer::new(master);
+    let store = Store::open(work)?;
+    let mut model = Model::default();
+    let mut logs: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut done = Recovered::default();
+    let (mut seq, mut line) = (0, 0);
+    loop {
+        let entries = log::read_journal(dir, seq, u64::MAX)?;
+        let Some(to) = entries.last().map(|logged| logged.seq) else { break };
+        let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
+        let mut stored = Vec::new();
+        for logged in &entries {
+            let entry = &logged.entry;
+            if let Change::Genesis { source } | Change::LineBegun { source, .. } = entry.change
+                && entry.origin.is_none()
+            {
+                line = source;
+            }
+            if !model.apply(logged.seq, entry, master)?.superseded {
+                stored.push((logged.seq, entry.change.clone()));
+            }
+            let (source, seq) =
+                entry.origin.as_ref().map_or((line, logged.seq), |origin| (origin.source, origin.seq));
+            changes.entry(source).or_default().push((seq, Shipped::of(logged, BTreeMap::new())));
+        }
+        store.apply(&stored)?;
+        for (source, mut changes) in changes {
+            let last = match logs.get(&source) {
+                Some(last) => *last,
+                None => {
+                    let mut join = redis::cmd("SADD");
+                    join.arg(names::SOURCES).arg(format!("{source:x}"));
+                    link.query::<redis::Value>(&join).await?;
+                    log::last(&link, source).await?
+                }
+            };
+            changes.retain(|(seq, _)| *seq > last);
+            let mut filler = Filler { link: &link, sealer: &sealer, source, last };
+            filler.append(&changes, &store, now).await?;
+            done.appended += changes.len() as u64;
+            logs.insert(source, filler.last);
+        }
+        done.changes += entries.len() as u64;
+        progress(done);
+        seq = to;
+    }
+    // What stands in a log was not written again with it; the keys may be missing all the same.
+    let mut keys = Vec::new();
+    store.each_key(|key| keys.extend(projection::key(&key, now)))?;
+    for writes in keys.chunks(AT_A_TIME) {
+        let commands: Vec<_> = writes.iter().flat_map(|write| write.commands(link.is_cluster())).collect();
+        log::write_keys(&link, &commands).await?;
+        done.keys += writes.len() as u64;
+        progress(done);
+    }
+    let revoked = store.revoked_within(now.saturating_add(1), u64::MAX)?;
+    for jtis in revoked.chunks(AT_A_TIME) {
+        let mut commands = Vec::new();
+        for jti in jtis {
+            // Forgotten again since, or never in force.
+            if (&*model.revocations()).standing(Fingerprint::of(jti)) != Standing::Revoked {
+                continue;
+            }
+            let until = store.revoked_until(jti)?.unwrap_or(now);
+            let text = serde_json::json!({ "jti": jti }).to_string();
+            commands
+                .extend(Write::RevokeIfMissing { jti: jti.clone(), text, until }.commands(link.is_cluster()));
+            done.revocations += 1;
+        }
+        log::write_keys(&link, &commands).await?;
+        progress(done);
+    }
+    Ok(done)
+}
