@@ -18,7 +18,7 @@ use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::journal::{Claim, JournalError, Notary};
+use crate::journal::{Claim, JournalError, Notary, Privacy};
 use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
 use crate::redis_store::{self, Mirror, Sealer};
@@ -89,6 +89,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
+    /// Finds personal data in the journal again.
+    pub privacy: Privacy,
     /// The public key of the journal's checkpoints, in base64url.
     pub checkpoint_key: String,
     /// What proxies show.
@@ -149,9 +151,11 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         .map(|redis| Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(&master)));
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let notary = Notary::new(&master.derive("keygate journal checkpoints"));
+    let privacy = Privacy::new(&master, config.personal_data);
     let checkpoint_key = notary.public_key();
     let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
+        privacy: privacy.clone(),
         claim,
         dir,
         settings: Settings::of(&config),
@@ -188,6 +192,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         snapshots: sync::Snapshots::default(),
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
+        privacy,
         checkpoint_key,
         fleet_token,
         stopping,

@@ -11,12 +11,13 @@ use keygate_core::rules::MAX_LEEWAY_S;
 use keygate_core::token;
 use toml::Value;
 
+use crate::journal::PersonalData;
 use crate::redis_store::{Durability, Target};
 use crate::roles::{self, Role, Roles};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 19] = [
+pub const SETTINGS: [(&str, &str); 20] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -39,6 +40,10 @@ pub const SETTINGS: [(&str, &str); 19] = [
     (
         "emergency.two_approvals_above",
         "Share of live keys, 0 to 1, above which a cut-off needs a second approval [default: never]",
+    ),
+    (
+        "journal.personal_data",
+        "Owners and metadata of keys in the journal: sealed (and as salted hashes) or plain [default: sealed]",
     ),
     (
         "redis.url",
@@ -104,6 +109,8 @@ pub struct Config {
     pub hard_age: Duration,
     /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
     pub two_approvals_above: Option<f64>,
+    /// How owners and metadata of keys stand in the journal.
+    pub personal_data: PersonalData,
     /// The Redis that control planes share, if there is one.
     pub redis: Option<Redis>,
     /// How durable a change should be before it is answered with more than 202.
@@ -198,6 +205,7 @@ impl Typed {
             algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
             two_approvals_above: self.take("emergency.two_approvals_above", share),
+            personal_data: self.take("journal.personal_data", personal_data).unwrap_or_default(),
             redis: self.redis(),
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
             log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
@@ -360,6 +368,14 @@ fn count(value: &Value) -> Result<u64, String> {
         _ => None,
     };
     number.ok_or_else(|| format!("{value} is not a whole number, 0 or more"))
+}
+
+fn personal_data(value: &Value) -> Result<PersonalData, String> {
+    match text(value)? {
+        "sealed" => Ok(PersonalData::Sealed),
+        "plain" => Ok(PersonalData::Plain),
+        other => Err(format!("{other:?} is neither \"sealed\" nor \"plain\"")),
+    }
 }
 
 fn durability(value: &Value) -> Result<Durability, String> {

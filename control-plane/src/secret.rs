@@ -129,7 +129,7 @@ impl MasterKey {
     }
 
     #[cfg(test)]
-    fn of(bytes: [u8; 32]) -> Self {
+    pub(crate) fn of(bytes: [u8; 32]) -> Self {
         Self(Zeroizing::new(bytes))
     }
 }

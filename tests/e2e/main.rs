@@ -12,6 +12,7 @@ mod fleet;
 mod flood;
 mod hostile;
 mod outage;
+mod recovery;
 mod redis_link;
 mod requests;
 mod revocation;

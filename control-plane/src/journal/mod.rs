@@ -9,6 +9,7 @@
 
 mod checkpoint;
 mod copy;
+mod private;
 mod read;
 mod record;
 mod segment;
@@ -21,6 +22,7 @@ use std::time::{Duration, Instant};
 
 pub use checkpoint::Notary;
 pub use copy::{checkpoints, hash_at, lines, salvage, write_whole};
+pub use private::{PersonalData, Privacy};
 pub use read::{Report, page, verify, walk_after};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
@@ -125,13 +127,14 @@ impl Claim {
 
     /// Hands every record to `each`, oldest first, and gives the journal for appending. A last line that was only
     /// half written, and so never answered, is cut off. `notary` signs checkpoints; those that are there must be
-    /// its own.
+    /// its own. `privacy` is for what is appended.
     ///
     /// # Errors
     /// When the disk fails or any other line is not what was written.
     pub fn read(
         self,
         notary: Notary,
+        privacy: Privacy,
         mut each: impl FnMut(Record) -> Result<(), String>,
     ) -> Result<Journal, JournalError> {
         let Self { dir, lock } = self;
@@ -162,7 +165,7 @@ impl Claim {
             Some((path, bytes)) => OpenSegment::reopen(path, bytes, day)?,
             None => OpenSegment::create(&dir, link.seq + 1)?,
         };
-        Ok(Journal { dir, _lock: lock, current, link, reserve, keeper, sealed: false })
+        Ok(Journal { dir, _lock: lock, current, link, reserve, keeper, privacy, sealed: false })
     }
 }
 
@@ -282,6 +285,7 @@ pub struct Journal {
     link: Link,
     reserve: Reserve,
     keeper: Keeper,
+    privacy: Privacy,
     sealed: bool,
 }
 
@@ -320,7 +324,7 @@ impl Journal {
         let (mut link, mut lines) = (self.link.clone(), Vec::new());
         for entry in entries {
             let seq = link.seq + 1;
-            let hash = Record::new(seq, at, entry, link.hash).write(&mut lines);
+            let hash = Record::new(seq, at, entry, link.hash, &self.privacy).write(&mut lines);
             link = Link { seq, hash };
         }
         let written = match self.write(day_of(at), &lines) {
@@ -416,13 +420,17 @@ mod tests {
         (0..n).map(entry).collect()
     }
 
+    fn privacy() -> Privacy {
+        Privacy::new(&crate::secret::MasterKey::of([7; 32]), PersonalData::Sealed)
+    }
+
     fn first_segment(data_dir: &Path) -> PathBuf {
         segment::path_of(&data_dir.join(DIRECTORY), 1)
     }
 
     fn reopen(dir: &Path) -> Result<(Journal, usize), JournalError> {
         let mut records = 0;
-        let journal = Claim::new(dir)?.read(Notary::new(&[7; 32]), |_| {
+        let journal = Claim::new(dir)?.read(Notary::new(&[7; 32]), privacy(), |_| {
             records += 1;
             Ok(())
         })?;
@@ -671,7 +679,8 @@ mod tests {
         std::fs::write(&checkpoints, signed.replace("00:00:01", "00:00:09")).unwrap();
         found(1);
         std::fs::remove_file(&checkpoints).unwrap();
-        let mut journal = Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), |_| Ok(())).unwrap();
+        let mut journal =
+            Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), privacy(), |_| Ok(())).unwrap();
         journal.sign("2026-01-01T00:00:03Z");
         drop(journal);
         assert!(verify(&journal_dir, None).is_ok());

@@ -69,7 +69,11 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
 ///
 /// # Errors
 /// When a file cannot be read, or a record is no record.
-pub fn walk_after(dir: &Path, after: u64, mut each: impl FnMut(Record) -> bool) -> Result<(), JournalError> {
+pub fn walk_after(
+    dir: &Path,
+    after: u64,
+    mut each: impl FnMut(Record) -> Result<bool, String>,
+) -> Result<(), JournalError> {
     let segments = segment::list(dir)?;
     let next_first = segments.iter().skip(1).map(|segment| segment.first_seq).chain([u64::MAX]);
     for (segment, next_first) in segments.iter().zip(next_first) {
@@ -80,12 +84,13 @@ pub fn walk_after(dir: &Path, after: u64, mut each: impl FnMut(Record) -> bool) 
         let lines: Vec<&[u8]> = text.split(|byte| *byte == b'\n').collect();
         let whole = lines.split_last().map_or(&[][..], |(_, whole)| whole);
         for (number, line) in whole.iter().enumerate() {
-            let record = Record::parse(line).map_err(|problem| JournalError::Damaged {
+            let damaged = |problem| JournalError::Damaged {
                 path: segment.path.clone(),
                 line: number as u64 + 1,
                 problem,
-            })?;
-            if record.seq > after && !each(record) {
+            };
+            let record = Record::parse(line).map_err(damaged)?;
+            if record.seq > after && !each(record).map_err(damaged)? {
                 return Ok(());
             }
         }

@@ -14,6 +14,7 @@
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::Privacy;
 use crate::change::{Change, Entry, Origin};
 use crate::clock;
 
@@ -53,6 +54,9 @@ pub struct Record {
     pub stamp: Option<u64>,
     /// The change itself, enough to make it again.
     pub change: Change,
+    /// The personal data in the change, sealed; see [`super::private`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<String>,
     /// The hash of the record before.
     pub prev: String,
     /// Its own hash. Written by [`Record::write`], since it is of all the rest.
@@ -66,8 +70,9 @@ fn done() -> String {
 
 impl Record {
     /// The record of a change that is made; its hash comes with writing it.
-    pub fn new(seq: u64, at: &str, entry: &Entry, prev: String) -> Self {
+    pub fn new(seq: u64, at: &str, entry: &Entry, prev: String, privacy: &Privacy) -> Self {
         let Entry { actor, stamp, origin, change } = entry;
+        let (hidden, sealed) = privacy.hide(seq, change);
         Self {
             seq,
             at: at.into(),
@@ -78,7 +83,8 @@ impl Record {
             outcome: change.outcome().into(),
             origin: origin.clone(),
             stamp: Some(*stamp).filter(|stamp| *stamp != clock::unix_ms(at)),
-            change: change.clone(),
+            change: hidden,
+            sealed,
             prev,
             hash: String::new(),
         }
@@ -99,9 +105,13 @@ impl Record {
     }
 
     /// What was written.
-    pub fn into_entry(self) -> Entry {
+    ///
+    /// # Errors
+    /// When its personal data does not open.
+    pub fn into_entry(self, privacy: &Privacy) -> Result<Entry, String> {
         let stamp = self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at));
-        Entry { actor: self.actor, stamp, origin: self.origin, change: self.change }
+        let change = privacy.show(self.seq, self.change, self.sealed.as_deref())?;
+        Ok(Entry { actor: self.actor, stamp, origin: self.origin, change })
     }
 
     /// Writes the line and returns its hash.

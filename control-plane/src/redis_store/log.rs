@@ -14,7 +14,7 @@ use super::projection::{self, Write};
 use super::sealed::{Sealer, Shipped};
 use super::{names, scripts};
 use crate::change::Entry;
-use crate::journal::{self, JournalError};
+use crate::journal::{self, JournalError, Privacy};
 use crate::store::Store;
 use crate::writer::Logged;
 
@@ -73,15 +73,20 @@ fn number(id: &str) -> u64 {
 ///
 /// # Errors
 /// When the journal cannot be read.
-pub fn read_journal(dir: &Path, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, JournalError> {
+pub fn read_journal(
+    dir: &Path,
+    privacy: &Privacy,
+    seq: u64,
+    last: u64,
+) -> Result<Vec<Arc<Logged>>, JournalError> {
     let mut found = Vec::new();
     journal::walk_after(dir, seq, |record| {
         if record.seq > last {
-            return false;
+            return Ok(false);
         }
         let (seq, at) = (record.seq, record.at.clone());
-        found.push(Arc::new(Logged { seq, at, entry: record.into_entry() }));
-        found.len() < READ_AT_A_TIME
+        found.push(Arc::new(Logged { seq, at, entry: record.into_entry(privacy)? }));
+        Ok(found.len() < READ_AT_A_TIME)
     })?;
     Ok(found)
 }

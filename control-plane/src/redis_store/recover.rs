@@ -12,7 +12,7 @@ use super::projection::{self, Write};
 use super::sealed::Shipped;
 use super::{Sealer, Target, names};
 use crate::change::Change;
-use crate::journal::JournalError;
+use crate::journal::{JournalError, PersonalData, Privacy};
 use crate::secret::{MasterKey, SecretError};
 use crate::state::Model;
 use crate::store::{Store, StoreError};
@@ -70,13 +70,14 @@ pub async fn recover(
     let timeouts = Timeouts { response: std::time::Duration::from_secs(10), ..Timeouts::default() };
     let link = target.connect(timeouts).await?;
     let sealer = Sealer::new(master);
+    let privacy = Privacy::new(master, PersonalData::default());
     let store = Store::open(work)?;
     let mut model = Model::default();
     let mut logs: BTreeMap<u64, u64> = BTreeMap::new();
     let mut done = Recovered::default();
     let (mut seq, mut line) = (0, 0);
     loop {
-        let entries = log::read_journal(dir, seq, u64::MAX)?;
+        let entries = log::read_journal(dir, &privacy, seq, u64::MAX)?;
         let Some(to) = entries.last().map(|logged| logged.seq) else { break };
         let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
         let mut stored = Vec::new();

@@ -270,8 +270,8 @@ fn news_of(merged: &BTreeMap<u64, u64>, said: &mut BTreeMap<u64, u64>) -> BTreeM
 }
 
 async fn journalled(app: &App, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, SessionError> {
-    let dir = app.config.journal_dir();
-    let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, seq, last));
+    let (dir, privacy) = (app.config.journal_dir(), app.privacy.clone());
+    let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, &privacy, seq, last));
     Ok(read.await.map_err(|_| CommitError::Stopped)??)
 }
 

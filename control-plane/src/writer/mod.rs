@@ -22,7 +22,7 @@ pub use self::view::View;
 use crate::backup::Restored;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
-use crate::journal::{Claim, Journal, JournalError, Notary, Record};
+use crate::journal::{Claim, Journal, JournalError, Notary, Privacy, Record};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
 use crate::state::{Deltas, Effect, Model, Settings, State};
@@ -209,6 +209,8 @@ pub struct Start<'s> {
     pub claim: Claim,
     /// Signs the journal's checkpoints.
     pub notary: Notary,
+    /// Hides personal data in the journal.
+    pub privacy: Privacy,
     /// The directory.
     pub dir: &'s Path,
     /// What the configuration says.
@@ -228,15 +230,16 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { claim, notary, dir, settings, master, first_changes, clock, metrics } = start;
+    let Start { claim, notary, privacy, dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let in_dir = |source| JournalError::Io { path: dir.into(), source };
+    let opens = privacy.clone();
     let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
     let mut journal = claim
-        .read(notary, |record| {
+        .read(notary, privacy, |record| {
             let seq = record.seq;
             if let Change::Genesis { source } = record.change
                 && stored_source != source
@@ -248,7 +251,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
                 }
                 applied = 0;
             }
-            let entry = record.into_entry();
+            let entry = record.into_entry(&opens)?;
             let superseded = match model.apply(seq, &entry, &master) {
                 Ok(effect) => effect.superseded,
                 Err(error) => {
@@ -285,9 +288,8 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         // Numbers after its end were given to other changes before.
         let source = clock.now_ms().max(model.source() + 1);
         first.push(Change::LineBegun { source, accepts_loss });
-        first.extend(
-            ended.iter().filter_map(|line| Record::parse(line.as_bytes()).ok()).map(|record| record.change),
-        );
+        let entry = |line: &String| Record::parse(line.as_bytes()).ok()?.into_entry(&opens).ok();
+        first.extend(ended.iter().filter_map(entry).map(|entry| entry.change));
     }
     if !first.is_empty() {
         // What a history begins with gives way to what was decided elsewhere.
