@@ -190,15 +190,27 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
     }
     let fresh = data_dir.join("journal.restoring");
     let _left_by_a_try_before = fs::remove_dir_all(&fresh);
+    let mut broken = None;
     let mut lines = std::iter::from_fn(|| match read_line(&mut reader, &mut line) {
         Ok(0) => None,
-        Ok(_) => Some(Ok(line.clone())),
-        Err(error) => Some(Err(error)),
+        Ok(_) => Some(line.clone()),
+        Err(error) => {
+            broken = Some(error);
+            None
+        }
     });
     journal::write_whole(&fresh, &mut lines, &header.checkpoints)?;
-    let report = journal::verify(&fresh, None)?;
-    if (report.records, &report.head) != (header.records, &header.head) {
-        return Err(damaged(format!("it has {} of {} records", report.records, header.records)));
+    let whole = match broken {
+        Some(error) => Err(error.to_string()),
+        None => match journal::verify(&fresh, None) {
+            Ok(report) if (report.records, &report.head) == (header.records, &header.head) => Ok(()),
+            Ok(report) => Err(format!("it has {} of {} records", report.records, header.records)),
+            Err(error) => Err(error.to_string()),
+        },
+    };
+    if let Err(problem) = whole {
+        let _nothing_of_it = fs::remove_dir_all(&fresh);
+        return Err(damaged(problem));
     }
 
     let (mut ended, mut moved_to) = (Vec::new(), None);

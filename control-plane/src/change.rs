@@ -21,12 +21,19 @@ use crate::state::Settings;
 /// A hybrid logical clock (Kulkarni et al., "Logical Physical Clocks", OPODIS 2014): the stamp is the time of its
 /// control plane, but always later than every stamp that it had seen, so that a change made in knowledge of another
 /// counts more, whatever the clocks say.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark {
     /// Unix milliseconds; 0 for what a new history begins with, which gives way to what anybody decided.
     pub stamp: u64,
     /// Whose. Of two beginnings that of the older history counts.
     pub source: Reverse<u64>,
+}
+
+impl Default for Mark {
+    /// Of what was never changed: anything counts more.
+    fn default() -> Self {
+        Self { stamp: 0, source: Reverse(u64::MAX) }
+    }
 }
 
 /// Where a change was made that this control plane took in from another.

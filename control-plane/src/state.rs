@@ -468,6 +468,8 @@ impl Model {
     /// The rules that proxies would get.
     pub fn rules(&self) -> Rules {
         let settings = &self.settings;
+        let mut cutoffs = self.cutoffs.clone();
+        cutoffs.sort_by(|a, b| a.id.cmp(&b.id)); // The same bytes in whatever order they came.
         Rules {
             format: rules::FORMAT,
             issuer: settings.issuer.clone(),
@@ -478,7 +480,7 @@ impl Model {
             hard_age_s: settings.hard_age_s,
             keys: self.secrets.iter().map(|secret| secret.signer.verification_key()).collect(),
             policy: (*self.policy).clone(),
-            cutoffs: self.cutoffs.clone(),
+            cutoffs,
             lockdown: self.lockdown.clone(),
             expired_until: self.expired_until,
         }
@@ -638,5 +640,153 @@ mod tests {
         let live = |now| census.live(now).map(|(role, n)| (role.to_owned(), n)).collect::<Vec<_>>();
         assert_eq!(live(0), [("admin".to_owned(), 0), ("basic".to_owned(), 2)]);
         assert_eq!(live(6_060)[1].1, 1);
+    }
+
+    /// A control plane, as far as its history goes.
+    struct Node {
+        source: u64,
+        model: Model,
+        seq: u64,
+        clock_ms: u64,
+        log: Vec<(u64, Entry)>,
+    }
+
+    impl Node {
+        fn new(source: u64, clock_ms: u64, secret: SecretRecord, master: &MasterKey) -> Self {
+            let model = Model::default();
+            let mut node = Self { source, model, seq: 0, clock_ms, log: Vec::new() };
+            let policy = Policy { mode: keygate_core::policy::Mode::Shadow, ..Policy::default() };
+            for change in [
+                Change::Genesis { source },
+                Change::SecretCreated { secret },
+                Change::PolicyReplaced { policy: policy.clone() },
+            ] {
+                node.add(Entry { actor: "system".into(), stamp: 0, origin: None, change }, master);
+            }
+            assert_eq!(node.model.policy().0, &policy, "what a history begins with is in force");
+            node
+        }
+
+        fn add(&mut self, entry: Entry, master: &MasterKey) {
+            self.seq += 1;
+            self.model.apply(self.seq, &entry, master).unwrap();
+            if entry.origin.is_none() {
+                let change = entry.change.for_peers();
+                self.log.push((self.seq, Entry { change, ..entry }));
+            }
+        }
+
+        fn change(&mut self, change: Change, master: &MasterKey) {
+            self.clock_ms += 1;
+            let stamp = self.model.next_stamp(self.clock_ms);
+            self.add(Entry { actor: "a".into(), stamp, origin: None, change }, master);
+        }
+
+        /// Takes in the next change of another one; whether there was one.
+        fn take_next(&mut self, source: u64, log: &[(u64, Entry)], master: &MasterKey) -> bool {
+            let merged = self.model.merged().get(&source).copied().unwrap_or(0);
+            let Some((seq, entry)) = log.iter().find(|(seq, _)| *seq > merged) else { return false };
+            let origin = Some(Origin { source, seq: *seq, at: String::new() });
+            self.add(Entry { origin, ..entry.clone() }, master);
+            true
+        }
+
+        fn enforced(&self) -> (String, Vec<[u8; 32]>, String) {
+            let shards = self.model.revocations().shards().iter().map(|shard| shard.digest()).collect();
+            let rules = String::from_utf8(self.model.rules().encode()).unwrap();
+            (rules, shards, self.model.signer().unwrap().kid.clone())
+        }
+    }
+
+    /// A generator of numbers (splitmix64), so that a failure can be had again.
+    fn draw(state: &mut u64, below: u64) -> u64 {
+        *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = *state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % below
+    }
+
+    fn any_change(seed: &mut u64, known_cutoffs: &mut Vec<String>) -> Change {
+        let jti = format!("jti-{}", draw(seed, 12));
+        let key_id = format!("key-{jti}");
+        let ended =
+            crate::key::Ended { at: 5, reason: crate::key::RevocationReason::Compromised, by: "a".into() };
+        match draw(seed, 8) {
+            0 => Change::KeyRevoked { key_id, jti, role: "basic".into(), expires_at: 900, revocation: ended },
+            1 => Change::JtiRevoked { jti, expires_at: 900, revocation: ended },
+            2 => {
+                let suspension = crate::key::Ended { at: 5, reason: None, by: "a".into() };
+                Change::KeySuspended { key_id, jti, expires_at: 900, suspension }
+            }
+            3 => Change::KeyResumed { key_id, jti },
+            4 => {
+                let id = format!("cutoff_{}", draw(seed, 1_000_000));
+                known_cutoffs.push(id.clone());
+                let cutoff = Cutoff {
+                    id,
+                    scope: keygate_core::cutoff::Scope::default(),
+                    created_before: draw(seed, 100) + 1,
+                    created_after: 0,
+                    spares: None,
+                };
+                let reason = crate::key::RevocationReason::Emergency;
+                Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None }
+            }
+            5 if !known_cutoffs.is_empty() => {
+                let position = draw(seed, known_cutoffs.len() as u64) as usize;
+                Change::CutoffLifted { id: known_cutoffs[position].clone() }
+            }
+            6 => {
+                let until = draw(seed, 50);
+                let lockdown = (until > 9).then(|| Lockdown { until, exempt_roles: Vec::new() });
+                Change::LockdownChanged { lockdown }
+            }
+            _ => {
+                let mode = if draw(seed, 2) == 0 { "enforce" } else { "shadow" };
+                let policy =
+                    serde_json::from_value(serde_json::json!({ "mode": mode, "routes": [] })).unwrap();
+                Change::PolicyReplaced { policy }
+            }
+        }
+    }
+
+    #[test]
+    fn control_planes_agree_in_whatever_order_they_hear_of_each_others_changes() {
+        keygate_core::crypto::native::install();
+        let master = MasterKey::of([7; 32]);
+        let algorithm = keygate_core::crypto::Algorithm::HS256;
+        for round in 0..200 {
+            let mut seed = round;
+            // Clocks that are far apart, one by a year.
+            let clocks = [1_000_000, 1_000_400, 31_536_000_000_000];
+            let mut nodes: Vec<Node> = (0..3)
+                .map(|n| {
+                    let secret = SecretRecord::generate(algorithm, &master, 1);
+                    Node::new(100 + n, clocks[n as usize], secret, &master)
+                })
+                .collect();
+            let mut cutoffs = Vec::new();
+            for _ in 0..60 {
+                let n = draw(&mut seed, 3) as usize;
+                if draw(&mut seed, 2) == 0 {
+                    let change = any_change(&mut seed, &mut cutoffs);
+                    nodes[n].change(change, &master);
+                } else {
+                    let other = (n + 1 + draw(&mut seed, 2) as usize) % 3;
+                    let (source, log) = (nodes[other].source, nodes[other].log.clone());
+                    nodes[n].take_next(source, &log, &master);
+                }
+            }
+            for n in 0..3 {
+                for other in [(n + 1) % 3, (n + 2) % 3] {
+                    let (source, log) = (nodes[other].source, nodes[other].log.clone());
+                    while nodes[n].take_next(source, &log, &master) {}
+                }
+            }
+            let enforced: Vec<_> = nodes.iter().map(Node::enforced).collect();
+            assert_eq!(enforced[0], enforced[1], "round {round}");
+            assert_eq!(enforced[0], enforced[2], "round {round}");
+        }
     }
 }

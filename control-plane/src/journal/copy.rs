@@ -60,10 +60,10 @@ pub fn hash_at(dir: &Path, seq: u64) -> Result<Option<String>, JournalError> {
 /// Writes lines as the journal of a new directory. They are not checked.
 ///
 /// # Errors
-/// When the disk fails, or the lines do.
+/// When the disk fails.
 pub fn write_whole(
     dir: &Path,
-    lines: &mut dyn Iterator<Item = io::Result<Vec<u8>>>,
+    lines: &mut dyn Iterator<Item = Vec<u8>>,
     checkpoints: &[String],
 ) -> Result<(), JournalError> {
     let io = |source| JournalError::Io { path: dir.into(), source };
@@ -75,7 +75,6 @@ pub fn write_whole(
         None => Ok(()),
     };
     for line in lines {
-        let line = line.map_err(io)?;
         if out.is_none() || bytes >= MAX_SEGMENT_BYTES {
             close(out.take()).map_err(io)?;
             bytes = 0;

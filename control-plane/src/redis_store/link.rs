@@ -128,6 +128,15 @@ impl Target {
         Err(problem.unwrap_or_else(|| LinkError::timed_out(&join(addresses))))
     }
 
+    /// The address of the master, as `host:port`, as the first Sentinel says that answers and whose master proves to
+    /// be one; `None` when there is none, or there are no Sentinels.
+    pub async fn master_by_sentinels(&self, timeouts: Timeouts) -> Option<String> {
+        match &self.servers {
+            Servers::Sentinels { .. } => Some(self.master(timeouts).await.ok()?.1.to_string()),
+            _ => None,
+        }
+    }
+
     async fn ask_sentinel(
         &self,
         sentinel: &Address,

@@ -134,7 +134,8 @@ async fn session(app: &Arc<App>, mirror: &Arc<Mirror>) -> Result<Never, SessionE
         writing,
         reading,
         patience: Patience::default(),
-        set_size: None,
+        seen_last: 0,
+        united_at: None,
         evicted: BTreeMap::new(),
         peer_errors: BTreeMap::new(),
     };
@@ -282,8 +283,10 @@ struct Session<'s> {
     writing: Link,
     reading: Link,
     patience: Patience,
-    /// How many members the set of the revoked had when it was compared last.
-    set_size: Option<u64>,
+    /// The last change of the journal when Redis was looked at last.
+    seen_last: u64,
+    /// How many revocations there were in Redis and here when they were united last for being different.
+    united_at: Option<(u64, u64)>,
     /// How many keys each master had dropped, by its run id.
     evicted: BTreeMap<String, u64>,
     peer_errors: BTreeMap<u64, String>,
@@ -318,7 +321,12 @@ impl Session<'_> {
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {
                     round += 1;
-                    self.unite(round % UNITE_KEYS_EVERY == 0).await?;
+                    let and_keys = round % UNITE_KEYS_EVERY == 0;
+                    let size = revoked::count(&self.reading).await?;
+                    // Equal numbers are nearly always equal sets, and comparing a million takes a second.
+                    if and_keys || size != self.app.state().revocations.revoked() as u64 {
+                        self.unite(and_keys).await?;
+                    }
                 }
             }
         }
@@ -426,11 +434,14 @@ impl Session<'_> {
         while self.take_in().await? {}
         self.mirror.cover(&reports, (source, *self.app.feed.last().borrow()), &self.app.state().merged);
         self.look_at_edits().await?;
-        let passed_on = self.mirror.status.borrow().tried >= *self.app.feed.last().borrow();
-        if passed_on && self.set_size.is_some_and(|before| before != size) {
+        // While changes are on their way the numbers differ by themselves.
+        let last = *self.app.feed.last().borrow();
+        let is_still = self.seen_last == last && self.mirror.status.borrow().tried >= last;
+        self.seen_last = last;
+        let sizes = (size, self.app.state().revocations.revoked() as u64);
+        if is_still && sizes.0 != sizes.1 && self.united_at != Some(sizes) {
+            self.united_at = Some(sizes); // What is still different afterwards is for the lease's holder.
             self.unite(false).await?;
-        } else {
-            self.set_size = passed_on.then_some(size);
         }
         Ok(())
     }
@@ -644,8 +655,14 @@ impl Session<'_> {
         Ok(self.evicted != before)
     }
 
-    /// Looks how Redis is set up and fares.
+    /// Looks how Redis is set up and fares, and whether it is still the one to go to.
     async fn check(&mut self) -> Result<(), SessionError> {
+        // A master that was cut off from its Sentinels does not know that it was deposed.
+        if let Some(master) = self.mirror.target.master_by_sentinels(self.mirror.timeouts()).await
+            && master != self.reading.address()
+        {
+            return Err(SessionError::NotReady("the Sentinels name another master"));
+        }
         let (mut masters, mut evicted) = (Vec::new(), BTreeMap::new());
         for link in self.reading.masters().await? {
             let info: String = link.query(redis::cmd("INFO").arg("everything")).await?;
@@ -715,7 +732,6 @@ impl Session<'_> {
         if united.written > 0 {
             tracing::warn!(written = united.written, "Redis lacked revocations; they are there again");
         }
-        self.set_size = None;
         Ok(())
     }
 }
