@@ -7,6 +7,7 @@ mod audit;
 mod cli;
 mod config;
 mod disk;
+mod durability;
 mod emergency;
 mod fleet;
 mod flood;

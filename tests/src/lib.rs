@@ -6,6 +6,7 @@
 pub mod api;
 pub mod binaries;
 pub mod control_plane;
+pub mod durability;
 pub mod envoy;
 pub mod fake_sync;
 pub mod figures;
