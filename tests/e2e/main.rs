@@ -11,6 +11,7 @@ mod durability;
 mod emergency;
 mod fleet;
 mod flood;
+mod fsync;
 mod hostile;
 mod outage;
 mod requests;

@@ -18,6 +18,7 @@ pub mod metrics;
 pub mod ports;
 pub mod process;
 pub mod stack;
+pub mod trace;
 pub mod upstream;
 pub mod wait;
 
