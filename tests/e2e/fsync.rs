@@ -1,10 +1,12 @@
-//! A change is on disk before a byte of its answer leaves, as the control plane's system calls show.
+//! A change is on disk before a byte of its answer leaves, as the control plane's system calls show; and a first
+//! start that ends at any of them is begun again.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::trace::{self, Change, STRACE, on_disk_before_answered};
-use keygate_e2e::{Connection, Key, Request, SOON, wait_until};
+use keygate_e2e::{Api, Connection, Key, Request, SOON, wait_until};
 use serde_json::{Value, json};
 
 /// Sends a change over a connection of its own; the answer, and where it went.
@@ -128,4 +130,56 @@ fn a_change_is_on_disk_before_its_answer_leaves() {
     }
     let syncs = calls.iter().filter(|call| call.is_sync() && call.target().ends_with(".jsonl")).count();
     println!("{} changes, all on disk before their answers; {syncs} syncs of the journal", changes.len());
+}
+
+/// Kills a control plane when it enters a system call for the `nth` time during its first start. `false` when it
+/// does not get to that.
+fn killed_at(control_plane: &mut ControlPlane, call: &str, nth: usize) -> bool {
+    let kill = format!("inject={call}:signal=KILL:when={nth}");
+    control_plane
+        .launch_traced(["-f", "-D", "-e", &format!("trace={call}"), "-e", &kill], Path::new("/dev/null"));
+    let mut killed = None;
+    wait_until(SOON, "its end or its readiness", || {
+        killed = control_plane.ended().map(|status| status.signal());
+        killed.is_some() || control_plane.is_ready()
+    });
+    match killed {
+        Some(signal) => {
+            assert_eq!(signal, Some(9), "{}", control_plane.log_tail());
+            control_plane.wait_end();
+            true
+        }
+        None => {
+            control_plane.kill();
+            false
+        }
+    }
+}
+
+#[test]
+fn a_first_start_that_ends_at_any_system_call_is_begun_again() {
+    trace::assert_possible();
+    let mut cut_short = 0;
+    for call in ["mkdir", "write", "pwrite64", "ftruncate", "fsync", "fdatasync", "rename"] {
+        for nth in 1.. {
+            let directory = tempfile::Builder::new().prefix("keygate-e2e.").tempdir().expect("a directory");
+            let mut control_plane = ControlPlane::new(directory.path());
+            if !killed_at(&mut control_plane, call, nth) {
+                break;
+            }
+            cut_short += 1;
+            println!("killed at {call} {nth}");
+            control_plane.start();
+            let api = control_plane.api();
+            let key = api.issue("basic");
+            assert_valid(&api, &api.key());
+            assert_valid(&api, &key.token);
+        }
+    }
+    println!("{cut_short} starts cut short");
+    assert!(cut_short > 20, "{cut_short}");
+}
+
+fn assert_valid(api: &Api, token: &str) {
+    api.call(&Request::get("/api/auth/validate").bearer(token)).expect(200);
 }
