@@ -65,11 +65,14 @@ impl Report {
         *self.disasters.entry(disaster).or_default() += 1;
     }
 
+    // Said at once as well: after a loss the drill may not get to its end.
     pub(super) fn lost(&mut self, what: String) {
+        eprintln!("lost: round {}: {what}", self.rounds);
         self.lost.push(format!("round {}: {what}", self.rounds));
     }
 
     pub(super) fn unasked(&mut self, what: String) {
+        eprintln!("never asked for: round {}: {what}", self.rounds);
         self.unasked.push(format!("round {}: {what}", self.rounds));
     }
 
