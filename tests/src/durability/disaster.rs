@@ -1,5 +1,8 @@
 //! What happens to a Keygate in the middle of its work.
 
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use super::dice::Dice;
@@ -28,7 +31,8 @@ pub trait Disaster {
     fn recover(&mut self, stack: &mut Stack, dice: &mut Dice) -> Recovery;
 }
 
-/// SIGKILL for the control plane, which is then started again; at times it is killed during that, too.
+/// SIGKILL for the control plane, which is then started again; at times it is killed during that, too, and at times
+/// it finds half a record at the end of its journal.
 #[derive(Debug)]
 pub struct KillControlPlane {
     usual_start: Duration,
@@ -37,6 +41,9 @@ pub struct KillControlPlane {
 impl KillControlPlane {
     /// One start in so many is cut short.
     const STARTS_FOR_ONE_CUT_SHORT: usize = 4;
+    /// One kill in so many leaves half a record. The kernel writes a process' bytes to the end whatever becomes of
+    /// it, so this has to be made; it is what a machine leaves that stops.
+    const KILLS_FOR_HALF_A_RECORD: usize = 4;
 
     /// It has not happened yet.
     pub const fn new() -> Self {
@@ -60,6 +67,9 @@ impl Disaster for KillControlPlane {
     }
 
     fn recover(&mut self, stack: &mut Stack, dice: &mut Dice) -> Recovery {
+        if dice.one_in(Self::KILLS_FOR_HALF_A_RECORD) {
+            leave_half_a_record(&stack.control_plane.data().join("journal"), dice);
+        }
         let mut starts_cut_short = 0;
         while dice.one_in(Self::STARTS_FOR_ONE_CUT_SHORT) {
             stack.control_plane.launch();
@@ -72,4 +82,14 @@ impl Disaster for KillControlPlane {
         self.usual_start = begun.elapsed();
         Recovery { ready_in: self.usual_start, starts_cut_short }
     }
+}
+
+/// Appends the beginning of a record to the journal.
+fn leave_half_a_record(journal: &Path, dice: &mut Dice) {
+    const RECORD: &[u8] =
+        br#"{"seq":1000000,"at":"2026-01-01T00:00:00.000Z","actor":"key_1","action":"key_revoked""#;
+    let segments = fs::read_dir(journal).expect("a journal").filter_map(|entry| Some(entry.ok()?.path()));
+    let last = segments.filter(|path| path.extension().is_some_and(|extension| extension == "jsonl")).max();
+    let mut file = File::options().append(true).open(last.expect("a segment")).expect("the segment");
+    file.write_all(&RECORD[..1 + dice.below(RECORD.len())]).expect("half a record");
 }
