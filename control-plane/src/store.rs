@@ -13,6 +13,7 @@ use crate::key::{KeyRecord, RevocationReason};
 
 /// The file, in the data directory.
 pub const FILE: &str = "store.redb";
+const NEW_FILE: &str = "store.redb.new";
 
 const KEYS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("keys");
 const BY_JTI: TableDefinition<'_, &str, &str> = TableDefinition::new("key_id_by_jti");
@@ -124,7 +125,8 @@ impl Store {
     /// When the file cannot be opened.
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let path = dir.join(FILE);
-        let database = Database::create(&path)?;
+        make_if_missing(dir, &path)?;
+        let database = Database::open(&path)?;
         std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(redb::Error::Io)?;
         let write = database.begin_write()?;
         write.open_table(FLEET)?;
@@ -433,10 +435,35 @@ fn encode(record: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(record).expect("plain data")
 }
 
+/// `redb` refuses a file that it was stopped from making, so one is made beside its place and moved there whole.
+fn make_if_missing(dir: &Path, path: &Path) -> Result<(), StoreError> {
+    if path.try_exists().map_err(redb::Error::Io)? {
+        return Ok(());
+    }
+    let new = dir.join(NEW_FILE);
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(redb::Error::Io(error).into());
+        }
+        _ => {}
+    }
+    drop(Database::create(&new)?);
+    Ok(std::fs::rename(&new, path).map_err(redb::Error::Io)?)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::change::Idempotency;
+
+    #[test]
+    fn what_an_earlier_start_left_half_made_is_made_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join(NEW_FILE), [0; 4096]).unwrap();
+        Store::open(dir.path()).unwrap().apply(&[(1, issued(1, 2_000))]).unwrap();
+        assert!(!dir.path().join(NEW_FILE).exists());
+        assert!(Store::open(dir.path()).unwrap().key("key_1").unwrap().is_some());
+    }
 
     fn issued(n: u64, expires_at: u64) -> Change {
         let key = KeyRecord {

@@ -64,8 +64,21 @@ impl ControlPlane {
     /// Starts it.
     #[track_caller]
     pub fn launch(&mut self) {
+        self.launch_program(&binaries::keygate(), |_| {});
+    }
+
+    /// Starts it under `strace`, told so. With `-D` among that the process is the control plane's own.
+    #[track_caller]
+    pub fn launch_traced<'a>(&mut self, options: impl IntoIterator<Item = &'a str>, to: &Path) {
+        self.launch_program(Path::new("strace"), |command| {
+            command.args(options).arg("-o").arg(to).arg(binaries::keygate());
+        });
+    }
+
+    fn launch_program(&mut self, program: &Path, first: impl FnOnce(&mut Command)) {
         assert!(self.process.is_none(), "the control plane runs already");
-        let started = Process::start("keygate", &binaries::keygate(), &self.log(), |command| {
+        let started = Process::start("keygate", program, &self.log(), |command| {
+            first(command);
             self.arguments(command);
         });
         self.process = Some(started);
@@ -106,6 +119,12 @@ impl ControlPlane {
     pub fn is_ready(&mut self) -> bool {
         self.process.as_mut().expect("it runs").assert_runs();
         http::try_call(self.api_port(), &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// How it ended, if it has.
+    #[track_caller]
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.as_mut().expect("it was started").ended()
     }
 
     /// Stops it the polite way.

@@ -145,6 +145,11 @@ impl Envoy {
         self.process.take().expect("it runs").kill();
     }
 
+    /// Whether it was started and not stopped since.
+    pub fn is_running(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// A connection for clients' requests.
     #[track_caller]
     pub fn connect(&self) -> Connection {

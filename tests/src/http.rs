@@ -148,6 +148,11 @@ impl Connection {
         Ok(Self { stream: BufReader::new(stream) })
     }
 
+    /// The port at this end.
+    pub fn local_port(&self) -> u16 {
+        self.stream.get_ref().local_addr().expect("the connection is open").port()
+    }
+
     /// Sends a request and reads its answer.
     pub fn try_send(&mut self, request: &Request) -> io::Result<Response> {
         // What refuses a request early may stop reading it; its answer counts all the same.

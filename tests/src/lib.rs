@@ -6,6 +6,7 @@
 pub mod api;
 pub mod binaries;
 pub mod control_plane;
+pub mod durability;
 pub mod envoy;
 pub mod fake_sync;
 pub mod figures;
@@ -18,6 +19,7 @@ pub mod ports;
 pub mod process;
 pub mod redis;
 pub mod stack;
+pub mod trace;
 pub mod upstream;
 pub mod wait;
 

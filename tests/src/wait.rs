@@ -29,3 +29,9 @@ pub fn try_wait_for<T>(within: Duration, mut find: impl FnMut() -> Option<T>) ->
 pub fn wait_until(within: Duration, what: &str, mut condition: impl FnMut() -> bool) {
     wait_for(within, what, || condition().then_some(()));
 }
+
+/// Lets a moment come that was chosen at random to do something at. Never for something to have happened by then:
+/// that is what the others wait for.
+pub fn pass(moment: Duration) {
+    std::thread::sleep(moment);
+}

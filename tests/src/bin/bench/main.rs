@@ -1,17 +1,29 @@
 //! The benchmarks: `scripts/bench`. Each starts what it measures, prints a table and writes
 //! `target/bench/NAME.json`.
 
+mod durability;
 mod revocation;
 
 use std::process::ExitCode;
 
+use serde_json::Value;
+
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
+        Some("durability") => durability::run(),
         Some("revocation") => revocation::run(),
         other => {
-            eprintln!("error: there is no benchmark {other:?}; there is: revocation");
+            eprintln!("error: there is no benchmark {other:?}; there are: durability, revocation");
             return ExitCode::FAILURE;
         }
     }
     ExitCode::SUCCESS
+}
+
+fn write(name: &str, figures: &Value) {
+    let directory = keygate_e2e::binaries::root().join("target/bench");
+    std::fs::create_dir_all(&directory).expect("a directory for figures");
+    let file = directory.join(format!("{name}.json"));
+    std::fs::write(&file, format!("{figures:#}\n")).expect("the figures");
+    println!("\nwritten to {}", file.strip_prefix(keygate_e2e::binaries::root()).unwrap_or(&file).display());
 }

@@ -91,7 +91,7 @@ pub fn run() {
     for (what, value, unit) in &rows {
         println!("{what:<42} {value:>12.2} {unit}");
     }
-    write(
+    crate::write(
         "revocation",
         &Value::from_iter(rows.map(|(what, value, unit)| (format!("{what}, {unit}"), json!(value)))),
     );
@@ -195,12 +195,4 @@ impl Proxy {
             longest_slice_ms,
         }
     }
-}
-
-fn write(name: &str, figures: &Value) {
-    let directory = keygate_e2e::binaries::root().join("target/bench");
-    std::fs::create_dir_all(&directory).expect("a directory for figures");
-    let file = directory.join(format!("{name}.json"));
-    std::fs::write(&file, format!("{figures:#}\n")).expect("the figures");
-    println!("\nwritten to {}", file.strip_prefix(keygate_e2e::binaries::root()).unwrap_or(&file).display());
 }
