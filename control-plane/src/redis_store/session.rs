@@ -13,7 +13,7 @@ use super::error::LinkError;
 use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
-use super::revoked::{self, ACTOR, UnionError};
+use super::revoked::{self, ACTOR, Extent, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Mirror, Peer, Report, names, scripts};
 use crate::app::App;
@@ -30,6 +30,8 @@ const CHECK_EVERY: Duration = Duration::from_secs(2);
 const UNITE_EVERY: Duration = Duration::from_secs(30);
 /// How often also with its single keys, which takes a look at every key.
 const UNITE_KEYS_EVERY: u32 = 20;
+/// So many revocations are compared each time, single keys and all: 20 ms of Redis's time.
+const FEW: usize = 20_000;
 /// How often the lease of the scheduled work is renewed, and for how long it is taken.
 const LEASE_EVERY: Duration = Duration::from_secs(3);
 const LEASE_FOR: Duration = Duration::from_secs(10);
@@ -321,11 +323,14 @@ impl Session<'_> {
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {
                     round += 1;
-                    let and_keys = round % UNITE_KEYS_EVERY == 0;
-                    let size = revoked::count(&self.reading).await?;
+                    let revoked = self.app.state().revocations.revoked();
                     // Equal numbers are nearly always equal sets, and comparing a million takes a second.
-                    if and_keys || size != self.app.state().revocations.revoked() as u64 {
-                        self.unite(and_keys).await?;
+                    if round % UNITE_KEYS_EVERY == 0 {
+                        self.unite(Extent::AllKeys).await?;
+                    } else if revoked <= FEW {
+                        self.unite(Extent::OwnKeys).await?;
+                    } else if revoked::count(&self.reading).await? != revoked as u64 {
+                        self.unite(Extent::Set).await?;
                     }
                 }
             }
@@ -360,7 +365,7 @@ impl Session<'_> {
         let merged = (*app.state().merged).clone();
         pass_on.report(Report { seq: passed_on.seq, last_own: passed_on.in_log, merged }).await?;
         pass_on.note(passed_on.seq).await?;
-        self.unite(true).await?;
+        self.unite(Extent::AllKeys).await?;
         self.look_at_edits().await?;
         Ok(passed_on)
     }
@@ -440,8 +445,9 @@ impl Session<'_> {
         self.seen_last = last;
         let sizes = (size, self.app.state().revocations.revoked() as u64);
         if is_still && sizes.0 != sizes.1 && self.united_at != Some(sizes) {
-            self.united_at = Some(sizes); // What is still different afterwards is for the lease's holder.
-            self.unite(false).await?;
+            // What cannot be made equal is for the lease's holder.
+            let is_settled = !self.unite(Extent::Set).await?;
+            self.united_at = is_settled.then_some(sizes);
         }
         Ok(())
     }
@@ -718,13 +724,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn unite(&mut self, and_keys: bool) -> Result<(), SessionError> {
+    /// Whether anything had to be done, as far as is known.
+    async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
         let timer = self.app.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
         let may_forget = self.mirror.status.borrow().lease.is_some();
-        let united = match revoked::unite(self.app, &self.writing, and_keys, may_forget).await {
+        let united = match revoked::unite(self.app, &self.writing, extent, may_forget).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
                 self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                return Ok(());
+                return Ok(true);
             }
             united => united?,
         };
@@ -732,6 +739,6 @@ impl Session<'_> {
         if united.written > 0 {
             tracing::warn!(written = united.written, "Redis lacked revocations; they are there again");
         }
-        Ok(())
+        Ok(united != United::default())
     }
 }
