@@ -11,6 +11,7 @@
 
 mod edits;
 mod error;
+mod foreign;
 mod health;
 mod link;
 mod listen;

@@ -10,6 +10,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
 use super::edits::{self, Ours, Seen, Value, Verdict, Written};
 use super::error::LinkError;
+use super::foreign;
 use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
@@ -355,6 +356,7 @@ impl Session<'_> {
     async fn make_good(&mut self) -> Result<PassedOn, SessionError> {
         let app = self.app;
         let mut state = app.state();
+        foreign::remove(&self.writing, state.version.source).await?;
         let mut in_log = log::last(&self.writing, state.version.source).await?;
         if in_log > *app.feed.last().borrow() {
             // Redis has changes of ours that we do not know: this journal is an older copy.
@@ -626,6 +628,7 @@ impl Session<'_> {
         put.arg(format!("{:x}", self.app.state().version.source));
         match self.reading.query::<u64>(&put).await {
             Ok(written) => Ok(written == 1),
+            Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
             // It reads all the same; what cannot be written now is written when it can be.
             Err(error) if !error.must_reconnect() => {
                 self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
@@ -753,6 +756,7 @@ impl Session<'_> {
         command.arg(u64::try_from(LEASE_FOR.as_millis()).unwrap_or(u64::MAX));
         let token = match self.reading.query::<u64>(&command).await {
             Ok(token) => Some(token).filter(|token| *token > 0),
+            Err(error @ LinkError::WrongType) => return Err(error.into()), // Made good by a new session.
             Err(error) if !error.must_reconnect() => None,
             Err(error) => return Err(error.into()),
         };
