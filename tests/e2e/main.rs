@@ -16,6 +16,7 @@ mod hostile;
 mod outage;
 mod recovery;
 mod redis_edits;
+mod redis_faults;
 mod redis_link;
 mod requests;
 mod revocation;
