@@ -19,6 +19,7 @@ mod redis_link;
 mod requests;
 mod revocation;
 mod secrets;
+mod split;
 mod startup;
 mod trap;
 mod upkeep;

@@ -155,7 +155,7 @@ pub async fn write_keys(link: &Link, commands: &[Cmd]) -> Result<(), LinkError> 
     for (command, answer) in commands.iter().zip(answers) {
         match answer {
             Ok(_) => {}
-            Err(error) if matches!(error, LinkError::WrongType) => {
+            Err(LinkError::WrongType) => {
                 tracing::error!(
                     key = names::REVOKED_SET,
                     "something else than a set stands there; it is written anew"

@@ -130,7 +130,7 @@ pub async fn recover(
         let mut commands = Vec::new();
         for jti in jtis {
             // Forgotten again since, or never in force.
-            if (&*model.revocations()).standing(Fingerprint::of(jti)) != Standing::Revoked {
+            if model.revocations().standing(Fingerprint::of(jti)) != Standing::Revoked {
                 continue;
             }
             let until = store.revoked_until(jti)?.unwrap_or(now);

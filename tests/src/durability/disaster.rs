@@ -144,7 +144,7 @@ impl Disaster for LoseRedis {
         let ready_in = begun.elapsed();
         wait_until(SOON, "every revocation to be in Redis", || {
             let stats = api.get("/api/admin/revocations/stats").expect(200).json();
-            self.redis.cli(&["SCARD", "revoked_bloom"]).trim() == stats["total_revoked"].to_string()
+            self.redis.cli(&["SCARD", "revoked_bloom"]).trim().parse().ok() == stats["total_revoked"].as_u64()
         });
         Recovery { ready_in, starts_cut_short: 0 }
     }
