@@ -18,7 +18,7 @@ use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
 use crate::fleet::Fleet;
-use crate::journal::{Claim, JournalError, Notary};
+use crate::journal::{Claim, JournalError, Notary, Privacy};
 use crate::key::{Creator, KeyRequest};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError, SecretRecord};
@@ -86,6 +86,8 @@ pub struct App {
     pub cache: Mutex<TokenCache>,
     /// The public key of the journal's checkpoints, in base64url.
     pub checkpoint_key: String,
+    /// Hashes owners as the journal has them.
+    pub privacy: Arc<Privacy>,
     /// What proxies show.
     pub fleet_token: Zeroizing<String>,
     /// Turns true when the control plane is to stop.
@@ -141,8 +143,10 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
     let notary = Notary::new(&master.derive("keygate journal checkpoints"));
     let checkpoint_key = notary.public_key();
+    let privacy = Arc::new(Privacy::new(&master, config.personal_data));
     let History { writer, states, deltas, store, latest_s, thread } = writer::open(Start {
         notary,
+        privacy: Arc::clone(&privacy),
         claim,
         dir,
         settings: Settings::of(&config),
@@ -178,6 +182,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         checkpoint_key,
+        privacy,
         fleet_token,
         stopping,
         config,

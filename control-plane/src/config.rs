@@ -11,11 +11,12 @@ use keygate_core::rules::MAX_LEEWAY_S;
 use keygate_core::token;
 use toml::Value;
 
+use crate::journal::PersonalData;
 use crate::roles::{self, Role, Roles};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 15] = [
+pub const SETTINGS: [(&str, &str); 16] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -38,6 +39,10 @@ pub const SETTINGS: [(&str, &str); 15] = [
     (
         "emergency.two_approvals_above",
         "Share of live keys, 0 to 1, above which a cut-off needs a second approval [default: never]",
+    ),
+    (
+        "journal.personal_data",
+        "sealed or plain: how owners and metadata stand in new records of the journal [default: sealed]",
     ),
     ("log.format", "text or json [default: text]"),
 ];
@@ -82,6 +87,8 @@ pub struct Config {
     pub hard_age: Duration,
     /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
     pub two_approvals_above: Option<f64>,
+    /// How personal data stand in new records of the journal.
+    pub personal_data: PersonalData,
     /// How log lines look.
     pub log_format: LogFormat,
     /// The roles.
@@ -172,6 +179,7 @@ impl Typed {
             algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
             two_approvals_above: self.take("emergency.two_approvals_above", share),
+            personal_data: self.take("journal.personal_data", personal_data).unwrap_or(PersonalData::Sealed),
             log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
             roles: self.roles(),
             data_dir,
@@ -324,6 +332,14 @@ fn share(value: &Value) -> Result<f64, String> {
         .ok_or_else(|| format!("{value} is not a share from 0 to 1"))
 }
 
+fn personal_data(value: &Value) -> Result<PersonalData, String> {
+    match text(value)? {
+        "sealed" => Ok(PersonalData::Sealed),
+        "plain" => Ok(PersonalData::Plain),
+        other => Err(format!("{other:?} is neither \"sealed\" nor \"plain\"")),
+    }
+}
+
 fn log_format(value: &Value) -> Result<LogFormat, String> {
     match text(value)? {
         "text" => Ok(LogFormat::Text),
@@ -365,17 +381,19 @@ mod tests {
         assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
         assert_eq!(config.admin_key_file.to_str(), Some(".keygate/data/admin.key"));
         assert_eq!(config.roles.len(), 4);
+        assert_eq!(config.personal_data, PersonalData::Sealed);
     }
 
     #[test]
     fn later_sources_win() {
-        let file = "listen = \"127.0.0.1:1\"\n[tokens]\nissuer = \"a\"";
+        let file = "listen = \"127.0.0.1:1\"\n[tokens]\nissuer = \"a\"\n[journal]\npersonal_data = \"plain\"";
         let overrides = [
             ("listen", "127.0.0.1:2".to_owned(), "KEYGATE_LISTEN".to_owned()),
             ("listen", "127.0.0.1:3".to_owned(), "--listen".to_owned()),
         ];
         let config = read(file, &overrides).unwrap();
         assert_eq!((config.listen.port(), config.issuer.as_str()), (3, "a"));
+        assert_eq!(config.personal_data, PersonalData::Plain);
     }
 
     #[test]
@@ -392,6 +410,8 @@ mod tests {
             hard_age = 300
             [emergency]
             two_approvals_above = 25
+            [journal]
+            personal_data = "dropped"
             [roles.basic]
             life = "1s"
             requests_per_hour = -2
@@ -405,6 +425,7 @@ mod tests {
             "secrets.algorithm: \"none\" is none of",
             "fleet.hard_age: 300 is not a text",
             "emergency.two_approvals_above: 25 is not a share",
+            "journal.personal_data: \"dropped\" is neither \"sealed\" nor \"plain\"",
             "log.format: \"xml\" is neither \"text\" nor \"json\" (from KEYGATE_LOG_FORMAT)",
             "roles.basic.life: must be from 1m",
             "roles.basic.requests_per_hour: must be -1",
@@ -415,7 +436,7 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
-        assert_eq!(errors.len(), 12, "{errors:#?}");
+        assert_eq!(errors.len(), 13, "{errors:#?}");
     }
 
     #[test]

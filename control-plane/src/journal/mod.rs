@@ -5,9 +5,10 @@
 //! cut out, moved or inserted is found, with its file and number. Lines stand in segments: a new one each day, and
 //! when one has grown large. Only the last line of the last segment may be half written, since it was never
 //! answered; anything else is damage and is refused. Signed checkpoints beside the segments show when the whole
-//! was written anew.
+//! was written anew. Personal data stand in it as salted hashes, and sealed.
 
 mod checkpoint;
+mod privacy;
 mod read;
 mod record;
 mod segment;
@@ -16,9 +17,11 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub use checkpoint::Notary;
+pub use privacy::{PersonalData, Privacy};
 pub use read::{Report, page, verify};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
@@ -123,13 +126,14 @@ impl Claim {
 
     /// Hands every record to `each`, oldest first, and gives the journal for appending. A last line that was only
     /// half written, and so never answered, is cut off. `notary` signs checkpoints; those that are there must be
-    /// its own.
+    /// its own. `privacy` has the records' personal data back, and hides those of records to come.
     ///
     /// # Errors
     /// When the disk fails or any other line is not what was written.
     pub fn read(
         self,
         notary: Notary,
+        privacy: Arc<Privacy>,
         mut each: impl FnMut(Record) -> Result<(), String>,
     ) -> Result<Journal, JournalError> {
         let Self { dir, lock } = self;
@@ -138,8 +142,9 @@ impl Claim {
         let mut day = String::new();
         let mut checks = Checks::read(&dir, Some(&notary.public_key()))?;
         let mut follow = |line: &[u8], link: &mut Link| {
-            let record = link.follow(line)?;
+            let mut record = link.follow(line)?;
             checks.compare(link)?;
+            privacy.reveal(&mut record)?;
             day.clear();
             day.push_str(day_of(&record.at));
             each(record)
@@ -160,7 +165,7 @@ impl Claim {
             Some((path, bytes)) => OpenSegment::reopen(path, bytes, day)?,
             None => OpenSegment::create(&dir, link.seq + 1)?,
         };
-        Ok(Journal { dir, _lock: lock, current, link, reserve, keeper, sealed: false })
+        Ok(Journal { dir, _lock: lock, current, link, reserve, keeper, privacy, sealed: false })
     }
 }
 
@@ -280,6 +285,7 @@ pub struct Journal {
     link: Link,
     reserve: Reserve,
     keeper: Keeper,
+    privacy: Arc<Privacy>,
     sealed: bool,
 }
 
@@ -318,7 +324,9 @@ impl Journal {
         let (mut link, mut lines) = (self.link.clone(), Vec::new());
         for (actor, change) in changes {
             let seq = link.seq + 1;
-            let hash = Record::new(seq, at, actor, change.clone(), link.hash).write(&mut lines);
+            let mut change = change.clone();
+            let sealed = self.privacy.hide(&mut change);
+            let hash = Record::new(seq, at, actor, change, sealed, link.hash).write(&mut lines);
             link = Link { seq, hash };
         }
         let written = match self.write(day_of(at), &lines) {
@@ -401,7 +409,15 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use keygate_core::cutoff::{Cutoff, Scope};
+
     use super::*;
+    use crate::key::RevocationReason;
+    use crate::secret::MasterKey;
+
+    fn privacy() -> Arc<Privacy> {
+        Arc::new(Privacy::new(&MasterKey::of([7; 32]), PersonalData::Sealed))
+    }
 
     fn changes(n: u64) -> Vec<(String, Change)> {
         (0..n).map(|source| ("system".to_owned(), Change::Genesis { source })).collect()
@@ -413,7 +429,7 @@ mod tests {
 
     fn reopen(dir: &Path) -> Result<(Journal, usize), JournalError> {
         let mut records = 0;
-        let journal = Claim::new(dir)?.read(Notary::new(&[7; 32]), |_| {
+        let journal = Claim::new(dir)?.read(Notary::new(&[7; 32]), privacy(), |_| {
             records += 1;
             Ok(())
         })?;
@@ -590,6 +606,37 @@ mod tests {
     }
 
     #[test]
+    fn what_is_sealed_in_another_journal_is_named_with_segment_and_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let scope = Scope { owner: Some("acme-42".into()), ..Scope::default() };
+        let cutoff = Cutoff { id: "c1".into(), scope, created_before: 1, created_after: 0, spares: None };
+        let reason = RevocationReason::Emergency;
+        let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None };
+        let mut journal = reopen(dir.path()).unwrap().0;
+        journal.append("2026-01-01T00:00:00Z", &changes(2)).unwrap();
+        journal.append("2026-01-02T00:00:00Z", &[("key_1".into(), added.clone())]).unwrap();
+        drop(journal);
+        let last = || page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap().0.remove(0);
+        assert_ne!(last().change, added, "who reads without the key sees the hash");
+
+        let read = |master: u8, each: &mut dyn FnMut(Record)| {
+            let privacy = Privacy::new(&MasterKey::of([master; 32]), PersonalData::Sealed);
+            Claim::new(dir.path()).unwrap().read(Notary::new(&[7; 32]), Arc::new(privacy), |record| {
+                each(record);
+                Ok(())
+            })
+        };
+        let mut changes = Vec::new();
+        read(7, &mut |record| changes.push(record.change)).unwrap();
+        assert_eq!(changes.last(), Some(&added));
+        let Err(JournalError::Damaged { path, line, problem }) = read(8, &mut |_| {}) else {
+            panic!("not found")
+        };
+        assert_eq!((path, line), (segment::path_of(&dir.path().join(DIRECTORY), 3), 1));
+        assert!(problem.contains("master key"), "{problem}");
+    }
+
+    #[test]
     fn half_a_checkpoint_is_no_damage() {
         let dir = tempfile::tempdir().unwrap();
         let mut journal = reopen(dir.path()).unwrap().0;
@@ -662,7 +709,8 @@ mod tests {
         std::fs::write(&checkpoints, signed.replace("00:00:01", "00:00:09")).unwrap();
         found(1);
         std::fs::remove_file(&checkpoints).unwrap();
-        let mut journal = Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), |_| Ok(())).unwrap();
+        let mut journal =
+            Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), privacy(), |_| Ok(())).unwrap();
         journal.sign("2026-01-01T00:00:03Z");
         drop(journal);
         assert!(verify(&journal_dir, None).is_ok());

@@ -2,8 +2,11 @@
 //!
 //! ```text
 //! {"seq":7,"at":"2026-01-01T00:00:00.000Z","actor":"key_…","action":"key_revoked","target":"key_…",
-//!  "reason":"compromised","outcome":"done","change":{…},"prev":"<hash of 6>","hash":"…"}
+//!  "reason":"compromised","outcome":"done","change":{…},"sealed":"…","prev":"<hash of 6>","hash":"…"}
 //! ```
+//!
+//! `target`, `reason` and `sealed` are there where there is something to say. With `sealed` the change has hashes in
+//! place of personal data, see [`Privacy`](super::Privacy).
 //!
 //! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
 //! the lines.
@@ -43,6 +46,9 @@ pub struct Record {
     pub outcome: String,
     /// The change itself, enough to make it again.
     pub change: Change,
+    /// The personal data that the change has hashes of, sealed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sealed: Option<String>,
     /// The hash of the record before.
     pub prev: String,
     /// Its own hash. Written by [`Record::write`], since it is of all the rest.
@@ -56,7 +62,14 @@ fn done() -> String {
 
 impl Record {
     /// The record of a change that is made; its hash comes with writing it.
-    pub fn new(seq: u64, at: &str, actor: &str, change: Change, prev: String) -> Self {
+    pub fn new(
+        seq: u64,
+        at: &str,
+        actor: &str,
+        change: Change,
+        sealed: Option<String>,
+        prev: String,
+    ) -> Self {
         Self {
             seq,
             at: at.into(),
@@ -66,6 +79,7 @@ impl Record {
             reason: change.reason(),
             outcome: done(),
             change,
+            sealed,
             prev,
             hash: String::new(),
         }

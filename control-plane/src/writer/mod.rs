@@ -19,7 +19,7 @@ use self::view::Pending;
 pub use self::view::View;
 use crate::change::Change;
 use crate::clock::{self, Clock};
-use crate::journal::{Claim, Journal, JournalError, Notary};
+use crate::journal::{Claim, Journal, JournalError, Notary, Privacy};
 use crate::metrics::Metrics;
 use crate::secret::{MasterKey, SecretError};
 use crate::state::{Deltas, Effect, Model, Settings, State};
@@ -182,6 +182,8 @@ pub struct Start<'s> {
     pub claim: Claim,
     /// Signs the journal's checkpoints.
     pub notary: Notary,
+    /// Hides personal data from the journal's readers.
+    pub privacy: Arc<Privacy>,
     /// The directory.
     pub dir: &'s Path,
     /// What the configuration says.
@@ -201,14 +203,14 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { claim, notary, dir, settings, master, first_changes, clock, metrics } = start;
+    let Start { claim, notary, privacy, dir, settings, master, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let mut model = Model::default();
     let mut behind: Vec<(u64, Change)> = Vec::new();
     let mut failed: Option<OpenError> = None;
     let mut journal = claim
-        .read(notary, |record| {
+        .read(notary, privacy, |record| {
             if let Change::Genesis { source } = record.change
                 && stored_source != source
                 && stored_source != 0
