@@ -452,17 +452,19 @@ mod tests {
         assert_eq!(config.listen.to_string(), "127.0.0.1:8000");
         assert_eq!(config.admin_key_file.to_str(), Some(".keygate/data/admin.key"));
         assert_eq!(config.roles.len(), 4);
+        assert_eq!(config.personal_data, PersonalData::Sealed);
     }
 
     #[test]
     fn later_sources_win() {
-        let file = "listen = \"127.0.0.1:1\"\n[tokens]\nissuer = \"a\"";
+        let file = "listen = \"127.0.0.1:1\"\n[tokens]\nissuer = \"a\"\n[journal]\npersonal_data = \"plain\"";
         let overrides = [
             ("listen", "127.0.0.1:2".to_owned(), "KEYGATE_LISTEN".to_owned()),
             ("listen", "127.0.0.1:3".to_owned(), "--listen".to_owned()),
         ];
         let config = read(file, &overrides).unwrap();
         assert_eq!((config.listen.port(), config.issuer.as_str()), (3, "a"));
+        assert_eq!(config.personal_data, PersonalData::Plain);
     }
 
     #[test]
@@ -479,6 +481,8 @@ mod tests {
             hard_age = 300
             [emergency]
             two_approvals_above = 25
+            [journal]
+            personal_data = "dropped"
             [roles.basic]
             life = "1s"
             requests_per_hour = -2
@@ -492,6 +496,7 @@ mod tests {
             "secrets.algorithm: \"none\" is none of",
             "fleet.hard_age: 300 is not a text",
             "emergency.two_approvals_above: 25 is not a share",
+            "journal.personal_data: \"dropped\" is neither \"sealed\" nor \"plain\"",
             "log.format: \"xml\" is neither \"text\" nor \"json\" (from KEYGATE_LOG_FORMAT)",
             "roles.basic.life: must be from 1m",
             "roles.basic.requests_per_hour: must be -1",
@@ -502,7 +507,7 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
-        assert_eq!(errors.len(), 12, "{errors:#?}");
+        assert_eq!(errors.len(), 13, "{errors:#?}");
     }
 
     #[test]
