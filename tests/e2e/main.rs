@@ -15,6 +15,7 @@ mod fsync;
 mod hostile;
 mod outage;
 mod recovery;
+mod redis_edits;
 mod redis_link;
 mod requests;
 mod revocation;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use keygate_core::cutoff::Lockdown;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::names;
 use crate::clock;
@@ -141,7 +142,7 @@ pub fn lockdown(
         Value::Text(text) => text,
         Value::Other(kind) => return Err(is_of_type(kind)),
     };
-    let edit: LockdownEdit = serde_json::from_str(text).map_err(|error| {
+    let edit: LockdownEdit = object(text).map_err(|error| {
         format!("it is not a JSON object such as {{\"exempt_roles\": [\"admin\"]}}: {error}")
     })?;
     let longest = now.saturating_add(MAX_LOCKDOWN_TTL.as_secs());
@@ -193,7 +194,7 @@ pub fn refusal(key: &str, value: &Value) -> Option<String> {
     match (key, value) {
         (_, Value::None) => None,
         (_, Value::Other(kind)) => Some(is_of_type(kind)),
-        (names::FLAGS, Value::Text(text)) => match serde_json::from_str::<Flags>(text) {
+        (names::FLAGS, Value::Text(text)) => match object::<Flags>(text) {
             Err(error) => Some(format!("it is not a JSON object with a 'strategy': {error}")),
             Ok(flags) if flags.strategy == "full" => None,
             Ok(flags) if ["off", "canary", "percentage", "gradual"].contains(&flags.strategy.as_str()) => {
@@ -203,6 +204,12 @@ pub fn refusal(key: &str, value: &Value) -> Option<String> {
         },
         _ => Some("this version of Keygate enforces no quotas, so there are no limits to change".into()),
     }
+}
+
+/// Reads a JSON object. Without this an array would do, with its members in the order of the fields.
+fn object<T: DeserializeOwned>(text: &str) -> Result<T, serde_json::Error> {
+    let members: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+    serde_json::from_value(members.into())
 }
 
 fn is_of_type(kind: &str) -> String {
@@ -322,6 +329,7 @@ mod tests {
             "",
             "1",
             "[]",
+            "[null,null]",
             "{",
             r#"{"exempt_roles":"admin"}"#,
             r#"{"exempt_roles":["nobody"]}"#,
@@ -350,6 +358,7 @@ mod tests {
             r#"{"strategy": "off"}"#,
             r#"{"strategy":"percentage","percentage":5}"#,
             "off",
+            r#"["full"]"#,
             r#"{"strategy":"on"}"#,
         ] {
             assert!(refusal(names::FLAGS, &Value::Text(bad.into())).is_some(), "{bad}");

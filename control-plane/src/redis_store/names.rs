@@ -63,6 +63,11 @@ pub fn written(key: &str) -> String {
     format!("keygate:written:{{{key}}}")
 }
 
+/// Who deals with an edit of a key just now.
+pub fn claim(key: &str) -> String {
+    format!("keygate:edit:{{{key}}}")
+}
+
 /// Who does a scheduled work, and its fencing token.
 pub fn lease(work: &str) -> [String; 2] {
     [format!("keygate:lease:{{{work}}}"), format!("keygate:lease:{{{work}}}:fence")]

@@ -37,6 +37,17 @@ pub enum UnionError {
     Commit(#[from] CommitError),
 }
 
+/// What is compared with what is revoked here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// The set.
+    Set,
+    /// Also the single keys of what is revoked here.
+    OwnKeys,
+    /// Also all single keys, which takes a look at every key of Redis.
+    AllKeys,
+}
+
 /// What was done.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 pub struct United {
@@ -61,29 +72,31 @@ pub async fn count(link: &Link) -> Result<u64, LinkError> {
     }
 }
 
-/// Unites the set with what is revoked here. `and_keys`: also with the single keys, which takes a look at every
-/// key of Redis. `may_forget`: takes away what has expired; one control plane at a time does.
+/// Unites what stands in Redis, to an extent, with what is revoked here. `may_forget`: takes away what has expired
+/// and what is no token's id; one control plane at a time does.
 ///
 /// # Errors
 /// See [`UnionError`].
 pub async fn unite(
     app: &Arc<App>,
     link: &Link,
-    and_keys: bool,
+    extent: Extent,
     may_forget: bool,
 ) -> Result<United, UnionError> {
     let mut there = members(link).await?;
     let mut unknown: Vec<String> = Vec::new();
     let mut expired: Vec<String> = Vec::new();
-    if and_keys {
-        let mut found = Vec::new();
-        link.scan(&names::revoked("*"), &mut |keys| found.extend(keys)).await?;
-        let jtis = found.iter().filter_map(|key| key.strip_prefix(names::REVOKED_PREFIX));
-        unknown.extend(jtis.filter(|jti| !there.contains(*jti) && !is_revoked(app, jti)).map(str::to_owned));
+    let mut single: Option<HashSet<String>> = None;
+    if extent == Extent::AllKeys {
+        let found = single.insert(HashSet::new());
+        let jti = |key: String| key.strip_prefix(names::REVOKED_PREFIX).map(str::to_owned);
+        link.scan(&names::revoked("*"), &mut |keys| found.extend(keys.into_iter().filter_map(jti))).await?;
+        unknown.extend(found.iter().filter(|jti| !there.contains(*jti) && !is_revoked(app, jti)).cloned());
     }
     for jti in there.iter().filter(|jti| !is_revoked(app, jti)) {
         match app.store.revoked_until(jti)? {
             Some(_) => expired.push(jti.clone()),
+            None if !is_identifier(jti) => expired.push(jti.clone()),
             None => unknown.push(jti.clone()),
         }
     }
@@ -103,7 +116,11 @@ pub async fn unite(
     let store = Arc::clone(&app.store);
     let here = tokio::task::spawn_blocking(move || store.revoked_within(from, u64::MAX));
     let here = here.await.map_err(|_| CommitError::Stopped)??;
-    let missing: Vec<String> = here.into_iter().filter(|jti| !there.contains(jti)).collect();
+    if extent == Extent::OwnKeys {
+        single = Some(single_keys(link, &here).await?);
+    }
+    let stands = |jti: &String| there.contains(jti) && single.as_ref().is_none_or(|keys| keys.contains(jti));
+    let missing: Vec<String> = here.into_iter().filter(|jti| !stands(jti)).collect();
     for jtis in missing.chunks(AT_A_TIME) {
         let mut commands = Vec::new();
         for jti in jtis {
@@ -116,6 +133,25 @@ pub async fn unite(
     }
     united.written = missing.len();
     Ok(united)
+}
+
+/// Of these the ids that have a key of their own.
+async fn single_keys(link: &Link, jtis: &[String]) -> Result<HashSet<String>, LinkError> {
+    let mut found = HashSet::new();
+    for jtis in jtis.chunks(AT_A_TIME) {
+        let exists = |jti: &String| {
+            let mut exists = redis::cmd("EXISTS");
+            exists.arg(names::revoked(jti));
+            exists
+        };
+        let commands: Vec<_> = jtis.iter().map(exists).collect();
+        for (jti, answer) in jtis.iter().zip(link.pipeline(&commands).await?) {
+            if matches!(answer?, redis::Value::Int(1)) {
+                found.insert(jti.clone());
+            }
+        }
+    }
+    Ok(found)
 }
 
 async fn members(link: &Link) -> Result<HashSet<String>, LinkError> {

@@ -35,16 +35,34 @@ return {kind, text, redis.call('PTTL', KEYS[1]), digest,
   written[1] or '', written[2] or '', written[3] or '',
   tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)}";
 
-/// Writes a key that operators may edit, unless it was changed since it was looked at.
+/// Takes an edit for one control plane to deal with, if it still stands there as it was seen: one that another has
+/// dealt with meanwhile is over.
 ///
-/// KEYS\[1\]: the key. KEYS\[2\]: its `written` hash. ARGV\[1\]: the digest seen. ARGV\[2\]: the text, empty: none.
-/// ARGV\[3\]: its end in Unix milliseconds, 0: none. ARGV\[4\]: the stamp. Returns 1 if it was written.
+/// KEYS\[1\]: the key. KEYS\[2\]: its `written` hash. KEYS\[3\]: who deals with it. ARGV\[1\]: the digest seen.
+/// ARGV\[2\]: the stamp seen, empty: none. ARGV\[3\]: who asks. ARGV\[4\]: for how long, in milliseconds. Returns 1
+/// if it is taken.
+pub const CLAIM: &str = "
+local kind = redis.call('TYPE', KEYS[1]).ok
+local digest = kind
+if kind == 'string' then digest = redis.sha1hex(redis.call('GET', KEYS[1])) end
+local stamp = redis.call('HGET', KEYS[2], 'stamp') or ''
+if digest ~= ARGV[1] or stamp ~= ARGV[2] then return 0 end
+if redis.call('SET', KEYS[3], ARGV[3], 'NX', 'PX', ARGV[4]) then return 1 end
+return 0";
+
+/// Writes a key that operators may edit, unless it was changed since it was looked at. Whoever deals with an edit
+/// of it is through with that.
+///
+/// KEYS\[1\]: the key. KEYS\[2\]: its `written` hash. KEYS\[3\]: who deals with an edit. ARGV\[1\]: the digest seen.
+/// ARGV\[2\]: the text, empty: none. ARGV\[3\]: its end in Unix milliseconds, 0: none. ARGV\[4\]: the stamp.
+/// ARGV\[5\]: who asks. Returns 1 if it was written.
 pub const PUT: &str = "
 local function digest()
   local kind = redis.call('TYPE', KEYS[1]).ok
   if kind == 'string' then return redis.sha1hex(redis.call('GET', KEYS[1])) end
   return kind
 end
+if redis.call('GET', KEYS[3]) == ARGV[5] then redis.call('DEL', KEYS[3]) end
 if digest() ~= ARGV[1] then return 0 end
 if ARGV[2] == '' then
   redis.call('DEL', KEYS[1])

@@ -13,7 +13,7 @@ use super::error::LinkError;
 use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
-use super::revoked::{self, ACTOR, UnionError};
+use super::revoked::{self, ACTOR, Extent, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Mirror, Peer, Report, names, scripts};
 use crate::app::App;
@@ -30,6 +30,8 @@ const CHECK_EVERY: Duration = Duration::from_secs(2);
 const UNITE_EVERY: Duration = Duration::from_secs(30);
 /// How often also with its single keys, which takes a look at every key.
 const UNITE_KEYS_EVERY: u32 = 20;
+/// So many revocations are compared each time, single keys and all: 20 ms of Redis's time.
+const FEW: usize = 20_000;
 /// How often the lease of the scheduled work is renewed, and for how long it is taken.
 const LEASE_EVERY: Duration = Duration::from_secs(3);
 const LEASE_FOR: Duration = Duration::from_secs(10);
@@ -89,11 +91,12 @@ impl SessionError {
 pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
     let mut stopping = app.stopping.clone();
     let mut said = String::new();
+    let mut stood = BTreeMap::new();
     let mut pause = RETRY.0;
     loop {
         let started = Instant::now();
         let error = tokio::select! {
-            ended = session(&app, &mirror) => match ended {
+            ended = session(&app, &mirror, &mut stood) => match ended {
                 Ok(never) => match never {},
                 Err(error) => error,
             },
@@ -124,7 +127,11 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
 
 enum Never {}
 
-async fn session(app: &Arc<App>, mirror: &Arc<Mirror>) -> Result<Never, SessionError> {
+async fn session(
+    app: &Arc<App>,
+    mirror: &Arc<Mirror>,
+    stood: &mut BTreeMap<&'static str, Evicted>,
+) -> Result<Never, SessionError> {
     // `WAIT` holds back what comes after it on its connection, so reading has another.
     let writing = mirror.target.connect(mirror.timeouts()).await?;
     let reading = mirror.target.connect(mirror.timeouts()).await?;
@@ -136,7 +143,9 @@ async fn session(app: &Arc<App>, mirror: &Arc<Mirror>) -> Result<Never, SessionE
         patience: Patience::default(),
         seen_last: 0,
         united_at: None,
-        evicted: BTreeMap::new(),
+        evicted: Evicted::new(),
+        stood,
+        dealt_with: BTreeMap::new(),
         peer_errors: BTreeMap::new(),
     };
     session.check().await?;
@@ -276,6 +285,9 @@ async fn journalled(app: &App, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, 
     Ok(read.await.map_err(|_| CommitError::Stopped)??)
 }
 
+/// How many keys each master had dropped for want of memory, by its run id.
+type Evicted = BTreeMap<String, u64>;
+
 /// Takes in what others write, and keeps an eye on Redis.
 struct Session<'s> {
     app: &'s Arc<App>,
@@ -287,8 +299,12 @@ struct Session<'s> {
     seen_last: u64,
     /// How many revocations there were in Redis and here when they were united last for being different.
     united_at: Option<(u64, u64)>,
-    /// How many keys each master had dropped, by its run id.
-    evicted: BTreeMap<String, u64>,
+    /// How many keys each master had dropped.
+    evicted: Evicted,
+    /// The same when a key that operators edit was last as it should be; also from sessions before.
+    stood: &'s mut BTreeMap<&'static str, Evicted>,
+    /// The edits that were dealt with and could not be written over, each with its digest and the stamp before it.
+    dealt_with: BTreeMap<&'static str, (String, Option<u64>)>,
     peer_errors: BTreeMap<u64, String>,
 }
 
@@ -321,11 +337,14 @@ impl Session<'_> {
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {
                     round += 1;
-                    let and_keys = round % UNITE_KEYS_EVERY == 0;
-                    let size = revoked::count(&self.reading).await?;
+                    let revoked = self.app.state().revocations.revoked();
                     // Equal numbers are nearly always equal sets, and comparing a million takes a second.
-                    if and_keys || size != self.app.state().revocations.revoked() as u64 {
-                        self.unite(and_keys).await?;
+                    if round % UNITE_KEYS_EVERY == 0 {
+                        self.unite(Extent::AllKeys).await?;
+                    } else if revoked <= FEW {
+                        self.unite(Extent::OwnKeys).await?;
+                    } else if revoked::count(&self.reading).await? != revoked as u64 {
+                        self.unite(Extent::Set).await?;
                     }
                 }
             }
@@ -360,7 +379,7 @@ impl Session<'_> {
         let merged = (*app.state().merged).clone();
         pass_on.report(Report { seq: passed_on.seq, last_own: passed_on.in_log, merged }).await?;
         pass_on.note(passed_on.seq).await?;
-        self.unite(true).await?;
+        self.unite(Extent::AllKeys).await?;
         self.look_at_edits().await?;
         Ok(passed_on)
     }
@@ -440,8 +459,9 @@ impl Session<'_> {
         self.seen_last = last;
         let sizes = (size, self.app.state().revocations.revoked() as u64);
         if is_still && sizes.0 != sizes.1 && self.united_at != Some(sizes) {
-            self.united_at = Some(sizes); // What is still different afterwards is for the lease's holder.
-            self.unite(false).await?;
+            // What cannot be made equal is for the lease's holder.
+            let is_settled = !self.unite(Extent::Set).await?;
+            self.united_at = is_settled.then_some(sizes);
         }
         Ok(())
     }
@@ -526,16 +546,28 @@ impl Session<'_> {
             let seen = self.see(key).await?;
             let ours = self.ours(key);
             match seen.judge(&ours) {
-                Verdict::Same | Verdict::Newer => {}
-                Verdict::Write => self.put(key, &seen, &ours).await?,
-                Verdict::Edited if seen.value == Value::None && self.was_evicted().await? => {
-                    self.put(key, &seen, &ours).await?;
+                Verdict::Same => self.note_standing(key),
+                Verdict::Newer => {}
+                Verdict::Write => drop(self.put(key, &seen, &ours).await?),
+                Verdict::Edited if seen.value == Value::None && self.was_evicted(key).await? => {
+                    if self.put(key, &seen, &ours).await? {
+                        self.note_standing(key);
+                    }
                 }
                 Verdict::Edited => {
-                    if self.claim(key, &seen).await? {
+                    // Also in vain: one that cannot be written over now is dealt with once all the same.
+                    let edit = (seen.digest.clone(), seen.written.as_ref().map(|written| written.stamp));
+                    if self.dealt_with.get(key) != Some(&edit) {
+                        if !self.claim(key, &seen).await? {
+                            continue;
+                        }
                         self.honour(key, &seen).await?;
-                        let ours = self.ours(key);
-                        self.put(key, &seen, &ours).await?;
+                    }
+                    let ours = self.ours(key);
+                    if self.put(key, &seen, &ours).await? {
+                        self.dealt_with.remove(key);
+                    } else {
+                        self.dealt_with.insert(key, edit);
                     }
                 }
             }
@@ -586,17 +618,18 @@ impl Session<'_> {
         })
     }
 
-    /// Writes what should stand there, unless somebody was faster.
-    async fn put(&self, key: &str, seen: &Seen, ours: &Ours) -> Result<(), SessionError> {
+    /// Writes what should stand there, unless somebody was faster; whether it was written.
+    async fn put(&self, key: &str, seen: &Seen, ours: &Ours) -> Result<bool, SessionError> {
         let mut put = redis::cmd("EVAL");
-        put.arg(scripts::PUT).arg(2).arg(key).arg(names::written(key)).arg(&seen.digest);
-        put.arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
+        put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
+        put.arg(format!("{:x}", self.app.state().version.source));
         match self.reading.query::<u64>(&put).await {
-            Ok(_) => Ok(()),
+            Ok(written) => Ok(written == 1),
             // It reads all the same; what cannot be written now is written when it can be.
             Err(error) if !error.must_reconnect() => {
                 self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                Ok(())
+                Ok(false)
             }
             Err(error) => Err(error.into()),
         }
@@ -604,12 +637,14 @@ impl Session<'_> {
 
     /// Whether it is for this control plane to deal with an edit; one does at a time.
     async fn claim(&self, key: &str, seen: &Seen) -> Result<bool, SessionError> {
-        let mut claim = redis::cmd("SET");
-        claim.arg(format!("keygate:edit:{key}:{}", seen.digest));
-        claim.arg(format!("{:x}", self.app.state().version.source)).arg("NX");
-        claim.arg("PX").arg(u64::try_from(CLAIM_FOR.as_millis()).unwrap_or(u64::MAX));
-        match self.reading.query::<Option<String>>(&claim).await {
-            Ok(taken) => Ok(taken.is_some()),
+        let mut claim = redis::cmd("EVAL");
+        claim.arg(scripts::CLAIM).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        claim.arg(&seen.digest);
+        claim.arg(seen.written.as_ref().map_or_else(String::new, |written| written.stamp.to_string()));
+        claim.arg(format!("{:x}", self.app.state().version.source));
+        claim.arg(u64::try_from(CLAIM_FOR.as_millis()).unwrap_or(u64::MAX));
+        match self.reading.query::<u64>(&claim).await {
+            Ok(taken) => Ok(taken == 1),
             // Redis takes no writes, so nobody can claim it: better twice than not at all.
             Err(error) if !error.must_reconnect() => Ok(true),
             Err(error) => Err(error.into()),
@@ -648,11 +683,20 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// Whether Redis has dropped keys since it was last asked. Then that one is missing says nothing.
-    async fn was_evicted(&mut self) -> Result<bool, SessionError> {
-        let before = self.evicted.clone();
+    fn note_standing(&mut self, key: &'static str) {
+        if self.stood.get(key) != Some(&self.evicted) {
+            self.stood.insert(key, self.evicted.clone());
+        }
+    }
+
+    /// Whether Redis may have dropped a key that is missing: it has dropped some since that one was last as it
+    /// should be. Then that it is missing says nothing.
+    async fn was_evicted(&mut self, key: &str) -> Result<bool, SessionError> {
         self.check().await?;
-        Ok(self.evicted != before)
+        Ok(match self.stood.get(key) {
+            Some(before) => *before != self.evicted,
+            None => self.evicted.values().any(|dropped| *dropped > 0),
+        })
     }
 
     /// Looks how Redis is set up and fares, and whether it is still the one to go to.
@@ -718,13 +762,14 @@ impl Session<'_> {
         Ok(())
     }
 
-    async fn unite(&mut self, and_keys: bool) -> Result<(), SessionError> {
+    /// Whether anything had to be done, as far as is known.
+    async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
         let timer = self.app.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
         let may_forget = self.mirror.status.borrow().lease.is_some();
-        let united = match revoked::unite(self.app, &self.writing, and_keys, may_forget).await {
+        let united = match revoked::unite(self.app, &self.writing, extent, may_forget).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
                 self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                return Ok(());
+                return Ok(true);
             }
             united => united?,
         };
@@ -732,6 +777,6 @@ impl Session<'_> {
         if united.written > 0 {
             tracing::warn!(written = united.written, "Redis lacked revocations; they are there again");
         }
-        Ok(())
+        Ok(united != United::default())
     }
 }
