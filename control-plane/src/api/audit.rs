@@ -94,7 +94,7 @@ fn view(record: &Record, owner: Option<String>) -> serde_json::Value {
 
 /// Reads the whole journal and checks its chain and its checkpoints.
 pub async fn verify(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    let (dir, key) = (app.config.journal_dir(), app.checkpoint_key.clone());
+    let (dir, key) = (app.config.journal_dir(), app.notary.public_key());
     match request::read(move || journal::verify(&dir, Some(&key))).await? {
         Ok(report) => Ok(json(StatusCode::OK, value!({ "valid": true, "journal": report }))),
         Err(JournalError::Damaged { path, line, problem }) => {

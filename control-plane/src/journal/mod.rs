@@ -7,6 +7,7 @@
 //! answered; anything else is damage and is refused. Signed checkpoints beside the segments show when the whole
 //! was written anew. Personal data stand in it as salted hashes, and sealed.
 
+mod base;
 mod checkpoint;
 mod copy;
 mod privacy;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use base::{Base, prune};
 pub use checkpoint::Notary;
 pub use copy::{checkpoints, hash_at, lines, salvage, write_whole};
 pub use privacy::{PersonalData, Privacy};
@@ -29,6 +31,7 @@ pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
 
 use crate::change::Entry;
+use base::Layout;
 use checkpoint::{Checks, Keeper};
 
 /// The directory of the segments, in the data directory.
@@ -139,10 +142,17 @@ impl Claim {
         mut each: impl FnMut(Record) -> Result<(), String>,
     ) -> Result<Journal, JournalError> {
         let Self { dir, lock } = self;
-        let segments = list(&dir)?;
-        let mut link = Link::start();
+        let layout = Layout::read(&dir, Some(&notary.public_key()))?;
+        let mut link = layout.start();
         let mut day = String::new();
         let mut checks = Checks::read(&dir, Some(&notary.public_key()))?;
+        checks.skip_to(link.seq);
+        for record in layout.base.iter().flat_map(base::Base::records) {
+            let damaged = |problem| JournalError::Damaged { path: dir.clone(), line: 1, problem };
+            let mut record = record.map_err(damaged)?;
+            privacy.reveal(&mut record).and_then(|()| each(record)).map_err(damaged)?;
+        }
+        let segments = layout.segments;
         let mut follow = |line: &[u8], link: &mut Link| {
             let mut record = link.follow(line)?;
             checks.compare(link)?;

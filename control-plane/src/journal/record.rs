@@ -13,11 +13,13 @@
 //! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
 //! the lines.
 
+use std::cmp::Reverse;
+
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Privacy;
-use crate::change::{Change, Entry, Origin};
+use crate::change::{Change, Entry, Mark, Origin};
 use crate::clock;
 
 /// The `prev` of the first record.
@@ -105,6 +107,12 @@ impl Record {
             record.reason = record.change.reason();
         }
         Ok(record)
+    }
+
+    /// Its mark, in the line of history `here`.
+    pub fn mark(&self, here: u64) -> Mark {
+        let source = self.origin.as_ref().map_or(here, |origin| origin.source);
+        Mark { stamp: self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at)), source: Reverse(source) }
     }
 
     /// What was written.
