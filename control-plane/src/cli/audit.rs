@@ -47,7 +47,10 @@ fn print(dir: &Path, report: &Report, trusted: bool) {
     println!("{}: whole and unchanged", dir.display());
     println!("  records      {} in {} segments", report.records, report.segments);
     if report.removed > 0 {
-        println!("  removed      {} of them, for their age; what still counts of them is kept", report.removed);
+        println!(
+            "  removed      {} of them, for their age; what still counts of them is kept",
+            report.removed
+        );
     }
     println!("  from, to     {}, {}", time(&report.first_at), time(&report.last_at));
     println!("  head         {}", report.head);
