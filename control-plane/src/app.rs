@@ -89,10 +89,10 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
-    /// Finds personal data in the journal again.
-    pub privacy: Privacy,
-    /// The public key of the journal's checkpoints, in base64url.
-    pub checkpoint_key: String,
+    /// Signs what is left of old segments of the journal, as its checkpoints are signed.
+    pub notary: Notary,
+    /// Hashes owners as the journal has them.
+    pub privacy: Arc<Privacy>,
     /// What proxies show.
     pub fleet_token: Zeroizing<String>,
     /// Turns true when the control plane is to stop.
@@ -150,12 +150,12 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         .as_ref()
         .map(|redis| Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(&master)));
     let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
-    let notary = Notary::new(&master.derive("keygate journal checkpoints"));
-    let privacy = Privacy::new(&master, config.personal_data);
-    let checkpoint_key = notary.public_key();
+    let checkpoint_seed = master.derive("keygate journal checkpoints");
+    let notary = Notary::new(&checkpoint_seed);
+    let privacy = Arc::new(Privacy::new(&master, config.personal_data));
     let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
-        privacy: privacy.clone(),
+        privacy: Arc::clone(&privacy),
         claim,
         dir,
         settings: Settings::of(&config),
@@ -193,7 +193,7 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         privacy,
-        checkpoint_key,
+        notary: Notary::new(&checkpoint_seed),
         fleet_token,
         stopping,
         config,

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //! gzip of lines:
-//! {"keygate_backup":1,"created_at":"…","records":N,"head":"<hash of record N>","checkpoints":["…",…]}
-//! N lines of the journal, as they stand there
+//! {"keygate_backup":1,"created_at":"…","records":N,"head":"<hash of record N>","checkpoints":["…",…],"base":…}
+//! the lines of the journal, as they stand there
 //! ```
 //!
 //! A restored journal is older than what was enforced last. What the journal that it takes the place of can still
@@ -70,6 +70,9 @@ struct Header {
     records: u64,
     head: String,
     checkpoints: Vec<String>,
+    /// What is left of removed segments.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<journal::Base>,
 }
 
 /// What the next start has to do after a restore.
@@ -139,6 +142,7 @@ pub fn export(journal_dir: &Path, file: &Path, now: &str) -> Result<Report, Back
         created_at: now.into(),
         records: report.records,
         head: report.head.clone(),
+        base: journal::Base::read(journal_dir, None)?,
         checkpoints: checkpoints
             .into_iter()
             .filter(|(seq, _)| *seq <= report.records)
@@ -199,7 +203,7 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
             None
         }
     });
-    journal::write_whole(&fresh, &mut lines, &header.checkpoints)?;
+    journal::write_whole(&fresh, header.base.as_ref(), &mut lines, &header.checkpoints)?;
     let whole = match broken {
         Some(error) => Err(error.to_string()),
         None => match journal::verify(&fresh, None) {

@@ -330,6 +330,49 @@ impl Change {
         )
     }
 
+    /// What of it is personal data, if anything is. What people wrote freely, as a key's name or why a key was
+    /// suspended, does not count: that is for them to read.
+    pub fn personal(&mut self) -> Option<Personal<'_>> {
+        match self {
+            Self::KeyIssued { key, idempotency } => {
+                let owner = key.owner.as_mut();
+                let metadata = Some(&mut key.metadata).filter(|metadata| !metadata.is_empty());
+                if owner.is_none() && metadata.is_none() {
+                    return None;
+                }
+                Some(Personal { owner, metadata, body: idempotency.as_mut().map(|seen| &mut seen.body) })
+            }
+            Self::CutoffAdded { cutoff, .. } => Personal::of(&mut cutoff.scope.owner),
+            Self::CutoffProposed { proposal } => Personal::of(&mut proposal.cutoff.scope.owner),
+            Self::Genesis { .. }
+            | Self::LineBegun { .. }
+            | Self::SettingsChanged { .. }
+            | Self::SecretCreated { .. }
+            | Self::PeerChanged { .. }
+            | Self::EditRefused { .. }
+            | Self::KeyRevoked { .. }
+            | Self::JtiRevoked { .. }
+            | Self::KeySuspended { .. }
+            | Self::KeyResumed { .. }
+            | Self::ExpiredForgotten { .. }
+            | Self::RevocationsRebuilt {}
+            | Self::CutoffWithdrawn { .. }
+            | Self::CutoffLifted { .. }
+            | Self::LockdownChanged { .. }
+            | Self::PolicyReplaced { .. } => None,
+        }
+    }
+
+    /// The owner of the key or of the keys that it is about, as [`Change::personal`] has it.
+    pub fn owner(&self) -> Option<&str> {
+        match self {
+            Self::KeyIssued { key, .. } => key.owner.as_deref(),
+            Self::CutoffAdded { cutoff, .. } => cutoff.scope.owner.as_deref(),
+            Self::CutoffProposed { proposal } => proposal.cutoff.scope.owner.as_deref(),
+            _ => None,
+        }
+    }
+
     /// The id of the key whose record it alters, if it alters one.
     pub fn altered_key(&self) -> Option<&str> {
         match self {
@@ -363,6 +406,23 @@ impl Change {
             Self::KeyResumed { .. } => key.suspended = None,
             _ => {}
         }
+    }
+}
+
+/// What of a change is personal data.
+#[derive(Debug)]
+pub struct Personal<'c> {
+    /// Whose key it is, or whose keys.
+    pub owner: Option<&'c mut String>,
+    /// What its creator keeps with it, if that is anything.
+    pub metadata: Option<&'c mut serde_json::Map<String, serde_json::Value>>,
+    /// The digest of a request that has these: whoever has it can try them out.
+    pub body: Option<&'c mut String>,
+}
+
+impl<'c> Personal<'c> {
+    fn of(owner: &'c mut Option<String>) -> Option<Self> {
+        owner.as_mut().map(|owner| Self { owner: Some(owner), metadata: None, body: None })
     }
 }
 

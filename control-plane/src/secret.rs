@@ -134,15 +134,17 @@ impl MasterKey {
     }
 }
 
-pub(crate) fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
+/// Seals with XChaCha20-Poly1305, bound to `associated`: nonce and sealed bytes, in base64url.
+pub fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
     let nonce = random::bytes::<24>();
     let cipher = XChaCha20Poly1305::new(key.into());
     let payload = Payload { msg: plain, aad: associated.as_bytes() };
-    let sealed = cipher.encrypt(&XNonce::from(nonce), payload).expect("32 bytes are not too long to seal");
+    let sealed = cipher.encrypt(&XNonce::from(nonce), payload).expect("it is not too long to seal");
     BASE64URL.encode([nonce.as_slice(), &sealed].concat())
 }
 
-pub(crate) fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Zeroizing<Vec<u8>>> {
+/// Opens what [`seal`] sealed with the same key and `associated`.
+pub fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Zeroizing<Vec<u8>>> {
     let bytes = BASE64URL.decode(sealed).ok()?;
     let (nonce, sealed) = bytes.split_first_chunk::<24>()?;
     let cipher = XChaCha20Poly1305::new(key.into());

@@ -8,12 +8,15 @@ use tokio::sync::watch;
 
 use crate::app::App;
 use crate::change::Change;
+use crate::clock;
 use crate::journal;
 use crate::problem::Problem;
 use crate::writer::{Committed, View};
 
 /// How often expired keys are forgotten. Each time is a new version for the fleet.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
+/// How often old segments of the journal are looked for.
+const PRUNE_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
 const A_DAY_S: u64 = 24 * 60 * 60;
 /// In whose name.
 const ACTOR: &str = "system";
@@ -75,6 +78,7 @@ pub async fn run(app: Arc<App>) {
     let mut states = app.states.clone();
     let mut cut = states.borrow_and_update().revocations.bits();
     let mut clean_up_at = tokio::time::Instant::now() + CLEAN_UP_EVERY;
+    let mut prune_at = clean_up_at;
     loop {
         let done = tokio::select! {
             () = stopped(&mut stopping) => return,
@@ -94,6 +98,10 @@ pub async fn run(app: Arc<App>) {
                 if app.metrics.journal_reserve.get() > 0.0 {
                     compress_journal(&app).await;
                 }
+                if clean_up_at >= prune_at {
+                    prune_at += PRUNE_EVERY;
+                    prune_journal(&app).await;
+                }
                 clean_up(&app, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
                     tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
                 })
@@ -111,6 +119,28 @@ async fn compress_journal(app: &App) {
     match tokio::task::spawn_blocking(move || journal::compress_sealed(&dir)).await {
         Ok(Err(error)) => tracing::error!(%error, "a sealed segment of the journal cannot be compressed"),
         Ok(Ok(segments @ 1..)) => tracing::info!(segments, "sealed segments of the journal were compressed"),
+        Ok(Ok(0)) | Err(_) => {}
+    }
+}
+
+/// Removes the segments of the journal that are older than records are kept.
+async fn prune_journal(app: &Arc<App>) {
+    let here = Arc::clone(app);
+    let pruned = tokio::task::spawn_blocking(move || {
+        let kept_ms = u64::try_from(here.config.retention.as_millis()).unwrap_or(u64::MAX);
+        // By a clock that does not jump ahead: what is removed is gone.
+        let now_ms = here
+            .cautious_clock
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .at(here.clock.now_ms(), Instant::now());
+        let before = clock::rfc3339_ms(now_ms.saturating_sub(kept_ms));
+        let expired_until = here.state().rules.expired_until;
+        journal::prune(&here.config.journal_dir(), &here.notary, &before, expired_until)
+    });
+    match pruned.await {
+        Ok(Err(error)) => tracing::error!(%error, "old segments of the journal cannot be removed"),
+        Ok(Ok(segments @ 1..)) => tracing::info!(segments, "old segments of the journal were removed"),
         Ok(Ok(0)) | Err(_) => {}
     }
 }

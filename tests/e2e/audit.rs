@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use keygate_e2e::{Request, Stack, binaries};
+use keygate_e2e::{Key, Request, Stack, binaries};
 use serde_json::{Value, json};
 
 fn records(stack: &Stack, query: &str) -> Vec<Value> {
@@ -50,6 +50,82 @@ fn every_change_is_there_with_who_and_why() {
     for bad in ["limit=0", "since=yesterday", "cursor=-1", "colour=red"] {
         api.get(&format!("/api/admin/audit?{bad}")).expect_problem(400, "bad_request");
     }
+}
+
+/// All bytes of the journal's directory.
+fn journal_bytes(stack: &Stack) -> String {
+    let files = std::fs::read_dir(stack.control_plane.data().join("journal")).expect("the journal");
+    let bytes = files.map(|file| std::fs::read(file.expect("an entry").path()).expect("a file"));
+    String::from_utf8_lossy(&bytes.collect::<Vec<_>>().concat()).into_owned()
+}
+
+#[test]
+fn the_journal_shows_no_owner_and_no_metadata_and_gives_them_back() {
+    let mut stack = Stack::builder().without_envoy().start();
+    let api = stack.api();
+    let body = |owner: &str| json!({ "name": "noted", "role": "basic", "owner": owner, "metadata": { "mail": "a@b.example", "n": [1, null] } });
+    let request = Request::post("/api/auth/register", &body("person-4711")).header("idempotency-key", "once");
+    let key = Key::from_answer(&api.send(request.clone()).expect(201).json());
+    let other = api.issue_with(&json!({ "name": "other", "role": "basic", "owner": "person-4712" }));
+    let order = json!({ "scope": { "owner": "person-4711" } });
+    let cutoff = api.post("/api/admin/emergency/revoke", &order).expect(200).json();
+
+    let hash = records(&stack, "action=cutoff_added")[0]["owner"].as_str().expect("a hash").to_owned();
+    assert!(hash.starts_with("hash:"), "{hash}");
+    let of_owner = |stack: &Stack, query: &str| {
+        let found = records(stack, query);
+        assert!(found.iter().all(|record| record["owner"] == hash.as_str()), "{found:?}");
+        found.iter().map(|record| record["target"].clone()).collect::<Vec<_>>()
+    };
+    let both = [cutoff["cutoff"]["id"].clone(), json!(key.id)];
+    assert_eq!(of_owner(&stack, "owner=person-4711"), both);
+    assert_eq!(of_owner(&stack, &format!("owner={hash}")), both);
+    assert_eq!(of_owner(&stack, &format!("owner=person-4711&target={}", key.id)), [json!(key.id)]);
+
+    let validate = |stack: &Stack, key: &Key| {
+        stack.api().call(&Request::get("/api/auth/validate").bearer(&key.token)).status
+    };
+    let hidden = |stack: &Stack| {
+        let shown = json!(records(stack, "limit=1000")).to_string();
+        let log = std::fs::read_to_string(stack.control_plane.log()).expect("the log");
+        let metrics = stack.api().get("/metrics").expect(200).text();
+        for text in [&journal_bytes(stack), &shown, &log, &metrics] {
+            for private in ["person-471", "a@b.example", "mail"] {
+                assert!(!text.contains(private), "{private} is in\n{text}");
+            }
+        }
+    };
+    let there = |stack: &Stack| {
+        let shown = stack.api().get(&format!("/api/admin/keys/{}", key.id)).expect(200).json();
+        assert_eq!(shown["owner"], "person-4711");
+        assert_eq!(shown["metadata"], body("")["metadata"]);
+        let emergency = stack.api().get("/api/admin/emergency").expect(200).json();
+        assert_eq!(emergency["cutoffs"][0]["owner"], "person-4711", "{emergency}");
+        assert_eq!((validate(stack, &key), validate(stack, &other)), (401, 200));
+        assert_eq!(Key::from_answer(&stack.api().send(request.clone()).expect(201).json()).id, key.id);
+    };
+    hidden(&stack);
+    there(&stack);
+
+    // Whatever else is lost, the journal has it.
+    stack.control_plane.stop();
+    std::fs::remove_file(stack.control_plane.data().join("store.redb")).expect("the store");
+    let (well, said) = verify(&stack, &[]);
+    assert!(well, "{said}");
+    stack.control_plane.start();
+    hidden(&stack);
+    there(&stack);
+
+    // In the clear, for who wants that: from then on.
+    stack.control_plane.stop();
+    std::fs::write(stack.control_plane.config_file(), "[journal]\npersonal_data = \"plain\"")
+        .expect("written");
+    stack.control_plane.start();
+    there(&stack);
+    let plain = stack.api().issue_with(&json!({ "name": "third", "role": "basic", "owner": "person-4711" }));
+    assert_eq!(journal_bytes(&stack).matches("person-4711").count(), 1);
+    assert_eq!(of_owner(&stack, "owner=person-4711"), [&[json!(plain.id)], &both[..]].concat());
+    assert!(verify(&stack, &[]).0);
 }
 
 /// `keygate audit verify`; whether it says that all is well, and what it prints.

@@ -3,11 +3,12 @@
 
 use std::hash::{BuildHasher, RandomState};
 
-use keygate_e2e::Stack;
-use keygate_e2e::durability::{Dice, Drill, KillControlPlane, killed_at_birth};
+use keygate_e2e::durability::{Dice, Drill, KillControlPlane, LoseRedis, killed_at_birth};
+use keygate_e2e::{Redis, Stack};
 
 const CLIENTS: usize = 6;
 const ROUNDS: u64 = 25;
+const REDIS_ROUNDS: u64 = 8;
 const FIRST_STARTS: u64 = 5;
 
 /// Another one each time, printed with what it led to.
@@ -31,6 +32,23 @@ fn nothing_answered_is_lost_when_the_control_plane_is_killed_at_any_moment() {
     let total = report.total();
     assert!(total.answered > 10 * ROUNDS, "there was load");
     assert!(total.unanswered > 0, "it was killed under load");
+}
+
+#[test]
+fn nothing_answered_is_lost_when_redis_is_emptied_or_killed() {
+    let seed = seed();
+    let mut redis = Redis::new().with_config(&[("appendonly", "yes"), ("appendfsync", "everysec")]);
+    redis.run();
+    let stack = Stack::builder().workers(2).redis(&redis.url()).start();
+    let mut drill = Drill::new(stack, CLIENTS, seed);
+    let mut lose = LoseRedis::new(redis, Dice::new(seed));
+    for _ in 0..REDIS_ROUNDS {
+        drill.round(&mut lose);
+    }
+    let report = drill.finish();
+    println!("{report}");
+    report.assert_nothing_lost();
+    assert!(report.total().answered > 10 * REDIS_ROUNDS, "there was load");
 }
 
 #[test]

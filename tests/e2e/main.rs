@@ -21,6 +21,7 @@ mod redis_link;
 mod requests;
 mod revocation;
 mod secrets;
+mod split;
 mod startup;
 mod trap;
 mod upkeep;

@@ -11,7 +11,7 @@ use serde_json::json as value;
 
 use super::{json, request};
 use crate::app::App;
-use crate::journal::{self, JournalError, Record};
+use crate::journal::{self, JournalError, Privacy, Record};
 use crate::problem::Problem;
 
 #[derive(Debug, Deserialize)]
@@ -20,6 +20,7 @@ pub struct AuditQuery {
     actor: Option<String>,
     action: Option<String>,
     target: Option<String>,
+    owner: Option<String>,
     reason: Option<String>,
     since: Option<String>,
     until: Option<String>,
@@ -28,8 +29,9 @@ pub struct AuditQuery {
 }
 
 impl AuditQuery {
-    /// Times as the journal writes them, so that they compare as text.
-    fn normalised(mut self) -> Result<Self, Problem> {
+    /// Times and the owner as the journal writes them, so that they compare as text.
+    fn normalised(mut self, privacy: &Privacy) -> Result<Self, Problem> {
+        self.owner = self.owner.map(|owner| privacy.named(&owner));
         for (name, time) in [("since", &mut self.since), ("until", &mut self.until)] {
             if let Some(text) = time {
                 let parsed = humantime::parse_rfc3339_weak(text).map_err(|_| {
@@ -41,43 +43,48 @@ impl AuditQuery {
         Ok(self)
     }
 
-    fn wants(&self, record: &Record) -> bool {
+    fn wants(&self, record: &Record, privacy: &Privacy) -> bool {
         let is = |wanted: &Option<String>, have: Option<&str>| {
             wanted.as_deref().is_none_or(|wanted| Some(wanted) == have)
         };
         is(&self.actor, Some(&record.actor))
             && is(&self.action, Some(&record.action))
             && is(&self.target, record.target.as_deref())
+            && (self.owner.is_none() || self.owner == privacy.owner_of(record))
             && is(&self.reason, record.reason.as_deref())
             && self.since.as_ref().is_none_or(|since| *since <= record.at)
             && self.until.as_ref().is_none_or(|until| record.at < *until)
     }
 }
 
-/// The records, the last one first. The change itself is not shown: it has owners, metadata and sealed secrets.
+/// The records, the last one first. The change itself is not shown: it can have owners, metadata and sealed secrets.
+/// An owner is shown by its hash.
 pub async fn list(
     State(app): State<Arc<App>>,
     query: Result<Query<AuditQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
-    let query = query.normalised()?;
-    let dir = app.config.journal_dir();
-    let read =
-        move || journal::page(&dir, query.cursor.unwrap_or(u64::MAX), limit, |record| query.wants(record));
+    let query = query.normalised(&app.privacy)?;
+    let (dir, privacy) = (app.config.journal_dir(), Arc::clone(&app.privacy));
+    let read = move || {
+        let before = query.cursor.unwrap_or(u64::MAX);
+        journal::page(&dir, before, limit, |record| query.wants(record, &privacy))
+    };
     let (records, more) = request::read(read).await?.map_err(unreadable)?;
     let next_cursor = records.last().filter(|_| more).map(|record| record.seq);
-    let records: Vec<_> = records.iter().map(view).collect();
+    let records: Vec<_> = records.iter().map(|record| view(record, app.privacy.owner_of(record))).collect();
     Ok(json(StatusCode::OK, value!({ "records": records, "next_cursor": next_cursor })))
 }
 
-fn view(record: &Record) -> serde_json::Value {
+fn view(record: &Record, owner: Option<String>) -> serde_json::Value {
     value!({
         "seq": record.seq,
         "at": record.at,
         "actor": record.actor,
         "action": record.action,
         "target": record.target,
+        "owner": owner,
         "reason": record.reason,
         "outcome": record.outcome,
         "prev": record.prev,
@@ -87,7 +94,7 @@ fn view(record: &Record) -> serde_json::Value {
 
 /// Reads the whole journal and checks its chain and its checkpoints.
 pub async fn verify(State(app): State<Arc<App>>) -> Result<Response, Problem> {
-    let (dir, key) = (app.config.journal_dir(), app.checkpoint_key.clone());
+    let (dir, key) = (app.config.journal_dir(), app.notary.public_key());
     match request::read(move || journal::verify(&dir, Some(&key))).await? {
         Ok(report) => Ok(json(StatusCode::OK, value!({ "valid": true, "journal": report }))),
         Err(JournalError::Damaged { path, line, problem }) => {

@@ -276,6 +276,7 @@ fn operations() -> Vec<Operation> {
                 ("actor", "only what this key did, or `system`"),
                 ("action", "only changes of this type, such as `key_revoked`"),
                 ("target", "only changes of this key, token, cut-off or secret, by its id"),
+                ("owner", "only changes about keys of this owner, by name or by the hash that is shown"),
                 ("reason", "only changes made for this reason"),
                 ("since", "not before this time, such as `2026-01-01T00:00:00Z`"),
                 ("until", "before this time"),

@@ -81,7 +81,12 @@ fn describe_one(operation: &Operation) -> Value {
             },
         },
     });
-    if let Some(meaning) = operation.accepted {
+    let local = "Done, and in the journal; not in Redis and its replicas yet, though 'durability' is set to 'replicated'";
+    let accepted = match operation.accepted {
+        Some(meaning) => Some(format!("{meaning}. Or: {local}")),
+        None => (operation.verb != "get").then(|| local.to_owned()),
+    };
+    if let Some(meaning) = accepted {
         described["responses"]["202"] = json!({ "description": meaning });
     }
     if operation.needs != Needs::Nothing {

@@ -46,6 +46,12 @@ fn print(dir: &Path, report: &Report, trusted: bool) {
     let time = |at: &Option<String>| at.clone().unwrap_or_default();
     println!("{}: whole and unchanged", dir.display());
     println!("  records      {} in {} segments", report.records, report.segments);
+    if report.removed > 0 {
+        println!(
+            "  removed      {} of them, for their age; what still counts of them is kept",
+            report.removed
+        );
+    }
     println!("  from, to     {}, {}", time(&report.first_at), time(&report.last_at));
     println!("  head         {}", report.head);
     println!("  checkpoints  {}, the last one of record {}", report.checkpoints, report.signed_until);

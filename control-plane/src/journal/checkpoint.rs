@@ -48,14 +48,8 @@ impl Checkpoint {
 
     /// Whether its own key signed it.
     fn is_signed(&self) -> bool {
-        let bytes = |text: &str| BASE64URL.decode(text).ok();
-        let key = bytes(&self.key)
-            .and_then(|key| <[u8; 32]>::try_from(key).ok())
-            .and_then(|key| VerifyingKey::from_bytes(&key).ok());
-        let signature = bytes(&self.signature).and_then(|bytes| Signature::from_slice(&bytes).ok());
         let text = Self::signed_bytes(self.seq, &self.hash, &self.at);
-        matches!((key, signature), (Some(key), Some(signature))
-            if key.verify_strict(text.as_bytes(), &signature).is_ok())
+        Notary::is_signed(&self.key, &text, &self.signature)
     }
 }
 
@@ -79,14 +73,30 @@ impl Notary {
         BASE64URL.encode(self.0.verifying_key().as_bytes())
     }
 
+    /// Signs a text; the signature in base64url.
+    pub fn sign_bytes(&self, text: &str) -> String {
+        BASE64URL.encode(self.0.sign(text.as_bytes()).to_bytes())
+    }
+
+    /// Whether a key signed a text; both key and signature in base64url.
+    pub fn is_signed(key: &str, text: &str, signature: &str) -> bool {
+        let bytes = |text: &str| BASE64URL.decode(text).ok();
+        let key = bytes(key)
+            .and_then(|key| <[u8; 32]>::try_from(key).ok())
+            .and_then(|key| VerifyingKey::from_bytes(&key).ok());
+        let signature = bytes(signature).and_then(|bytes| Signature::from_slice(&bytes).ok());
+        matches!((key, signature), (Some(key), Some(signature))
+            if key.verify_strict(text.as_bytes(), &signature).is_ok())
+    }
+
     fn sign(&self, link: &Link, at: &str) -> Checkpoint {
-        let signature = self.0.sign(Checkpoint::signed_bytes(link.seq, &link.hash, at).as_bytes());
+        let signature = self.sign_bytes(&Checkpoint::signed_bytes(link.seq, &link.hash, at));
         Checkpoint {
             seq: link.seq,
             hash: link.hash.clone(),
             at: at.into(),
             key: self.public_key(),
-            signature: BASE64URL.encode(signature.to_bytes()),
+            signature,
         }
     }
 }
@@ -132,6 +142,11 @@ impl Checks {
             checkpoints.push(checkpoint);
         }
         Ok(Self { path, checkpoints, next: 0 })
+    }
+
+    /// Leaves out those of records up to number `seq`.
+    pub fn skip_to(&mut self, seq: u64) {
+        self.next = self.checkpoints.partition_point(|checkpoint| checkpoint.seq <= seq);
     }
 
     /// Compares the record that was read last.

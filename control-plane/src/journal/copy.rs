@@ -5,8 +5,9 @@ use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
 
+use super::base::{Base, Layout};
 use super::checkpoint::{self, Checks};
-use super::{JournalError, Link, MAX_SEGMENT_BYTES, Record, record, segment, sync_dir};
+use super::{JournalError, MAX_SEGMENT_BYTES, Record, record, segment, sync_dir};
 
 /// The signed checkpoints, each with its record's number and its line.
 ///
@@ -23,9 +24,10 @@ pub fn checkpoints(dir: &Path) -> Result<Vec<(u64, String)>, JournalError> {
 /// # Errors
 /// When a file cannot be read, or a line is not what was written.
 pub fn lines(dir: &Path, records: u64, mut each: impl FnMut(&[u8]) -> bool) -> Result<(), JournalError> {
-    let mut link = Link::start();
+    let layout = Layout::read(dir, None)?;
+    let mut link = layout.start();
     let mut goes_on = true;
-    let segments = segment::list(dir)?;
+    let segments = layout.segments;
     for (position, segment) in segments.iter().enumerate() {
         if !goes_on || link.seq >= records {
             break;
@@ -45,31 +47,31 @@ pub fn lines(dir: &Path, records: u64, mut each: impl FnMut(&[u8]) -> bool) -> R
 /// # Errors
 /// When a file cannot be read, or a line is not what was written.
 pub fn hash_at(dir: &Path, seq: u64) -> Result<Option<String>, JournalError> {
-    let mut found = None;
-    let mut number = 0;
-    lines(dir, seq, |line| {
-        number += 1;
-        if number == seq {
-            found = record::split_hash(line).ok().map(|(_, hash)| String::from_utf8_lossy(hash).into_owned());
-        }
-        true
-    })?;
-    Ok(found)
+    let mut link = Layout::read(dir, None)?.start();
+    if link.seq < seq {
+        lines(dir, seq, |line| link.follow_head(line).is_ok())?;
+    }
+    Ok(Some(link.hash).filter(|_| link.seq == seq))
 }
 
-/// Writes lines as the journal of a new directory. They are not checked.
+/// Writes lines as the journal of a new directory, after a base if there is one. They are not checked.
 ///
 /// # Errors
 /// When the disk fails.
 pub fn write_whole(
     dir: &Path,
+    base: Option<&Base>,
     lines: &mut dyn Iterator<Item = Vec<u8>>,
     checkpoints: &[String],
 ) -> Result<(), JournalError> {
     let io = |source| JournalError::Io { path: dir.into(), source };
     fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(io)?;
     let create = |path: &Path| File::options().write(true).create_new(true).mode(0o600).open(path);
-    let (mut seq, mut bytes, mut out): (u64, u64, Option<BufWriter<File>>) = (0, 0, None);
+    if let Some(base) = base {
+        base.write(dir).map_err(io)?;
+    }
+    let first = base.map_or(0, |base| base.seq);
+    let (mut seq, mut bytes, mut out): (u64, u64, Option<BufWriter<File>>) = (first, 0, None);
     let close = |out: Option<BufWriter<File>>| match out {
         Some(out) => out.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all(),
         None => Ok(()),

@@ -5,11 +5,12 @@
 //! cut out, moved or inserted is found, with its file and number. Lines stand in segments: a new one each day, and
 //! when one has grown large. Only the last line of the last segment may be half written, since it was never
 //! answered; anything else is damage and is refused. Signed checkpoints beside the segments show when the whole
-//! was written anew.
+//! was written anew. Personal data stand in it as salted hashes, and sealed.
 
+mod base;
 mod checkpoint;
 mod copy;
-mod private;
+mod privacy;
 mod read;
 mod record;
 mod segment;
@@ -18,16 +19,19 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use base::{Base, prune};
 pub use checkpoint::Notary;
 pub use copy::{checkpoints, hash_at, lines, salvage, write_whole};
-pub use private::{PersonalData, Privacy};
+pub use privacy::{PersonalData, Privacy};
 pub use read::{Report, page, verify, walk_after};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
 
 use crate::change::Entry;
+use base::Layout;
 use checkpoint::{Checks, Keeper};
 
 /// The directory of the segments, in the data directory.
@@ -134,17 +138,25 @@ impl Claim {
     pub fn read(
         self,
         notary: Notary,
-        privacy: Privacy,
+        privacy: Arc<Privacy>,
         mut each: impl FnMut(Record) -> Result<(), String>,
     ) -> Result<Journal, JournalError> {
         let Self { dir, lock } = self;
-        let segments = list(&dir)?;
-        let mut link = Link::start();
+        let layout = Layout::read(&dir, Some(&notary.public_key()))?;
+        let mut link = layout.start();
         let mut day = String::new();
         let mut checks = Checks::read(&dir, Some(&notary.public_key()))?;
+        checks.skip_to(link.seq);
+        for record in layout.base.iter().flat_map(base::Base::records) {
+            let damaged = |problem| JournalError::Damaged { path: dir.clone(), line: 1, problem };
+            let mut record = record.map_err(damaged)?;
+            privacy.reveal(&mut record).and_then(|()| each(record)).map_err(damaged)?;
+        }
+        let segments = layout.segments;
         let mut follow = |line: &[u8], link: &mut Link| {
-            let record = link.follow(line)?;
+            let mut record = link.follow(line)?;
             checks.compare(link)?;
+            privacy.reveal(&mut record)?;
             day.clear();
             day.push_str(day_of(&record.at));
             each(record)
@@ -285,7 +297,7 @@ pub struct Journal {
     link: Link,
     reserve: Reserve,
     keeper: Keeper,
-    privacy: Privacy,
+    privacy: Arc<Privacy>,
     sealed: bool,
 }
 
@@ -407,8 +419,12 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use keygate_core::cutoff::{Cutoff, Scope};
+
     use super::*;
     use crate::change::Change;
+    use crate::key::RevocationReason;
+    use crate::secret::MasterKey;
 
     fn changes(n: u64) -> Vec<Entry> {
         let entry = |source| Entry {
@@ -420,8 +436,8 @@ mod tests {
         (0..n).map(entry).collect()
     }
 
-    fn privacy() -> Privacy {
-        Privacy::new(&crate::secret::MasterKey::of([7; 32]), PersonalData::Sealed)
+    fn privacy() -> Arc<Privacy> {
+        Arc::new(Privacy::new(&MasterKey::of([7; 32]), PersonalData::Sealed))
     }
 
     fn first_segment(data_dir: &Path) -> PathBuf {
@@ -604,6 +620,38 @@ mod tests {
         assert!(!dir.path().join(SINGLE_FILE).exists());
         let (records, _) = page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap();
         assert_eq!((records[0].action.as_str(), records[0].outcome.as_str()), ("genesis", "done"));
+    }
+
+    #[test]
+    fn what_is_sealed_in_another_journal_is_named_with_segment_and_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let scope = Scope { owner: Some("acme-42".into()), ..Scope::default() };
+        let cutoff = Cutoff { id: "c1".into(), scope, created_before: 1, created_after: 0, spares: None };
+        let reason = RevocationReason::Emergency;
+        let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None };
+        let mut journal = reopen(dir.path()).unwrap().0;
+        journal.append("2026-01-01T00:00:00Z", &changes(2)).unwrap();
+        let entry = Entry { actor: "key_1".into(), stamp: 0, origin: None, change: added.clone() };
+        journal.append("2026-01-02T00:00:00Z", &[entry]).unwrap();
+        drop(journal);
+        let last = || page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap().0.remove(0);
+        assert_ne!(last().change, added, "who reads without the key sees the hash");
+
+        let read = |master: u8, each: &mut dyn FnMut(Record)| {
+            let privacy = Privacy::new(&MasterKey::of([master; 32]), PersonalData::Sealed);
+            Claim::new(dir.path()).unwrap().read(Notary::new(&[7; 32]), Arc::new(privacy), |record| {
+                each(record);
+                Ok(())
+            })
+        };
+        let mut changes = Vec::new();
+        read(7, &mut |record| changes.push(record.change)).unwrap();
+        assert_eq!(changes.last(), Some(&added));
+        let Err(JournalError::Damaged { path, line, problem }) = read(8, &mut |_| {}) else {
+            panic!("not found")
+        };
+        assert_eq!((path, line), (segment::path_of(&dir.path().join(DIRECTORY), 3), 1));
+        assert!(problem.contains("master key"), "{problem}");
     }
 
     #[test]

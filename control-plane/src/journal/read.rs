@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::base::{Base, Layout};
 use super::checkpoint::Checks;
 use super::{JournalError, Link, Record, segment};
 
@@ -20,6 +21,8 @@ pub struct Report {
     pub head: String,
     /// Signed checkpoints that fit.
     pub checkpoints: usize,
+    /// Records that were removed for their age, and are among the number above.
+    pub removed: u64,
     /// The last record that a checkpoint covers.
     pub signed_until: u64,
     /// The public keys that signed them, in base64url.
@@ -34,8 +37,11 @@ pub struct Report {
 /// The first record that is not what was written, with its file and line.
 pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError> {
     let mut checks = Checks::read(dir, trusted)?;
-    let (mut link, mut first_at, mut last_at, mut torn) = (Link::start(), None, None, false);
-    let segments = segment::list(dir)?;
+    let Layout { base, segments } = Layout::read(dir, trusted)?;
+    let mut link = base.as_ref().map_or_else(Link::start, Base::link);
+    checks.skip_to(link.seq);
+    let removed = link.seq;
+    let (mut first_at, mut last_at, mut torn) = (None, None, false);
     for (position, segment) in segments.iter().enumerate() {
         let last = position + 1 == segments.len() && !segment.compressed;
         let good_bytes = segment.walk(&mut link, last, &mut |line, link| {
@@ -50,6 +56,8 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
     }
     checks.finish(link.seq)?;
     let mut signed_by: Vec<String> = checks.all().iter().map(|checkpoint| checkpoint.key.clone()).collect();
+    signed_by.extend(base.map(|base| base.key));
+    signed_by.sort();
     signed_by.dedup();
     Ok(Report {
         records: link.seq,
@@ -57,6 +65,7 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
         first_at,
         last_at,
         head: link.hash,
+        removed,
         checkpoints: checks.all().len(),
         signed_until: checks.all().last().map_or(0, |checkpoint| checkpoint.seq),
         signed_by,
@@ -74,7 +83,14 @@ pub fn walk_after(
     after: u64,
     mut each: impl FnMut(Record) -> Result<bool, String>,
 ) -> Result<(), JournalError> {
-    let segments = segment::list(dir)?;
+    let Layout { base, segments } = Layout::read(dir, None)?;
+    for record in base.iter().flat_map(Base::records) {
+        let damaged = |problem| JournalError::Damaged { path: dir.into(), line: 1, problem };
+        let record = record.map_err(damaged)?;
+        if record.seq > after && !each(record).map_err(damaged)? {
+            return Ok(());
+        }
+    }
     let next_first = segments.iter().skip(1).map(|segment| segment.first_seq).chain([u64::MAX]);
     for (segment, next_first) in segments.iter().zip(next_first) {
         if next_first <= after.saturating_add(1) {

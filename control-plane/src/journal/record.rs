@@ -2,20 +2,24 @@
 //!
 //! ```text
 //! {"seq":7,"at":"2026-01-01T00:00:00.000Z","actor":"key_…","action":"key_revoked","target":"key_…",
-//!  "reason":"compromised","outcome":"done","change":{…},"prev":"<hash of 6>","hash":"…"}
+//!  "reason":"compromised","outcome":"done","change":{…},"sealed":"…","prev":"<hash of 6>","hash":"…"}
 //! ```
 //!
 //! A change that was taken in from another control plane has an `origin` too, and a `stamp` stands where it is not
 //! the time `at`, see [`crate::change::Mark`].
+//! `target`, `reason` and `sealed` are there where there is something to say. With `sealed` the change has hashes in
+//! place of personal data, see [`Privacy`](super::Privacy).
 //!
 //! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
 //! the lines.
+
+use std::cmp::Reverse;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Privacy;
-use crate::change::{Change, Entry, Origin};
+use crate::change::{Change, Entry, Mark, Origin};
 use crate::clock;
 
 /// The `prev` of the first record.
@@ -54,7 +58,7 @@ pub struct Record {
     pub stamp: Option<u64>,
     /// The change itself, enough to make it again.
     pub change: Change,
-    /// The personal data in the change, sealed; see [`super::private`].
+    /// The personal data that the change has hashes of, sealed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed: Option<String>,
     /// The hash of the record before.
@@ -72,7 +76,8 @@ impl Record {
     /// The record of a change that is made; its hash comes with writing it.
     pub fn new(seq: u64, at: &str, entry: &Entry, prev: String, privacy: &Privacy) -> Self {
         let Entry { actor, stamp, origin, change } = entry;
-        let (hidden, sealed) = privacy.hide(seq, change);
+        let mut change = change.clone();
+        let sealed = privacy.hide(&mut change);
         Self {
             seq,
             at: at.into(),
@@ -83,7 +88,7 @@ impl Record {
             outcome: change.outcome().into(),
             origin: origin.clone(),
             stamp: Some(*stamp).filter(|stamp| *stamp != clock::unix_ms(at)),
-            change: hidden,
+            change,
             sealed,
             prev,
             hash: String::new(),
@@ -104,14 +109,20 @@ impl Record {
         Ok(record)
     }
 
+    /// Its mark, in the line of history `here`.
+    pub fn mark(&self, here: u64) -> Mark {
+        let source = self.origin.as_ref().map_or(here, |origin| origin.source);
+        Mark { stamp: self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at)), source: Reverse(source) }
+    }
+
     /// What was written.
     ///
     /// # Errors
     /// When its personal data does not open.
-    pub fn into_entry(self, privacy: &Privacy) -> Result<Entry, String> {
+    pub fn into_entry(mut self, privacy: &Privacy) -> Result<Entry, String> {
+        privacy.reveal(&mut self)?;
         let stamp = self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at));
-        let change = privacy.show(self.seq, self.change, self.sealed.as_deref())?;
-        Ok(Entry { actor: self.actor, stamp, origin: self.origin, change })
+        Ok(Entry { actor: self.actor, stamp, origin: self.origin, change: self.change })
     }
 
     /// Writes the line and returns its hash.

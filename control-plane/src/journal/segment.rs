@@ -112,6 +112,20 @@ impl Segment {
         Ok(text)
     }
 
+    /// Its first line, without the line feed; empty when there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn first_line(&self) -> Result<Vec<u8>, JournalError> {
+        let mut line = Vec::new();
+        let read = self.open()?.take(MAX_LINE_BYTES).read_until(b'\n', &mut line);
+        read.map_err(|source| JournalError::Io { path: self.path.clone(), source })?;
+        if line.last() == Some(&b'\n') {
+            line.pop();
+        }
+        Ok(line)
+    }
+
     fn open(&self) -> Result<Box<dyn BufRead>, JournalError> {
         let (file, compressed) = match File::open(&self.path) {
             // It was compressed since it was listed.

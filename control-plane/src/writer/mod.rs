@@ -209,8 +209,8 @@ pub struct Start<'s> {
     pub claim: Claim,
     /// Signs the journal's checkpoints.
     pub notary: Notary,
-    /// Hides personal data in the journal.
-    pub privacy: Privacy,
+    /// Hides personal data from the journal's readers.
+    pub privacy: Arc<Privacy>,
     /// The directory.
     pub dir: &'s Path,
     /// What the configuration says.

@@ -5,9 +5,13 @@ use std::io::Write as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
 use super::dice::Dice;
+use crate::SOON;
+use crate::redis::Redis;
 use crate::stack::Stack;
-use crate::wait::pass;
+use crate::wait::{pass, wait_until};
 
 /// How what a disaster left was put right.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +85,68 @@ impl Disaster for KillControlPlane {
         stack.control_plane.start();
         self.usual_start = begun.elapsed();
         Recovery { ready_in: self.usual_start, starts_cut_short }
+    }
+}
+
+/// Redis is emptied, or killed and comes back with its data, with older data, or with none; at times the control plane
+/// is killed with it. Redis must have every revocation again, and take changes.
+#[derive(Debug)]
+pub struct LoseRedis {
+    redis: Redis,
+    dice: Dice,
+}
+
+impl LoseRedis {
+    /// It has not happened yet. The control plane is to share this Redis.
+    pub const fn new(redis: Redis, dice: Dice) -> Self {
+        Self { redis, dice }
+    }
+}
+
+impl Disaster for LoseRedis {
+    fn name(&self) -> &'static str {
+        "Redis lost"
+    }
+
+    fn strike(&mut self, stack: &mut Stack) {
+        match self.dice.below(4) {
+            0 => drop(self.redis.cli(&["FLUSHALL"])),
+            1 => self.redis.kill(),
+            2 => {
+                self.redis.kill();
+                for entry in fs::read_dir(self.redis.directory()).expect("its directory") {
+                    let path = entry.expect("an entry").path();
+                    if path.is_dir() {
+                        fs::remove_dir_all(path).expect("its append-only file");
+                    }
+                }
+            }
+            _ => {
+                self.redis.kill();
+                stack.control_plane.kill();
+            }
+        }
+    }
+
+    fn recover(&mut self, stack: &mut Stack, _: &mut Dice) -> Recovery {
+        let begun = Instant::now();
+        if !self.redis.is_running() {
+            self.redis.run();
+        }
+        if !stack.control_plane.is_running() {
+            stack.control_plane.start();
+        }
+        let api = stack.api();
+        wait_until(SOON, "a change to be in Redis", || {
+            let answer = api.post("/api/admin/revocations/rebuild", &json!({})).expect(200).json();
+            answer["durability"] == "replicated"
+        });
+        let ready_in = begun.elapsed();
+        wait_until(SOON, "every revocation to be in Redis", || {
+            let stats = api.get("/api/admin/revocations/stats").expect(200).json();
+            self.redis.cli(&["SCARD", "revoked_bloom"]).trim().parse().ok() == stats["total_revoked"].as_u64()
+        });
+        Recovery { ready_in, starts_cut_short: 0 }
     }
 }
 

@@ -30,7 +30,7 @@ use crate::wait::{pass, wait_until};
 use client::{Change, Client, Held, Orders, Said};
 pub use client::{Count, Kind};
 pub use dice::Dice;
-pub use disaster::{Disaster, KillControlPlane, Recovery};
+pub use disaster::{Disaster, KillControlPlane, LoseRedis, Recovery};
 pub use report::Report;
 
 /// After load begins, a disaster happens within this time.

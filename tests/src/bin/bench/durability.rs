@@ -1,12 +1,14 @@
-//! Whether anything that was answered is lost when the control plane is killed, hundreds of times at random moments.
+//! Whether anything that was answered is lost when the control plane is killed, hundreds of times at random moments,
+//! and when its Redis is emptied or killed.
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{IsTerminal as _, Write as _};
 
-use keygate_e2e::Stack;
-use keygate_e2e::durability::{Dice, Drill, KillControlPlane, killed_at_birth};
+use keygate_e2e::durability::{Dice, Drill, KillControlPlane, LoseRedis, killed_at_birth};
+use keygate_e2e::{Redis, Stack};
 
 const ROUNDS: u64 = 500;
+const REDIS_ROUNDS: u64 = 20;
 const CLIENTS: usize = 6;
 /// Control planes whose first start is cut short: one for so many rounds.
 const ROUNDS_FOR_A_BIRTH: u64 = 10;
@@ -45,5 +47,22 @@ pub fn run() {
     report.births = births;
     println!("\n{report}");
     crate::write("durability", &report.figures());
+    report.assert_nothing_lost();
+    lose_redis(number("KEYGATE_REDIS_ROUNDS").unwrap_or(REDIS_ROUNDS), seed);
+}
+
+/// The same with a Redis that is emptied or killed.
+fn lose_redis(rounds: u64, seed: u64) {
+    let mut redis = Redis::new().with_config(&[("appendonly", "yes"), ("appendfsync", "everysec")]);
+    redis.run();
+    let stack = Stack::builder().workers(2).redis(&redis.url()).start();
+    let mut drill = Drill::new(stack, CLIENTS, seed);
+    let mut lose = LoseRedis::new(redis, Dice::new(seed));
+    for _ in 0..rounds {
+        drill.round(&mut lose);
+    }
+    let report = drill.finish();
+    println!("\n{report}");
+    crate::write("durability-redis", &report.figures());
     report.assert_nothing_lost();
 }
