@@ -72,6 +72,15 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
         return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
     }
+    if let Some(mirror) = &app.mirror
+        && !mirror.may_be_followed().await
+    {
+        return Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "unavailable",
+            "This control plane still takes in what others have; poll again.",
+        ));
+    }
     let applied = poll.applied;
     let base = applied.filter(|_| !poll.resync);
     let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
@@ -147,7 +156,7 @@ fn standing(app: &App, applied: Version, state: &state::State) -> Result<Option<
     match known {
         Some(covered) if applied.seq <= covered => Ok(Some(applied)),
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
-        None if applied < have => Ok(None),
+        None if applied < have && app.mirror.as_ref().is_none_or(|mirror| mirror.knows_all()) => Ok(None),
         _ => {
             app.metrics.sync_ahead.inc();
             Err(ahead(applied, have))

@@ -17,6 +17,7 @@ mod outage;
 mod recovery;
 mod redis_edits;
 mod redis_link;
+mod redis_loss;
 mod requests;
 mod revocation;
 mod secrets;

@@ -15,7 +15,7 @@ use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
 use super::revoked::{self, ACTOR, Extent, UnionError, United};
 use super::sealed::{self, Shipped};
-use super::{Mirror, Peer, Report, names, scripts};
+use super::{Intake, Mirror, Peer, Report, names, scripts};
 use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
@@ -110,6 +110,9 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
             said.clone_from(&text);
         }
         mirror.update(|status| {
+            if status.intake == Intake::Unknown {
+                status.intake = Intake::Unreachable;
+            }
             status.connected = false;
             status.error = Some(text);
             status.lease = None;
@@ -356,7 +359,8 @@ impl Session<'_> {
         let app = self.app;
         let mut state = app.state();
         let mut in_log = log::last(&self.writing, state.version.source).await?;
-        if in_log > *app.feed.last().borrow() {
+        let was_set_back = in_log > *app.feed.last().borrow();
+        if was_set_back {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = app.clock.now_ms().max(state.version.source + 1);
@@ -370,8 +374,18 @@ impl Session<'_> {
         let mut join = redis::cmd("SADD");
         join.arg(names::SOURCES).arg(format!("{:x}", state.version.source));
         self.writing.query::<redis::Value>(&join).await?;
+        // First what they say, then what is to be taken in for it.
+        let reports = self.reports().await?;
+        let lacks_all = state.merged.is_empty() || was_set_back;
+        let others = reports.keys().any(|source| *source != state.version.source);
+        if self.mirror.status.borrow().intake != Intake::Done && lacks_all && others {
+            self.mirror.update(|status| status.intake = Intake::Begun);
+        }
         self.fill_up_others().await?;
         while self.take_in().await? {}
+        let own = (state.version.source, *app.feed.last().borrow());
+        self.mirror.cover(&reports, own, &app.state().merged);
+        self.mirror.update(|status| status.intake = Intake::Done);
         self.mirror.set_in_log(in_log);
         let mut passed_on = PassedOn { seq: in_log.max(state.line_start.saturating_sub(1)), in_log };
         let pass_on = PassOn { app, mirror: self.mirror, link: self.writing.clone() };
