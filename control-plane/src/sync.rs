@@ -86,11 +86,9 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
     let mut states = app.states.clone();
     let state = states.borrow_and_update().clone();
-    let polling = app.fleet.heard(poll, &state, app.clock.now_ms());
-    let covers = match applied {
-        Some(applied) => standing(&app, applied, &state)?,
-        None => None,
-    };
+    let standing = applied.map_or(Ok(None), |applied| standing(&app, applied, &state));
+    let polling = app.fleet.heard(poll, &state, standing.is_err(), app.clock.now_ms());
+    let covers = standing?;
     // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
     let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
     let mut stopping = app.stopping.clone();

@@ -14,6 +14,7 @@ mod flood;
 mod fsync;
 mod hostile;
 mod outage;
+mod peers;
 mod recovery;
 mod redis_edits;
 mod redis_link;
