@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::envoy::{Envoy, Neighbours};
 use keygate_e2e::metrics::Metrics;
-use keygate_e2e::{Api, Key, Line, Redis, Request, SOON, Stack, Times, wait_for, wait_until};
+use keygate_e2e::{Api, Cluster, Key, Line, Redis, Request, SOON, Stack, Times, wait_for, wait_until};
 use serde_json::json;
 
 use crate::redis_loss::{chat, hammer, redis_of, revoke, revoke_unseen};
@@ -294,4 +294,81 @@ fn one_at_a_time_has_the_lease_and_another_takes_over_from_one_that_died() {
     stack.control_plane.start();
     wait_until(SOON, "it to be back", || redis_of(&stack.api())["connected"] == true);
     assert_eq!((lease(&stack.api()), lease(&there)), (None, Some(second)));
+}
+
+/// The members of a set in a Cluster, sorted.
+fn members(cluster: &Cluster, set: &str) -> Vec<String> {
+    let mut members: Vec<String> = cluster.cli(&["SMEMBERS", set]).lines().map(str::to_owned).collect();
+    members.sort();
+    members
+}
+
+#[test]
+fn a_cluster_is_as_good_as_one_redis() {
+    let cluster = Cluster::start(3);
+    let stack = Stack::builder().workers(2).redis(&cluster.url()).start();
+    let other = beside(&stack, &cluster.url(), "b");
+    let (api, there) = (stack.api(), other.api());
+    let envoy = envoy_of(&stack, &other, "envoy-b");
+    let keys: Vec<Key> = (0..30).map(|_| api.issue("basic")).collect();
+    let good = there.issue("basic");
+    for key in &keys {
+        wait_known(&there, key);
+    }
+    let (ours, theirs) = keys.split_at(15);
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        assert_eq!(revoke(&api, ours), "replicated");
+        assert_eq!(revoke(&there, theirs), "replicated");
+    }
+    let refused = |key: &Key| [&stack.envoy, &envoy].iter().all(|envoy| envoy.call(&chat(key)).status == 401);
+    wait_until(SOON, "both proxies to refuse all", || keys.iter().all(refused));
+    let mut jtis: Vec<String> = keys.iter().map(|key| key.jti.clone()).collect();
+    jtis.sort();
+    wait_until(SOON, "all in the set", || members(&cluster, "revoked_bloom") == jtis);
+    for key in &keys {
+        assert_eq!(cluster.cli(&["EXISTS", &format!("revoked:{}", key.jti)]), "1");
+        assert_eq!(cluster.cli(&["EXISTS", &format!("api_key:v2:{}", key.id)]), "1");
+    }
+
+    // An operator's hand.
+    wait_until(SOON, "the key to pass", || stack.get("/api/chat", &good.token).status == 200);
+    assert_eq!(cluster.cli(&["SETEX", "emergency_revocation", "3600", "{\"active\": true}"]), "OK");
+    let set = Instant::now();
+    wait_until(SOON, "both proxies to be locked down", || refused(&good));
+    println!("set by redis-cli to refused by both proxies: {:?}", set.elapsed());
+    assert_eq!(cluster.cli(&["DEL", "emergency_revocation"]), "1");
+    let passes = |envoy: &Envoy| envoy.call(&chat(&good)).status == 200;
+    wait_until(SOON, "it to be lifted", || passes(&stack.envoy) && passes(&envoy));
+
+    // One master after the other loses all it has: what decides is there again, and so are the logs.
+    let logs = || -> Vec<u64> {
+        let length = |log: &String| cluster.cli(&["XLEN", log]).parse().expect("a number");
+        members(&cluster, "keygate:sources").iter().map(|s| length(&format!("keygate:log:{s}"))).collect()
+    };
+    for index in 0..3 {
+        let before = logs();
+        cluster.node(index).cli(&["FLUSHALL"]);
+        let flushed = Instant::now();
+        wait_until(SOON, "all to be there again", || {
+            let again = logs();
+            members(&cluster, "revoked_bloom") == jtis
+                && again.len() == before.len()
+                && again.iter().zip(&before).all(|(again, before)| again >= before)
+        });
+        println!("master {index} flushed, all there again after {:?}", flushed.elapsed());
+        let late = there.issue("basic");
+        wait_known(&api, &late);
+        revoke(&there, &late);
+        wait_until(SOON, "both proxies to refuse it", || refused(&late));
+        jtis.push(late.jti);
+        jtis.sort();
+    }
+    assert!(keys.iter().all(refused));
+    assert!(passes(&stack.envoy) && passes(&envoy));
+    for api in [&api, &there] {
+        wait_until(SOON, "it to be content", || {
+            let status = redis_of(api);
+            status["connected"] == true && status["error"].is_null()
+        });
+    }
 }

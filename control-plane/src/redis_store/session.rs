@@ -464,6 +464,9 @@ impl Session<'_> {
         }
         // First what they say, then what is to be taken in for it.
         let reports = self.reports().await?;
+        if !reports.contains_key(&source) {
+            return Err(LogError::Lost.into());
+        }
         while self.take_in().await? {}
         self.mirror.cover(&reports, (source, *self.app.feed.last().borrow()), &self.app.state().merged);
         self.look_at_edits().await?;
@@ -497,6 +500,9 @@ impl Session<'_> {
         command.arg(names::SOURCES);
         let sources: BTreeSet<String> = self.reading.query(&command).await?;
         let own = self.app.state().version.source;
+        if !sources.contains(&format!("{own:x}")) {
+            return Err(LogError::Lost.into()); // In a Cluster, by itself.
+        }
         let mut more = false;
         let mut peers = Vec::new();
         for source in sources.iter().filter_map(|text| u64::from_str_radix(text, 16).ok()) {
