@@ -198,8 +198,9 @@ impl Fleet {
         self.proxies.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of a poll; keep what it returns for as long as the poll is held back.
-    pub fn heard(self: &Arc<Self>, poll: Poll, state: &State, now_ms: u64) -> Polling {
+    /// Takes note of a poll, and whether the proxy enforces what is lacking here; keep what it returns for as long as
+    /// the poll is held back.
+    pub fn heard(self: &Arc<Self>, poll: Poll, state: &State, ahead: bool, now_ms: u64) -> Polling {
         let now = Instant::now();
         let id = Id { proxy: poll.proxy.id.clone(), incarnation: poll.proxy.incarnation.clone() };
         let mut proxies = self.lock();
@@ -227,9 +228,7 @@ impl Fleet {
             let due = state.published.max(entry.joined);
             entry.lag = (poll.applied == Some(state.version)).then(|| now.saturating_duration_since(due));
         }
-        entry.ahead = poll
-            .applied
-            .is_some_and(|applied| applied.source == state.version.source && applied.seq > state.version.seq);
+        entry.ahead = ahead;
         entry.poll = poll;
         entry.heard = now;
         entry.heard_ms = now_ms;

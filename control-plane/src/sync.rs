@@ -72,16 +72,23 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
         return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
     }
+    if let Some(mirror) = &app.mirror
+        && !mirror.may_be_followed().await
+    {
+        return Err(Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "unavailable",
+            "This control plane still takes in what others have; poll again.",
+        ));
+    }
     let applied = poll.applied;
     let base = applied.filter(|_| !poll.resync);
     let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
     let mut states = app.states.clone();
     let state = states.borrow_and_update().clone();
-    let polling = app.fleet.heard(poll, &state, app.clock.now_ms());
-    let covers = match applied {
-        Some(applied) => standing(&app, applied, &state)?,
-        None => None,
-    };
+    let standing = applied.map_or(Ok(None), |applied| standing(&app, applied, &state));
+    let polling = app.fleet.heard(poll, &state, standing.is_err(), app.clock.now_ms());
+    let covers = standing?;
     // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
     let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
     let mut stopping = app.stopping.clone();
@@ -147,7 +154,7 @@ fn standing(app: &App, applied: Version, state: &state::State) -> Result<Option<
     match known {
         Some(covered) if applied.seq <= covered => Ok(Some(applied)),
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
-        None if applied < have => Ok(None),
+        None if applied < have && app.mirror.as_ref().is_none_or(|mirror| mirror.knows_all()) => Ok(None),
         _ => {
             app.metrics.sync_ahead.inc();
             Err(ahead(applied, have))

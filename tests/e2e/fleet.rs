@@ -21,13 +21,11 @@ fn chat(key: &Key) -> Request {
 }
 
 /// Issues many keys at a time, as the journal takes them.
-fn issue_many(stack: &Stack, count: usize) -> Vec<Key> {
+pub fn issue_many(api: &Api, count: usize) -> Vec<Key> {
     const AT_A_TIME: usize = 8;
     std::thread::scope(|scope| {
-        let issue = |share: usize| {
-            let api = stack.api();
-            scope.spawn(move || (0..share).map(|_| api.issue("basic")).collect::<Vec<_>>())
-        };
+        let issue =
+            |share: usize| scope.spawn(move || (0..share).map(|_| api.issue("basic")).collect::<Vec<_>>());
         let shares: Vec<_> = (0..AT_A_TIME).map(|thread| issue((count + thread) / AT_A_TIME)).collect();
         shares.into_iter().flat_map(|share| share.join().expect("keys")).collect()
     })
@@ -74,7 +72,7 @@ fn three_envoys_under_load() {
 
     let good: Vec<Key> = (0..7).map(|_| api.issue("node_operator")).collect();
     let begun = Instant::now();
-    let keys = issue_many(&stack, REVOCATIONS);
+    let keys = issue_many(&api, REVOCATIONS);
     println!("{} keys issued in {:.1} s", keys.len(), begun.elapsed().as_secs_f64());
 
     let loads = envoys.map(|envoy| good_traffic(envoy, &good));

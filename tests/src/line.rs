@@ -1,4 +1,4 @@
-//! The line between one proxy and the control plane, which a test can cut without a word: nothing is
+//! The line between one proxy and the control plane, or between two others, which a test can cut without a word: nothing is
 //! reset or closed, what is sent is lost.
 //!
 //! The kernel drops the packets, by a rule of `nft`, where it lets us; that takes root. Where it does
@@ -57,6 +57,13 @@ impl Line {
     pub fn lose_connections(&self) {
         let Self::Relay(relay) = self else { panic!("the kernel loses no connections") };
         relay.gate.lose();
+    }
+
+    /// Leads to another port from now on, and breaks the connections there are. Only a relay can.
+    #[track_caller]
+    pub fn lead_to(&self, port: u16) {
+        let Self::Relay(relay) = self else { panic!("the kernel leads nowhere else") };
+        relay.gate.lead_to(port);
     }
 
     /// Where the proxy connects to.
@@ -150,12 +157,32 @@ struct GateState {
     over: bool,
     /// How often connections were lost.
     losses: u64,
+    /// Where it leads.
+    to: u16,
+    /// Both ends of all connections.
+    ends: Vec<TcpStream>,
 }
 
 impl Gate {
     fn set(&self, silent: bool) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).silent = silent;
         self.changed.notify_all();
+    }
+
+    fn lead_to(&self, port: u16) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.to = port;
+        for end in state.ends.drain(..) {
+            let _ = end.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Connects one that came with where it leads; both ends, each twice.
+    fn connect(&self, near: TcpStream) -> std::io::Result<[(TcpStream, TcpStream); 2]> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let far = TcpStream::connect((Ipv4Addr::LOCALHOST, state.to))?;
+        state.ends.extend([near.try_clone()?, far.try_clone()?]);
+        Ok([(near.try_clone()?, far.try_clone()?), (far, near)])
     }
 
     fn lose(&self) {
@@ -186,17 +213,15 @@ impl Relay {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let port = listener.local_addr().expect("a bound socket has an address").port();
         let gate = Arc::new(Gate::default());
+        gate.lead_to(to);
         let shared = Arc::clone(&gate);
         let thread = std::thread::spawn(move || {
             for near in listener.incoming() {
                 if !shared.pass() {
                     return;
                 }
-                let (Ok(near), Ok(far)) = (near, TcpStream::connect((Ipv4Addr::LOCALHOST, to))) else {
-                    continue;
-                };
-                let (Ok(near_too), Ok(far_too)) = (near.try_clone(), far.try_clone()) else { continue };
-                for (from, to) in [(near, far), (far_too, near_too)] {
+                let Ok(both) = near.and_then(|near| shared.connect(near)) else { continue };
+                for (from, to) in both {
                     let gate = Arc::clone(&shared);
                     std::thread::spawn(move || carry(from, to, &gate));
                 }

@@ -1,6 +1,7 @@
 //! Real Redis: one server, a master with replicas and Sentinels, or a Cluster.
 
 use std::fmt::Write as _;
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -30,6 +31,7 @@ pub struct Redis {
     settings: String,
     password: Option<String>,
     tls: bool,
+    source: Option<Ipv4Addr>,
 }
 
 impl Redis {
@@ -49,7 +51,15 @@ impl Redis {
             "bind 127.0.0.1\ndaemonize no\nlogfile \"\"\nsave \"\"\nappendonly no\nrepl-diskless-sync-delay 0\ndir {}\n",
             directory.path().display()
         );
-        Self { directory, port: Port::reserve(), settings, password: None, tls: false, process: None }
+        Self {
+            directory,
+            port: Port::reserve(),
+            settings,
+            password: None,
+            tls: false,
+            source: None,
+            process: None,
+        }
     }
 
     /// With settings, as in `redis.conf`.
@@ -93,6 +103,17 @@ impl Redis {
             ("tls-key-file", &key),
             ("tls-auth-clients", "no"),
             ("tls-replication", "yes"),
+        ])
+    }
+
+    /// Connects to other servers from an address of its own, and so do Sentinels that watch it.
+    #[must_use]
+    pub fn with_source(mut self, address: Ipv4Addr) -> Self {
+        self.source = Some(address);
+        self.with_config(&[
+            ("bind-source-addr", &address.to_string()),
+            ("replica-announce-ip", "127.0.0.1"), // It does not listen at the other.
+            ("protected-mode", "no"),             // Which knows this machine by 127.0.0.1 alone.
         ])
     }
 
@@ -277,6 +298,10 @@ impl Sentinels {
             if let Some(password) = &master.password {
                 writeln!(settings, "sentinel auth-pass {MASTER_NAME} {password}").expect("a text takes all");
             }
+            if let Some(source) = master.source {
+                writeln!(settings, "bind-source-addr {source}\nsentinel announce-ip 127.0.0.1")
+                    .expect("a text takes all");
+            }
             std::fs::write(&file, settings).expect("its file");
             let log = directory.path().join("sentinel.log");
             let process = Process::start("redis-sentinel", &binaries::redis_sentinel(), &log, |command| {
@@ -420,6 +445,11 @@ impl Cluster {
     /// Its nodes.
     pub fn nodes(&mut self) -> &mut [Redis] {
         &mut self.nodes
+    }
+
+    /// One of its nodes.
+    pub fn node(&self, index: usize) -> &Redis {
+        &self.nodes[index]
     }
 
     /// What `redis-cli -c` prints for a command, whichever node holds the key.

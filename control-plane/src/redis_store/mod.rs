@@ -9,6 +9,7 @@
 //! itself: after a failover a connection that stays open may lead to a replica, so whoever holds a link
 //! that failed with [`LinkError::must_reconnect`] drops it and asks the target for a new one.
 
+mod by_hand;
 mod edits;
 mod error;
 mod foreign;
@@ -17,6 +18,7 @@ mod link;
 mod listen;
 mod log;
 mod names;
+mod pass_on;
 mod projection;
 mod recover;
 mod revoked;
@@ -47,6 +49,8 @@ pub use self::target::{Target, TargetError};
 pub const OPERATIONS: [&str; 4] = ["append", "wait", "look", "unite"];
 /// How long an answer waits for Redis to have its change.
 const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
+/// How long a proxy waits for what others had to be taken in.
+const SETTLED_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long Redis may take to take a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
@@ -59,6 +63,20 @@ pub enum Durability {
     Local,
     /// In Redis too, and in as many of its replicas as are asked for.
     Replicated,
+}
+
+/// How far what others had when this process started was taken in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Intake {
+    /// Nobody has looked yet.
+    #[default]
+    Unknown,
+    /// It could not be looked at; what is here is what is known.
+    Unreachable,
+    /// It was begun: here may be a secret and not yet that a key signed with it was revoked.
+    Begun,
+    /// All of it.
+    Done,
 }
 
 /// How it stands with Redis.
@@ -79,6 +97,9 @@ pub struct Status {
     pub problems: Vec<(&'static str, String)>,
     /// The other control planes, by their source in hexadecimal, and how far their logs were taken in.
     pub peers: Vec<Peer>,
+    /// How far what others had at the start was taken in.
+    #[serde(skip)]
+    pub intake: Intake,
     /// The fencing token of the scheduled work, if it is this control plane that does it.
     pub lease: Option<u64>,
 }
@@ -155,6 +176,18 @@ impl Mirror {
             }
             _ => Durability::Local,
         }
+    }
+
+    /// Waits until what is here can be handed out, for a moment; whether it can.
+    pub async fn may_be_followed(&self) -> bool {
+        let mut status = self.status.subscribe();
+        let settled = status.wait_for(|status| matches!(status.intake, Intake::Unreachable | Intake::Done));
+        tokio::time::timeout(SETTLED_WITHIN, settled).await.is_ok()
+    }
+
+    /// Whether a line of history of which nothing is known here is one that nobody knows any more.
+    pub fn knows_all(&self) -> bool {
+        self.status.borrow().intake == Intake::Done
     }
 
     /// Up to which change of another control plane nothing is lacking here; `None`: that one is not known.
