@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use keygate_core::wire::{Answer, FORMAT, NewRules};
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::metrics::Metrics;
-use keygate_e2e::{Api, Connection, Key, Redis, Request, SOON, Stack, Times, http, wait_until};
+use keygate_e2e::{Api, Connection, Key, Middleman, Redis, Request, SOON, Stack, Times, http, wait_until};
 use serde_json::{Value, json};
 
 const LOCKDOWN: &str = "emergency_revocation";
@@ -707,4 +707,30 @@ fn a_forged_entry_of_a_log_is_refused_and_the_fleet_goes_on() {
     wait_until(SOON, "all to be well", || {
         [&api, &other_api].iter().all(|api| ready(api)["status"] == "ready")
     });
+}
+
+#[test]
+fn what_another_control_plane_revokes_is_not_taken_for_an_edit() {
+    let redis = Redis::start();
+    let middleman = Middleman::before(redis.port());
+    let url = format!("redis://127.0.0.1:{}", middleman.port());
+    let stack = Stack::builder().without_envoy().redis(&url).start();
+    let directory = stack.directory().join("b");
+    let mut other = ControlPlane::beside(&stack.control_plane, &directory);
+    other.use_redis(&redis.url());
+    other.start();
+    let (api, other) = (stack.api(), other.api());
+    wait_connected(&api);
+    wait_connected(&other);
+    let keys: Vec<Key> = (0..12).map(|_| api.issue("basic")).collect();
+    // Between a revocation in Redis and its change in the log there is an answer of Redis.
+    middleman.delay(Duration::from_millis(100));
+    for key in &keys {
+        api.post(&format!("/api/admin/keys/{}/revoke", key.id), &json!({ "reason": "compromised" }))
+            .expect(200);
+        let validate = Request::get("/api/auth/validate").bearer(&key.token);
+        wait_until(SOON, "the other to know of it", || other.call(&validate).status == 401);
+    }
+    assert_eq!(records(&other, "actor=redis"), [] as [Value; 0], "nobody edited anything");
+    assert_eq!(records(&other, "action=key_revoked").len(), keys.len());
 }

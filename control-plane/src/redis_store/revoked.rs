@@ -3,6 +3,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use keygate_core::revocation::{Fingerprint, Revocations as _, Standing};
 use keygate_core::token::is_identifier;
@@ -57,6 +58,30 @@ pub struct United {
     pub written: usize,
     /// Taken away there, since they have expired.
     pub forgotten: usize,
+    /// Not revoked here yet: another control plane may have put them there, whose log says so soon.
+    pub waiting: usize,
+}
+
+/// Revocations that were met in Redis and not in a log, and since when.
+#[derive(Debug, Default)]
+pub struct Met(HashMap<String, Instant>);
+
+impl Met {
+    /// Lets those through that have waited long enough; how many wait.
+    fn hold_back(
+        &mut self,
+        unknown: &mut Vec<String>,
+        may_wait: impl Fn(&String) -> bool,
+        within: Duration,
+    ) -> usize {
+        let still: HashSet<&String> = unknown.iter().collect();
+        self.0.retain(|jti, _| still.contains(jti));
+        let all = unknown.len();
+        unknown.retain(|jti| {
+            !may_wait(jti) || self.0.entry(jti.clone()).or_insert_with(Instant::now).elapsed() >= within
+        });
+        all.saturating_sub(unknown.len())
+    }
 }
 
 /// How many members the set has.
@@ -73,7 +98,8 @@ pub async fn count(link: &Link) -> Result<u64, LinkError> {
 }
 
 /// Unites what stands in Redis, to an extent, with what is revoked here. `may_forget`: takes away what has expired
-/// and what is no token's id; one control plane at a time does.
+/// and what is no token's id; one control plane at a time does. What another control plane revokes stands there before
+/// it stands in its log, with a single key: for so long, `within`, it is waited for.
 ///
 /// # Errors
 /// See [`UnionError`].
@@ -82,6 +108,7 @@ pub async fn unite(
     link: &Link,
     extent: Extent,
     may_forget: bool,
+    (met, within): (&mut Met, Duration),
 ) -> Result<United, UnionError> {
     let mut there = members(link).await?;
     let mut unknown: Vec<String> = Vec::new();
@@ -103,11 +130,13 @@ pub async fn unite(
     // A single key ends by the clock of Redis. Where this one's is far ahead it has forgotten what others have not,
     // and must neither take it for new nor take it away.
     let from = app.state().rules.expired_until.max(app.clock.now_s()).saturating_add(1);
-    let ends = ends_of(link, &unknown).await?;
-    unknown.retain(|jti| ends.get(jti).is_none_or(|end| *end >= from));
+    let known_ends = ends_of(link, &unknown).await?;
+    unknown.retain(|jti| known_ends.get(jti).is_none_or(|end| *end >= from));
     let ends = ends_of(link, &expired).await?;
     expired.retain(|jti| !ends.contains_key(jti));
-    let mut united = United::default();
+    let may_wait = |jti: &String| there.contains(jti) && known_ends.contains_key(jti);
+    let waiting = met.hold_back(&mut unknown, may_wait, within);
+    let mut united = United { waiting, ..United::default() };
     for jtis in unknown.chunks(AT_A_TIME) {
         let jtis: Vec<String> = jtis.iter().filter(|jti| is_identifier(jti)).cloned().collect();
         united.taken += take(app, jtis).await?;

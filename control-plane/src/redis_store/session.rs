@@ -14,7 +14,7 @@ use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
 use super::pass_on::{PassOn, PassedOn, journalled};
-use super::revoked::{self, Extent, UnionError, United};
+use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Intake, Mirror, Peer, Report, names, scripts};
 use crate::app::App;
@@ -142,6 +142,7 @@ async fn session(
         patience: Patience::default(),
         seen_last: 0,
         united_at: None,
+        met: Met::default(),
         evicted: Evicted::new(),
         stood,
         dealt_with: BTreeMap::new(),
@@ -176,6 +177,7 @@ pub struct Session<'s> {
     pub(super) seen_last: u64,
     /// How many revocations there were in Redis and here when they were united last for being different.
     pub(super) united_at: Option<(u64, u64)>,
+    met: Met,
     /// How many keys each master had dropped.
     pub(super) evicted: Evicted,
     /// The same when a key that operators edit was last as it should be; also from sessions before.
@@ -503,7 +505,9 @@ impl Session<'_> {
     async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
         let timer = self.app.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
         let may_forget = self.mirror.status.borrow().lease.is_some();
-        let united = match revoked::unite(self.app, &self.writing, extent, may_forget).await {
+        // No log is later than an answer of Redis may be.
+        let patience = (&mut self.met, self.mirror.timeout);
+        let united = match revoked::unite(self.app, &self.writing, extent, may_forget, patience).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
                 self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
                 return Ok(true);
