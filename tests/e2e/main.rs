@@ -17,6 +17,7 @@ mod outage;
 mod peers;
 mod recovery;
 mod redis_edits;
+mod redis_faults;
 mod redis_link;
 mod redis_loss;
 mod requests;

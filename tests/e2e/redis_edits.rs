@@ -396,11 +396,11 @@ fn wait_restored(shared: &Shared, good: &str, locked: &Key, revoked: &[Key]) {
             && redis.cli(&["SCARD", REVOKED]) == revoked.len().to_string()
             && stands(FLAGS.to_owned())
             && stands(format!("api_key:v2:{}", locked.id))
-            && redis.cli(&["KEYS", "jwt_secret:*"]) != ""
+            && !redis.cli(&["KEYS", "jwt_secret:*"]).is_empty()
             && revoked.iter().all(|key| {
                 stands(format!("revoked:{}", key.jti))
                     && redis.cli(&["SISMEMBER", REVOKED, &key.jti]) == "1"
-                    && redis.cli(&["KEYS", &format!("revocation_audit:{}:*", key.id)]) != ""
+                    && !redis.cli(&["KEYS", &format!("revocation_audit:{}:*", key.id)]).is_empty()
             })
     });
 }

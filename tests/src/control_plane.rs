@@ -19,6 +19,7 @@ pub struct ControlPlane {
     api_port: Port,
     sync_port: Port,
     redis: Option<String>,
+    clock: Option<String>,
     process: Option<Process>,
 }
 
@@ -30,6 +31,7 @@ impl ControlPlane {
             api_port: Port::reserve(),
             sync_port: Port::reserve(),
             redis: None,
+            clock: None,
             process: None,
         }
     }
@@ -52,6 +54,11 @@ impl ControlPlane {
     /// From the next start on it shares the Redis at this URL.
     pub fn use_redis(&mut self, url: &str) {
         self.redis = Some(url.to_owned());
+    }
+
+    /// From the next start on its clock goes wrong by so much, as `faketime` writes it: `+1y`. Time passes as ever.
+    pub fn use_clock(&mut self, offset: &str) {
+        self.clock = Some(offset.to_owned());
     }
 
     /// Starts it and waits until it is ready.
@@ -80,6 +87,11 @@ impl ControlPlane {
         let started = Process::start("keygate", program, &self.log(), |command| {
             first(command);
             self.arguments(command);
+            if let Some(offset) = &self.clock {
+                // Debian's place, whatever the machine's architecture; the loader knows it.
+                command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketimeMT.so.1");
+                command.env("FAKETIME", offset).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
+            }
         });
         self.process = Some(started);
     }

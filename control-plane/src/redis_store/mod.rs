@@ -9,13 +9,16 @@
 //! itself: after a failover a connection that stays open may lead to a replica, so whoever holds a link
 //! that failed with [`LinkError::must_reconnect`] drops it and asks the target for a new one.
 
+mod by_hand;
 mod edits;
 mod error;
+mod foreign;
 mod health;
 mod link;
 mod listen;
 mod log;
 mod names;
+mod pass_on;
 mod projection;
 mod recover;
 mod revoked;

@@ -1,7 +1,7 @@
 //! The revocations in Redis and those here, united. What Redis lacks is written again; what somebody put there by
 //! hand is revoked here too; what belongs to keys that have expired is taken away.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use keygate_core::revocation::{Fingerprint, Revocations as _, Standing};
@@ -100,6 +100,13 @@ pub async fn unite(
             None => unknown.push(jti.clone()),
         }
     }
+    // A single key ends by the clock of Redis. Where this one's is far ahead it has forgotten what others have not,
+    // and must neither take it for new nor take it away.
+    let from = app.state().rules.expired_until.max(app.clock.now_s()).saturating_add(1);
+    let ends = ends_of(link, &unknown).await?;
+    unknown.retain(|jti| ends.get(jti).is_none_or(|end| *end >= from));
+    let ends = ends_of(link, &expired).await?;
+    expired.retain(|jti| !ends.contains_key(jti));
     let mut united = United::default();
     for jtis in unknown.chunks(AT_A_TIME) {
         let jtis: Vec<String> = jtis.iter().filter(|jti| is_identifier(jti)).cloned().collect();
@@ -112,12 +119,11 @@ pub async fn unite(
         }
         united.forgotten = expired.len();
     }
-    let from = app.state().rules.expired_until.max(app.clock.now_s()).saturating_add(1);
     let store = Arc::clone(&app.store);
     let here = tokio::task::spawn_blocking(move || store.revoked_within(from, u64::MAX));
     let here = here.await.map_err(|_| CommitError::Stopped)??;
     if extent == Extent::OwnKeys {
-        single = Some(single_keys(link, &here).await?);
+        single = Some(ends_of(link, &here).await?.into_keys().collect());
     }
     let stands = |jti: &String| there.contains(jti) && single.as_ref().is_none_or(|keys| keys.contains(jti));
     let missing: Vec<String> = here.into_iter().filter(|jti| !stands(jti)).collect();
@@ -135,23 +141,28 @@ pub async fn unite(
     Ok(united)
 }
 
-/// Of these the ids that have a key of their own.
-async fn single_keys(link: &Link, jtis: &[String]) -> Result<HashSet<String>, LinkError> {
-    let mut found = HashSet::new();
+/// Those of these ids that have a key of their own, and when it ends, Unix seconds.
+async fn ends_of(link: &Link, jtis: &[String]) -> Result<HashMap<String, u64>, LinkError> {
+    let mut ends = HashMap::new();
+    let (now, _): (u64, u64) = link.query(&redis::cmd("TIME")).await?;
     for jtis in jtis.chunks(AT_A_TIME) {
-        let exists = |jti: &String| {
-            let mut exists = redis::cmd("EXISTS");
-            exists.arg(names::revoked(jti));
-            exists
+        let ask = |jti: &String| {
+            let mut ask = redis::cmd("TTL");
+            ask.arg(names::revoked(jti));
+            ask
         };
-        let commands: Vec<_> = jtis.iter().map(exists).collect();
+        let commands: Vec<_> = jtis.iter().map(ask).collect();
         for (jti, answer) in jtis.iter().zip(link.pipeline(&commands).await?) {
-            if matches!(answer?, redis::Value::Int(1)) {
-                found.insert(jti.clone());
+            match answer? {
+                redis::Value::Int(-1) => drop(ends.insert(jti.clone(), u64::MAX)),
+                redis::Value::Int(ttl @ 0..) => {
+                    ends.insert(jti.clone(), now.saturating_add(ttl.unsigned_abs()));
+                }
+                _ => {}
             }
         }
     }
-    Ok(found)
+    Ok(ends)
 }
 
 async fn members(link: &Link) -> Result<HashSet<String>, LinkError> {

@@ -8,19 +8,20 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
-use super::edits::{self, Ours, Seen, Value, Verdict, Written};
 use super::error::LinkError;
+use super::foreign;
 use super::health::Health;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
-use super::revoked::{self, ACTOR, Extent, UnionError, United};
+use super::pass_on::{PassOn, PassedOn, journalled};
+use super::revoked::{self, Extent, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Intake, Mirror, Peer, Report, names, scripts};
 use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
 use crate::problem::Problem;
-use crate::writer::{CommitError, Logged, View};
+use crate::writer::{CommitError, View};
 
 /// How often Redis is looked at, whatever it says by itself: operators' edits are in force within a second.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -35,18 +36,12 @@ const FEW: usize = 20_000;
 /// How often the lease of the scheduled work is renewed, and for how long it is taken.
 const LEASE_EVERY: Duration = Duration::from_secs(3);
 const LEASE_FOR: Duration = Duration::from_secs(10);
-/// For how long one control plane has an edit to itself.
-const CLAIM_FOR: Duration = Duration::from_secs(2);
 /// How long it is waited before another try, the first time and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-/// Changes that are passed on at a time.
-const PASS_ON: usize = 1_000;
-/// The part of the time that Redis may take to answer which `WAIT` may take.
-const WAIT_SHARE: f64 = 0.6;
 
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
-enum SessionError {
+pub enum SessionError {
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
@@ -63,7 +58,7 @@ enum SessionError {
 
 impl SessionError {
     /// A word for metrics.
-    fn label(&self) -> &'static str {
+    pub fn label(&self) -> &'static str {
         match self {
             Self::Link(error) | Self::Log(LogError::Link(error)) | Self::Union(UnionError::Link(error)) => {
                 error.label()
@@ -77,7 +72,7 @@ impl SessionError {
     }
 
     /// Whether the connection is still good, so that reading goes on.
-    fn is_of_writing(&self) -> bool {
+    pub fn is_of_writing(&self) -> bool {
         match self {
             Self::Link(error) | Self::Log(LogError::Link(error)) | Self::Union(UnionError::Link(error)) => {
                 !error.must_reconnect()
@@ -128,7 +123,8 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
     }
 }
 
-enum Never {}
+/// What only ends by an error.
+pub enum Never {}
 
 async fn session(
     app: &Arc<App>,
@@ -166,149 +162,27 @@ async fn session(
     }
 }
 
-/// Where passing on stands: the last change of the journal that was dealt with, and the last one in the log.
-#[derive(Debug, Clone, Copy)]
-struct PassedOn {
-    seq: u64,
-    in_log: u64,
-}
-
-/// Passes changes on as they are made.
-struct PassOn<'s> {
-    app: &'s Arc<App>,
-    mirror: &'s Arc<Mirror>,
-    link: Link,
-}
-
-impl PassOn<'_> {
-    async fn run(&self, mut passed_on: PassedOn) -> Result<Never, SessionError> {
-        let mut last = self.app.feed.last();
-        loop {
-            match self.go_on(&mut passed_on).await {
-                Ok(()) => {
-                    let _closed = last.changed().await;
-                    continue;
-                }
-                Err(error) if error.is_of_writing() => {
-                    self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                    self.mirror.update(|status| {
-                        status.tried = *last.borrow();
-                        status.error = Some(error.to_string());
-                    });
-                    sleep(RETRY.1 / 4).await;
-                    // What of it came through is found out anew.
-                    passed_on.in_log = log::last(&self.link, self.app.state().version.source).await?;
-                    passed_on.seq = passed_on.in_log.max(self.app.state().line_start.saturating_sub(1));
-                }
-                Err(error) => return Err(error),
-            }
-        }
-    }
-
-    /// Passes on what there is.
-    async fn go_on(&self, passed_on: &mut PassedOn) -> Result<(), SessionError> {
-        let (app, mirror) = (self.app, self.mirror);
-        let mut said: BTreeMap<u64, u64> = BTreeMap::new();
-        loop {
-            let last = *app.feed.last().borrow();
-            let state = app.state();
-            let source = state.version.source;
-            let mut filler =
-                Filler { link: &self.link, sealer: &mirror.sealer, source, last: passed_on.in_log };
-            let (entries, live) = match app.feed.after(passed_on.seq, PASS_ON) {
-                Some(entries) => (entries, true),
-                None => (journalled(app, passed_on.seq, last).await?, false),
-            };
-            let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
-            let mut changes = Vec::new();
-            for logged in &entries {
-                if logged.entry.origin.is_some() || logged.seq < state.line_start {
-                    continue;
-                }
-                // What the first of them was made in knowledge of, all were.
-                let after = if live { news_of(&state.merged, &mut said) } else { BTreeMap::new() };
-                changes.push((logged.seq, Shipped::of(logged, after)));
-            }
-            let timer = app.metrics.redis_seconds.with_label_values(&["append"]).start_timer();
-            filler.append(&changes, &app.store, app.clock.now_s()).await?;
-            timer.observe_duration();
-            *passed_on = PassedOn { seq: to, in_log: filler.last };
-            mirror.set_in_log(filler.last);
-            // A state that is later than its seq says too much, which asks more of others than it must.
-            self.report(Report { seq: to, last_own: filler.last, merged: (*state.merged).clone() }).await?;
-            self.note(to).await?;
-        }
-    }
-
-    /// Tells the others where this one stands.
-    async fn report(&self, report: Report) -> Result<(), SessionError> {
-        let source = self.app.state().version.source;
-        let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
-        let mut set = redis::cmd("HSET");
-        set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
-        Ok(self.link.query::<()>(&set).await?)
-    }
-
-    /// Notes that Redis has all changes up to `seq`, once its replicas have too.
-    async fn note(&self, seq: u64) -> Result<(), SessionError> {
-        let mirror = self.mirror;
-        let have = if mirror.replicas == 0 {
-            0
-        } else {
-            let _timer = self.app.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
-            let source = self.app.state().version.source;
-            let wait = log::wait(mirror.replicas, mirror.timeout.mul_f64(WAIT_SHARE));
-            self.link.query_at::<u64>(&names::log(source), &wait).await?
-        };
-        mirror.update(|status| {
-            status.tried = seq;
-            if have >= mirror.replicas {
-                status.replicated = seq;
-                status.error = None;
-            } else {
-                let wanted = mirror.replicas;
-                status.error = Some(format!("only {have} of {wanted} replicas have the latest changes"));
-            }
-        });
-        Ok(())
-    }
-}
-
-/// What is merged and was not said yet.
-fn news_of(merged: &BTreeMap<u64, u64>, said: &mut BTreeMap<u64, u64>) -> BTreeMap<u64, u64> {
-    let news: BTreeMap<u64, u64> =
-        merged.iter().filter(|(source, seq)| said.get(source) != Some(seq)).map(|(s, q)| (*s, *q)).collect();
-    said.extend(&news);
-    news
-}
-
-async fn journalled(app: &App, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, SessionError> {
-    let (dir, privacy) = (app.config.journal_dir(), app.privacy.clone());
-    let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, &privacy, seq, last));
-    Ok(read.await.map_err(|_| CommitError::Stopped)??)
-}
-
 /// How many keys each master had dropped for want of memory, by its run id.
-type Evicted = BTreeMap<String, u64>;
+pub type Evicted = BTreeMap<String, u64>;
 
 /// Takes in what others write, and keeps an eye on Redis.
-struct Session<'s> {
-    app: &'s Arc<App>,
-    mirror: &'s Arc<Mirror>,
-    writing: Link,
-    reading: Link,
-    patience: Patience,
+pub struct Session<'s> {
+    pub(super) app: &'s Arc<App>,
+    pub(super) mirror: &'s Arc<Mirror>,
+    pub(super) writing: Link,
+    pub(super) reading: Link,
+    pub(super) patience: Patience,
     /// The last change of the journal when Redis was looked at last.
-    seen_last: u64,
+    pub(super) seen_last: u64,
     /// How many revocations there were in Redis and here when they were united last for being different.
-    united_at: Option<(u64, u64)>,
+    pub(super) united_at: Option<(u64, u64)>,
     /// How many keys each master had dropped.
-    evicted: Evicted,
+    pub(super) evicted: Evicted,
     /// The same when a key that operators edit was last as it should be; also from sessions before.
-    stood: &'s mut BTreeMap<&'static str, Evicted>,
+    pub(super) stood: &'s mut BTreeMap<&'static str, Evicted>,
     /// The edits that were dealt with and could not be written over, each with its digest and the stamp before it.
-    dealt_with: BTreeMap<&'static str, (String, Option<u64>)>,
-    peer_errors: BTreeMap<u64, String>,
+    pub(super) dealt_with: BTreeMap<&'static str, (String, Option<u64>)>,
+    pub(super) peer_errors: BTreeMap<u64, String>,
 }
 
 impl Session<'_> {
@@ -358,6 +232,7 @@ impl Session<'_> {
     async fn make_good(&mut self) -> Result<PassedOn, SessionError> {
         let app = self.app;
         let mut state = app.state();
+        foreign::remove(&self.writing, state.version.source).await?;
         let mut in_log = log::last(&self.writing, state.version.source).await?;
         let was_set_back = in_log > *app.feed.last().borrow();
         if was_set_back {
@@ -560,167 +435,8 @@ impl Session<'_> {
         }
     }
 
-    /// Looks at the keys that operators edit.
-    async fn look_at_edits(&mut self) -> Result<(), SessionError> {
-        for key in names::EDITED {
-            let seen = self.see(key).await?;
-            let ours = self.ours(key);
-            match seen.judge(&ours) {
-                Verdict::Same => self.note_standing(key),
-                Verdict::Newer => {}
-                Verdict::Write => drop(self.put(key, &seen, &ours).await?),
-                Verdict::Edited if seen.value == Value::None && self.was_evicted(key).await? => {
-                    if self.put(key, &seen, &ours).await? {
-                        self.note_standing(key);
-                    }
-                }
-                Verdict::Edited => {
-                    // Also in vain: one that cannot be written over now is dealt with once all the same.
-                    let edit = (seen.digest.clone(), seen.written.as_ref().map(|written| written.stamp));
-                    if self.dealt_with.get(key) != Some(&edit) {
-                        if !self.claim(key, &seen).await? {
-                            continue;
-                        }
-                        self.honour(key, &seen).await?;
-                    }
-                    let ours = self.ours(key);
-                    if self.put(key, &seen, &ours).await? {
-                        self.dealt_with.remove(key);
-                    } else {
-                        self.dealt_with.insert(key, edit);
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn ours(&self, key: &str) -> Ours {
-        let state = self.app.state();
-        match key {
-            names::LOCKDOWN => edits::ours_lockdown(
-                state.rules.lockdown.as_ref(),
-                state.lockdown_stamp,
-                self.app.clock.now_s(),
-            ),
-            names::FLAGS => edits::ours_flags(),
-            _ => Ours { stamp: 0, text: None, until_ms: 0 },
-        }
-    }
-
-    async fn see(&self, key: &str) -> Result<Seen, SessionError> {
-        let mut look = redis::cmd("EVAL");
-        look.arg(scripts::LOOK).arg(2).arg(key).arg(names::written(key));
-        let (kind, text, ttl, digest, stamp, written, until, now_ms): (
-            String,
-            Vec<u8>,
-            i64,
-            String,
-            String,
-            String,
-            String,
-            u64,
-        ) = self.reading.query(&look).await?;
-        Ok(Seen {
-            value: match kind.as_str() {
-                "none" => Value::None,
-                "string" => Value::Text(String::from_utf8_lossy(&text).into_owned()),
-                _ => Value::Other(kind),
-            },
-            ttl_ms: u64::try_from(ttl).ok(),
-            digest,
-            written: stamp.parse().ok().map(|stamp| Written {
-                stamp,
-                digest: written,
-                until_ms: until.parse().unwrap_or(0),
-            }),
-            now_ms,
-        })
-    }
-
-    /// Writes what should stand there, unless somebody was faster; whether it was written.
-    async fn put(&self, key: &str, seen: &Seen, ours: &Ours) -> Result<bool, SessionError> {
-        let mut put = redis::cmd("EVAL");
-        put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
-        put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
-        put.arg(format!("{:x}", self.app.state().version.source));
-        match self.reading.query::<u64>(&put).await {
-            Ok(written) => Ok(written == 1),
-            // It reads all the same; what cannot be written now is written when it can be.
-            Err(error) if !error.must_reconnect() => {
-                self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                Ok(false)
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Whether it is for this control plane to deal with an edit; one does at a time.
-    async fn claim(&self, key: &str, seen: &Seen) -> Result<bool, SessionError> {
-        let mut claim = redis::cmd("EVAL");
-        claim.arg(scripts::CLAIM).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
-        claim.arg(&seen.digest);
-        claim.arg(seen.written.as_ref().map_or_else(String::new, |written| written.stamp.to_string()));
-        claim.arg(format!("{:x}", self.app.state().version.source));
-        claim.arg(u64::try_from(CLAIM_FOR.as_millis()).unwrap_or(u64::MAX));
-        match self.reading.query::<u64>(&claim).await {
-            Ok(taken) => Ok(taken == 1),
-            // Redis takes no writes, so nobody can claim it: better twice than not at all.
-            Err(error) if !error.must_reconnect() => Ok(true),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    /// Puts an edit in force, or refuses it.
-    async fn honour(&self, key: &str, seen: &Seen) -> Result<(), SessionError> {
-        let now = self.app.clock.now_s();
-        let roles = &self.app.config.roles;
-        let change = match key {
-            names::LOCKDOWN => {
-                edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
-                    .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
-            }
-            key => edits::refusal(key, &seen.value).map_or(Ok(None), Err),
-        };
-        let (change, outcome) = match change {
-            Ok(None) => return Ok(()),
-            Ok(Some(change)) => {
-                tracing::warn!(key, "an edit in Redis is in force");
-                (change, "taken")
-            }
-            Err(problem) => {
-                tracing::error!(
-                    key,
-                    problem,
-                    "an edit in Redis is refused; the last good value stays in force"
-                );
-                (Change::EditRefused { key: key.to_owned(), problem }, "refused")
-            }
-        };
-        self.app.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
-        let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![change], ()));
-        self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
-        Ok(())
-    }
-
-    fn note_standing(&mut self, key: &'static str) {
-        if self.stood.get(key) != Some(&self.evicted) {
-            self.stood.insert(key, self.evicted.clone());
-        }
-    }
-
-    /// Whether Redis may have dropped a key that is missing: it has dropped some since that one was last as it
-    /// should be. Then that it is missing says nothing.
-    async fn was_evicted(&mut self, key: &str) -> Result<bool, SessionError> {
-        self.check().await?;
-        Ok(match self.stood.get(key) {
-            Some(before) => *before != self.evicted,
-            None => self.evicted.values().any(|dropped| *dropped > 0),
-        })
-    }
-
     /// Looks how Redis is set up and fares, and whether it is still the one to go to.
-    async fn check(&mut self) -> Result<(), SessionError> {
+    pub(super) async fn check(&mut self) -> Result<(), SessionError> {
         // A master that was cut off from its Sentinels does not know that it was deposed.
         if let Some(master) = self.mirror.target.master_by_sentinels(self.mirror.timeouts()).await
             && master != self.reading.address()
@@ -773,6 +489,7 @@ impl Session<'_> {
         command.arg(u64::try_from(LEASE_FOR.as_millis()).unwrap_or(u64::MAX));
         let token = match self.reading.query::<u64>(&command).await {
             Ok(token) => Some(token).filter(|token| *token > 0),
+            Err(error @ LinkError::WrongType) => return Err(error.into()), // Made good by a new session.
             Err(error) if !error.must_reconnect() => None,
             Err(error) => return Err(error.into()),
         };

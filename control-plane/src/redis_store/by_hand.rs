@@ -1,0 +1,177 @@
+//! The keys that operators edit by hand: looked at, and what was edited put in force or refused.
+
+use std::time::Duration;
+
+use super::edits::{self, Ours, Seen, Value, Verdict, Written};
+use super::error::LinkError;
+use super::revoked::ACTOR;
+use super::session::{Session, SessionError};
+use super::{names, scripts};
+use crate::change::Change;
+use crate::problem::Problem;
+use crate::writer::{CommitError, View};
+
+/// For how long one control plane has an edit to itself.
+const CLAIM_FOR: Duration = Duration::from_secs(2);
+
+impl Session<'_> {
+    /// Looks at the keys that operators edit.
+    pub async fn look_at_edits(&mut self) -> Result<(), SessionError> {
+        for key in names::EDITED {
+            let seen = self.see(key).await?;
+            let ours = self.ours(key);
+            match seen.judge(&ours) {
+                Verdict::Same => self.note_standing(key),
+                Verdict::Newer => {}
+                Verdict::Write => drop(self.put(key, &seen, &ours).await?),
+                Verdict::Edited if seen.value == Value::None && self.was_evicted(key).await? => {
+                    if self.put(key, &seen, &ours).await? {
+                        self.note_standing(key);
+                    }
+                }
+                Verdict::Edited => {
+                    // Also in vain: one that cannot be written over now is dealt with once all the same.
+                    let edit = (seen.digest.clone(), seen.written.as_ref().map(|written| written.stamp));
+                    if self.dealt_with.get(key) != Some(&edit) {
+                        if !self.claim(key, &seen).await? {
+                            continue;
+                        }
+                        self.honour(key, &seen).await?;
+                    }
+                    let ours = self.ours(key);
+                    if self.put(key, &seen, &ours).await? {
+                        self.dealt_with.remove(key);
+                    } else {
+                        self.dealt_with.insert(key, edit);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn ours(&self, key: &str) -> Ours {
+        let state = self.app.state();
+        match key {
+            names::LOCKDOWN => edits::ours_lockdown(
+                state.rules.lockdown.as_ref(),
+                state.lockdown_stamp,
+                self.app.clock.now_s(),
+            ),
+            names::FLAGS => edits::ours_flags(),
+            _ => Ours { stamp: 0, text: None, until_ms: 0 },
+        }
+    }
+
+    async fn see(&self, key: &str) -> Result<Seen, SessionError> {
+        let mut look = redis::cmd("EVAL");
+        look.arg(scripts::LOOK).arg(2).arg(key).arg(names::written(key));
+        let (kind, text, ttl, digest, stamp, written, until, now_ms): (
+            String,
+            Vec<u8>,
+            i64,
+            String,
+            String,
+            String,
+            String,
+            u64,
+        ) = self.reading.query(&look).await?;
+        Ok(Seen {
+            value: match kind.as_str() {
+                "none" => Value::None,
+                "string" => Value::Text(String::from_utf8_lossy(&text).into_owned()),
+                _ => Value::Other(kind),
+            },
+            ttl_ms: u64::try_from(ttl).ok(),
+            digest,
+            written: stamp.parse().ok().map(|stamp| Written {
+                stamp,
+                digest: written,
+                until_ms: until.parse().unwrap_or(0),
+            }),
+            now_ms,
+        })
+    }
+
+    /// Writes what should stand there, unless somebody was faster; whether it was written.
+    async fn put(&self, key: &str, seen: &Seen, ours: &Ours) -> Result<bool, SessionError> {
+        let mut put = redis::cmd("EVAL");
+        put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
+        put.arg(format!("{:x}", self.app.state().version.source));
+        match self.reading.query::<u64>(&put).await {
+            Ok(written) => Ok(written == 1),
+            Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
+            // It reads all the same; what cannot be written now is written when it can be.
+            Err(error) if !error.must_reconnect() => {
+                self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Whether it is for this control plane to deal with an edit; one does at a time.
+    async fn claim(&self, key: &str, seen: &Seen) -> Result<bool, SessionError> {
+        let mut claim = redis::cmd("EVAL");
+        claim.arg(scripts::CLAIM).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        claim.arg(&seen.digest);
+        claim.arg(seen.written.as_ref().map_or_else(String::new, |written| written.stamp.to_string()));
+        claim.arg(format!("{:x}", self.app.state().version.source));
+        claim.arg(u64::try_from(CLAIM_FOR.as_millis()).unwrap_or(u64::MAX));
+        match self.reading.query::<u64>(&claim).await {
+            Ok(taken) => Ok(taken == 1),
+            // Redis takes no writes, so nobody can claim it: better twice than not at all.
+            Err(error) if !error.must_reconnect() => Ok(true),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Puts an edit in force, or refuses it.
+    async fn honour(&self, key: &str, seen: &Seen) -> Result<(), SessionError> {
+        let now = self.app.clock.now_s();
+        let roles = &self.app.config.roles;
+        let change = match key {
+            names::LOCKDOWN => {
+                edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
+                    .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
+            }
+            key => edits::refusal(key, &seen.value).map_or(Ok(None), Err),
+        };
+        let (change, outcome) = match change {
+            Ok(None) => return Ok(()),
+            Ok(Some(change)) => {
+                tracing::warn!(key, "an edit in Redis is in force");
+                (change, "taken")
+            }
+            Err(problem) => {
+                tracing::error!(
+                    key,
+                    problem,
+                    "an edit in Redis is refused; the last good value stays in force"
+                );
+                (Change::EditRefused { key: key.to_owned(), problem }, "refused")
+            }
+        };
+        self.app.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
+        let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![change], ()));
+        self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        Ok(())
+    }
+
+    fn note_standing(&mut self, key: &'static str) {
+        if self.stood.get(key) != Some(&self.evicted) {
+            self.stood.insert(key, self.evicted.clone());
+        }
+    }
+
+    /// Whether Redis may have dropped a key that is missing: it has dropped some since that one was last as it
+    /// should be. Then that it is missing says nothing.
+    async fn was_evicted(&mut self, key: &str) -> Result<bool, SessionError> {
+        self.check().await?;
+        Ok(match self.stood.get(key) {
+            Some(before) => *before != self.evicted,
+            None => self.evicted.values().any(|dropped| *dropped > 0),
+        })
+    }
+}

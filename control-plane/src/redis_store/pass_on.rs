@@ -1,0 +1,151 @@
+//! What is changed here goes into the log of this control plane in Redis and its keys there, and how far that has got.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+use super::link::Link;
+use super::log::{self, Filler};
+use super::sealed::{self, Shipped};
+use super::session::{Never, SessionError};
+use super::{Mirror, Report, names};
+use crate::app::App;
+use crate::writer::{CommitError, Logged};
+
+/// Changes that are passed on at a time.
+const AT_A_TIME: usize = 1_000;
+/// The part of the time that Redis may take to answer which `WAIT` may take.
+const WAIT_SHARE: f64 = 0.6;
+/// How long it is waited when Redis takes no writes.
+const RETRY: Duration = Duration::from_millis(250);
+
+/// Where passing on stands: the last change of the journal that was dealt with, and the last one in the log.
+#[derive(Debug, Clone, Copy)]
+pub struct PassedOn {
+    /// The first.
+    pub seq: u64,
+    /// The second.
+    pub in_log: u64,
+}
+
+/// Passes changes on as they are made.
+pub struct PassOn<'s> {
+    /// Whose.
+    pub app: &'s Arc<App>,
+    /// Where to.
+    pub mirror: &'s Arc<Mirror>,
+    /// A connection of its own.
+    pub link: Link,
+}
+
+impl PassOn<'_> {
+    /// Passes changes on until the connection is of no use any more.
+    pub async fn run(&self, mut passed_on: PassedOn) -> Result<Never, SessionError> {
+        let mut last = self.app.feed.last();
+        loop {
+            match self.go_on(&mut passed_on).await {
+                Ok(()) => {
+                    let _closed = last.changed().await;
+                    continue;
+                }
+                Err(error) if error.is_of_writing() => {
+                    self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                    self.mirror.update(|status| {
+                        status.tried = *last.borrow();
+                        status.error = Some(error.to_string());
+                    });
+                    sleep(RETRY).await;
+                    // What of it came through is found out anew.
+                    passed_on.in_log = log::last(&self.link, self.app.state().version.source).await?;
+                    passed_on.seq = passed_on.in_log.max(self.app.state().line_start.saturating_sub(1));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Passes on what there is.
+    pub async fn go_on(&self, passed_on: &mut PassedOn) -> Result<(), SessionError> {
+        let (app, mirror) = (self.app, self.mirror);
+        let mut said: BTreeMap<u64, u64> = BTreeMap::new();
+        loop {
+            let last = *app.feed.last().borrow();
+            let state = app.state();
+            let source = state.version.source;
+            let mut filler =
+                Filler { link: &self.link, sealer: &mirror.sealer, source, last: passed_on.in_log };
+            let (entries, live) = match app.feed.after(passed_on.seq, AT_A_TIME) {
+                Some(entries) => (entries, true),
+                None => (journalled(app, passed_on.seq, last).await?, false),
+            };
+            let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
+            let mut changes = Vec::new();
+            for logged in &entries {
+                if logged.entry.origin.is_some() || logged.seq < state.line_start {
+                    continue;
+                }
+                // What the first of them was made in knowledge of, all were.
+                let after = if live { news_of(&state.merged, &mut said) } else { BTreeMap::new() };
+                changes.push((logged.seq, Shipped::of(logged, after)));
+            }
+            let timer = app.metrics.redis_seconds.with_label_values(&["append"]).start_timer();
+            filler.append(&changes, &app.store, app.clock.now_s()).await?;
+            timer.observe_duration();
+            *passed_on = PassedOn { seq: to, in_log: filler.last };
+            mirror.set_in_log(filler.last);
+            // A state that is later than its seq says too much, which asks more of others than it must.
+            self.report(Report { seq: to, last_own: filler.last, merged: (*state.merged).clone() }).await?;
+            self.note(to).await?;
+        }
+    }
+
+    /// Tells the others where this one stands.
+    pub async fn report(&self, report: Report) -> Result<(), SessionError> {
+        let source = self.app.state().version.source;
+        let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
+        let mut set = redis::cmd("HSET");
+        set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
+        Ok(self.link.query::<()>(&set).await?)
+    }
+
+    /// Notes that Redis has all changes up to `seq`, once its replicas have too.
+    pub async fn note(&self, seq: u64) -> Result<(), SessionError> {
+        let mirror = self.mirror;
+        let have = if mirror.replicas == 0 {
+            0
+        } else {
+            let _timer = self.app.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
+            let source = self.app.state().version.source;
+            let wait = log::wait(mirror.replicas, mirror.timeout.mul_f64(WAIT_SHARE));
+            self.link.query_at::<u64>(&names::log(source), &wait).await?
+        };
+        mirror.update(|status| {
+            status.tried = seq;
+            if have >= mirror.replicas {
+                status.replicated = seq;
+                status.error = None;
+            } else {
+                let wanted = mirror.replicas;
+                status.error = Some(format!("only {have} of {wanted} replicas have the latest changes"));
+            }
+        });
+        Ok(())
+    }
+}
+
+/// What is merged and was not said yet.
+fn news_of(merged: &BTreeMap<u64, u64>, said: &mut BTreeMap<u64, u64>) -> BTreeMap<u64, u64> {
+    let news: BTreeMap<u64, u64> =
+        merged.iter().filter(|(source, seq)| said.get(source) != Some(seq)).map(|(s, q)| (*s, *q)).collect();
+    said.extend(&news);
+    news
+}
+
+/// Entries of the journal after number `seq`, up to `last`.
+pub async fn journalled(app: &App, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, SessionError> {
+    let (dir, privacy) = (app.config.journal_dir(), app.privacy.clone());
+    let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, &privacy, seq, last));
+    Ok(read.await.map_err(|_| CommitError::Stopped)??)
+}
