@@ -72,15 +72,7 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
         return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
     }
-    if let Some(mirror) = &app.mirror
-        && !mirror.may_be_followed().await
-    {
-        return Err(Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "unavailable",
-            "This control plane still takes in what others have; poll again.",
-        ));
-    }
+    whole_state(&app).await?;
     let applied = poll.applied;
     let base = applied.filter(|_| !poll.resync);
     let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
@@ -104,7 +96,7 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
         () = tokio::time::sleep(wait) => {}
         _ = stopping.wait_for(|stop| *stop) => {}
     }
-    let state = app.state();
+    let state = whole_state(&app).await?;
     let answer = app.deltas.answer(&state, base, covers, app.clock.now_ms());
     let kind = match &answer.body {
         Body::Snapshot { .. } => {
@@ -140,6 +132,25 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
         found.push(shard.encode());
     }
     Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
+}
+
+/// The state, unless what others had is only taken in by half: then there may be a secret and not yet that a key signed
+/// with it was revoked. A poll that was held back must ask again when it is answered.
+async fn whole_state(app: &App) -> Result<Arc<state::State>, Problem> {
+    let Some(mirror) = &app.mirror else { return Ok(app.state()) };
+    while mirror.may_be_followed().await {
+        let before = mirror.intake();
+        let state = app.state();
+        // Taking in had not begun, or was done, for as long as it took to look.
+        if mirror.intake() == before {
+            return Ok(state);
+        }
+    }
+    Err(Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "unavailable",
+        "This control plane still takes in what others have; poll again.",
+    ))
 }
 
 /// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version

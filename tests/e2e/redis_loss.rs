@@ -346,3 +346,59 @@ fn a_control_plane_that_lost_its_data_gets_it_from_redis() {
         fresh.call(&chat(key)).expect(200);
     }
 }
+
+#[test]
+fn a_journal_that_was_set_back_and_went_on_is_not_taken_for_the_one_in_redis() {
+    for made in [0, 2, 5] {
+        let redis = Redis::start();
+        let mut line = Line::relay(redis.port());
+        let url = format!("redis://127.0.0.1:{}", line.port());
+        let mut stack = Stack::builder().without_envoy().redis(&url).start();
+        let api = stack.api();
+        let owned = api.issue_with(&json!({ "name": "o", "role": "basic", "owner": "acme" }));
+        let suspended = api.issue("basic");
+        let data = stack.control_plane.data();
+        let kept = stack.directory().join("kept");
+        stack.control_plane.stop();
+        copy(&data, &kept);
+        stack.control_plane.start();
+        let api = stack.api();
+        api.post("/api/admin/emergency/revoke", &json!({ "scope": { "owner": "acme" } })).expect(200);
+        api.post(&format!("/api/admin/keys/{}/suspend", suspended.id), &json!({})).expect(200);
+        let last = api.issue("basic");
+        let record = format!("api_key:v2:{}", last.id);
+        wait_until(SOON, "all of it in Redis", || redis.cli(&["EXISTS", &record]).trim() == "1");
+
+        stack.control_plane.stop();
+        fs::remove_dir_all(&data).expect("its data");
+        copy(&kept, &data);
+        line.cut();
+        stack.control_plane.start();
+        let api = stack.api();
+        for _ in 0..made {
+            api.issue("basic"); // By the numbers that Redis has other changes for.
+        }
+        line.heal();
+        if made > 0 {
+            // It says so and takes no part, rather than lose either.
+            wait_until(SOON, "it to say so", || {
+                let ready = api.get("/readyz?verbose").json();
+                ready["reasons"].to_string().contains("have different changes")
+            });
+            assert_eq!(api.issue("basic").answer["durability"], "local");
+            // As it says: what Redis has is taken in from nothing.
+            stack.control_plane.stop();
+            for gone in ["journal", "store.redb"] {
+                let path = data.join(gone);
+                if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("gone");
+            }
+            stack.control_plane.start();
+        }
+        wait_until(SOON, "what was lost to be back", || {
+            [&owned, &suspended]
+                .iter()
+                .all(|key| api.call(&Request::get("/api/auth/validate").bearer(&key.token)).status == 401)
+                && api.get(&format!("/api/admin/keys/{}", last.id)).status == 200
+        });
+    }
+}

@@ -41,6 +41,14 @@ pub enum LogError {
         "Redis has lost changes that it had: it was emptied, restored or failed over; it is filled again"
     )]
     Lost,
+    /// The journal was set back and went on by itself.
+    #[error(
+        "this journal and its log in Redis have different changes at number {seq}: an older copy of the journal was put in place and went on. Nothing is passed on or taken in. Move this data directory away and start with an empty one, with the same master key and fleet token: it gets what is in Redis; what was changed since then must be changed again"
+    )]
+    Forked {
+        /// Which change.
+        seq: u64,
+    },
     /// A change that does not open.
     #[error(
         "change {seq} in the log of control plane {source_id:x} does not open: it has another master key, or somebody else wrote it"
@@ -62,6 +70,25 @@ pub async fn last(link: &Link, source: u64) -> Result<u64, LinkError> {
     command.arg(names::log(source)).arg("+").arg("-").arg("COUNT").arg(1);
     let found: Vec<(String, Vec<String>)> = link.query(&command).await?;
     Ok(found.first().map_or(0, |(id, _)| number(id)))
+}
+
+/// The last change in a log up to number `seq`, with its number; `None`: there is none, or it does not open.
+///
+/// # Errors
+/// When Redis cannot be asked.
+pub async fn last_until(
+    link: &Link,
+    sealer: &Sealer,
+    source: u64,
+    seq: u64,
+) -> Result<Option<(u64, Option<Shipped>)>, LinkError> {
+    let mut command = redis::cmd("XREVRANGE");
+    command.arg(names::log(source)).arg(format!("{seq}-{}", u64::MAX)).arg("-").arg("COUNT").arg(2);
+    let found: Vec<(String, Vec<String>)> = link.query(&command).await?;
+    let Some((id, fields)) = found.first() else { return Ok(None) };
+    let before = found.get(1).map_or(0, |(id, _)| number(id));
+    let sealed = fields.get(1).map_or("", String::as_str);
+    Ok(Some((number(id), sealer.open_change(source, before, number(id), sealed))))
 }
 
 fn number(id: &str) -> u64 {

@@ -185,6 +185,11 @@ impl Mirror {
         tokio::time::timeout(SETTLED_WITHIN, settled).await.is_ok()
     }
 
+    /// How far what others had at the start was taken in.
+    pub fn intake(&self) -> Intake {
+        self.status.borrow().intake
+    }
+
     /// Whether a line of history of which nothing is known here is one that nobody knows any more.
     pub fn knows_all(&self) -> bool {
         self.status.borrow().intake == Intake::Done

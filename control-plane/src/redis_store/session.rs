@@ -21,6 +21,7 @@ use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
 use crate::problem::Problem;
+use crate::state::State;
 use crate::writer::{CommitError, View};
 
 /// How often Redis is looked at, whatever it says by itself: operators' edits are in force within a second.
@@ -64,6 +65,7 @@ impl SessionError {
                 error.label()
             }
             Self::Log(LogError::Lost) => "lost",
+            Self::Log(LogError::Forked { .. }) => "forked",
             Self::Log(LogError::Sealed { .. }) => "sealed",
             Self::NotReady(_) => "not_ready",
             Self::Log(LogError::Journal(_)) | Self::Journal(_) => "journal",
@@ -235,6 +237,7 @@ impl Session<'_> {
         let app = self.app;
         let mut state = app.state();
         foreign::remove(&self.writing, state.version.source).await?;
+        self.check_fork(&state).await?;
         let mut in_log = log::last(&self.writing, state.version.source).await?;
         let was_set_back = in_log > *app.feed.last().borrow();
         if was_set_back {
@@ -273,6 +276,26 @@ impl Session<'_> {
         self.unite(Extent::AllKeys).await?;
         self.look_at_edits().await?;
         Ok(passed_on)
+    }
+
+    /// Whether the log in Redis is of this journal. One that was set back and went on while Redis was away has given
+    /// numbers again, and neither may be taken for the other.
+    async fn check_fork(&self, state: &State) -> Result<(), SessionError> {
+        let (app, source) = (self.app, state.version.source);
+        let last = *app.feed.last().borrow();
+        let there = log::last_until(&self.writing, &self.mirror.sealer, source, last).await?;
+        let Some((seq, there)) = there else { return Ok(()) };
+        let here = journalled(app, seq.saturating_sub(1), seq).await?;
+        let here = here.first().filter(|logged| logged.seq == seq && logged.entry.origin.is_none());
+        let same = match (here, there) {
+            (Some(here), Some(there)) => {
+                Shipped { after: BTreeMap::new(), ..there } == Shipped::of(here, BTreeMap::new())
+            }
+            // One that does not open is for those who take it in.
+            (_, None) => true,
+            (None, Some(_)) => false,
+        };
+        if same { Ok(()) } else { Err(LogError::Forked { seq }.into()) }
     }
 
     /// Fills the logs of others from this journal, where Redis has lost what was taken in from them. Those of
