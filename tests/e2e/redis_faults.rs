@@ -272,12 +272,16 @@ fn a_replica_that_stands_still() {
     master.run();
     let mut replica = Redis::new().replica_of(&master);
     replica.run();
+    wait_until(SOON, "the replica to follow", || replica.info("master_link_status").as_deref() == Some("up"));
     let url = master.url();
     let stack = Stack::builder().without_envoy().redis(&url);
     let toml = "durability = \"replicated\"\n[redis]\nreplicas = 1";
     let stack = stack.config(toml).start();
     let api = stack.api();
     wait_connected(&api);
+    wait_until(SOON, "the replica to confirm", || {
+        api.post("/api/admin/revocations/rebuild", &json!({})).json()["durability"] == "replicated"
+    });
     let keys = (0..8).map(|_| api.issue("basic")).collect();
     let mut trial = Trial { stack, redis: master, keys, revoked: Vec::new() };
     assert_eq!(trial.revoke(), "replicated");
