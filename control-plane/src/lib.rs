@@ -16,6 +16,7 @@ pub mod files;
 pub mod fleet;
 pub mod journal;
 pub mod key;
+pub mod lockdown;
 pub mod metrics;
 pub mod problem;
 pub mod random;

@@ -1,7 +1,6 @@
 //! `/api/admin/emergency`: what is done when there is no time to look at keys one by one.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Extension;
 use axum::extract::State;
@@ -17,16 +16,11 @@ use crate::approval::{Count, Warrant};
 use crate::change::Change;
 use crate::clock;
 use crate::key::{self, KeyState, RevocationReason};
+use crate::lockdown;
 use crate::problem::Problem;
 use crate::random;
 use crate::store::StoreError;
 use crate::writer::View;
-
-/// The playbook's: "all validations fail for one hour".
-const DEFAULT_TTL: Duration = Duration::from_secs(60 * 60);
-const MAX_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// Whoever would lift it must get through.
-const DEFAULT_EXEMPT: &str = "admin";
 
 /// The most cut-offs in force at a time. Each is asked about every request.
 const MAX_CUTOFFS: usize = 256;
@@ -279,18 +273,15 @@ struct LockdownBody {
 impl LockdownBody {
     fn lockdown(self, app: &App, now: u64) -> Result<Lockdown, Problem> {
         let ttl = match self.ttl.as_deref().map(humantime::parse_duration) {
-            None => DEFAULT_TTL,
-            Some(Ok(ttl)) if (Duration::from_secs(1)..=MAX_TTL).contains(&ttl) => ttl,
+            None => lockdown::DEFAULT_TTL,
+            Some(Ok(ttl)) if lockdown::TTL.contains(&ttl) => ttl,
             Some(_) => {
                 return Err(Problem::bad_request("'ttl' must be a duration such as 1h, from 1s to 30d."));
             }
         };
-        let mut exempt_roles = self.exempt_roles.unwrap_or_else(|| vec![DEFAULT_EXEMPT.into()]);
-        exempt_roles.sort();
-        exempt_roles.dedup();
-        if let Some(unknown) = exempt_roles.iter().find(|role| !app.config.roles.contains_key(*role)) {
-            return Err(Problem::bad_request(format!("'exempt_roles': there is no role {unknown:?}.")));
-        }
+        let is_role = |role: &str| app.config.roles.contains_key(role);
+        let exempt_roles = lockdown::exempt_roles(self.exempt_roles, is_role)
+            .map_err(|problem| Problem::bad_request(format!("{problem}.")))?;
         Ok(Lockdown { until: now.saturating_add(ttl.as_secs()), exempt_roles })
     }
 }

@@ -100,11 +100,7 @@ impl Planned {
         if view.model.is_revoked(jti) || !self.seen.insert(jti.to_owned()) {
             return Ok((Outcome::Already, None));
         }
-        self.changes.push(Change::JtiRevoked {
-            jti: jti.to_owned(),
-            expires_at: view.model.latest_s(view.now).saturating_add(view.model.longest_life_s()),
-            revocation: self.ended.clone(),
-        });
+        self.changes.push(view.revoking(jti, self.ended.clone())?);
         Ok((Outcome::RevokedUnseen, None))
     }
 }

@@ -5,23 +5,15 @@
 //! been emptied or restored meanwhile: then that record is missing or older than the state, and what stands there
 //! is written again rather than obeyed.
 
-use std::time::Duration;
-
 use keygate_core::cutoff::Lockdown;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::names;
-use crate::clock;
+use crate::{clock, lockdown};
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
 const END_TOLERANCE_MS: u64 = 1_500;
-/// The end of a lockdown that names none.
-const LOCKDOWN_TTL: Duration = Duration::from_secs(60 * 60);
-/// The longest.
-const MAX_LOCKDOWN_TTL: Duration = Duration::from_secs(30 * 24 * 60 * 60);
-/// Whoever would lift it must get through.
-const EXEMPT: &str = "admin";
 
 /// What stands under a key.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,24 +137,19 @@ pub fn lockdown(
     let edit: LockdownEdit = object(text).map_err(|error| {
         format!("it is not a JSON object such as {{\"exempt_roles\": [\"admin\"]}}: {error}")
     })?;
-    let longest = now.saturating_add(MAX_LOCKDOWN_TTL.as_secs());
+    let longest = now.saturating_add(lockdown::TTL.end().as_secs());
     let until = match (ttl_ms, edit.until) {
         (Some(ttl), _) => now.saturating_add(ttl.div_ceil(1_000)),
         (None, Some(until)) => match clock::unix_ms(&until) / 1_000 {
             0 => return Err(format!("'until' is not a time such as {}", clock::rfc3339(now))),
             until => until,
         },
-        (None, None) => now.saturating_add(LOCKDOWN_TTL.as_secs()),
+        (None, None) => now.saturating_add(lockdown::DEFAULT_TTL.as_secs()),
     };
     if until <= now || until > longest {
         return Err(format!("it must end within 30 days from now, before {}", clock::rfc3339(longest)));
     }
-    let mut exempt_roles = edit.exempt_roles.unwrap_or_else(|| vec![EXEMPT.into()]);
-    exempt_roles.sort();
-    exempt_roles.dedup();
-    if let Some(unknown) = exempt_roles.iter().find(|role| !is_role(role)) {
-        return Err(format!("'exempt_roles': there is no role {unknown:?}"));
-    }
+    let exempt_roles = lockdown::exempt_roles(edit.exempt_roles, is_role)?;
     Ok(Some(Lockdown { until, exempt_roles }))
 }
 

@@ -13,7 +13,7 @@ use super::link::Link;
 use super::projection::{self, Write};
 use super::sealed::{Sealer, Shipped};
 use super::{names, scripts};
-use crate::change::Entry;
+use crate::change::{Change, Entry};
 use crate::journal::{self, JournalError, Privacy};
 use crate::store::Store;
 use crate::writer::Logged;
@@ -72,7 +72,7 @@ pub async fn last(link: &Link, source: u64) -> Result<u64, LinkError> {
     Ok(found.first().map_or(0, |(id, _)| number(id)))
 }
 
-/// The last change in a log up to number `seq`, with its number; `None`: there is none, or it does not open.
+/// The last change in a log up to number `seq`, if there is one: its number, and what it is if it opens.
 ///
 /// # Errors
 /// When Redis cannot be asked.
@@ -95,8 +95,8 @@ fn number(id: &str) -> u64 {
     id.split_once('-').and_then(|(number, _)| number.parse().ok()).unwrap_or(0)
 }
 
-/// Entries of a journal after number `seq`, in order, no later than `last`; and whether there are more. Those
-/// that were only being written when the reading began are not on disk for certain.
+/// Entries of a journal after number `seq`, in order, no later than `last`: those after it are not on disk for
+/// certain. Not all of them at a time.
 ///
 /// # Errors
 /// When the journal cannot be read.
@@ -116,6 +116,32 @@ pub fn read_journal(
         Ok(found.len() < READ_AT_A_TIME)
     })?;
     Ok(found)
+}
+
+/// Enters a control plane in the list of all.
+///
+/// # Errors
+/// When Redis refuses.
+pub async fn join(link: &Link, source: u64) -> Result<(), LinkError> {
+    link.query(redis::cmd("SADD").arg(names::SOURCES).arg(format!("{source:x}"))).await
+}
+
+/// Entries of a journal by the log in which they stand: those made here by their line of history, `line`, which the
+/// first entries begin and later ones may change.
+pub fn by_source(entries: &[Arc<Logged>], line: &mut u64) -> BTreeMap<u64, Vec<(u64, Shipped)>> {
+    let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
+    for logged in entries {
+        let (source, seq) = match (&logged.entry.origin, &logged.entry.change) {
+            (Some(origin), _) => (origin.source, origin.seq),
+            (None, Change::Genesis { source } | Change::LineBegun { source, .. }) => {
+                *line = *source;
+                (*source, logged.seq)
+            }
+            (None, _) => (*line, logged.seq),
+        };
+        changes.entry(source).or_default().push((seq, Shipped::of(logged, BTreeMap::new())));
+    }
+    changes
 }
 
 /// Fills one log.

@@ -1,6 +1,7 @@
 //! What is changed here goes into the log of this control plane in Redis and its keys there, and how far that has got.
 
 use std::collections::BTreeMap;
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use tokio::time::sleep;
 use super::link::Link;
 use super::log::{self, Filler};
 use super::sealed::{self, Shipped};
-use super::session::{Never, SessionError};
+use super::session::SessionError;
 use super::{Mirror, Report, names};
 use crate::app::App;
 use crate::writer::{CommitError, Logged};
@@ -42,7 +43,7 @@ pub struct PassOn<'s> {
 
 impl PassOn<'_> {
     /// Passes changes on until the connection is of no use any more.
-    pub async fn run(&self, mut passed_on: PassedOn) -> Result<Never, SessionError> {
+    pub async fn run(&self, mut passed_on: PassedOn) -> Result<Infallible, SessionError> {
         let mut last = self.app.feed.last();
         loop {
             match self.go_on(&mut passed_on).await {

@@ -8,10 +8,8 @@ use keygate_core::revocation::{Fingerprint, Revocations as _, Standing};
 use super::error::LinkError;
 use super::link::Timeouts;
 use super::log::{self, Filler, LogError};
-use super::projection::{self, Write};
-use super::sealed::Shipped;
-use super::{Sealer, Target, names};
-use crate::change::Change;
+use super::revoked::{self, UnionError};
+use super::{Sealer, Target, projection};
 use crate::journal::{JournalError, PersonalData, Privacy};
 use crate::secret::{MasterKey, SecretError};
 use crate::state::Model;
@@ -32,6 +30,9 @@ pub enum RecoverError {
     /// Its logs.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// The revocations in Redis.
+    #[error(transparent)]
+    Union(#[from] UnionError),
     /// A secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
@@ -79,30 +80,18 @@ pub async fn recover(
     loop {
         let entries = log::read_journal(dir, &privacy, seq, u64::MAX)?;
         let Some(to) = entries.last().map(|logged| logged.seq) else { break };
-        let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
         let mut stored = Vec::new();
         for logged in &entries {
-            let entry = &logged.entry;
-            if let Change::Genesis { source } | Change::LineBegun { source, .. } = entry.change
-                && entry.origin.is_none()
-            {
-                line = source;
+            if !model.apply(logged.seq, &logged.entry, master)?.superseded {
+                stored.push((logged.seq, logged.entry.change.clone()));
             }
-            if !model.apply(logged.seq, entry, master)?.superseded {
-                stored.push((logged.seq, entry.change.clone()));
-            }
-            let (source, seq) =
-                entry.origin.as_ref().map_or((line, logged.seq), |origin| (origin.source, origin.seq));
-            changes.entry(source).or_default().push((seq, Shipped::of(logged, BTreeMap::new())));
         }
         store.apply(&stored)?;
-        for (source, mut changes) in changes {
+        for (source, mut changes) in log::by_source(&entries, &mut line) {
             let last = match logs.get(&source) {
                 Some(last) => *last,
                 None => {
-                    let mut join = redis::cmd("SADD");
-                    join.arg(names::SOURCES).arg(format!("{source:x}"));
-                    link.query::<redis::Value>(&join).await?;
+                    log::join(&link, source).await?;
                     log::last(&link, source).await?
                 }
             };
@@ -125,21 +114,12 @@ pub async fn recover(
         done.keys += writes.len() as u64;
         progress(done);
     }
-    let revoked = store.revoked_within(now.saturating_add(1), u64::MAX)?;
+    let mut revoked = store.revoked_within(now.saturating_add(1), u64::MAX)?;
+    // Not what was forgotten again since.
+    revoked.retain(|jti| model.revocations().standing(Fingerprint::of(jti)) == Standing::Revoked);
     for jtis in revoked.chunks(AT_A_TIME) {
-        let mut commands = Vec::new();
-        for jti in jtis {
-            // Forgotten again since, or never in force.
-            if model.revocations().standing(Fingerprint::of(jti)) != Standing::Revoked {
-                continue;
-            }
-            let until = store.revoked_until(jti)?.unwrap_or(now);
-            let text = serde_json::json!({ "jti": jti }).to_string();
-            commands
-                .extend(Write::RevokeIfMissing { jti: jti.clone(), text, until }.commands(link.is_cluster()));
-            done.revocations += 1;
-        }
-        log::write_keys(&link, &commands).await?;
+        revoked::write_again(&link, &store, jtis).await?;
+        done.revocations += jtis.len() as u64;
         progress(done);
     }
     Ok(done)

@@ -13,10 +13,8 @@ use super::link::Link;
 use super::projection::Write;
 use super::{log, names};
 use crate::app::App;
-use crate::change::Change;
 use crate::key::{Ended, RevocationReason};
-use crate::problem::Problem;
-use crate::store::StoreError;
+use crate::store::{Store, StoreError};
 use crate::writer::{CommitError, View};
 
 /// Members that are read or written at a time.
@@ -157,17 +155,24 @@ pub async fn unite(
     let stands = |jti: &String| there.contains(jti) && single.as_ref().is_none_or(|keys| keys.contains(jti));
     let missing: Vec<String> = here.into_iter().filter(|jti| !stands(jti)).collect();
     for jtis in missing.chunks(AT_A_TIME) {
-        let mut commands = Vec::new();
-        for jti in jtis {
-            let until = app.store.revoked_until(jti)?.unwrap_or(from);
-            let text = serde_json::json!({ "jti": jti }).to_string();
-            commands
-                .extend(Write::RevokeIfMissing { jti: jti.clone(), text, until }.commands(link.is_cluster()));
-        }
-        log::write_keys(link, &commands).await?;
+        write_again(link, &app.store, jtis).await?;
     }
     united.written = missing.len();
     Ok(united)
+}
+
+/// Writes revocations of which only the ids are at hand; what Redis says of one stays.
+///
+/// # Errors
+/// See [`UnionError`].
+pub async fn write_again(link: &Link, store: &Store, jtis: &[String]) -> Result<(), UnionError> {
+    let mut commands = Vec::new();
+    for jti in jtis {
+        let Some(until) = store.revoked_until(jti)? else { continue };
+        let text = serde_json::json!({ "jti": jti }).to_string();
+        commands.extend(Write::RevokeIfMissing { jti: jti.clone(), text, until }.commands(link.is_cluster()));
+    }
+    Ok(log::write_keys(link, &commands).await?)
 }
 
 /// Those of these ids that have a key of their own, and when it ends, Unix seconds.
@@ -216,7 +221,7 @@ fn is_revoked(app: &App, jti: &str) -> bool {
 }
 
 /// Revokes what somebody put into Redis by hand; how many.
-async fn take(app: &App, jtis: Vec<String>) -> Result<usize, CommitError> {
+async fn take(app: &App, jtis: Vec<String>) -> Result<usize, UnionError> {
     if jtis.is_empty() {
         return Ok(0);
     }
@@ -227,22 +232,12 @@ async fn take(app: &App, jtis: Vec<String>) -> Result<usize, CommitError> {
             if view.model.is_revoked(&jti) {
                 continue;
             }
-            changes.push(match view.key_of_jti(&jti).ok().flatten() {
-                Some(key) => Change::revoking(&key, revocation.clone()),
-                None => Change::JtiRevoked {
-                    expires_at: view.model.latest_s(view.now).saturating_add(view.model.longest_life_s()),
-                    revocation: revocation.clone(),
-                    jti,
-                },
-            });
+            changes.push(view.revoking(&jti, revocation.clone())?);
         }
         let taken = changes.len();
-        Ok::<_, Problem>((changes, taken))
+        Ok::<_, StoreError>((changes, taken))
     };
-    let taken = match app.writer.submit(ACTOR, plan).await? {
-        Ok((taken, _)) => taken,
-        Err(_) => 0,
-    };
+    let (taken, _) = app.writer.submit(ACTOR, plan).await??;
     if taken > 0 {
         tracing::warn!(taken, "revocations that were put into Redis by hand are in force");
     }

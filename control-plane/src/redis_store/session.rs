@@ -2,6 +2,7 @@
 //! go out as they are made, and others' changes and operators' edits come in.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -125,14 +126,11 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
     }
 }
 
-/// What only ends by an error.
-pub enum Never {}
-
 async fn session(
     app: &Arc<App>,
     mirror: &Arc<Mirror>,
     stood: &mut BTreeMap<&'static str, Evicted>,
-) -> Result<Never, SessionError> {
+) -> Result<Infallible, SessionError> {
     // `WAIT` holds back what comes after it on its connection, so reading has another.
     let writing = mirror.target.connect(mirror.timeouts()).await?;
     let reading = mirror.target.connect(mirror.timeouts()).await?;
@@ -190,7 +188,7 @@ pub struct Session<'s> {
 }
 
 impl Session<'_> {
-    async fn look_after(&mut self) -> Result<Never, SessionError> {
+    async fn look_after(&mut self) -> Result<Infallible, SessionError> {
         let told = [names::CHANGED, names::KEY_REVOKED, names::SECRET_ROTATION, names::EMERGENCY_REVOCATION];
         // Where Redis is set up to tell of them (notify-keyspace-events), edits are seen at once.
         let edited = names::EDITED.map(|key| format!("__keyspace@{}__:{key}", self.mirror.target.database()));
@@ -251,9 +249,7 @@ impl Session<'_> {
             state = app.state();
             in_log = 0;
         }
-        let mut join = redis::cmd("SADD");
-        join.arg(names::SOURCES).arg(format!("{:x}", state.version.source));
-        self.writing.query::<redis::Value>(&join).await?;
+        log::join(&self.writing, state.version.source).await?;
         // First what they say, then what is to be taken in for it.
         let reports = self.reports().await?;
         let lacks_all = state.merged.is_empty() || was_set_back;
@@ -307,9 +303,7 @@ impl Session<'_> {
         for (source, seq) in merged.iter() {
             let last = log::last(&self.writing, *source).await?;
             if last < *seq {
-                let mut join = redis::cmd("SADD");
-                join.arg(names::SOURCES).arg(format!("{source:x}"));
-                self.writing.query::<redis::Value>(&join).await?;
+                log::join(&self.writing, *source).await?;
                 behind.insert(*source, last);
             }
         }
@@ -325,24 +319,9 @@ impl Session<'_> {
         loop {
             let entries = journalled(app, seq, last).await?;
             let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
-            let mut changes: BTreeMap<u64, Vec<(u64, Shipped)>> = BTreeMap::new();
-            for logged in &entries {
-                if let Change::Genesis { source } | Change::LineBegun { source, .. } = logged.entry.change
-                    && logged.entry.origin.is_none()
-                {
-                    line = source;
-                }
-                let (source, seq) = logged
-                    .entry
-                    .origin
-                    .as_ref()
-                    .map_or((line, logged.seq), |origin| (origin.source, origin.seq));
-                if behind.get(&source).is_some_and(|last| seq > *last) {
-                    changes.entry(source).or_default().push((seq, Shipped::of(logged, BTreeMap::new())));
-                }
-            }
-            for (source, changes) in changes {
-                let last = behind.get(&source).copied().unwrap_or_default();
+            for (source, mut changes) in log::by_source(&entries, &mut line) {
+                let Some(last) = behind.get(&source).copied() else { continue };
+                changes.retain(|(seq, _)| *seq > last);
                 let mut filler = Filler { link: &self.writing, sealer: &self.mirror.sealer, source, last };
                 filler.append(&changes, &app.store, app.clock.now_s()).await?;
                 behind.insert(source, filler.last);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::change::Change;
-use crate::key::KeyRecord;
+use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::state::Model;
 use crate::store::{Seen, Store, StoreError};
 
@@ -46,6 +46,22 @@ impl View<'_> {
             return Ok(Some(key.clone()));
         }
         self.store.key_id_of(jti)?.map_or(Ok(None), |key_id| self.key(&key_id))
+    }
+
+    /// The change that revokes a token by its id: of the key that has it, or of none that is known here, for as long as
+    /// one could live that was issued before.
+    ///
+    /// # Errors
+    /// When the store cannot be read.
+    pub fn revoking(&self, jti: &str, revocation: Ended<RevocationReason>) -> Result<Change, StoreError> {
+        Ok(match self.key_of_jti(jti)? {
+            Some(key) => Change::revoking(&key, revocation),
+            None => Change::JtiRevoked {
+                jti: jti.to_owned(),
+                expires_at: self.model.latest_s(self.now).saturating_add(self.model.longest_life_s()),
+                revocation,
+            },
+        })
     }
 
     /// A request that came before.
