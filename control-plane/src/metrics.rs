@@ -275,6 +275,9 @@ impl Metrics {
         for problem in redis_store::PROBLEMS {
             self.redis_problems.with_label_values(&[problem]);
         }
+        for kind in redis_store::error_kinds() {
+            self.redis_errors.with_label_values(&[kind]);
+        }
         for key in redis_store::EDITED {
             for outcome in ["taken", "refused"] {
                 self.redis_edits.with_label_values(&[key, outcome]);
@@ -336,6 +339,11 @@ mod tests {
             "active_api_keys{role=\"node_operator\"} 0",
             "keygate_journal_failures_total 0",
             "keygate_break_glass_total 0",
+            "redis_connection_status 0",
+            "redis_operation_duration_seconds_count{operation=\"append\"} 0",
+            "keygate_redis_errors_total{kind=\"out_of_memory\"} 0",
+            "keygate_redis_errors_total{kind=\"forked\"} 0",
+            "keygate_redis_edits_total{key=\"emergency_revocation\",outcome=\"refused\"} 0",
         ] {
             assert!(text.contains(series), "{series}");
         }

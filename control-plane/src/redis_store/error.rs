@@ -143,6 +143,24 @@ impl LinkError {
         }
     }
 
+    /// The names of all.
+    pub const LABELS: [&str; 14] = [
+        "unreachable",
+        "unknown_master",
+        "not_master",
+        "loading",
+        "out_of_memory",
+        "persistence",
+        "no_replicas",
+        "auth",
+        "wrong_type",
+        "cluster_down",
+        "is_cluster",
+        "no_cluster",
+        "ca",
+        "other",
+    ];
+
     /// Its name in metrics.
     pub const fn label(&self) -> &'static str {
         match self {
@@ -211,6 +229,7 @@ mod tests {
             let value = redis::parse_redis_value(format!("{line}\r\n").as_bytes()).unwrap();
             let error = LinkError::of(value.extract_error().unwrap_err(), "h:1");
             assert_eq!((error.label(), error.must_reconnect()), (label, must_reconnect), "{line}");
+            assert!(LinkError::LABELS.contains(&label), "{label} has a series from the start");
             let said = format!("{error} {error:?}");
             assert!(!said.contains("hunter2") && !said.contains("slot "), "{said}");
         }

@@ -47,6 +47,11 @@ pub use self::target::{Target, TargetError};
 
 /// What the time of Redis is measured for.
 pub const OPERATIONS: [&str; 4] = ["append", "wait", "look", "unite"];
+/// What can go wrong, as metrics name it.
+pub fn error_kinds() -> impl Iterator<Item = &'static str> {
+    LinkError::LABELS.into_iter().chain(session::SessionError::LABELS)
+}
+
 /// How long an answer waits for Redis to have its change.
 const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
 /// How long a proxy waits for what others had to be taken in.

@@ -41,6 +41,9 @@ const LEASE_FOR: Duration = Duration::from_secs(10);
 /// How long it is waited before another try, the first time and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
+/// The word in metrics for what is wrong with the log of another control plane.
+const PEER: &str = "peer";
+
 /// Why a session ended.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -59,6 +62,9 @@ pub enum SessionError {
 }
 
 impl SessionError {
+    /// The words for what is not of Redis itself; the last one is of another control plane's log.
+    pub const LABELS: [&str; 7] = ["lost", "forked", "sealed", "not_ready", "journal", "local", PEER];
+
     /// A word for metrics.
     pub fn label(&self) -> &'static str {
         match self {
@@ -408,7 +414,7 @@ impl Session<'_> {
                     error,
                     "changes of another control plane are not taken in"
                 );
-                self.app.metrics.redis_errors.with_label_values(&["peer"]).inc();
+                self.app.metrics.redis_errors.with_label_values(&[PEER]).inc();
             }
             match &error {
                 Some(error) => drop(self.peer_errors.insert(source, error.clone())),
