@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use keygate_core::cache::TokenCache;
 use keygate_core::policy::Policy;
-use keygate_core::token::Claims;
+use keygate_core::rules::RulesError;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
@@ -18,14 +18,19 @@ use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
 use crate::fleet::Fleet;
+use crate::hsm::{Hsm, HsmConfig, HsmError};
 use crate::journal::{Claim, JournalError, Notary, Privacy};
-use crate::key::{Creator, KeyRequest};
+use crate::key::{Creator, KeyRecord, KeyRequest};
+use crate::keyring::{Keyring, KeyringError, Masters};
+use crate::master_key::{MasterKey, MasterKeyError, Source};
 use crate::metrics::Metrics;
 use crate::redis_store::{self, Mirror, Sealer};
-use crate::secret::{MasterKey, SecretError, SecretRecord};
+use crate::rotation::{self, Driver};
+use crate::secret::ring::Held;
+use crate::secret::{NewSecret, SecretRecord, Signer};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
-use crate::writer::{self, Feed, History, OpenError, Start, Writer};
+use crate::writer::{self, CommitError, Feed, History, OpenError, Start, View, Writer};
 use crate::{api, files, random, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
@@ -55,10 +60,22 @@ pub enum RunError {
     },
     /// The master key.
     #[error(transparent)]
-    Secret(#[from] SecretError),
+    MasterKey(#[from] MasterKeyError),
+    /// The HSM.
+    #[error(transparent)]
+    Hsm(#[from] HsmError),
+    /// The PIN of the HSM.
+    #[error("hsm.pin_file: set it or KEYGATE_HSM_PIN; the HSM is locked without its PIN")]
+    NoPin,
+    /// The keyring.
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
     /// The history.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The first change.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
 }
 
 /// What every handler needs.
@@ -91,6 +108,10 @@ pub struct App {
     pub cache: Mutex<TokenCache>,
     /// Signs what is left of old segments of the journal, as its checkpoints are signed.
     pub notary: Notary,
+    /// Opens secrets.
+    pub keys: Arc<Keyring>,
+    /// How a rotation of secrets fares.
+    pub driver: Driver,
     /// Hashes owners as the journal has them.
     pub privacy: Arc<Privacy>,
     /// What proxies show.
@@ -104,6 +125,27 @@ impl App {
     pub fn state(&self) -> Arc<State> {
         Arc::clone(&self.states.borrow())
     }
+
+    /// Issues another first admin key and writes it in place of the one before, which goes on to count. Whoever may
+    /// start the control plane with its master key needs no key to be let in.
+    ///
+    /// # Errors
+    /// When it cannot be issued or written.
+    pub async fn issue_admin_key(&self) -> Result<(), RunError> {
+        let config = self.config.clone();
+        let plan = move |view: &View<'_>| {
+            let signer = view.model.secrets().active().and_then(Held::signer).cloned();
+            let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
+            let key = first_key(&config, &signer.kid, view.now)?;
+            Ok::<_, OpenError>((
+                vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: None }],
+                (key, signer),
+            ))
+        };
+        let ((key, signer), _) = self.writer.submit("system", plan).await??;
+        write_first_key(&self.config, &signer, &key)?;
+        Ok(())
+    }
 }
 
 /// A control plane that listens.
@@ -116,11 +158,24 @@ pub struct Serving {
     writer_thread: std::thread::JoinHandle<()>,
 }
 
-/// Takes up or begins a history and listens; `fleet_token` overrides the file's.
+/// What is given by the environment alone, so that it is in no file and on no command line.
+#[derive(Default)]
+pub struct FromEnvironment {
+    /// In place of the fleet token's file.
+    pub fleet_token: Option<Zeroizing<String>>,
+    /// In place of the master key's file.
+    pub master_key: Option<Zeroizing<String>>,
+    /// In place of the previous master key's file.
+    pub previous_master_key: Option<Zeroizing<String>>,
+    /// In place of the PIN's file.
+    pub hsm_pin: Option<Zeroizing<String>>,
+}
+
+/// Takes up or begins a history and listens.
 ///
 /// # Errors
 /// See [`RunError`].
-pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) -> Result<Serving, RunError> {
+pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Result<Serving, RunError> {
     keygate_core::crypto::native::install();
     let dir = &config.data_dir;
     let io = |what: String| move |source| RunError::Io { what, source };
@@ -138,40 +193,39 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         Some(path) => read_policy(path)?,
         None => Policy::default(),
     };
-    let fleet_token = match fleet_token {
-        Some(token) => Zeroizing::new(token),
+    let fleet_token = match given.fleet_token.clone() {
+        Some(token) => token,
         None => load_fleet_token(&config.fleet_token_file)
             .map_err(io(format!("fleet_token_file = {}", config.fleet_token_file.display())))?,
     };
-    let master = Arc::new(MasterKey::load(&config.master_key_file, claim.is_empty())?);
+    let keys = Arc::new(keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
-    let mirror = config
-        .redis
-        .as_ref()
-        .map(|redis| Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(&master)));
-    let first_changes = |master: &MasterKey| first_changes(&config, &policy, master, clock.now_s());
-    let checkpoint_seed = master.derive("keygate journal checkpoints");
+    let mirror = config.redis.as_ref().map(|redis| {
+        Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(keys.root()))
+    });
+    let first_changes = || first_changes(&config, &policy, &keys, clock.now_s());
+    let checkpoint_seed = keys.root().derive("keygate journal checkpoints");
     let notary = Notary::new(&checkpoint_seed);
-    let privacy = Arc::new(Privacy::new(&master, config.personal_data));
+    let privacy = Arc::new(Privacy::new(keys.root(), config.personal_data));
     let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
         privacy: Arc::clone(&privacy),
         claim,
         dir,
         settings: Settings::of(&config),
-        master,
+        keys: Arc::clone(&keys),
         first_changes: &first_changes,
         clock: clock.clone(),
         metrics: Arc::clone(&metrics),
     })?;
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
-    let active = states.borrow().signer.alg;
-    if active != config.algorithm {
+    let active = states.borrow().secrets.active().map(|held| held.record.alg);
+    if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
         tracing::warn!(
             active = active.name(),
-            configured = config.algorithm.name(),
-            "secrets.algorithm counts for new secrets; the one that signs keeps its own"
+            configured = config.lives.algorithm.name(),
+            "secrets.algorithm counts for new secrets; rotate to go over to it"
         );
     }
     let (stop, stopping) = watch::channel(false);
@@ -192,6 +246,8 @@ pub async fn start(config: Config, clock: Clock, fleet_token: Option<String>) ->
         snapshots: sync::Snapshots::default(),
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
+        keys,
+        driver: Driver::default(),
         privacy,
         notary: Notary::new(&checkpoint_seed),
         fleet_token,
@@ -222,6 +278,7 @@ impl Serving {
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
         let upkeep = tokio::spawn(upkeep::run(Arc::clone(&app)));
+        let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
         let mirror =
             app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
         drop(app);
@@ -238,6 +295,7 @@ impl Serving {
             Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
         }
         let _ended = upkeep.await;
+        let _ended = rotation.await;
         if let Some(mirror) = mirror {
             let _ended = mirror.await;
         }
@@ -264,6 +322,49 @@ async fn serve(
             let _sender_gone = stopping.wait_for(|stop| *stop).await;
         })
         .await
+}
+
+/// The keyring, opened with the master keys that are configured; a master key that is missing is made if `may_create`.
+fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Result<Keyring, RunError> {
+    let hsm = match &config.hsm {
+        None => None,
+        Some(settings) => {
+            let pin = match (&given.hsm_pin, &settings.pin_file) {
+                (Some(pin), _) => pin.clone(),
+                (None, Some(path)) => {
+                    let what = format!("hsm.pin_file = {}", path.display());
+                    let text = std::fs::read_to_string(path).map(Zeroizing::new);
+                    let text = text.map_err(|source| RunError::Io { what, source })?;
+                    Zeroizing::new(text.trim().to_owned())
+                }
+                (None, None) => return Err(RunError::NoPin),
+            };
+            let (module, token) = (settings.module.clone(), settings.token.clone());
+            Some(Hsm::open(HsmConfig { module, token, pin })?)
+        }
+    };
+    let key = |source: &Source, variable, text: Option<&Zeroizing<String>>, may_create| {
+        Ok::<_, RunError>(match (text, source, &hsm) {
+            (Some(text), ..) => MasterKey::from_variable(variable, text)?,
+            (None, Source::File(path), _) => MasterKey::load(path, may_create)?,
+            (None, Source::Hsm(label), Some(hsm)) => {
+                hsm.ensure_wrapping_key(label, may_create)?;
+                MasterKey::in_hsm(Arc::clone(hsm), label.clone())
+            }
+            (None, Source::Hsm(_), None) => return Err(RunError::NoPin), // The configuration has no such.
+        })
+    };
+    let previous = match (&config.previous_master_key, &given.previous_master_key) {
+        (None, None) => None,
+        (source, text) => {
+            let source = source.as_ref().unwrap_or(&config.master_key);
+            Some(key(source, "KEYGATE_PREVIOUS_MASTER_KEY", text.as_ref(), false)?)
+        }
+    };
+    // While one takes the place of another, the new one may be made, too.
+    let may_create = may_create || previous.is_some();
+    let master = key(&config.master_key, "KEYGATE_MASTER_KEY", given.master_key.as_ref(), may_create)?;
+    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create)?)
 }
 
 fn read_policy(path: &Path) -> Result<Policy, RunError> {
@@ -293,30 +394,33 @@ fn load_fleet_token(path: &Path) -> std::io::Result<Zeroizing<String>> {
 fn first_changes(
     config: &Config,
     policy: &Policy,
-    master: &MasterKey,
+    keys: &Keyring,
     now: u64,
 ) -> Result<Vec<Change>, OpenError> {
-    let secret = SecretRecord::generate(config.algorithm, master, now);
-    let signer = secret.open(master)?;
-    let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
-    let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
-    let key = request
-        .record(
-            Creator { role: "admin", scopes: &scopes, owner: None },
-            &config.roles,
-            random::identity(),
-            &secret.kid,
-            now,
-        )
-        .map_err(OpenError::FirstKey)?;
-    let claims: Claims = key.claims(&config.issuer, config.audience.as_deref());
-    let token = signer.sign(&claims)?;
-    files::write_private(&config.admin_key_file, token.as_bytes())
-        .map_err(|source| JournalError::Io { path: config.admin_key_file.clone(), source })?;
-    tracing::info!(path = %config.admin_key_file.display(), key_id = key.key_id, "wrote the first admin key");
+    let secret =
+        SecretRecord::make(NewSecret::first(config.lives.algorithm, config.lives.in_hsm), keys, now)?;
+    let signer = secret.open(keys)?.signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
+    let key = first_key(config, &secret.kid, now)?;
+    write_first_key(config, &signer, &key)?;
     Ok(vec![
-        Change::SecretCreated { secret },
+        Change::SecretCreated { secret, idempotency: None },
         Change::PolicyReplaced { policy: policy.clone() },
         Change::KeyIssued { key: Box::new(key), idempotency: None },
     ])
+}
+
+/// The key for the first operator.
+fn first_key(config: &Config, kid: &str, now: u64) -> Result<KeyRecord, OpenError> {
+    let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
+    let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
+    let creator = Creator { role: "admin", scopes: &scopes, owner: None };
+    request.record(creator, &config.roles, random::identity(), kid, now).map_err(OpenError::FirstKey)
+}
+
+fn write_first_key(config: &Config, signer: &Signer, key: &KeyRecord) -> Result<(), OpenError> {
+    let token = signer.sign(&key.claims(&config.issuer, config.audience.as_deref()))?;
+    files::write_private(&config.admin_key_file, token.as_bytes())
+        .map_err(|source| JournalError::Io { path: config.admin_key_file.clone(), source })?;
+    tracing::info!(path = %config.admin_key_file.display(), key_id = key.key_id, "wrote the first admin key");
+    Ok(())
 }

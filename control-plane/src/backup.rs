@@ -1,9 +1,11 @@
-//! Backups: the journal as one file, and a journal from such a file. All else is rebuilt from the journal; the
-//! master key, without which the secrets in it cannot be opened, is not in it and is kept elsewhere.
+//! Backups: the journal and the keyring as one file, and both from such a file. All else is rebuilt from the journal;
+//! the master key, without which the keyring cannot be opened, is not in it and is kept elsewhere. A secret that was
+//! destroyed since can still be opened from a backup, with the master key of that time: keep both as long as needed
+//! and no longer.
 //!
 //! ```text
 //! gzip of lines:
-//! {"keygate_backup":1,"created_at":"…","records":N,"head":"<hash of record N>","checkpoints":["…",…],"base":…}
+//! {"keygate_backup":1,"created_at":"…","records":N,"head":"<hash of record N>","checkpoints":["…",…],"base":…,"keyring":…}
 //! the lines of the journal, as they stand there
 //! ```
 //!
@@ -11,6 +13,7 @@
 //! say of keys that were ended later is handed to the next start, so that a restore does not give back what was
 //! revoked.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
@@ -23,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::files;
 use crate::journal::{self, Claim, JournalError, Report};
+use crate::keyring::{self, KeyringError, Wraps};
 
 const FORMAT: u32 = 1;
 /// The next start reads this.
@@ -56,6 +60,9 @@ pub enum BackupError {
         /// What is wrong.
         problem: String,
     },
+    /// The keyring.
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
     /// The journal that is there is another one.
     #[error(
         "{0}: there is a journal of another history here; move it away if this backup is to take its place"
@@ -73,6 +80,9 @@ struct Header {
     /// What is left of removed segments.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base: Option<journal::Base>,
+    /// The data keys, wrapped with the master key.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    keyring: BTreeMap<String, Wraps>,
 }
 
 /// What the next start has to do after a restore.
@@ -131,7 +141,14 @@ pub enum Outcome {
 /// # Errors
 /// See [`BackupError`].
 pub fn export(journal_dir: &Path, file: &Path, now: &str) -> Result<Report, BackupError> {
+    // Before the journal: a data key that is destroyed meanwhile is one that the journal, read later, needs no more,
+    // but for the last moment, which is tried again.
+    let keyring_file = journal_dir.parent().unwrap_or(Path::new(".")).join(keyring::FILE);
+    let keyring = keyring::read(&keyring_file)?.unwrap_or_default();
     let report = journal::verify(journal_dir, None)?;
+    if keyring::read(&keyring_file)?.unwrap_or_default() != keyring {
+        return export(journal_dir, file, now); // A secret moved on: once a quarter, or so.
+    }
     if report.records == 0 {
         return Err(BackupError::Empty(journal_dir.into()));
     }
@@ -143,6 +160,7 @@ pub fn export(journal_dir: &Path, file: &Path, now: &str) -> Result<Report, Back
         records: report.records,
         head: report.head.clone(),
         base: journal::Base::read(journal_dir, None)?,
+        keyring,
         checkpoints: checkpoints
             .into_iter()
             .filter(|(seq, _)| *seq <= report.records)
@@ -241,6 +259,15 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
         moved_to = Some(aside);
     } else {
         fs::remove_dir_all(&journal_dir).map_err(io(&journal_dir))?;
+    }
+    // What is there may open what the backup does not, and the other way round; the next start destroys the surplus.
+    let keyring_file = data_dir.join(keyring::FILE);
+    let mut keys = keyring::read(&keyring_file)?.unwrap_or_default();
+    for (id, wraps) in header.keyring {
+        keys.entry(id).or_insert(wraps);
+    }
+    if !keys.is_empty() {
+        keyring::write(&keyring_file, keys)?;
     }
     let saved = ended.len();
     let text = serde_json::to_vec(&Restored { accepts_loss, ended }).expect("plain data");

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::approval::Proposal;
 use crate::key::{Ended, KeyRecord, RevocationReason};
-use crate::secret::SecretRecord;
+use crate::secret::{SecretRecord, SecretState};
 use crate::state::Settings;
 
 /// Orders changes to the same thing, also those of different control planes: the greatest counts.
@@ -92,11 +92,32 @@ pub enum Change {
         /// What it says.
         settings: Settings,
     },
-    /// A signing secret, active at once, sealed.
+    /// A signing secret was made.
     SecretCreated {
-        /// The secret.
+        /// The secret, sealed.
         secret: SecretRecord,
+        /// The request that had it made, so that the same request again makes no other.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        idempotency: Option<Idempotency>,
     },
+    /// A signing secret went on to a later stage.
+    SecretMoved {
+        /// The secret as it is now, sealed.
+        secret: SecretRecord,
+        /// What justifies that proxies were not waited for, if they were not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        justification: Option<String>,
+    },
+    /// Every live proxy knows a secret that became active before that; from now on it signs.
+    SecretAnnounced {
+        /// Its id.
+        kid: String,
+        /// What justifies that proxies were not waited for, if they were not.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        justification: Option<String>,
+    },
+    /// The data key came of secrets that another control plane made: they can be opened here now.
+    SecretsOpened {},
     /// A key was issued.
     KeyIssued {
         /// The key; not the token, which can be signed again from it.
@@ -233,6 +254,14 @@ impl Change {
             Self::LineBegun { .. } => "line_begun",
             Self::SettingsChanged { .. } => "settings_changed",
             Self::SecretCreated { .. } => "secret_created",
+            Self::SecretMoved { secret, .. } => match secret.state {
+                SecretState::Rotating => "secret_rotating",
+                SecretState::Active => "secret_activated",
+                SecretState::Previous => "secret_retired",
+                SecretState::Expired => "secret_expired",
+            },
+            Self::SecretAnnounced { .. } => "secret_announced",
+            Self::SecretsOpened {} => "secrets_opened",
             Self::KeyIssued { .. } => "key_issued",
             Self::KeyRevoked { .. } => "key_revoked",
             Self::JtiRevoked { .. } => "jti_revoked",
@@ -251,6 +280,14 @@ impl Change {
         }
     }
 
+    /// The signing secret as it is from then on, if it is about one.
+    pub fn secret(&self) -> Option<&SecretRecord> {
+        match self {
+            Self::SecretCreated { secret, .. } | Self::SecretMoved { secret, .. } => Some(secret),
+            _ => None,
+        }
+    }
+
     /// The id of what it is about, if it is about one thing.
     pub fn target(&self) -> Option<&str> {
         match self {
@@ -259,7 +296,8 @@ impl Change {
             | Self::KeySuspended { key_id, .. }
             | Self::KeyResumed { key_id, .. } => Some(key_id),
             Self::JtiRevoked { jti, .. } => Some(jti),
-            Self::SecretCreated { secret } => Some(&secret.kid),
+            Self::SecretCreated { secret, .. } | Self::SecretMoved { secret, .. } => Some(&secret.kid),
+            Self::SecretAnnounced { kid, .. } => Some(kid),
             Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
             Self::CutoffProposed { proposal } => Some(&proposal.cutoff.id),
             Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } => Some(id),
@@ -278,6 +316,10 @@ impl Change {
             Self::CutoffProposed { proposal } => Some(proposal.reason.label().into()),
             Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
             Self::EditRefused { problem, .. } => Some(problem.clone()),
+            Self::SecretCreated { secret, .. } => secret.why.clone(),
+            Self::SecretMoved { justification, .. } | Self::SecretAnnounced { justification, .. } => {
+                justification.clone()
+            }
             _ => None,
         }
     }
@@ -299,6 +341,7 @@ impl Change {
             | Self::LineBegun { .. }
             | Self::RevocationsRebuilt {}
             | Self::ExpiredForgotten { .. }
+            | Self::SecretsOpened {}
             | Self::EditRefused { .. } => Self::PeerChanged { max_life_s: 0 },
             change => change.clone(),
         }
@@ -310,6 +353,9 @@ impl Change {
             self,
             Self::SettingsChanged { .. }
                 | Self::SecretCreated { .. }
+                | Self::SecretMoved { .. }
+                | Self::SecretAnnounced { .. }
+                | Self::SecretsOpened {}
                 | Self::ExpiredForgotten { .. }
                 | Self::CutoffAdded { .. }
                 | Self::CutoffLifted { .. }
@@ -348,6 +394,9 @@ impl Change {
             | Self::LineBegun { .. }
             | Self::SettingsChanged { .. }
             | Self::SecretCreated { .. }
+            | Self::SecretMoved { .. }
+            | Self::SecretAnnounced { .. }
+            | Self::SecretsOpened {}
             | Self::PeerChanged { .. }
             | Self::EditRefused { .. }
             | Self::KeyRevoked { .. }
@@ -383,6 +432,9 @@ impl Change {
             | Self::LineBegun { .. }
             | Self::SettingsChanged { .. }
             | Self::SecretCreated { .. }
+            | Self::SecretMoved { .. }
+            | Self::SecretAnnounced { .. }
+            | Self::SecretsOpened {}
             | Self::KeyIssued { .. }
             | Self::JtiRevoked { .. }
             | Self::ExpiredForgotten { .. }
@@ -395,6 +447,15 @@ impl Change {
             | Self::CutoffLifted { .. }
             | Self::LockdownChanged { .. }
             | Self::PolicyReplaced { .. } => None,
+        }
+    }
+
+    /// The request that asked for it, if that is remembered, and the id of what it made.
+    pub fn request(&self) -> Option<(&Idempotency, &str)> {
+        match self {
+            Self::KeyIssued { key, idempotency } => Some((idempotency.as_ref()?, &key.key_id)),
+            Self::SecretCreated { secret, idempotency } => Some((idempotency.as_ref()?, &secret.kid)),
+            _ => None,
         }
     }
 

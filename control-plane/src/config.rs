@@ -12,12 +12,16 @@ use keygate_core::token;
 use toml::Value;
 
 use crate::journal::PersonalData;
+use crate::master_key::Source;
 use crate::redis_store::{Durability, Target};
 use crate::roles::{self, Role, Roles};
+use crate::rotation::schedule::QUARTERLY;
+use crate::rotation::{Lives, Schedule};
+use crate::secret::Retire;
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 21] = [
+pub const SETTINGS: [(&str, &str); 32] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -30,12 +34,38 @@ pub const SETTINGS: [(&str, &str); 21] = [
         "master_key_file",
         "File with the key that seals secrets; made if missing [default: <data_dir>/master.key]",
     ),
+    (
+        "previous_master_key_file",
+        "File with the master key before, while the new one takes its place on all control planes",
+    ),
     ("policy_file", "Route policy that a new data directory begins with"),
     ("tokens.issuer", "The `iss` of keys [default: keygate]"),
     ("tokens.audience", "The `aud` of keys, if they shall have one"),
     ("tokens.realm", "The realm in challenges [default: keygate]"),
     ("tokens.leeway", "How far clocks may differ, at most 60s [default: 0s]"),
     ("secrets.algorithm", "ES256, EdDSA or HS256, for new secrets [default: ES256]"),
+    ("secrets.overlap", "How long a secret that signs no more verifies, with after_overlap [default: 24h]"),
+    (
+        "secrets.retire",
+        "after_overlap or with_last_key: what ends such a secret [default: after_overlap for HS256, else with_last_key]",
+    ),
+    (
+        "secrets.schedule",
+        "When secrets are rotated: cron of five fields, UTC, or off [default: 0 3 1 1,4,7,10 *, quarterly]",
+    ),
+    (
+        "secrets.gate_timeout",
+        "How long proxies may take to know a new secret before somebody is told, 1s to 24h [default: 5m]",
+    ),
+    ("hsm.module", "The PKCS#11 module of an HSM, such as /usr/lib/softhsm/libsofthsm2.so"),
+    ("hsm.token", "The label of its token"),
+    ("hsm.pin_file", "File with its PIN; KEYGATE_HSM_PIN overrides it"),
+    (
+        "hsm.master_key",
+        "The label of the AES key in it that is the master key; made if missing at the first start",
+    ),
+    ("hsm.previous_master_key", "The label of the one before, while the new one takes its place"),
+    ("hsm.signing", "Whether it makes and keeps new ES256 secrets: true or false [default: false]"),
     ("fleet.hard_age", "How long proxies go on without news before they answer 503 [default: 300s]"),
     (
         "emergency.two_approvals_above",
@@ -59,6 +89,7 @@ pub const SETTINGS: [(&str, &str); 21] = [
     ("log.format", "text or json [default: text]"),
 ];
 
+const A_DAY: Duration = Duration::from_secs(86_400);
 /// As auditors ask. With leap days.
 const SEVEN_YEARS: Duration = Duration::from_secs((7 * 365 + 2) * 86_400);
 
@@ -82,6 +113,17 @@ pub struct Redis {
     pub timeout: Duration,
 }
 
+/// An HSM, but for its PIN.
+#[derive(Debug, Clone)]
+pub struct HsmSettings {
+    /// The PKCS#11 module.
+    pub module: PathBuf,
+    /// The label of the token.
+    pub token: String,
+    /// File with the PIN.
+    pub pin_file: Option<PathBuf>,
+}
+
 /// A valid configuration.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -95,8 +137,12 @@ pub struct Config {
     pub admin_key_file: PathBuf,
     /// File with the fleet token.
     pub fleet_token_file: PathBuf,
-    /// File with the master key.
-    pub master_key_file: PathBuf,
+    /// Where the master key comes from.
+    pub master_key: Source,
+    /// Where the one before comes from, while it is being replaced.
+    pub previous_master_key: Option<Source>,
+    /// The HSM, if there is one.
+    pub hsm: Option<HsmSettings>,
     /// The route policy to begin with.
     pub policy_file: Option<PathBuf>,
     /// The `iss` of keys.
@@ -107,8 +153,8 @@ pub struct Config {
     pub realm: String,
     /// How far clocks may differ.
     pub leeway: Duration,
-    /// The algorithm of new secrets.
-    pub algorithm: Algorithm,
+    /// How secrets live.
+    pub lives: Lives,
     /// How long proxies go on without news.
     pub hard_age: Duration,
     /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
@@ -197,18 +243,44 @@ impl Typed {
         if listen == sync_listen && listen.port() != 0 {
             self.errors.push(format!("sync_listen: {listen} is the API's address too; give it another port"));
         }
+        let hsm = self.hsm();
+        let key_file = self.take("master_key_file", path);
+        let previous_file = self.take("previous_master_key_file", path);
+        let in_hsm = self.take("hsm.master_key", label).map(Source::Hsm);
+        let previous_in_hsm = self.take("hsm.previous_master_key", label).map(Source::Hsm);
+        if key_file.is_some() && in_hsm.is_some() {
+            self.errors.push(
+                "hsm.master_key: master_key_file names a master key too; to go over to the HSM's, name the file as previous_master_key_file".into(),
+            );
+        }
+        if previous_file.is_some() && previous_in_hsm.is_some() {
+            self.errors
+                .push("hsm.previous_master_key: previous_master_key_file names one too; keep one".into());
+        }
+        let master_key = in_hsm.unwrap_or_else(|| Source::File(file(key_file, "master.key")));
+        let previous_master_key = previous_in_hsm.or_else(|| previous_file.map(Source::File));
+        let lives = self.lives();
+        let uses_hsm = [Some(&master_key), previous_master_key.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(|source| matches!(source, Source::Hsm(_)));
+        if hsm.is_none() && (uses_hsm || lives.in_hsm) {
+            self.errors.push("hsm.module: must be set, as hsm.token, for what else is set of the HSM".into());
+        }
         let config = Config {
             listen,
             sync_listen,
             admin_key_file: file(self.take("admin_key_file", path), "admin.key"),
             fleet_token_file: file(self.take("fleet_token_file", path), "fleet.token"),
-            master_key_file: file(self.take("master_key_file", path), "master.key"),
+            master_key,
+            previous_master_key,
+            hsm,
             policy_file: self.take("policy_file", path),
             issuer: self.take("tokens.issuer", identifier).unwrap_or_else(|| "keygate".into()),
             audience: self.take("tokens.audience", identifier),
             realm: self.take("tokens.realm", realm).unwrap_or_else(|| "keygate".into()),
             leeway: self.take("tokens.leeway", leeway).unwrap_or_default(),
-            algorithm: self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256),
+            lives,
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
             two_approvals_above: self.take("emergency.two_approvals_above", share),
             personal_data: self.take("journal.personal_data", personal_data).unwrap_or_default(),
@@ -226,6 +298,38 @@ impl Typed {
             self.errors.push(format!("{key}: no such setting (from {origin}){}", suggestion(&key)));
         }
         if self.errors.is_empty() { Ok(config) } else { Err(ConfigErrors(self.errors)) }
+    }
+
+    fn lives(&mut self) -> Lives {
+        let algorithm = self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256);
+        let in_hsm = self.take("hsm.signing", flag).unwrap_or_default();
+        if in_hsm && algorithm != Algorithm::ES256 {
+            self.errors.push(format!("hsm.signing: the HSM signs with ES256 only, not {}", algorithm.name()));
+        }
+        Lives {
+            algorithm,
+            overlap: self.take("secrets.overlap", overlap).unwrap_or(A_DAY),
+            retire: self.take("secrets.retire", retire),
+            schedule: self
+                .take("secrets.schedule", schedule)
+                .unwrap_or_else(|| Schedule::parse(QUARTERLY).ok()),
+            gate_timeout: self.take("secrets.gate_timeout", gate_timeout).unwrap_or(Duration::from_secs(300)),
+            in_hsm,
+        }
+    }
+
+    fn hsm(&mut self) -> Option<HsmSettings> {
+        let module = self.take("hsm.module", path);
+        let token = self.take("hsm.token", label);
+        let pin_file = self.take("hsm.pin_file", path);
+        match (module, token) {
+            (Some(module), Some(token)) => Some(HsmSettings { module, token, pin_file }),
+            (None, None) => None,
+            _ => {
+                self.errors.push("hsm: both hsm.module and hsm.token are needed".into());
+                None
+            }
+        }
     }
 
     fn redis(&mut self) -> Option<Redis> {
@@ -323,6 +427,61 @@ fn identifier(value: &Value) -> Result<String, String> {
             "{text:?} must be visible ASCII without spaces, at most {} bytes",
             token::MAX_IDENTIFIER_BYTES
         ))
+    }
+}
+
+/// A label of an object or token in an HSM (PKCS#11): at most 32 bytes for a token.
+fn label(value: &Value) -> Result<String, String> {
+    let text = text(value)?;
+    if text.len() <= 32 && text.bytes().all(|byte| (b' '..=b'~').contains(&byte)) {
+        Ok(text.into())
+    } else {
+        Err(format!("{text:?} must be at most 32 printable ASCII characters"))
+    }
+}
+
+/// A variable has it as a text.
+fn flag(value: &Value) -> Result<bool, String> {
+    match value {
+        Value::Boolean(flag) => Ok(*flag),
+        Value::String(text) if text == "true" => Ok(true),
+        Value::String(text) if text == "false" => Ok(false),
+        other => Err(format!("{other} is neither true nor false")),
+    }
+}
+
+fn overlap(value: &Value) -> Result<Duration, String> {
+    let overlap = duration(value)?;
+    let range = Duration::from_secs(1)..=Duration::from_secs(366 * 86_400);
+    if range.contains(&overlap) && overlap.subsec_nanos() == 0 {
+        Ok(overlap)
+    } else {
+        Err("must be whole seconds from 1s to 366d; to end a secret at once, rotate with 'immediate'".into())
+    }
+}
+
+fn retire(value: &Value) -> Result<Retire, String> {
+    match text(value)? {
+        "after_overlap" => Ok(Retire::AfterOverlap),
+        "with_last_key" => Ok(Retire::WithLastKey),
+        other => Err(format!("{other:?} is neither \"after_overlap\" nor \"with_last_key\"")),
+    }
+}
+
+fn schedule(value: &Value) -> Result<Option<Schedule>, String> {
+    match text(value)? {
+        "off" => Ok(None),
+        text => Schedule::parse(text).map(Some),
+    }
+}
+
+/// How long proxies may take to know a new secret.
+pub fn gate_timeout(value: &Value) -> Result<Duration, String> {
+    let timeout = duration(value)?;
+    if (Duration::from_secs(1)..=A_DAY).contains(&timeout) {
+        Ok(timeout)
+    } else {
+        Err("must be from 1s to 24h".into())
     }
 }
 
@@ -489,6 +648,12 @@ mod tests {
             isuer = "x"
             [secrets]
             algorithm = "none"
+            schedule = "quarterly"
+            overlap = "0s"
+            retire = "never"
+            [hsm]
+            module = "/usr/lib/softhsm/libsofthsm2.so"
+            signing = "yes"
             [fleet]
             hard_age = 300
             [emergency]
@@ -506,6 +671,11 @@ mod tests {
             "listen: \"nowhere\" is not an address",
             "tokens.leeway: must be whole seconds, at most 60s",
             "secrets.algorithm: \"none\" is none of",
+            "secrets.schedule: \"quarterly\" is not a cron expression",
+            "secrets.overlap: must be whole seconds from 1s",
+            "secrets.retire: \"never\" is neither",
+            "hsm.signing: \"yes\" is neither true nor false",
+            "hsm: both hsm.module and hsm.token are needed",
             "fleet.hard_age: 300 is not a text",
             "emergency.two_approvals_above: 25 is not a share",
             "journal.personal_data: \"dropped\" is neither \"sealed\" nor \"plain\"",
@@ -519,7 +689,7 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
-        assert_eq!(errors.len(), 13, "{errors:#?}");
+        assert_eq!(errors.len(), 18, "{errors:#?}");
     }
 
     #[test]

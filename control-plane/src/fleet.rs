@@ -369,6 +369,29 @@ impl Fleet {
         (propagation, next_silence)
     }
 
+    /// The proxies that may serve keys and do not enforce `version` yet: heard of within the hard age, whatever the
+    /// policy says of stale routes.
+    pub fn lacking(&self, version: Version, state: &State) -> Vec<String> {
+        let now = Instant::now();
+        let proxies = self.lock();
+        let lacks = |entry: &Entry| {
+            let reaches = |applied: Version| applied.source == version.source && applied.seq >= version.seq;
+            entry.ahead || !entry.poll.applied.is_some_and(reaches)
+        };
+        let mut lacking: Vec<String> = proxies
+            .iter()
+            .filter(|(_, entry)| now.duration_since(entry.heard) <= hard_age(state) && lacks(entry))
+            .map(|(id, _)| id.proxy.clone())
+            .collect();
+        lacking.sort();
+        lacking
+    }
+
+    /// Changes each time that a proxy was heard.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
     /// How many proxies there are, and how many of them are behind.
     pub fn counts(&self, state: &State) -> (usize, usize) {
         let now = Instant::now();

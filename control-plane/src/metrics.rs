@@ -13,6 +13,7 @@ use prometheus::{
 use crate::key::RevocationReason;
 use crate::redis_store;
 use crate::roles::Roles;
+use crate::secret::{Ring, SecretState};
 
 /// The version label: keys of Keygate.
 pub const V2: &str = "v2";
@@ -44,6 +45,16 @@ pub struct Metrics {
     pub rate_limit_exceeded: IntCounterVec,
     /// Rotations of signing secrets that failed.
     pub secret_rotation_failures: IntCounter,
+    /// Rotations of signing secrets, and what became of them.
+    pub secret_rotations: IntCounterVec,
+    /// Signing secrets by their stage.
+    pub secrets: GaugeVec,
+    /// How long the youngest secret of each stage has been at it.
+    pub secret_stage_seconds: GaugeVec,
+    /// The age of the secret that signs.
+    pub secret_active_age: Gauge,
+    /// Until the next scheduled rotation.
+    pub secret_next_rotation: Gauge,
     /// Cut-offs that did without the second approval that they needed.
     pub break_glass: IntCounter,
     /// Whether Redis answers.
@@ -145,6 +156,18 @@ impl Metrics {
         .expect("a valid metric");
         registry.register(Box::new(active_keys.clone())).expect("a name of its own");
 
+        let gauges = |name: &str, help: &str, label: &str| {
+            let gauges = GaugeVec::new(Opts::new(name, help), &[label]).expect("a valid metric");
+            registry.register(Box::new(gauges.clone())).expect("a name of its own");
+            gauges
+        };
+        let secrets = gauges("keygate_secrets", "Signing secrets, by their stage.", "state");
+        let secret_stage_seconds = gauges(
+            "keygate_secret_stage_seconds",
+            "Time that the secret which came to a stage last has been at it; 0 when none is.",
+            "state",
+        );
+
         let metrics = Self {
             created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
             validated: counters(
@@ -173,6 +196,21 @@ impl Metrics {
             secret_rotation_failures: counter(
                 "secret_rotation_failures",
                 "Rotations of signing secrets that failed.",
+            ),
+            secret_rotations: counters(
+                "keygate_secret_rotations_total",
+                "Rotations of signing secrets: begun by hand, completed, cancelled, forced before every proxy knew the secret.",
+                &["outcome"],
+            ),
+            secrets,
+            secret_stage_seconds,
+            secret_active_age: gauge(
+                "keygate_secret_active_age_seconds",
+                "Time since the secret that signs was made.",
+            ),
+            secret_next_rotation: gauge(
+                "keygate_secret_next_rotation_seconds",
+                "Time until the next scheduled rotation, negative when it is late; NaN when none is scheduled.",
             ),
             break_glass: counter(
                 "keygate_break_glass_total",
@@ -284,10 +322,32 @@ impl Metrics {
             }
         }
         self.validated.with_label_values(&["unknown", V2, "failure"]);
+        for outcome in ["begun", "completed", "cancelled", "forced"] {
+            self.secret_rotations.with_label_values(&[outcome]);
+        }
+        for state in SecretState::ALL {
+            self.secrets.with_label_values(&[state.label()]);
+            self.secret_stage_seconds.with_label_values(&[state.label()]);
+        }
         self.validation_seconds.with_label_values(&[V2]);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.auth_errors.with_label_values(&[reason.label(), V2]);
         }
+    }
+
+    /// Shows how the secrets stand at `now`, and when the next rotation is due; both in Unix seconds.
+    #[allow(clippy::cast_precision_loss)] // Seconds are far below 2^53.
+    pub fn show_secrets(&self, ring: &Ring, next: Option<u64>, now: u64) {
+        let since = |at: u64| now.saturating_sub(at) as f64;
+        let all = ring.all();
+        for state in SecretState::ALL {
+            let at = all.iter().filter(|held| ring.state_of(held) == state);
+            self.secrets.with_label_values(&[state.label()]).set(at.clone().count() as f64);
+            let youngest = at.map(|held| held.record.since.max(held.record.created_at)).max();
+            self.secret_stage_seconds.with_label_values(&[state.label()]).set(youngest.map_or(0.0, since));
+        }
+        self.secret_active_age.set(ring.active().map_or(0.0, |held| since(held.record.created_at)));
+        self.secret_next_rotation.set(next.map_or(f64::NAN, |next| next as f64 - now as f64));
     }
 
     /// Shows what an operator should change in Redis.

@@ -7,6 +7,8 @@ use keygate_core::refusal::Refusal;
 
 use crate::approval::ApprovalError;
 use crate::key::KeyRequestError;
+use crate::rotation::RotationError;
+use crate::secret::ring::NoSigner;
 use crate::store::StoreError;
 use crate::writer::CommitError;
 
@@ -103,6 +105,32 @@ impl From<CommitError> for Problem {
             return Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string());
         }
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+    }
+}
+
+impl From<NoSigner> for Problem {
+    fn from(error: NoSigner) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", format!("{error}."))
+    }
+}
+
+impl From<RotationError> for Problem {
+    fn from(error: RotationError) -> Self {
+        let detail = format!("{error}.");
+        match error {
+            RotationError::InProgress(_) => Self::new(StatusCode::CONFLICT, "rotation_in_progress", detail),
+            RotationError::None => Self::new(StatusCode::CONFLICT, "no_rotation", detail),
+            RotationError::TooLate(_) => Self::new(StatusCode::CONFLICT, "too_late", detail),
+            RotationError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_secrets", detail),
+            RotationError::KeyReused => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", detail)
+            }
+            RotationError::Secret(error) => {
+                tracing::error!(%error, "a secret cannot be made or moved on");
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", detail)
+            }
+            RotationError::Store(error) => error.into(),
+        }
     }
 }
 

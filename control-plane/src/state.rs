@@ -17,7 +17,8 @@ use crate::approval::{Proposal, Warrant};
 use crate::change::{Change, Entry, Mark, Origin};
 use crate::config::Config;
 use crate::expiry::Expiries;
-use crate::secret::{MasterKey, SecretError, SecretRecord, Signer};
+use crate::keyring::Keyring;
+use crate::secret::{Ring, SecretError};
 
 /// How many changes back a proxy can follow by delta.
 const DELTAS_KEPT: usize = 65_536;
@@ -38,9 +39,7 @@ pub struct State {
     /// The version of the last change of the policy, for `If-Match`.
     pub policy_seq: u64,
     /// The secrets.
-    pub secrets: Vec<SecretRecord>,
-    /// The secret that signs.
-    pub signer: Arc<Signer>,
+    pub secrets: Arc<Ring>,
     /// Keys that are neither revoked nor expired, by role and the minute of their expiry.
     pub census: Census,
     /// The revocations of the last day.
@@ -124,8 +123,7 @@ pub struct Model {
     policy: Arc<Policy>,
     policy_seq: u64,
     policy_mark: Mark,
-    /// In the order of their marks: the last one signs.
-    secrets: Vec<Secret>,
+    secrets: Arc<Ring>,
     revocations: ExactSet,
     expiries: Expiries,
     expired_until: u64,
@@ -149,13 +147,6 @@ pub struct Model {
     latest_own_stamp: u64,
     /// The latest stamp of a change taken in.
     latest_peer_stamp: u64,
-}
-
-#[derive(Debug, Clone)]
-struct Secret {
-    mark: Mark,
-    record: SecretRecord,
-    signer: Arc<Signer>,
 }
 
 /// What the configuration says of the state. Journalled when it changed, so that proxies get a new version.
@@ -201,6 +192,8 @@ pub struct Effect {
     pub members: BTreeSet<String>,
     /// Whether proxies take a snapshot, however little changed.
     pub rebuilt: bool,
+    /// Whether secrets changed, so that they are to be opened.
+    pub secrets: bool,
     /// Whether another change to the same thing counts more, so that this one does nothing.
     pub superseded: bool,
 }
@@ -213,11 +206,12 @@ impl Effect {
 }
 
 impl Model {
-    /// Applies a change that is number `seq` of the journal.
+    /// Applies a change that is number `seq` of the journal. A secret that it brings is opened by
+    /// [`Model::open_secrets`]: one that a later change moves on need not, and may not any more.
     ///
     /// # Errors
-    /// When a secret does not open.
-    pub fn apply(&mut self, seq: u64, entry: &Entry, master: &MasterKey) -> Result<Effect, SecretError> {
+    /// When the record of a secret is not as it was written, or would set the secret back.
+    pub fn apply(&mut self, seq: u64, entry: &Entry, keys: &Keyring) -> Result<Effect, SecretError> {
         let mut effect = Effect::default();
         let mark = entry.mark(self.source);
         match &entry.origin {
@@ -249,10 +243,20 @@ impl Model {
             }
             Change::PeerChanged { max_life_s } => self.longest_life_s = self.longest_life_s.max(*max_life_s),
             Change::EditRefused { .. } => {}
-            Change::SecretCreated { secret } => {
-                let signer = Arc::new(secret.open(master)?);
-                let place = self.secrets.partition_point(|other| other.mark <= mark);
-                self.secrets.insert(place, Secret { mark, record: secret.clone(), signer });
+            Change::SecretCreated { secret, .. } | Change::SecretMoved { secret, .. } => {
+                let ring = Arc::make_mut(&mut self.secrets);
+                let counts = ring.take(secret, mark, (seq, entry.origin.is_none()), keys)?;
+                effect.superseded = !counts;
+                effect.secrets = counts;
+                effect.rules = counts;
+            }
+            Change::SecretAnnounced { kid, .. } => {
+                Arc::make_mut(&mut self.secrets).announce(kid);
+                // Nothing new for proxies, but a version that can be waited for.
+                effect.rules = true;
+            }
+            Change::SecretsOpened {} => {
+                effect.secrets = true;
                 effect.rules = true;
             }
             Change::CutoffAdded { cutoff, .. } if self.lifted.contains(&cutoff.id) => {
@@ -304,6 +308,7 @@ impl Model {
                     self.latest_s = self.latest_s.max(key.issued_at);
                 }
                 self.census.change(&key.role, key.expires_at, 1);
+                Arc::make_mut(&mut self.secrets).note_key(&key.kid, key.expires_at);
             }
             Change::KeyRevoked { jti, role, expires_at, revocation, .. } => {
                 // Of two control planes each may have revoked it.
@@ -455,9 +460,17 @@ impl Model {
         (&self.policy, self.policy_seq)
     }
 
-    /// The secret that signs, once there is one.
-    pub fn signer(&self) -> Option<&Arc<Signer>> {
-        self.secrets.last().map(|secret| &secret.signer)
+    /// The secrets.
+    pub fn secrets(&self) -> &Ring {
+        &self.secrets
+    }
+
+    /// Opens the secrets that changed. Those of other control planes whose data key is not here stay locked.
+    ///
+    /// # Errors
+    /// When one does not open.
+    pub fn open_secrets(&mut self, keys: &Keyring) -> Result<(), SecretError> {
+        Arc::make_mut(&mut self.secrets).open(keys)
     }
 
     /// The `iss` and `aud` of keys.
@@ -478,7 +491,7 @@ impl Model {
             leeway_s: settings.leeway_s,
             max_life_s: settings.max_life_s,
             hard_age_s: settings.hard_age_s,
-            keys: self.secrets.iter().map(|secret| secret.signer.verification_key()).collect(),
+            keys: self.secrets.verification_keys(),
             policy: (*self.policy).clone(),
             cutoffs,
             lockdown: self.lockdown.clone(),
@@ -489,8 +502,11 @@ impl Model {
     /// A picture of it, `rules` taken over from `before` if they did not change.
     ///
     /// # Errors
-    /// When the rules do not hold or no secret signs.
+    /// When the rules do not hold or there is no active secret.
     pub fn picture(&self, before: Option<&State>) -> Result<State, RulesError> {
+        if self.secrets.active().is_none() {
+            return Err(RulesError::Invalid("no secret signs"));
+        }
         let (rules, rules_bytes) = match before {
             Some(before) => (before.rules.clone(), before.rules_bytes.clone()),
             None => {
@@ -506,8 +522,7 @@ impl Model {
             rules_bytes,
             revocations: self.revocations.clone(),
             policy_seq: self.policy_seq,
-            secrets: self.secrets.iter().map(|secret| secret.record.clone()).collect(),
-            signer: self.signer().cloned().ok_or(RulesError::Invalid("no secret signs"))?,
+            secrets: Arc::clone(&self.secrets),
             census: self.census.clone(),
             recent: self.recent.clone(),
             proposals: self.proposals.clone(),
@@ -615,6 +630,9 @@ fn new_rules(state: &State, members: &BTreeSet<String>) -> NewRules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::keyring::RootKey;
+    use crate::master_key::MasterKey;
+    use crate::secret::{NewSecret, Retire, SecretRecord, SecretState};
 
     #[test]
     fn the_last_day_is_counted_to_the_minute_and_forgotten_after() {
@@ -652,49 +670,50 @@ mod tests {
     }
 
     impl Node {
-        fn new(source: u64, clock_ms: u64, secret: SecretRecord, master: &MasterKey) -> Self {
+        fn new(source: u64, clock_ms: u64, secret: SecretRecord, keys: &Keyring) -> Self {
             let model = Model::default();
             let mut node = Self { source, model, seq: 0, clock_ms, log: Vec::new() };
             let policy = Policy { mode: keygate_core::policy::Mode::Shadow, ..Policy::default() };
             for change in [
                 Change::Genesis { source },
-                Change::SecretCreated { secret },
+                Change::SecretCreated { secret, idempotency: None },
                 Change::PolicyReplaced { policy: policy.clone() },
             ] {
-                node.add(Entry { actor: "system".into(), stamp: 0, origin: None, change }, master);
+                node.add(Entry { actor: "system".into(), stamp: 0, origin: None, change }, keys);
             }
             assert_eq!(node.model.policy().0, &policy, "what a history begins with is in force");
             node
         }
 
-        fn add(&mut self, entry: Entry, master: &MasterKey) {
+        fn add(&mut self, entry: Entry, keys: &Keyring) {
             self.seq += 1;
-            self.model.apply(self.seq, &entry, master).unwrap();
+            self.model.apply(self.seq, &entry, keys).unwrap();
+            self.model.open_secrets(keys).unwrap();
             if entry.origin.is_none() {
                 let change = entry.change.for_peers();
                 self.log.push((self.seq, Entry { change, ..entry }));
             }
         }
 
-        fn change(&mut self, change: Change, master: &MasterKey) {
+        fn change(&mut self, change: Change, keys: &Keyring) {
             self.clock_ms += 1;
             let stamp = self.model.next_stamp(self.clock_ms);
-            self.add(Entry { actor: "a".into(), stamp, origin: None, change }, master);
+            self.add(Entry { actor: "a".into(), stamp, origin: None, change }, keys);
         }
 
         /// Takes in the next change of another one; whether there was one.
-        fn take_next(&mut self, source: u64, log: &[(u64, Entry)], master: &MasterKey) -> bool {
+        fn take_next(&mut self, source: u64, log: &[(u64, Entry)], keys: &Keyring) -> bool {
             let merged = self.model.merged().get(&source).copied().unwrap_or(0);
             let Some((seq, entry)) = log.iter().find(|(seq, _)| *seq > merged) else { return false };
             let origin = Some(Origin { source, seq: *seq, at: String::new() });
-            self.add(Entry { origin, ..entry.clone() }, master);
+            self.add(Entry { origin, ..entry.clone() }, keys);
             true
         }
 
         fn enforced(&self) -> (String, Vec<[u8; 32]>, String) {
             let shards = self.model.revocations().shards().iter().map(|shard| shard.digest()).collect();
             let rules = String::from_utf8(self.model.rules().encode()).unwrap();
-            (rules, shards, self.model.signer().unwrap().kid.clone())
+            (rules, shards, self.model.secrets().active().unwrap().record.kid.clone())
         }
     }
 
@@ -751,10 +770,37 @@ mod tests {
         }
     }
 
+    /// A rotation begun, gone on with, or a secret ended, by one who may not have heard of the others.
+    fn any_secret_change(seed: &mut u64, model: &Model, keys: &Keyring) -> Vec<Change> {
+        let ring = model.secrets();
+        let moved = |secret| Change::SecretMoved { secret, justification: None };
+        let previous = ring.all().into_iter().find(|held| held.record.state == SecretState::Previous);
+        match (ring.rotating(), previous, draw(seed, 3)) {
+            (_, Some(held), 0) => vec![moved(held.record.moved(SecretState::Expired, 9, keys).unwrap())],
+            (Some(held), ..) => {
+                let mut changes = vec![moved(held.record.moved(SecretState::Active, 9, keys).unwrap())];
+                changes.extend(ring.active().map(|old| {
+                    moved(old.record.retired(Retire::AfterOverlap, Some(draw(seed, 99)), 9, keys).unwrap())
+                }));
+                changes
+            }
+            (None, ..) => {
+                let new = NewSecret {
+                    state: if draw(seed, 4) == 0 { SecretState::Active } else { SecretState::Rotating },
+                    ..NewSecret::first(keygate_core::crypto::Algorithm::HS256, false)
+                };
+                vec![Change::SecretCreated {
+                    secret: SecretRecord::make(new, keys, 9).unwrap(),
+                    idempotency: None,
+                }]
+            }
+        }
+    }
+
     #[test]
     fn control_planes_agree_in_whatever_order_they_hear_of_each_others_changes() {
         keygate_core::crypto::native::install();
-        let master = MasterKey::of([7; 32]);
+        let keys = Keyring::in_memory(MasterKey::of([7; 32]), RootKey::of([7; 32]));
         let algorithm = keygate_core::crypto::Algorithm::HS256;
         for round in 0..200 {
             let mut seed = round;
@@ -762,26 +808,30 @@ mod tests {
             let clocks = [1_000_000, 1_000_400, 31_536_000_000_000];
             let mut nodes: Vec<Node> = (0..3)
                 .map(|n| {
-                    let secret = SecretRecord::generate(algorithm, &master, 1);
-                    Node::new(100 + n, clocks[n as usize], secret, &master)
+                    let secret = SecretRecord::make(NewSecret::first(algorithm, false), &keys, 1).unwrap();
+                    Node::new(100 + n, clocks[n as usize], secret, &keys)
                 })
                 .collect();
             let mut cutoffs = Vec::new();
             for _ in 0..60 {
                 let n = draw(&mut seed, 3) as usize;
-                if draw(&mut seed, 2) == 0 {
+                if draw(&mut seed, 8) == 0 {
+                    for change in any_secret_change(&mut seed, &nodes[n].model, &keys) {
+                        nodes[n].change(change, &keys);
+                    }
+                } else if draw(&mut seed, 2) == 0 {
                     let change = any_change(&mut seed, &mut cutoffs);
-                    nodes[n].change(change, &master);
+                    nodes[n].change(change, &keys);
                 } else {
                     let other = (n + 1 + draw(&mut seed, 2) as usize) % 3;
                     let (source, log) = (nodes[other].source, nodes[other].log.clone());
-                    nodes[n].take_next(source, &log, &master);
+                    nodes[n].take_next(source, &log, &keys);
                 }
             }
             for n in 0..3 {
                 for other in [(n + 1) % 3, (n + 2) % 3] {
                     let (source, log) = (nodes[other].source, nodes[other].log.clone());
-                    while nodes[n].take_next(source, &log, &master) {}
+                    while nodes[n].take_next(source, &log, &keys) {}
                 }
             }
             let enforced: Vec<_> = nodes.iter().map(Node::enforced).collect();

@@ -78,8 +78,8 @@ pub struct Store {
 pub struct Seen {
     /// The digest of its body.
     pub body: String,
-    /// The key that it created.
-    pub key_id: String,
+    /// The id of the key or secret that it made.
+    pub made: String,
 }
 
 /// A revocation that happened.
@@ -292,8 +292,8 @@ impl Store {
     pub fn request(&self, request_id: &str) -> Result<Option<Seen>, StoreError> {
         let requests = self.database.begin_read()?.open_table(REQUESTS)?;
         Ok(requests.get(request_id)?.map(|seen| {
-            let (body, key_id) = seen.value();
-            Seen { body: body.into(), key_id: key_id.into() }
+            let (body, made) = seen.value();
+            Seen { body: body.into(), made: made.into() }
         }))
     }
 
@@ -374,18 +374,22 @@ struct Tables<'w> {
 impl Tables<'_> {
     fn apply(&mut self, seq: u64, change: &Change) -> Result<(), StoreError> {
         match change {
-            Change::KeyIssued { key, idempotency } => {
+            Change::KeyIssued { key, .. } => {
                 let key_id = key.key_id.as_str();
-                if let Some(seen) = idempotency {
-                    self.requests.insert(seen.request_id.as_str(), (seen.body.as_str(), key_id))?;
-                    self.requests_by_time.insert((key.issued_at, seen.request_id.as_str()), ())?;
-                }
                 self.keys.insert(key_id, encode(key).as_slice())?;
                 self.by_jti.insert(key.jti.as_str(), key_id)?;
                 self.by_expiry.insert((key.expires_at, key_id), ())?;
             }
             Change::ExpiredForgotten { until } => self.forget(*until)?,
             _ => {}
+        }
+        if let Some((request, made)) = change.request() {
+            let at = match change {
+                Change::KeyIssued { key, .. } => key.issued_at,
+                other => other.secret().map_or(0, |secret| secret.created_at),
+            };
+            self.requests.insert(request.request_id.as_str(), (request.body.as_str(), made))?;
+            self.requests_by_time.insert((at, request.request_id.as_str()), ())?;
         }
         if let Some(revocation) = PastRevocation::of(change) {
             self.revocations.insert(seq, encode(&revocation).as_slice())?;

@@ -316,6 +316,11 @@ impl<R: Revocations, T: Trace> Judge<'_, R, T> {
         }
         let key = match self.verify(rules, token) {
             Ok(key) => key,
+            // A secret may have been made since: that is not for the client to be told of as a bad key.
+            Err(Reason::UnknownKid) if stale && !has_ended(rules, token) => {
+                self.trace.step("token", || "of a secret that may be newer than the state".into());
+                return refuse(Reason::StaleState, None);
+            }
             Err(reason) => {
                 self.trace.step("token", || reason.label().into());
                 return refuse(reason, None);
@@ -382,6 +387,11 @@ impl<R: Revocations, T: Trace> Judge<'_, R, T> {
             Standing::Unknown => Err(Reason::RevocationUnknown),
         }
     }
+}
+
+/// Whether a token names a secret that is known, and so has ended if it does not count.
+fn has_ended(rules: &Ruleset, token: &[u8]) -> bool {
+    token::read(token).is_ok_and(|read| rules.verifier(&read.kid).is_some())
 }
 
 /// What is asked of a token on every request, whether or not it was verified before.

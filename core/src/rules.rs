@@ -23,8 +23,9 @@ pub const FORMAT: u32 = 1;
 pub const MAX_RULES_BYTES: usize = 256 * 1024;
 /// The longest clock leeway, in seconds.
 pub const MAX_LEEWAY_S: u64 = 60;
-/// The most secrets that verify at a time.
-const MAX_KEYS: usize = 64;
+/// The most secrets that verify at a time: each of some 150 bytes, so that all of them leave most of
+/// [`MAX_RULES_BYTES`] to the policy.
+pub const MAX_KEYS: usize = 256;
 
 /// The rules as they travel from the control plane to a proxy.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -244,13 +245,15 @@ pub struct Ruleset {
     pub lockdown: Option<Lockdown>,
     /// A key whose `exp` is not later has expired, whatever any clock says. Unix seconds.
     pub expired_until: u64,
+    /// By their `kid`.
     verifiers: Vec<Verifier>,
 }
 
 impl Ruleset {
     /// What verifies tokens of this `kid`.
     pub fn verifier(&self, kid: &str) -> Option<&Verifier> {
-        self.verifiers.iter().find(|verifier| verifier.kid == kid)
+        let position = self.verifiers.binary_search_by(|verifier| verifier.kid.as_str().cmp(kid)).ok()?;
+        self.verifiers.get(position)
     }
 }
 
@@ -276,16 +279,14 @@ impl TryFrom<Rules> for Ruleset {
             return Err(RulesError::Invalid("longest life and hard age must be positive"));
         }
         if rules.keys.len() > MAX_KEYS {
-            return Err(RulesError::Invalid("more than 64 verification keys"));
+            return Err(RulesError::Invalid("more than 256 verification keys"));
         }
         rules.policy.validate().map_err(RulesError::Policy)?;
         let mut verifiers: Vec<Verifier> = Vec::with_capacity(rules.keys.len());
         for key in rules.keys {
             let material = key.material.expose();
-            let usable = token::is_identifier(&key.kid) && verifiers.iter().all(|v| v.kid != key.kid);
-            let Some(decoding) = key.alg.verification_key(material).filter(|_| usable) else {
-                return Err(RulesError::Key(key.kid));
-            };
+            let decoding = key.alg.verification_key(material).filter(|_| token::is_identifier(&key.kid));
+            let Some(decoding) = decoding else { return Err(RulesError::Key(key.kid)) };
             let tag = Sha256::new()
                 .chain_update(key.alg.name())
                 .chain_update([0])
@@ -301,6 +302,13 @@ impl TryFrom<Rules> for Ruleset {
                 not_after: key.not_after,
                 tag,
             });
+        }
+        verifiers.sort_by(|a, b| a.kid.cmp(&b.kid));
+        if let Some(twice) = verifiers.windows(2).find_map(|pair| match pair {
+            [a, b] if a.kid == b.kid => Some(a.kid.clone()),
+            _ => None,
+        }) {
+            return Err(RulesError::Key(twice));
         }
         Ok(Self {
             issuer: rules.issuer,

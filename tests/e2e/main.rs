@@ -22,6 +22,7 @@ mod redis_link;
 mod redis_loss;
 mod requests;
 mod revocation;
+mod rotation;
 mod secrets;
 mod split;
 mod startup;

@@ -6,11 +6,12 @@ use std::process::{Command, ExitStatus};
 
 use crate::api::Api;
 use crate::binaries;
+use crate::clock::Clock;
 use crate::http::{self, Request};
 use crate::ports::Port;
 use crate::process::Process;
 use crate::wait::wait_until;
-use crate::{SOON, process};
+use crate::{SOON, process, trace};
 
 /// One `keygate serve` with a directory and ports of its own, running or not.
 #[derive(Debug)]
@@ -20,6 +21,9 @@ pub struct ControlPlane {
     sync_port: Port,
     redis: Option<String>,
     clock: Option<String>,
+    moved_clock: Option<Clock>,
+    environment: Vec<(String, String)>,
+    extra: Vec<String>,
     process: Option<Process>,
 }
 
@@ -32,6 +36,9 @@ impl ControlPlane {
             sync_port: Port::reserve(),
             redis: None,
             clock: None,
+            moved_clock: None,
+            environment: Vec::new(),
+            extra: Vec::new(),
             process: None,
         }
     }
@@ -59,6 +66,27 @@ impl ControlPlane {
     /// From the next start on its clock goes wrong by so much, as `faketime` writes it: `+1y`. Time passes as ever.
     pub fn use_clock(&mut self, offset: &str) {
         self.clock = Some(offset.to_owned());
+    }
+
+    /// From the next start on it has this variable.
+    pub fn use_variable(&mut self, name: &str, value: &str) {
+        self.environment.retain(|(other, _)| other != name);
+        self.environment.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// From the next start on it has this argument, too.
+    pub fn use_argument(&mut self, argument: &str) {
+        self.extra.push(argument.to_owned());
+    }
+
+    /// From the next start on it does not have this variable.
+    pub fn drop_variable(&mut self, name: &str) {
+        self.environment.retain(|(other, _)| other != name);
+    }
+
+    /// From the next start on it goes by this clock.
+    pub fn use_moved_clock(&mut self, clock: &Clock) {
+        self.moved_clock = Some(clock.clone());
     }
 
     /// Starts it and waits until it is ready.
@@ -92,6 +120,9 @@ impl ControlPlane {
                 command.env("LD_PRELOAD", "/usr/$LIB/faketime/libfaketimeMT.so.1");
                 command.env("FAKETIME", offset).env("FAKETIME_DONT_FAKE_MONOTONIC", "1");
             }
+            if let Some(clock) = &self.moved_clock {
+                clock.give_to(command);
+            }
         });
         self.process = Some(started);
     }
@@ -115,6 +146,8 @@ impl ControlPlane {
         if let Some(url) = &self.redis {
             command.env("KEYGATE_REDIS_URL", url); // Not an argument: it may hold a password.
         }
+        command.args(&self.extra);
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         if self.config_file().exists() {
             command.arg("--config").arg(self.config_file());
         }
@@ -133,6 +166,17 @@ impl ControlPlane {
         http::try_call(self.api_port(), &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
     }
 
+    /// Whether it answers that it is ready; also when it has ended.
+    pub fn answers(&self) -> bool {
+        http::try_call(self.api_port(), &Request::get("/readyz")).is_ok_and(|answer| answer.status == 200)
+    }
+
+    /// Its process.
+    #[track_caller]
+    pub fn id(&self) -> u32 {
+        self.process.as_ref().expect("it runs").id()
+    }
+
     /// How it ended, if it has.
     #[track_caller]
     pub fn ended(&mut self) -> Option<ExitStatus> {
@@ -149,6 +193,20 @@ impl ControlPlane {
     #[track_caller]
     pub fn kill(&mut self) {
         self.process.take().expect("it runs").kill();
+    }
+
+    /// Has it killed as one of its threads enters a system call for the `nth` time from now on, unless what is returned
+    /// is stopped before.
+    #[track_caller]
+    pub fn kill_at(&self, call: &str, nth: usize) -> Process {
+        let id = self.process.as_ref().expect("it runs").id();
+        trace::kill_at(id, call, nth, &self.directory.join("strace.log"))
+    }
+
+    /// Has it die as a bug would have it die, so that the kernel would write its memory to disk.
+    #[track_caller]
+    pub fn abort(&mut self) -> ExitStatus {
+        self.process.take().expect("it runs").abort()
     }
 
     /// Waits for it to end by itself.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use crate::clock::Clock;
 use crate::http::{self, Connection, Request, Response};
 use crate::ports::Port;
 use crate::process::{self, Process};
@@ -33,6 +34,7 @@ pub struct Envoy {
     workers: usize,
     filter: PathBuf,
     source: Option<Ipv4Addr>,
+    moved_clock: Option<Clock>,
     port: Port,
     admin_port: Port,
     process: Option<Process>,
@@ -49,6 +51,7 @@ impl Envoy {
             workers,
             filter: binaries::filter(),
             source: None,
+            moved_clock: None,
             port: Port::reserve(),
             admin_port: Port::reserve(),
             process: None,
@@ -63,6 +66,11 @@ impl Envoy {
     /// Connects to the control plane from an address of its own, for filters alone.
     pub fn use_source(&mut self, address: Ipv4Addr) {
         self.source = Some(address);
+    }
+
+    /// From the next start on it goes by this clock.
+    pub fn use_moved_clock(&mut self, clock: &Clock) {
+        self.moved_clock = Some(clock.clone());
     }
 
     /// Starts it; it then listens, and is ready or not.
@@ -90,6 +98,9 @@ impl Envoy {
                 .args(["--disable-hot-restart", "--file-flush-interval-msec", "50"])
                 .args(["--log-level", "warning", "--component-log-level", "wasm:info"])
                 .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token);
+            if let Some(clock) = &self.moved_clock {
+                clock.give_to(command);
+            }
         });
         self.process = Some(started);
     }

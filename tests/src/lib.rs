@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod binaries;
+pub mod clock;
 pub mod control_plane;
 pub mod durability;
 pub mod envoy;

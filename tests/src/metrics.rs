@@ -3,6 +3,7 @@
 use crate::SOON;
 use crate::api::Api;
 use crate::envoy::Envoy;
+use crate::http::Request;
 use crate::wait::wait_until;
 
 /// The control plane's metrics at one moment.
@@ -14,6 +15,12 @@ impl Metrics {
     #[track_caller]
     pub fn of(api: &Api) -> Self {
         Self(api.get("/metrics").expect(200).text())
+    }
+
+    /// The same, when there may be nobody to answer.
+    pub fn try_of(api: &Api) -> Option<Self> {
+        let answer = api.try_send(Request::get("/metrics")).ok()?;
+        (answer.status == 200).then(|| Self(answer.text()))
     }
 
     /// A series by its name and labels, as they are written.

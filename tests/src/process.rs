@@ -77,6 +77,13 @@ impl Process {
         self.child.wait().expect("the child is ours");
     }
 
+    /// Aborts it, as a bug would.
+    #[track_caller]
+    pub fn abort(self) -> ExitStatus {
+        self.signal(Signal::ABORT);
+        self.wait(Duration::from_secs(10))
+    }
+
     /// Stops its time: it keeps its connections, accepts new ones and answers nothing.
     pub fn pause(&self) {
         self.signal(Signal::STOP);

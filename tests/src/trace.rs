@@ -8,6 +8,10 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::process::Command;
 
+use crate::SOON;
+use crate::process::Process;
+use crate::wait::wait_until;
+
 /// How `strace` is called for [`read`]: every thread, what descriptors are, strings whole but for batches.
 pub const STRACE: [&str; 8] = [
     "-f",
@@ -72,6 +76,23 @@ pub fn assert_possible() {
         "programs cannot be traced here, so it cannot be shown that changes are on disk before they are answered; \
          allow ptrace (in a container: --cap-add SYS_PTRACE): {said}"
     );
+}
+
+/// Has a running program killed as one of its threads enters `call` for the `nth` time from now on. Stopped, what is
+/// returned lets it live; it ends with the program.
+#[track_caller]
+pub fn kill_at(process: u32, call: &str, nth: usize, log: &Path) -> Process {
+    // What an earlier one said of itself is none of this one's.
+    let _ = std::fs::remove_file(log);
+    let mut strace = Process::start("strace", Path::new("strace"), log, |command| {
+        command.args(["-f", "-o", "/dev/null", "-e", &format!("trace={call}")]);
+        command.args(["-e", &format!("inject={call}:signal=KILL:when={nth}"), "-p", &process.to_string()]);
+    });
+    wait_until(SOON, "strace to attach itself", || {
+        strace.assert_runs();
+        std::fs::read_to_string(log).is_ok_and(|said| said.contains(" attached"))
+    });
+    strace
 }
 
 /// The calls of a trace, in the order in which they were entered. Those that never returned are left out.

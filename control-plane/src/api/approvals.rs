@@ -181,7 +181,7 @@ mod tests {
             let clock = Arc::clone(&now_s);
             let clock = Clock::from_fn(move || clock.load(Ordering::Relaxed) * 1_000);
             let key_file = config.admin_key_file.clone();
-            let serving = app::start(config, clock, None).await.unwrap();
+            let serving = app::start(config, clock, app::FromEnvironment::default()).await.unwrap();
             let admin = std::fs::read_to_string(key_file).unwrap().trim().to_owned();
             Self { serving, now_s, admin, _directory: directory }
         }

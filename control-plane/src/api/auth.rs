@@ -9,6 +9,7 @@ use keygate_core::cache::Verified;
 use keygate_core::decision::Reason;
 use keygate_core::policy::Route;
 use keygate_core::refusal::Refusal;
+use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
@@ -19,7 +20,8 @@ use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
 use crate::problem::Problem;
 use crate::random;
-use crate::secret::Signer;
+use crate::rotation::driver;
+use crate::secret::{SecretState, Signer};
 use crate::writer::View;
 
 /// A key that was issued now or by the same request before.
@@ -39,6 +41,7 @@ pub async fn register(
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
     let roles = app.config.roles.clone();
     let creator = Arc::clone(&caller);
+    driver::wait_for_signer(&app).await;
     let plan = move |view: &View<'_>| {
         if let Some(issued) = replay(view, idempotency.as_ref())? {
             return Ok((Vec::new(), issued));
@@ -52,7 +55,7 @@ pub async fn register(
     if !issued.replayed {
         app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
     }
-    let view = issued_view(&app, &issued)?;
+    let view = issued_view(&app, &issued).await?;
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view).await)
 }
 
@@ -103,6 +106,7 @@ pub async fn refresh(
     let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
     let (key_id, by) = (caller.claims.sub.clone(), caller.claims.sub.clone());
     let configured = app.config.roles.get(&role).cloned();
+    driver::wait_for_signer(&app).await;
     let plan = move |view: &View<'_>| {
         let old = view.key(&key_id)?.ok_or_else(|| Problem::not_found("This key is not known here."))?;
         let renewed = old.revoked.as_ref().is_some_and(|ended| ended.reason == RevocationReason::Rotation);
@@ -112,7 +116,10 @@ pub async fn refresh(
         if old.revoked.is_some() {
             return Err(refusal);
         }
-        if view.now < old.refresh_after() {
+        // A key whose secret signs no more may end before its time.
+        let is_previous =
+            view.model.secrets().get(&old.kid).is_some_and(|held| held.record.state == SecretState::Previous);
+        if view.now < old.refresh_after() && !is_previous {
             let after = clock::rfc3339(old.refresh_after());
             let detail = format!("This key can be renewed from {after} on.");
             return Err(
@@ -137,7 +144,7 @@ pub async fn refresh(
         app.metrics.created.with_label_values(&[role, V2]).inc();
         app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
     }
-    let view = issued_view(&app, &issued)?;
+    let view = issued_view(&app, &issued).await?;
     Ok(request::finish(&app, committed, waits, StatusCode::OK, view).await)
 }
 
@@ -155,9 +162,7 @@ fn creator_of(key: &Verified) -> Creator<'_> {
 }
 
 fn signer(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
-    view.model.signer().cloned().ok_or_else(|| {
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "There is no signing secret.")
-    })
+    Ok(Arc::clone(view.model.secrets().signer()?))
 }
 
 /// The key that the same request created before, if it did.
@@ -178,7 +183,7 @@ fn replay(view: &View<'_>, idempotency: Option<&Idempotency>) -> Result<Option<I
             "The key that this request created cannot be shown again.",
         )
     };
-    let key = view.key(&seen.key_id)?.ok_or_else(gone)?;
+    let key = view.key(&seen.made)?.ok_or_else(gone)?;
     let signer = signer(view)?;
     if signer.kid != key.kid {
         return Err(gone()); // Its secret signs no more.
@@ -186,13 +191,9 @@ fn replay(view: &View<'_>, idempotency: Option<&Idempotency>) -> Result<Option<I
     Ok(Some(Issued { key, signer, replayed: true }))
 }
 
-fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Problem> {
+async fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Problem> {
     let key = &issued.key;
-    let claims = key.claims(&app.config.issuer, app.config.audience.as_deref());
-    let token = issued.signer.sign(&claims).map_err(|error| {
-        tracing::error!(%error, "a key cannot be signed");
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The key cannot be signed; retry later.")
-    })?;
+    let token = token(app, &issued.signer, key).await?;
     Ok(serde_json::json!({
         "api_key": token.as_str(),
         "key_id": key.key_id,
@@ -207,4 +208,23 @@ fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Problem>
         "renews": key.renews,
         "metadata": key.metadata,
     }))
+}
+
+/// The token of a key.
+pub async fn token(app: &App, signer: &Arc<Signer>, key: &KeyRecord) -> Result<Zeroizing<String>, Problem> {
+    let claims = key.claims(&app.config.issuer, app.config.audience.as_deref());
+    let signed = if signer.takes_long() {
+        let signer = Arc::clone(signer);
+        request::read(move || signer.sign(&claims)).await?
+    } else {
+        signer.sign(&claims)
+    };
+    signed.map_err(|error| {
+        tracing::error!(%error, "a key cannot be signed");
+        Problem::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "unavailable",
+            format!("The key cannot be signed: {error}."),
+        )
+    })
 }

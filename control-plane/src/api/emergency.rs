@@ -88,7 +88,7 @@ impl CutoffScope {
         if self.role.as_ref().is_some_and(|role| !app.config.roles.contains_key(role)) {
             return Err(Problem::bad_request("'role': there is no such role."));
         }
-        if self.kid.as_ref().is_some_and(|kid| app.state().secrets.iter().all(|secret| secret.kid != *kid)) {
+        if self.kid.as_ref().is_some_and(|kid| app.state().secrets.get(kid).is_none()) {
             return Err(Problem::bad_request(
                 "'kid': there is no such secret; see /api/admin/secrets/status.",
             ));

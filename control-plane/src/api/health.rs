@@ -10,6 +10,8 @@ use serde::Deserialize;
 
 use super::json;
 use crate::app::App;
+use crate::rotation::driver;
+use crate::secret::SecretState;
 
 /// What is wrong, if anything.
 fn reasons(app: &App) -> Vec<String> {
@@ -30,7 +32,21 @@ fn reasons(app: &App) -> Vec<String> {
         let peers = status.peers.into_iter().filter_map(|peer| peer.error);
         reasons.extend(peers.map(|error| format!("Redis: {error}")));
     }
-    let (total, behind) = app.fleet.counts(&app.state());
+    let state = app.state();
+    let progress = app.driver.progress();
+    if progress.stalled {
+        let missing = progress.missing.join(", ");
+        reasons.push(format!("secrets: a rotation waits for {missing}; the secret before goes on signing"));
+    }
+    if let Some(failure) = progress.failure {
+        reasons.push(format!("secrets: {failure}"));
+    }
+    for record in state.secrets.locked().filter(|record| record.state != SecretState::Expired) {
+        let (kid, stage) = (&record.kid, record.state.label());
+        reasons
+            .push(format!("secrets: {kid} ({stage}) cannot be opened here: its data key has not come yet"));
+    }
+    let (total, behind) = app.fleet.counts(&state);
     if behind > 0 {
         reasons.push(format!("{behind} of {total} proxies do not enforce the newest version yet"));
     }
@@ -96,6 +112,8 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.fleet_behind.set(as_f64(behind as u64));
     app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
     app.metrics.state_seq.set(as_f64(state.version.seq));
+    let now = app.clock.now_s();
+    app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
 }
 

@@ -152,6 +152,38 @@ fn operations() -> Vec<Operation> {
             "The signing secrets; never their material",
             get(secrets::status),
         ),
+        Operation {
+            success: 202,
+            ..waits(takes(
+                r#"{"reason": "scheduled_quarterly", "immediate": false}"#,
+                op(
+                    "post",
+                    "/api/admin/secrets/rotate",
+                    MANAGE,
+                    "Begin a rotation to a new signing secret; `immediate` ends the old one at once, `dry_run` counts the \
+                     keys that end with it, `algorithm` goes over to another, `secret` is an HS256 secret made elsewhere \
+                     (base64url), `gate_timeout` how long proxies may take to know it",
+                    post(secrets::rotate),
+                ),
+            ))
+        },
+        waits(op(
+            "delete",
+            "/api/admin/secrets/rotate",
+            MANAGE,
+            "Cancel the rotation, as long as its secret signs nothing",
+            delete(secrets::cancel),
+        )),
+        waits(takes(
+            r#"{"justification": "proxy-7 is being replaced"}"#,
+            op(
+                "post",
+                "/api/admin/secrets/rotate/force",
+                MANAGE,
+                "Have the new secret sign without waiting for the proxies that do not know it; they refuse its keys",
+                post(secrets::force),
+            ),
+        )),
         op("get", "/api/admin/policy", READ, "The route policy; its version is the ETag", get(policy::show)),
         waits(takes(
             r#"{"mode": "enforce", "routes": [{"name": "home", "path": "/", "access": "public"}]}"#,

@@ -1,40 +1,287 @@
-//! The signing secrets, as far as anybody may know of them.
+//! `/api/admin/secrets`: the signing secrets and their rotation; never their material.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
+use axum::Extension;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use keygate_core::crypto::Algorithm;
+use serde::Deserialize;
+use zeroize::Zeroizing;
 
-use super::json;
+use super::request::{self, Body, Waits};
+use super::{Caller, actor, auth, json};
 use crate::app::App;
+use crate::change::Change;
 use crate::clock;
-use crate::secret::SecretRecord;
+use crate::config;
+use crate::key::{self, Ended, KeyState, RevocationReason};
+use crate::problem::Problem;
+use crate::random;
+use crate::rotation::{self, Begun, Order, RotationError, driver};
+use crate::secret::import;
+use crate::secret::ring::{Held, Ring};
+use crate::secret::{Retire, SecretState};
+use crate::store::StoreError;
+use crate::writer::View;
 
-fn view(secret: &SecretRecord) -> serde_json::Value {
+fn view(ring: &Ring, held: &Held) -> serde_json::Value {
+    let record = &held.record;
     serde_json::json!({
-        "version_id": secret.kid,
-        "state": secret.state,
-        "alg": secret.alg,
-        "created_at": clock::rfc3339(secret.created_at),
+        "version_id": record.kid,
+        "state": ring.state_of(held),
+        "alg": record.alg,
+        "created_at": clock::rfc3339(record.created_at),
+        "since": clock::rfc3339(record.since.max(record.created_at)),
+        "reason": record.why,
+        "retire": record.retire,
+        "ends_at": rotation::ends_at(held).map(clock::rfc3339),
+        "in_hsm": record.in_hsm,
+        "open": held.is_open(),
     })
 }
 
 pub async fn status(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
-    let active = state.secrets.iter().find(|secret| secret.kid == state.signer.kid);
+    let ring = &state.secrets;
+    let progress = app.driver.progress();
+    let waits_for = ring.rotating().or_else(|| ring.active().filter(|held| !held.is_announced()));
+    let under_way = waits_for.map(|held| {
+        let is_late = progress.kid.as_deref() == Some(held.record.kid.as_str()) && progress.stalled;
+        serde_json::json!({
+            "version_id": held.record.kid,
+            "state": held.record.state,
+            "since": clock::rfc3339(held.record.since),
+            "waiting_for": driver::missing(&app, &state, held),
+            "stalled": is_late,
+        })
+    });
     json(
         StatusCode::OK,
         serde_json::json!({
-            "active": active.map(view),
-            "versions": state.secrets.iter().map(view).collect::<Vec<_>>(),
-            "next_rotation": null,
+            "active": ring.active().map(|held| view(ring, held)),
+            "versions": ring.all().into_iter().rev().map(|held| view(ring, held)).collect::<Vec<_>>(),
+            "rotation": under_way,
+            "failure": progress.failure,
+            "next_rotation": driver::next_at(&app, &state).map(clock::rfc3339),
         }),
     )
 }
 
 pub async fn jwks(State(app): State<Arc<App>>) -> Response {
-    let keys: Vec<_> = app.state().signer.jwk().into_iter().collect();
+    let keys = app.state().secrets.jwks(app.clock.now_s());
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "max-age=60")];
     (headers, serde_json::json!({ "keys": keys }).to_string()).into_response()
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RotateBody {
+    reason: Option<String>,
+    #[serde(default)]
+    immediate: bool,
+    #[serde(default)]
+    dry_run: bool,
+    algorithm: Option<String>,
+    /// An HMAC secret that was made elsewhere, base64url.
+    secret: Option<Zeroizing<String>>,
+    gate_timeout: Option<String>,
+}
+
+impl RotateBody {
+    /// What is wanted, and how long proxies may take.
+    fn read(self, app: &App) -> Result<(Order, bool, Option<Duration>), Problem> {
+        let wrong = |name: &str, problem: String| Problem::bad_request(format!("'{name}': {problem}."));
+        let why = self.reason.unwrap_or_else(|| rotation::UNSAID.into());
+        if !rotation::is_why(&why) {
+            return Err(Problem::bad_request("'reason' must be 1 to 200 printable characters."));
+        }
+        let usual = if self.secret.is_some() { Algorithm::HS256 } else { app.config.lives.algorithm };
+        let alg = match &self.algorithm {
+            None => usual,
+            Some(name) => Algorithm::from_name(name)
+                .ok_or_else(|| Problem::bad_request("'algorithm' must be ES256, EdDSA or HS256."))?,
+        };
+        if self.secret.is_some() && alg != Algorithm::HS256 {
+            return Err(Problem::bad_request(
+                "'secret' can only be an HS256 secret; leave it out, and one is made for the algorithm.",
+            ));
+        }
+        if alg != Algorithm::ES256 && app.config.lives.in_hsm && self.secret.is_none() {
+            return Err(Problem::bad_request(
+                "'algorithm': hsm.signing is set, and the HSM signs with ES256 only.",
+            ));
+        }
+        let imported = self
+            .secret
+            .map(|text| import::read(&text))
+            .transpose()
+            .map_err(|error| wrong("secret", error.to_string()))?;
+        let gate_timeout = self
+            .gate_timeout
+            .map(|text| config::gate_timeout(&toml::Value::String(text)))
+            .transpose()
+            .map_err(|problem| wrong("gate_timeout", problem))?;
+        Ok((Order { alg, immediate: self.immediate, why, imported }, self.dry_run, gate_timeout))
+    }
+}
+
+/// Begins a rotation, or says what one would end. Who ends the secret of their own key gets another key.
+pub async fn rotate(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+    headers: HeaderMap,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let body: RotateBody = request::body(&bytes)?;
+    let idempotency = request::idempotency(&headers, actor(&caller.0), "rotate", &bytes)?;
+    let (order, dry_run, gate_timeout) = body.read(&app)?;
+    let immediate = order.immediate;
+    if dry_run {
+        let state = app.state();
+        let old = state.secrets.active().map(|held| held.record.kid.clone()).unwrap_or_default();
+        let ends = what_ends(&app, &old, immediate).await?;
+        return Ok(json(StatusCode::OK, serde_json::json!({ "dry_run": true, "ends": ends })));
+    }
+    // Two control planes that begin at once do not hear of each other in time.
+    if let Some(mirror) = &app.mirror {
+        let source = app.state().version.source;
+        if mirror.claim("rotation", source).await == Some(false) {
+            return Err(RotationError::InProgress("another secret, on another control plane,".into()).into());
+        }
+    }
+    let (lives, roles, verified) =
+        (app.config.lives.clone(), app.config.roles.clone(), Arc::clone(&caller.0));
+    let plan = move |view: &View<'_>| {
+        let (mut changes, begun) = rotation::begin(view, &lives, order, idempotency)?;
+        // Whoever ends the secret of their own key would be locked out: they get another one.
+        let ends_caller = immediate && !begun.replayed && verified.kid == begun.old;
+        let old = if ends_caller { view.key(&verified.claims.sub)? } else { None };
+        let renewed = old.map(|old| {
+            let new = key::renewal(&old, roles.get(&old.role), random::identity(), &begun.kid, view.now);
+            let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: old.key_id.clone() };
+            changes.push(Change::KeyIssued { key: Box::new(new.clone()), idempotency: None });
+            changes.push(Change::revoking(&old, ended));
+            new
+        });
+        Ok((changes, (begun, renewed)))
+    };
+    let ((begun, renewed), committed) =
+        app.writer.submit(actor(&caller.0), plan).await?.inspect_err(|error| {
+            if let RotationError::Secret(error) = error {
+                driver::note_failure(&app, "it cannot be begun", &error.to_string());
+            }
+        })?;
+    let Begun { kid, state, old, replayed } = begun;
+    if !replayed {
+        app.metrics.secret_rotations.with_label_values(&["begun"]).inc();
+        tracing::info!(by = actor(&caller.0), kid, old, immediate, "a rotation of secrets was begun");
+        if let Some(timeout) = gate_timeout {
+            app.driver.allow(&kid, timeout);
+        }
+    }
+    let mut body = serde_json::json!({
+        "version_id": kid,
+        "state": state,
+        "replaces": old,
+        "ends": if replayed { serde_json::Value::Null } else { what_ends(&app, &old, immediate).await? },
+    });
+    if let Some(key) = renewed {
+        // Should proxies take longer than this waits, the caller still needs it here.
+        driver::wait_for_signer(&app).await;
+        let state = app.state();
+        if let Some(signer) = state.secrets.get(&key.kid).and_then(Held::signer) {
+            body["api_key"] = auth::token(&app, signer, &key).await?.as_str().into();
+            body["key_id"] = key.key_id.clone().into();
+            body["renews"] = key.renews.clone().into();
+            body["expires_at"] = clock::rfc3339(key.expires_at).into();
+        }
+    }
+    Ok(request::finish(&app, committed, waits, StatusCode::ACCEPTED, body).await)
+}
+
+/// How many live keys end with a secret when it is rotated now, and when. The others are not hurt.
+async fn what_ends(app: &Arc<App>, old: &str, immediate: bool) -> Result<serde_json::Value, Problem> {
+    let now = app.clock.now_s();
+    let state = app.state();
+    let Some(held) = state.secrets.get(old) else { return Ok(serde_json::Value::Null) };
+    let retire = app.config.lives.retire(held.record.alg);
+    let end = if immediate { Some(now) } else { app.config.lives.end(retire, now) };
+    let (here, kid) = (Arc::clone(app), old.to_owned());
+    let by_role = request::read(move || {
+        let mut by_role: BTreeMap<String, u64> = BTreeMap::new();
+        let Some(end) = end else { return Ok(by_role) };
+        here.store.each_key(|key| {
+            let lives = matches!(key.state(now), KeyState::Active | KeyState::Suspended);
+            if lives && key.kid == kid && key.expires_at > end {
+                *by_role.entry(key.role).or_default() += 1;
+            }
+        })?;
+        Ok::<_, StoreError>(by_role)
+    });
+    let by_role = by_role.await??;
+    let retire = if immediate {
+        "at_once"
+    } else if retire == Retire::AfterOverlap {
+        "after_overlap"
+    } else {
+        "with_last_key"
+    };
+    Ok(serde_json::json!({
+        "retire": retire,
+        "at": end.map(clock::rfc3339),
+        "keys": by_role.values().sum::<u64>(),
+        "by_role": by_role,
+    }))
+}
+
+/// Ends a rotation whose secret has not signed yet.
+pub async fn cancel(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let (kid, committed) = app.writer.submit(actor(&caller.0), rotation::cancel).await??;
+    app.metrics.secret_rotations.with_label_values(&["cancelled"]).inc();
+    tracing::warn!(by = actor(&caller.0), kid, "a rotation of secrets was cancelled");
+    let body = serde_json::json!({ "version_id": kid, "state": SecretState::Expired });
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForceBody {
+    justification: String,
+}
+
+/// Has the new secret sign although some proxies may not know it: they refuse its keys until they do.
+pub async fn force(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let ForceBody { justification } = request::body(&bytes)?;
+    if !rotation::is_why(&justification) {
+        return Err(Problem::bad_request("'justification' must be 1 to 200 printable characters."));
+    }
+    let state = app.state();
+    let waits_for = state.secrets.rotating().or_else(|| state.secrets.active());
+    let without = waits_for.map(|held| driver::missing(&app, &state, held)).unwrap_or_default();
+    let lives = app.config.lives.clone();
+    let plan = move |view: &View<'_>| rotation::force(view, &lives, justification);
+    let (kid, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    app.metrics.secret_rotations.with_label_values(&["forced"]).inc();
+    tracing::error!(
+        by = actor(&caller.0),
+        kid,
+        without = without.join(", "),
+        "a new secret signs although not every proxy knows it"
+    );
+    let body = serde_json::json!({ "version_id": kid, "state": SecretState::Active, "without": without });
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }

@@ -373,6 +373,13 @@ pub fn words(list: &Value) -> String {
     list.as_array().into_iter().flatten().filter_map(Value::as_str).collect::<Vec<_>>().join(" ")
 }
 
+/// How many keys of each role.
+pub fn by_role(counts: &Value) -> String {
+    let counts = counts.as_object().into_iter().flatten();
+    let listed: Vec<String> = counts.map(|(role, count)| format!("{role} {count}")).collect();
+    if listed.is_empty() { "none".into() } else { listed.join(", ") }
+}
+
 pub fn print_json(value: &Value) {
     println!("{value:#}");
 }

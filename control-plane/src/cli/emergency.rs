@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Output;
-use super::client::{Wait, call, print_json, print_propagation, segment, text, words};
+use super::client::{Wait, by_role, call, print_json, print_propagation, segment, text};
 
 const REVOKE: &str = "/api/admin/emergency/revoke";
 const LOCKDOWN: &str = "/api/admin/emergency/lockdown";
@@ -261,10 +261,4 @@ fn change(
         print_propagation(&answer);
     }
     Ok(wait.code(&answer))
-}
-
-fn by_role(counts: &Value) -> String {
-    let counts = counts.as_object().into_iter().flatten();
-    let listed: Vec<String> = counts.map(|(role, count)| format!("{role} {count}")).collect();
-    if listed.is_empty() { "none".into() } else { words(&json!(listed)) }
 }

@@ -4,6 +4,7 @@ mod audit;
 mod client;
 mod emergency;
 mod recovery;
+mod secrets;
 mod serve;
 
 use std::process::ExitCode;
@@ -31,6 +32,9 @@ enum Command {
     /// List what was revoked, and look after the set that proxies hold
     #[command(subcommand)]
     Revocations(emergency::Revocations),
+    /// Show and rotate the signing secrets
+    #[command(subcommand)]
+    Secrets(secrets::Secrets),
     /// Show the proxies and what they enforce
     Fleet(Output),
     /// Check the audit log
@@ -59,6 +63,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Keys(keys) => keys.run(),
         Command::Emergency(emergency) => emergency.run(),
         Command::Revocations(revocations) => revocations.run(),
+        Command::Secrets(secrets) => secrets.run(),
         Command::Fleet(output) => client::fleet(&output),
         Command::Audit(audit) => audit.run(),
         Command::Backup(backup) => backup.run(),

@@ -9,8 +9,10 @@ use clap::{Args, Subcommand};
 use keygate::backup::{self, Outcome};
 use keygate::clock::{Clock, rfc3339_ms};
 use keygate::journal;
+use keygate::keyring::{Keyring, Masters};
+use keygate::master_key::MasterKey;
 use keygate::redis_store::{self, Target};
-use keygate::secret::MasterKey;
+use zeroize::Zeroizing;
 
 /// Backups of the journal, from which all else is rebuilt.
 #[derive(Debug, Subcommand)]
@@ -61,7 +63,7 @@ impl Backup {
                     report.last_at.unwrap_or_default()
                 );
                 println!("  head {}", report.head);
-                println!("  The master key is not in it; keep it elsewhere, too.");
+                println!("  The keyring is in it, sealed; the master key is not: keep it elsewhere, too.");
             }
             Self::Import { file, data, accept_loss } => {
                 match backup::import(&file, &data.data_dir, accept_loss, &now)? {
@@ -108,7 +110,12 @@ impl Recover {
         let dir = journal_in(&self.from_journal);
         let master_key_file =
             self.master_key_file.unwrap_or_else(|| dir.parent().unwrap_or(Path::new(".")).join("master.key"));
-        let master = MasterKey::load(&master_key_file, false)?;
+        let master = match std::env::var("KEYGATE_MASTER_KEY").ok().filter(|text| !text.is_empty()) {
+            Some(text) => MasterKey::from_variable("KEYGATE_MASTER_KEY", &Zeroizing::new(text))?,
+            None => MasterKey::load(&master_key_file, false)?,
+        };
+        let data_dir = dir.parent().unwrap_or(Path::new("."));
+        let keys = Keyring::open(data_dir, Masters { master, previous: None, hsm: None }, false)?;
         let report = journal::verify(&dir, None)?;
         anyhow::ensure!(report.records > 0, "{}: there is no journal here", dir.display());
         println!("{}: {} records, whole and unchanged", dir.display(), report.records);
@@ -123,7 +130,7 @@ impl Recover {
             );
             let _shown_or_not = std::io::stdout().flush();
         };
-        let done = runtime.block_on(redis_store::recover(&target, &dir, &work.0, &master, now, progress));
+        let done = runtime.block_on(redis_store::recover(&target, &dir, &work.0, &keys, now, progress));
         println!();
         let done = done?;
         println!("{target} has them all; {} changes were missing there.", done.appended);

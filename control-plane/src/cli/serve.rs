@@ -5,10 +5,11 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
-use keygate::app;
+use keygate::app::{self, FromEnvironment};
 use keygate::clock::Clock;
 use keygate::config::{self, Config, LogFormat, SETTINGS};
 use tokio::signal::unix::{SignalKind, signal};
+use zeroize::Zeroizing;
 
 /// The file that is read when it is there and no other is named.
 const DEFAULT_FILE: &str = "keygate.toml";
@@ -41,6 +42,12 @@ pub struct Serve {
     /// File with the key that seals secrets; made if missing
     #[arg(long)]
     master_key_file: Option<String>,
+    /// File with the master key before, while the new one takes its place
+    #[arg(long)]
+    previous_master_key_file: Option<String>,
+    /// Issue another first admin key at the start, and write it in place of the one before: for who is locked out
+    #[arg(long)]
+    new_admin_key: bool,
     /// Redis that control planes share; a password is better given as KEYGATE_REDIS_URL
     #[arg(long, value_name = "URL")]
     redis: Option<String>,
@@ -55,7 +62,8 @@ fn after_help() -> String {
         text.push_str(&format!("  {key:<30} {:<38} {meaning}\n", variable(key)));
     }
     text.push_str(
-        "\nKEYGATE_FLEET_TOKEN overrides the file with the fleet token. Roles are tables of keygate.toml:\n",
+        "\nSecrets in variables instead of files: KEYGATE_FLEET_TOKEN, KEYGATE_MASTER_KEY, KEYGATE_PREVIOUS_MASTER_KEY\n\
+         and KEYGATE_HSM_PIN. Roles are tables of keygate.toml:\n",
     );
     text.push_str("  [roles.NAME]  life = \"7d\", requests_per_hour = 100 (-1: unlimited), scopes = [...], may_create = [...]\n");
     text
@@ -88,6 +96,7 @@ impl Serve {
             ("admin_key_file", "--admin-key-file", &self.admin_key_file),
             ("fleet_token_file", "--fleet-token-file", &self.fleet_token_file),
             ("master_key_file", "--master-key-file", &self.master_key_file),
+            ("previous_master_key_file", "--previous-master-key-file", &self.previous_master_key_file),
             ("redis.url", "--redis", &self.redis),
             ("policy_file", "--policy", &self.policy),
         ] {
@@ -105,10 +114,20 @@ impl Serve {
             return Ok(ExitCode::SUCCESS);
         }
         start_log(config.log_format);
-        let fleet_token = std::env::var("KEYGATE_FLEET_TOKEN").ok().filter(|token| !token.is_empty());
+        hold_secrets_back()?;
+        let given = FromEnvironment {
+            fleet_token: variable_with_secret("KEYGATE_FLEET_TOKEN"),
+            master_key: variable_with_secret("KEYGATE_MASTER_KEY"),
+            previous_master_key: variable_with_secret("KEYGATE_PREVIOUS_MASTER_KEY"),
+            hsm_pin: variable_with_secret("KEYGATE_HSM_PIN"),
+        };
+        let new_admin_key = self.new_admin_key;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async {
-            let serving = app::start(config, Clock::system(), fleet_token).await?;
+            let serving = app::start(config, Clock::system(), given).await?;
+            if new_admin_key {
+                serving.app.issue_admin_key().await?;
+            }
             tracing::info!(
                 api = %serving.api_address()?,
                 sync = %serving.sync_address()?,
@@ -129,6 +148,18 @@ impl Serve {
         })?;
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn variable_with_secret(name: &str) -> Option<Zeroizing<String>> {
+    std::env::var(name).ok().filter(|value| !value.is_empty()).map(Zeroizing::new)
+}
+
+/// Has the kernel write no memory of this process to disk when it dies, neither to a file nor to a program that
+/// collects core dumps, and let no other process of the same user read it. What is not wiped yet stays in memory.
+fn hold_secrets_back() -> anyhow::Result<()> {
+    use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+    setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }).context("no core dumps")?;
+    set_dumpable_behavior(DumpableBehavior::NotDumpable).context("no core dumps")
 }
 
 fn start_log(format: LogFormat) {

@@ -231,7 +231,10 @@ impl Carrier {
                 self.source = *source;
                 true
             }
-            Change::SettingsChanged { .. } | Change::SecretCreated { .. } => true,
+            Change::SettingsChanged { .. }
+            | Change::SecretCreated { .. }
+            | Change::SecretMoved { .. }
+            | Change::SecretAnnounced { .. } => true,
             Change::PeerChanged { max_life_s } => *max_life_s > 0,
             Change::KeyIssued { key, .. } => lives(key.expires_at),
             Change::KeyRevoked { expires_at, .. } | Change::JtiRevoked { expires_at, .. } => {
@@ -259,6 +262,7 @@ impl Carrier {
             Change::CutoffProposed { .. }
             | Change::CutoffWithdrawn { .. }
             | Change::RevocationsRebuilt {}
+            | Change::SecretsOpened {}
             | Change::EditRefused { .. } => false,
         };
         if counts {
@@ -290,24 +294,25 @@ mod tests {
     use crate::journal::{
         Claim, DIRECTORY, Journal, PersonalData, Privacy, compress_sealed, copy, verify, walk_after,
     };
-    use crate::secret::MasterKey;
+    use crate::keyring::{Keyring, RootKey};
+    use crate::master_key::MasterKey;
     use crate::state::Model;
 
     fn notary() -> Notary {
         Notary::new(&[7; 32])
     }
 
-    fn master() -> MasterKey {
-        MasterKey::of([7; 32])
+    fn keys() -> Keyring {
+        Keyring::in_memory(MasterKey::of([7; 32]), RootKey::of([7; 32]))
     }
 
     fn open(dir: &Path, model: &mut Model) -> Result<Journal, JournalError> {
-        let privacy = std::sync::Arc::new(Privacy::new(&master(), PersonalData::Sealed));
+        let privacy = std::sync::Arc::new(Privacy::new(keys().root(), PersonalData::Sealed));
         let opens = std::sync::Arc::clone(&privacy);
         Claim::new(dir)?.read(notary(), privacy, |record| {
             let seq = record.seq;
             let entry = record.into_entry(&opens)?;
-            model.apply(seq, &entry, &master()).map(|_| ()).map_err(|error| error.to_string())
+            model.apply(seq, &entry, &keys()).map(|_| ()).map_err(|error| error.to_string())
         })
     }
 

@@ -424,7 +424,7 @@ mod tests {
     use super::*;
     use crate::change::Change;
     use crate::key::RevocationReason;
-    use crate::secret::MasterKey;
+    use crate::keyring::RootKey;
 
     fn changes(n: u64) -> Vec<Entry> {
         let entry = |source| Entry {
@@ -437,7 +437,7 @@ mod tests {
     }
 
     fn privacy() -> Arc<Privacy> {
-        Arc::new(Privacy::new(&MasterKey::of([7; 32]), PersonalData::Sealed))
+        Arc::new(Privacy::new(&RootKey::of([7; 32]), PersonalData::Sealed))
     }
 
     fn first_segment(data_dir: &Path) -> PathBuf {
@@ -638,7 +638,7 @@ mod tests {
         assert_ne!(last().change, added, "who reads without the key sees the hash");
 
         let read = |master: u8, each: &mut dyn FnMut(Record)| {
-            let privacy = Privacy::new(&MasterKey::of([master; 32]), PersonalData::Sealed);
+            let privacy = Privacy::new(&RootKey::of([master; 32]), PersonalData::Sealed);
             Claim::new(dir.path()).unwrap().read(Notary::new(&[7; 32]), Arc::new(privacy), |record| {
                 each(record);
                 Ok(())

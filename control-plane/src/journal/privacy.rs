@@ -22,7 +22,8 @@ use zeroize::Zeroizing;
 
 use super::Record;
 use crate::change::Change;
-use crate::secret::{self, MasterKey};
+use crate::keyring::RootKey;
+use crate::secret;
 
 /// How much of a hash is written: nobody gains from two owners with the same one, and by chance none have.
 const HASH_BYTES: usize = 16;
@@ -70,11 +71,11 @@ struct Values {
 }
 
 impl Privacy {
-    /// With keys of this master key; `mode` is for records to be written.
-    pub fn new(master: &MasterKey, mode: PersonalData) -> Self {
+    /// With keys derived from this root; `mode` is for records to be written.
+    pub fn new(root: &RootKey, mode: PersonalData) -> Self {
         Self {
-            hashes: master.derive("keygate journal hashes of personal data"),
-            seals: master.derive("keygate journal personal data"),
+            hashes: root.derive("keygate journal hashes of personal data"),
+            seals: root.derive("keygate journal personal data"),
             mode,
         }
     }
@@ -185,7 +186,7 @@ mod tests {
     use crate::key::{Ended, KeyRecord, RevocationReason};
 
     fn privacy(master: u8, mode: PersonalData) -> Privacy {
-        Privacy::new(&MasterKey::of([master; 32]), mode)
+        Privacy::new(&RootKey::of([master; 32]), mode)
     }
 
     fn issued(id: &str, owner: Option<&str>, metadata: serde_json::Value) -> Change {

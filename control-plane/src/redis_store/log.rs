@@ -15,6 +15,7 @@ use super::sealed::{Sealer, Shipped};
 use super::{names, scripts};
 use crate::change::{Change, Entry};
 use crate::journal::{self, JournalError, Privacy};
+use crate::keyring::Keyring;
 use crate::store::Store;
 use crate::writer::Logged;
 
@@ -150,6 +151,8 @@ pub struct Filler<'f> {
     pub link: &'f Link,
     /// Seals the changes.
     pub sealer: &'f Sealer,
+    /// The data keys of secrets.
+    pub keys: &'f Keyring,
     /// Whose log.
     pub source: u64,
     /// The last change that is in it.
@@ -171,8 +174,9 @@ impl Filler<'_> {
         for changes in changes.chunks(APPEND_AT_A_TIME) {
             // The keys first: what is in the log is not written again.
             let record = |key_id: &str| store.key(key_id).ok().flatten();
-            let writes =
-                changes.iter().flat_map(|(_, shipped)| projection::writes(&shipped.change, now, record));
+            let writes = changes
+                .iter()
+                .flat_map(|(_, shipped)| projection::writes(&shipped.change, now, self.keys, record));
             let (hints, writes): (Vec<_>, Vec<_>) =
                 writes.partition(|write| matches!(write, Write::Publish { .. }));
             let commands = |writes: &[Write]| -> Vec<Cmd> {

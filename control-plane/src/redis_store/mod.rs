@@ -27,13 +27,15 @@ mod sealed;
 mod session;
 mod target;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+
+use crate::state::State;
 
 pub use self::error::LinkError;
 pub use self::health::{Health, PROBLEMS};
@@ -54,6 +56,8 @@ pub fn error_kinds() -> impl Iterator<Item = &'static str> {
 
 /// How long an answer waits for Redis to have its change.
 const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
+/// For how long a control plane claims what it begins: longer than others need to hear of it.
+const CLAIMED_FOR: Duration = Duration::from_secs(5);
 /// How long a proxy waits for what others had to be taken in.
 const SETTLED_WITHIN: Duration = Duration::from_secs(1);
 
@@ -118,6 +122,21 @@ pub struct Report {
     pub last_own: u64,
     /// How far it had taken in the others' logs by then.
     pub merged: BTreeMap<u64, u64>,
+    /// The signing secrets that each of its live proxies knows.
+    #[serde(default)]
+    pub known: BTreeSet<String>,
+    /// Differs from that of the report before: so others see that it is alive.
+    #[serde(default)]
+    pub beat: u64,
+}
+
+/// What was seen of the reports of others.
+#[derive(Debug, Default)]
+struct Heard {
+    /// When they were looked at last; `None`: never.
+    looked: Option<Instant>,
+    /// The last report of each, and when it was seen first.
+    reports: BTreeMap<u64, (Report, Instant)>,
 }
 
 /// Another control plane.
@@ -146,6 +165,11 @@ pub struct Mirror {
     in_log: AtomicU64,
     /// Of each other control plane, up to which of its changes nothing is lacking here.
     covered: Mutex<BTreeMap<u64, u64>>,
+    heard: Mutex<Heard>,
+    /// The last report of this one, and when.
+    reported: Mutex<Option<(Report, Instant)>>,
+    /// The connection for questions that callers ask, while there is one.
+    asking: Mutex<Option<Link>>,
     status: watch::Sender<Status>,
 }
 
@@ -160,6 +184,9 @@ impl Mirror {
             sealer,
             in_log: AtomicU64::new(0),
             covered: Mutex::default(),
+            heard: Mutex::default(),
+            reported: Mutex::default(),
+            asking: Mutex::default(),
             status,
         })
     }
@@ -220,6 +247,47 @@ impl Mirror {
         for source in merged.keys() {
             covered.entry(*source).or_default(); // Known, whatever it has not said.
         }
+    }
+
+    /// Whether this control plane does the scheduled work.
+    pub fn leads(&self) -> bool {
+        let status = self.status.borrow();
+        status.connected && status.lease.is_some()
+    }
+
+    /// The other control planes that may have live proxies, and what they said last: those that were heard of within
+    /// the hard age when Redis was looked at last, or that are known at all if it never was.
+    pub fn live_peers(&self, state: &State) -> Vec<(u64, Option<Report>)> {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = |source: &u64| *source == state.version.source || state.lines.contains_key(source);
+        let Some(looked) = heard.looked else {
+            return state.merged.keys().filter(|source| !own(source)).map(|source| (*source, None)).collect();
+        };
+        let hard_age = Duration::from_secs(state.rules.hard_age_s);
+        let live = heard.reports.iter().filter(|(source, (_, seen))| {
+            !own(source) && looked.saturating_duration_since(*seen) <= hard_age
+        });
+        live.map(|(source, (report, _))| (*source, Some(report.clone()))).collect()
+    }
+
+    /// Takes note of what others say of themselves.
+    fn hear(&self, reports: &BTreeMap<u64, Report>) {
+        let now = Instant::now();
+        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.looked = Some(now);
+        for (source, report) in reports {
+            let seen = match heard.reports.get(source) {
+                Some((before, seen)) if before.beat == report.beat => *seen,
+                _ => now,
+            };
+            heard.reports.insert(*source, (report.clone(), seen));
+        }
+    }
+
+    /// Claims a work for one control plane for a moment; `None` when Redis cannot be asked.
+    pub async fn claim(&self, work: &str, source: u64) -> Option<bool> {
+        let link = self.asking.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
+        session::lease(&link, work, source, CLAIMED_FOR).await.ok().map(|token| token.is_some())
     }
 
     fn timeouts(&self) -> Timeouts {

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
@@ -13,6 +13,7 @@ use super::sealed::{self, Shipped};
 use super::session::SessionError;
 use super::{Mirror, Report, names};
 use crate::app::App;
+use crate::rotation;
 use crate::writer::{CommitError, Logged};
 
 /// Changes that are passed on at a time.
@@ -75,8 +76,13 @@ impl PassOn<'_> {
             let last = *app.feed.last().borrow();
             let state = app.state();
             let source = state.version.source;
-            let mut filler =
-                Filler { link: &self.link, sealer: &mirror.sealer, source, last: passed_on.in_log };
+            let mut filler = Filler {
+                link: &self.link,
+                sealer: &mirror.sealer,
+                keys: &app.keys,
+                source,
+                last: passed_on.in_log,
+            };
             let (entries, live) = match app.feed.after(passed_on.seq, AT_A_TIME) {
                 Some(entries) => (entries, true),
                 None => (journalled(app, passed_on.seq, last).await?, false),
@@ -97,14 +103,24 @@ impl PassOn<'_> {
             *passed_on = PassedOn { seq: to, in_log: filler.last };
             mirror.set_in_log(filler.last);
             // A state that is later than its seq says too much, which asks more of others than it must.
-            self.report(Report { seq: to, last_own: filler.last, merged: (*state.merged).clone() }).await?;
+            self.report(to, filler.last, (*state.merged).clone()).await?;
             self.note(to).await?;
         }
     }
 
-    /// Tells the others where this one stands.
-    pub async fn report(&self, report: Report) -> Result<(), SessionError> {
+    /// Tells the others where this one stands: the last change of its journal, the last one of those that was made
+    /// here, and how far it had taken in the others' by then.
+    pub async fn report(
+        &self,
+        seq: u64,
+        last_own: u64,
+        merged: BTreeMap<u64, u64>,
+    ) -> Result<(), SessionError> {
+        let known = rotation::driver::known_everywhere(self.app);
+        let report = Report { seq, last_own, merged, known, beat: self.app.clock.now_ms() };
         let source = self.app.state().version.source;
+        *self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some((report.clone(), Instant::now()));
         let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
         let mut set = redis::cmd("HSET");
         set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);

@@ -8,6 +8,8 @@ use super::{names, scripts};
 use crate::change::Change;
 use crate::clock;
 use crate::key::KeyRecord;
+use crate::keyring::{Keyring, Wraps};
+use crate::secret::{SecretRecord, SecretState};
 use crate::store::PastRevocation;
 
 /// How long a revocation is told of, in seconds.
@@ -47,6 +49,11 @@ pub enum Write {
     Forget {
         /// The tokens' ids.
         jtis: Vec<String>,
+    },
+    /// Something that is not there any more.
+    Delete {
+        /// The key.
+        key: String,
     },
     /// A hint to other control planes.
     Publish {
@@ -93,6 +100,11 @@ impl Write {
                 let mut remove = redis::cmd("SREM");
                 remove.arg(names::REVOKED_SET).arg(jtis);
                 vec![remove]
+            }
+            Self::Delete { key } => {
+                let mut delete = redis::cmd("DEL");
+                delete.arg(key);
+                vec![delete]
             }
             Self::Publish { channel, payload } => {
                 let mut publish = redis::cmd("PUBLISH");
@@ -147,8 +159,46 @@ fn revocation_json(past: &PastRevocation) -> Value {
     })
 }
 
+/// A secret as it stands in Redis: its state, and, as long as there is one, the sealed secret with its data key as the
+/// master key wrapped it. Other control planes have the data key from here.
+pub fn secret(record: &SecretRecord, keys: &Keyring, now: u64) -> Vec<Write> {
+    let has_ended = record.state == SecretState::Expired;
+    let version = json!({
+        "version_id": record.kid,
+        "state": record.state,
+        "alg": record.alg.name(),
+        "created_at": clock::rfc3339(record.created_at),
+        "not_after": record.not_after.map(clock::rfc3339),
+    });
+    let until = has_ended.then(|| record.since.max(now).saturating_add(AUDIT_S));
+    let version = Write::Set { key: names::secret_version(&record.kid), text: version.to_string(), until };
+    let key = names::secret(&record.kid);
+    let wraps = record.data_key().and_then(|id| Some((id, keys.wraps(id)?)));
+    let sealed = match wraps {
+        _ if has_ended => Write::Delete { key },
+        Some((id, wraps)) => {
+            let text = json!({ "secret": record, "data_key": { "id": id, "wraps": wraps } }).to_string();
+            Write::Set { key, text, until: None }
+        }
+        None => Write::Set { key, text: json!({ "secret": record }).to_string(), until: None },
+    };
+    vec![sealed, version]
+}
+
+/// The data key of that id in what [`secret`] wrote, if it is there.
+pub fn data_key(text: &str, id: &str) -> Option<Wraps> {
+    let text: Value = serde_json::from_str(text).ok()?;
+    let data_key = text.get("data_key").filter(|data_key| data_key["id"] == id)?;
+    serde_json::from_value(data_key["wraps"].clone()).ok()
+}
+
 /// What a change means. `record` finds the key's record; the change may not be in it yet.
-pub fn writes(change: &Change, now: u64, record: impl Fn(&str) -> Option<KeyRecord>) -> Vec<Write> {
+pub fn writes(
+    change: &Change,
+    now: u64,
+    keys: &Keyring,
+    record: impl Fn(&str) -> Option<KeyRecord>,
+) -> Vec<Write> {
     let mut writes = Vec::new();
     if let Some(past) = PastRevocation::of(change) {
         writes.extend(revocation(&past, now));
@@ -162,18 +212,9 @@ pub fn writes(change: &Change, now: u64, record: impl Fn(&str) -> Option<KeyReco
     }
     match change {
         Change::KeyIssued { key: issued, .. } => writes.extend(key(issued, now)),
-        Change::SecretCreated { secret } => {
-            let sealed = serde_json::to_string(secret).expect("plain data");
-            writes.push(Write::Set { key: names::secret(&secret.kid), text: sealed, until: None });
-            let version = json!({
-                "version_id": secret.kid,
-                "state": secret.state,
-                "alg": secret.alg.name(),
-                "created_at": clock::rfc3339(secret.created_at),
-            });
-            let key = names::secret_version(&secret.kid);
-            writes.push(Write::Set { key, text: version.to_string(), until: None });
-            writes.push(Write::Publish { channel: names::SECRET_ROTATION, payload: secret.kid.clone() });
+        Change::SecretCreated { secret: record, .. } | Change::SecretMoved { secret: record, .. } => {
+            writes.extend(secret(record, keys, now));
+            writes.push(Write::Publish { channel: names::SECRET_ROTATION, payload: record.kid.clone() });
         }
         Change::LockdownChanged { .. } => {
             let payload = "changed".into();
@@ -193,6 +234,8 @@ pub fn writes(change: &Change, now: u64, record: impl Fn(&str) -> Option<KeyReco
 mod tests {
     use super::*;
     use crate::key::{Ended, RevocationReason};
+    use crate::keyring::RootKey;
+    use crate::master_key::MasterKey;
 
     fn record() -> KeyRecord {
         KeyRecord {
@@ -221,13 +264,14 @@ mod tests {
             expires_at: 5_000,
             revocation: Ended { at: 1_000, reason: RevocationReason::Compromised, by: "key_2".into() },
         };
+        let keyring = Keyring::in_memory(MasterKey::of([7; 32]), RootKey::of([7; 32]));
         let keys = |now| {
             let name = |write: &Write| match write {
                 Write::Set { key, until, .. } => format!("{key} {until:?}"),
                 Write::Revoke { jti, until, .. } => format!("revoke {jti} {until}"),
                 other => format!("{other:?}"),
             };
-            writes(&change, now, |_| Some(record())).iter().map(name).collect::<Vec<_>>()
+            writes(&change, now, &keyring, |_| Some(record())).iter().map(name).collect::<Vec<_>>()
         };
         assert_eq!(
             keys(1_000),
@@ -239,7 +283,7 @@ mod tests {
             ]
         );
         assert!(!keys(5_000).iter().any(|key| key.starts_with("revoke ") || key.starts_with("api_key")));
-        let state = writes(&change, 1_000, |_| Some(record()));
+        let state = writes(&change, 1_000, &keyring, |_| Some(record()));
         assert!(matches!(&state[3], Write::Set { text, .. } if text.contains("\"state\":\"revoked\"")));
     }
 

@@ -11,7 +11,8 @@ use super::log::{self, Filler, LogError};
 use super::revoked::{self, UnionError};
 use super::{Sealer, Target, projection};
 use crate::journal::{JournalError, PersonalData, Privacy};
-use crate::secret::{MasterKey, SecretError};
+use crate::keyring::Keyring;
+use crate::secret::SecretError;
 use crate::state::Model;
 use crate::store::{Store, StoreError};
 
@@ -63,15 +64,15 @@ pub async fn recover(
     target: &Target,
     dir: &Path,
     work: &Path,
-    master: &MasterKey,
+    keys: &Keyring,
     now: u64,
     mut progress: impl FnMut(Recovered),
 ) -> Result<Recovered, RecoverError> {
     // Whole batches take longer than one request of a client that waits.
     let timeouts = Timeouts { response: std::time::Duration::from_secs(10), ..Timeouts::default() };
     let link = target.connect(timeouts).await?;
-    let sealer = Sealer::new(master);
-    let privacy = Privacy::new(master, PersonalData::default());
+    let sealer = Sealer::new(keys.root());
+    let privacy = Privacy::new(keys.root(), PersonalData::default());
     let store = Store::open(work)?;
     let mut model = Model::default();
     let mut logs: BTreeMap<u64, u64> = BTreeMap::new();
@@ -82,7 +83,7 @@ pub async fn recover(
         let Some(to) = entries.last().map(|logged| logged.seq) else { break };
         let mut stored = Vec::new();
         for logged in &entries {
-            if !model.apply(logged.seq, &logged.entry, master)?.superseded {
+            if !model.apply(logged.seq, &logged.entry, keys)?.superseded {
                 stored.push((logged.seq, logged.entry.change.clone()));
             }
         }
@@ -96,7 +97,7 @@ pub async fn recover(
                 }
             };
             changes.retain(|(seq, _)| *seq > last);
-            let mut filler = Filler { link: &link, sealer: &sealer, source, last };
+            let mut filler = Filler { link: &link, sealer: &sealer, keys, source, last };
             filler.append(&changes, &store, now).await?;
             done.appended += changes.len() as u64;
             logs.insert(source, filler.last);
@@ -106,13 +107,18 @@ pub async fn recover(
         seq = to;
     }
     // What stands in a log was not written again with it; the keys may be missing all the same.
-    let mut keys = Vec::new();
-    store.each_key(|key| keys.extend(projection::key(&key, now)))?;
-    for writes in keys.chunks(AT_A_TIME) {
+    let mut records = Vec::new();
+    store.each_key(|key| records.extend(projection::key(&key, now)))?;
+    for writes in records.chunks(AT_A_TIME) {
         let commands: Vec<_> = writes.iter().flat_map(|write| write.commands(link.is_cluster())).collect();
         log::write_keys(&link, &commands).await?;
         done.keys += writes.len() as u64;
         progress(done);
+    }
+    for held in model.secrets().all() {
+        let writes = projection::secret(&held.record, keys, now);
+        let commands: Vec<_> = writes.iter().flat_map(|write| write.commands(link.is_cluster())).collect();
+        log::write_keys(&link, &commands).await?;
     }
     let mut revoked = store.revoked_within(now.saturating_add(1), u64::MAX)?;
     // Not what was forgotten again since.

@@ -1,5 +1,5 @@
 //! What control planes tell each other through Redis, sealed: who can write to Redis can neither read it nor make
-//! it up, nor put it elsewhere. All control planes of a fleet have one master key.
+//! it up, nor put it elsewhere. All control planes of a fleet have one root key.
 
 use std::collections::BTreeMap;
 
@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::change::{Change, Entry, Origin};
-use crate::secret::{self, MasterKey};
+use crate::keyring::RootKey;
+use crate::secret;
 use crate::writer::Logged;
 
 /// A change as it stands in a log.
@@ -53,9 +54,9 @@ impl std::fmt::Debug for Sealer {
 }
 
 impl Sealer {
-    /// With a key derived from the master key.
-    pub fn new(master: &MasterKey) -> Self {
-        Self(master.derive("keygate shared log"))
+    /// With a key derived from the keyring's root.
+    pub fn new(root: &RootKey) -> Self {
+        Self(root.derive("keygate shared log"))
     }
 
     /// Seals change `seq` of the log of `source`, which follows on `before`.

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::convert::Infallible;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use futures_util::StreamExt as _;
@@ -17,11 +17,14 @@ use super::log::{self, Filler, LogError, Patience};
 use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
-use super::{Intake, Mirror, Peer, Report, names, scripts};
+use super::{Intake, Mirror, Peer, Report, names, projection, scripts};
 use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
+use crate::keyring::Wraps;
 use crate::problem::Problem;
+use crate::rotation;
+use crate::secret::SecretRecord;
 use crate::state::State;
 use crate::writer::{CommitError, View};
 
@@ -38,6 +41,8 @@ const FEW: usize = 20_000;
 /// How often the lease of the scheduled work is renewed, and for how long it is taken.
 const LEASE_EVERY: Duration = Duration::from_secs(3);
 const LEASE_FOR: Duration = Duration::from_secs(10);
+/// How often a control plane tells that it is there, whatever else it has to tell.
+const TELL_EVERY: Duration = Duration::from_secs(2);
 /// How long it is waited before another try, the first time and at most.
 const RETRY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
@@ -106,6 +111,7 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
             },
             _ = stopping.wait_for(|stop| *stop) => return,
         };
+        *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
         app.metrics.redis_connection.set(0.0);
         app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
         let text = error.to_string();
@@ -156,6 +162,7 @@ async fn session(
     };
     session.check().await?;
     let passed_on = session.make_good().await?;
+    *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.reading.clone());
     app.metrics.redis_connection.set(1.0);
     mirror.update(|status| {
         status.connected = true;
@@ -264,6 +271,7 @@ impl Session<'_> {
             self.mirror.update(|status| status.intake = Intake::Begun);
         }
         self.fill_up_others().await?;
+        self.mirror.hear(&reports);
         while self.take_in().await? {}
         let own = (state.version.source, *app.feed.last().borrow());
         self.mirror.cover(&reports, own, &app.state().merged);
@@ -272,8 +280,8 @@ impl Session<'_> {
         let mut passed_on = PassedOn { seq: in_log.max(state.line_start.saturating_sub(1)), in_log };
         let pass_on = PassOn { app, mirror: self.mirror, link: self.writing.clone() };
         pass_on.go_on(&mut passed_on).await?;
-        let merged = (*app.state().merged).clone();
-        pass_on.report(Report { seq: passed_on.seq, last_own: passed_on.in_log, merged }).await?;
+        pass_on.report(passed_on.seq, passed_on.in_log, (*app.state().merged).clone()).await?;
+        self.write_secrets().await?;
         pass_on.note(passed_on.seq).await?;
         self.unite(Extent::AllKeys).await?;
         self.look_at_edits().await?;
@@ -328,7 +336,13 @@ impl Session<'_> {
             for (source, mut changes) in log::by_source(&entries, &mut line) {
                 let Some(last) = behind.get(&source).copied() else { continue };
                 changes.retain(|(seq, _)| *seq > last);
-                let mut filler = Filler { link: &self.writing, sealer: &self.mirror.sealer, source, last };
+                let mut filler = Filler {
+                    link: &self.writing,
+                    sealer: &self.mirror.sealer,
+                    keys: &app.keys,
+                    source,
+                    last,
+                };
                 filler.append(&changes, &app.store, app.clock.now_s()).await?;
                 behind.insert(source, filler.last);
             }
@@ -352,7 +366,10 @@ impl Session<'_> {
         if !reports.contains_key(&source) {
             return Err(LogError::Lost.into());
         }
+        self.mirror.hear(&reports);
         while self.take_in().await? {}
+        self.fetch_data_keys().await?;
+        self.tell_again().await?;
         self.mirror.cover(&reports, (source, *self.app.feed.last().borrow()), &self.app.state().merged);
         self.look_at_edits().await?;
         // While changes are on their way the numbers differ by themselves.
@@ -435,7 +452,8 @@ impl Session<'_> {
             return Ok(None);
         }
         let taken = entries.len() as u64;
-        match self.app.writer.merge(entries).await {
+        let data_keys = self.data_keys(entries.iter().filter_map(|entry| entry.change.secret())).await?;
+        match self.app.writer.merge(entries, data_keys).await {
             Ok(_) => {
                 self.app.metrics.merged.inc_by(taken);
                 Ok(None)
@@ -491,14 +509,64 @@ impl Session<'_> {
         Ok(())
     }
 
+    /// The data keys of secrets that are not here yet, as another control plane wrapped them.
+    async fn data_keys(
+        &self,
+        secrets: impl Iterator<Item = &SecretRecord>,
+    ) -> Result<Vec<(String, Wraps)>, SessionError> {
+        let mut found = Vec::new();
+        for secret in secrets {
+            let Some(id) = secret.data_key().filter(|id| !self.app.keys.has(id)) else { continue };
+            let text: Option<String> =
+                match self.reading.query(redis::cmd("GET").arg(names::secret(&secret.kid))).await {
+                    Err(LinkError::WrongType) => None,
+                    answer => answer?,
+                };
+            let wraps = text.and_then(|text| projection::data_key(&text, id));
+            found.extend(wraps.map(|wraps| (id.to_owned(), wraps)));
+        }
+        Ok(found)
+    }
+
+    /// Looks again for the data keys of secrets that cannot be opened here.
+    async fn fetch_data_keys(&self) -> Result<(), SessionError> {
+        let secrets = Arc::clone(&self.app.state().secrets);
+        let found = self.data_keys(secrets.locked()).await?;
+        if !found.is_empty() {
+            self.app.writer.unlock(found).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes every secret whose data key is here, as it stands.
+    async fn write_secrets(&self) -> Result<(), SessionError> {
+        let secrets = Arc::clone(&self.app.state().secrets);
+        let open = secrets.all().into_iter().filter(|held| held.is_open());
+        let writes =
+            open.flat_map(|held| projection::secret(&held.record, &self.app.keys, self.app.clock.now_s()));
+        let commands: Vec<_> = writes.flat_map(|write| write.commands(self.writing.is_cluster())).collect();
+        Ok(log::write_keys(&self.writing, &commands).await?)
+    }
+
+    /// Tells the others again how this one stands, when it has changed, and now and then.
+    async fn tell_again(&self) -> Result<(), SessionError> {
+        let reported = self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some((before, at)) = reported else { return Ok(()) };
+        if at.elapsed() < TELL_EVERY && before.known == rotation::driver::known_everywhere(self.app) {
+            return Ok(());
+        }
+        let pass_on = PassOn { app: self.app, mirror: self.mirror, link: self.reading.clone() };
+        match pass_on.report(before.seq, before.last_own, before.merged).await {
+            // One that takes no writes can still be looked at.
+            Err(error) if error.is_of_writing() => Ok(()),
+            told => told,
+        }
+    }
+
     async fn renew_lease(&mut self) -> Result<(), SessionError> {
-        let [lease, fence] = names::lease("scheduled");
-        let mut command = redis::cmd("EVAL");
-        command.arg(scripts::LEASE).arg(2).arg(lease).arg(fence);
-        command.arg(format!("{:x}", self.app.state().version.source));
-        command.arg(u64::try_from(LEASE_FOR.as_millis()).unwrap_or(u64::MAX));
-        let token = match self.reading.query::<u64>(&command).await {
-            Ok(token) => Some(token).filter(|token| *token > 0),
+        let token = match lease(&self.reading, "scheduled", self.app.state().version.source, LEASE_FOR).await
+        {
+            Ok(token) => token,
             Err(error @ LinkError::WrongType) => return Err(error.into()), // Made good by a new session.
             Err(error) if !error.must_reconnect() => None,
             Err(error) => return Err(error.into()),
@@ -528,4 +596,17 @@ impl Session<'_> {
         }
         Ok(united != United::default())
     }
+}
+
+/// Takes or renews the lease of a work for the control plane `source`: its fencing token, `None` if another has it.
+///
+/// # Errors
+/// When Redis cannot be asked.
+pub async fn lease(link: &Link, work: &str, source: u64, period: Duration) -> Result<Option<u64>, LinkError> {
+    let [lease, fence] = names::lease(work);
+    let mut command = redis::cmd("EVAL");
+    command.arg(scripts::LEASE).arg(2).arg(lease).arg(fence).arg(format!("{source:x}"));
+    command.arg(u64::try_from(period.as_millis()).unwrap_or(u64::MAX));
+    let token: u64 = link.query(&command).await?;
+    Ok(Some(token).filter(|token| *token > 0))
 }

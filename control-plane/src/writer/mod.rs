@@ -23,8 +23,9 @@ use crate::backup::Restored;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
 use crate::journal::{Claim, Journal, JournalError, Notary, Privacy, Record};
+use crate::keyring::{Keyring, KeyringError, Wraps};
 use crate::metrics::Metrics;
-use crate::secret::{MasterKey, SecretError};
+use crate::secret::SecretError;
 use crate::state::{Deltas, Effect, Model, Settings, State};
 use crate::store::{Store, StoreError};
 
@@ -50,6 +51,9 @@ pub enum OpenError {
     /// A secret.
     #[error(transparent)]
     Secret(#[from] SecretError),
+    /// The keyring.
+    #[error(transparent)]
+    Keyring(#[from] KeyringError),
     /// The rules.
     #[error(transparent)]
     Rules(#[from] RulesError),
@@ -101,6 +105,8 @@ type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Entry> + Send>;
 
 struct Job {
     plan: Plan,
+    /// Data keys that another control plane has, by their ids.
+    data_keys: Vec<(String, Wraps)>,
     done: oneshot::Sender<Result<Committed, CommitError>>,
 }
 
@@ -139,7 +145,8 @@ impl Writer {
                 Vec::new()
             }
         });
-        self.jobs.send(Job { plan, done }).await.map_err(|_| CommitError::Stopped)?;
+        let job = Job { plan, data_keys: Vec::new(), done };
+        self.jobs.send(job).await.map_err(|_| CommitError::Stopped)?;
         let committed = committed.await.map_err(|_| CommitError::Stopped)??;
         match answered.await.map_err(|_| CommitError::Stopped)? {
             Ok(value) => Ok(Ok((value, committed))),
@@ -147,12 +154,16 @@ impl Writer {
         }
     }
 
-    /// Takes in changes that another control plane made, in its order; those that were taken in before are left
-    /// out.
+    /// Takes in changes that another control plane made, in its order, and data keys of the secrets among them; those
+    /// that were taken in before are left out.
     ///
     /// # Errors
     /// When the journal cannot be written, or the rules that they make do not hold here.
-    pub async fn merge(&self, entries: Vec<Entry>) -> Result<Committed, CommitError> {
+    pub async fn merge(
+        &self,
+        entries: Vec<Entry>,
+        data_keys: Vec<(String, Wraps)>,
+    ) -> Result<Committed, CommitError> {
         let (done, committed) = oneshot::channel();
         let plan: Plan = Box::new(move |view| {
             let is_new = |entry: &Entry| {
@@ -162,7 +173,26 @@ impl Writer {
             };
             entries.into_iter().filter(is_new).collect()
         });
-        self.jobs.send(Job { plan, done }).await.map_err(|_| CommitError::Stopped)?;
+        self.jobs.send(Job { plan, data_keys, done }).await.map_err(|_| CommitError::Stopped)?;
+        committed.await.map_err(|_| CommitError::Stopped)?
+    }
+
+    /// Takes data keys of secrets whose records were taken in without, and opens these.
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub async fn unlock(&self, data_keys: Vec<(String, Wraps)>) -> Result<Committed, CommitError> {
+        let (done, committed) = oneshot::channel();
+        let plan: Plan = Box::new(|view| {
+            let opens = view
+                .model
+                .secrets()
+                .locked()
+                .any(|record| record.data_key().is_some_and(|id| view.keys.has(id)));
+            let entry = |change| Entry { actor: "system".into(), stamp: view.stamp, origin: None, change };
+            opens.then(|| entry(Change::SecretsOpened {})).into_iter().collect()
+        });
+        self.jobs.send(Job { plan, data_keys, done }).await.map_err(|_| CommitError::Stopped)?;
         committed.await.map_err(|_| CommitError::Stopped)?
     }
 }
@@ -189,7 +219,7 @@ struct Thread {
     journal: Journal,
     store: Arc<Store>,
     model: Model,
-    master: Arc<MasterKey>,
+    keys: Arc<Keyring>,
     states: watch::Sender<Arc<State>>,
     deltas: Arc<Deltas>,
     feed: Arc<Feed>,
@@ -215,10 +245,10 @@ pub struct Start<'s> {
     pub dir: &'s Path,
     /// What the configuration says.
     pub settings: Settings,
-    /// The key that seals secrets.
-    pub master: Arc<MasterKey>,
+    /// What opens secrets.
+    pub keys: Arc<Keyring>,
     /// The changes that a new history begins with, after its genesis and its settings.
-    pub first_changes: &'s dyn Fn(&MasterKey) -> Result<Vec<Change>, OpenError>,
+    pub first_changes: &'s dyn Fn() -> Result<Vec<Change>, OpenError>,
     /// Time.
     pub clock: Clock,
     /// Metrics.
@@ -230,7 +260,7 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { claim, notary, privacy, dir, settings, master, first_changes, clock, metrics } = start;
+    let Start { claim, notary, privacy, dir, settings, keys, first_changes, clock, metrics } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let in_dir = |source| JournalError::Io { path: dir.into(), source };
@@ -252,7 +282,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
                 applied = 0;
             }
             let entry = record.into_entry(&opens)?;
-            let superseded = match model.apply(seq, &entry, &master) {
+            let superseded = match model.apply(seq, &entry, &keys) {
                 Ok(effect) => effect.superseded,
                 Err(error) => {
                     failed = Some(error.into());
@@ -277,7 +307,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     if model.is_empty() {
         first.push(Change::Genesis { source: clock.now_ms() });
         first.push(Change::SettingsChanged { settings });
-        first.extend(first_changes(&master)?);
+        first.extend(first_changes()?);
     } else if *model.settings() != settings {
         first.push(Change::SettingsChanged { settings });
     }
@@ -297,8 +327,9 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         let entry = |change| Entry { actor: "system".into(), stamp, origin: None, change };
         let first: Vec<Entry> = first.into_iter().map(entry).collect();
         for (seq, entry) in (journal.last_seq() + 1..).zip(&first) {
-            model.apply(seq, entry, &master)?;
+            model.apply(seq, entry, &keys)?;
         }
+        model.open_secrets(&keys)?;
         model.picture(None)?; // Nothing that does not hold goes into the journal.
         let first_seq = journal.last_seq() + 1;
         journal.append(&clock::rfc3339_ms(clock.now_ms()), &first)?;
@@ -311,6 +342,10 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     }
     journal.sign(&clock::rfc3339_ms(clock.now_ms()));
     let latest_s = model.latest_s(0);
+    model.open_secrets(&keys)?;
+    keys.save()?;
+    // Also those of a start or a change that was cut short.
+    keys.keep_only(&model.secrets().data_keys().collect())?;
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
     metrics.journal_reserve.set(f64::from(u8::from(!journal.uses_reserve())));
@@ -321,7 +356,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         journal,
         store: store.clone(),
         model,
-        master,
+        keys,
         states,
         deltas: deltas.clone(),
         feed: feed.clone(),
@@ -373,17 +408,23 @@ impl Thread {
         let mut model = self.model.clone();
         let mut pending = self.pending.clone();
         let (mut entries, mut effects, mut waiting) = (Vec::new(), Vec::new(), Vec::new());
-        let mut unstored = Vec::new();
+        let (mut unstored, mut secrets_changed) = (Vec::new(), false);
         let mut seq = self.journal.last_seq();
         for job in batch {
+            let Job { plan, data_keys, done } = job;
+            for (id, wraps) in &data_keys {
+                if let Err(error) = self.keys.take(id, wraps) {
+                    tracing::error!(%error, "a data key of another control plane is not taken");
+                }
+            }
             let view = View {
                 model: &model,
                 now: now_ms / 1_000,
                 stamp: model.next_stamp(now_ms),
+                keys: &self.keys,
                 store: &self.store,
                 pending: &pending,
             };
-            let Job { plan, done } = job;
             let planned = plan(&view);
             if !planned.iter().all(|entry| entry.change.ends_keys())
                 && self.journal.uses_reserve()
@@ -398,8 +439,9 @@ impl Thread {
             }
             for entry in planned {
                 seq += 1;
-                match model.apply(seq, &entry, &self.master) {
+                match self.apply(&mut model, seq, &entry) {
                     Ok(effect) => {
+                        secrets_changed |= effect.secrets;
                         if !effect.superseded {
                             pending.note(&entry.change, &self.store);
                             unstored.push((seq, entry.change.clone()));
@@ -409,7 +451,7 @@ impl Thread {
                         }
                     }
                     Err(error) => {
-                        // Only a secret that this process sealed a moment ago can fail to open.
+                        // Only a secret that was sealed a moment ago can fail to open.
                         tracing::error!(%error, "a planned change cannot be applied; nothing of its batch was changed");
                         let dones = waiting.into_iter().map(|(done, _)| done);
                         for waits in dones.chain([done]) {
@@ -446,6 +488,9 @@ impl Thread {
             self.feed.push((first_seq..).zip(entries).map(logged));
             self.unstored.append(&mut unstored);
             self.pending = pending;
+            if secrets_changed {
+                self.destroy_data_keys();
+            }
             self.store_what_waits();
         }
         for (done, committed) in waiting {
@@ -461,9 +506,31 @@ impl Thread {
         let mut trial = model.clone();
         for entry in planned {
             seq += 1;
-            trial.apply(seq, entry, &self.master).map_err(|_| CommitError::Inapplicable)?;
+            self.apply(&mut trial, seq, entry).map_err(|error| {
+                tracing::error!(%error, "a change cannot be applied");
+                CommitError::Inapplicable
+            })?;
         }
         trial.picture(None).map(|_| ()).map_err(CommitError::Rules)
+    }
+
+    fn apply(&self, model: &mut Model, seq: u64, entry: &Entry) -> Result<Effect, SecretError> {
+        let effect = model.apply(seq, entry, &self.keys)?;
+        if effect.secrets {
+            model.open_secrets(&self.keys)?;
+        }
+        Ok(effect)
+    }
+
+    /// The journal has a later record of each secret that had them; what they opened is gone for good.
+    fn destroy_data_keys(&self) {
+        match self.keys.keep_only(&self.model.secrets().data_keys().collect()) {
+            Ok(0) => {}
+            Ok(destroyed) => tracing::info!(destroyed, "data keys of secrets that moved on were destroyed"),
+            Err(error) => {
+                tracing::error!(%error, "data keys that are not needed any more cannot be destroyed; tried again");
+            }
+        }
     }
 
     /// The journal has these changes; what the store cannot take now is tried again with the next ones, or at the

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use crate::change::Change;
 use crate::key::{Ended, KeyRecord, RevocationReason};
+use crate::keyring::Keyring;
 use crate::state::Model;
 use crate::store::{Seen, Store, StoreError};
 
@@ -13,7 +14,10 @@ pub struct View<'v> {
     pub model: &'v Model,
     /// Unix seconds.
     pub now: u64,
-    pub(super) stamp: u64,
+    /// The [`crate::change::Mark`]'s stamp of what is planned.
+    pub stamp: u64,
+    /// What opens secrets and seals new ones.
+    pub keys: &'v Keyring,
     pub(super) store: &'v Store,
     pub(super) pending: &'v Pending,
 }
@@ -79,12 +83,12 @@ impl View<'_> {
 impl Pending {
     /// Takes note of a change.
     pub fn note(&mut self, change: &Change, store: &Store) {
-        if let Change::KeyIssued { key, idempotency } = change {
+        if let Change::KeyIssued { key, .. } = change {
             self.keys.insert(key.key_id.clone(), (**key).clone());
-            if let Some(seen) = idempotency {
-                let (body, key_id) = (seen.body.clone(), key.key_id.clone());
-                self.requests.insert(seen.request_id.clone(), Seen { body, key_id });
-            }
+        }
+        if let Some((request, made)) = change.request() {
+            let (body, made) = (request.body.clone(), made.to_owned());
+            self.requests.insert(request.request_id.clone(), Seen { body, made });
         }
         if let Some(key_id) = change.altered_key() {
             let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());

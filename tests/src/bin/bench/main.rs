@@ -3,6 +3,7 @@
 
 mod durability;
 mod revocation;
+mod rotation;
 
 use std::process::ExitCode;
 
@@ -12,8 +13,9 @@ fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("durability") => durability::run(),
         Some("revocation") => revocation::run(),
+        Some("rotation") => rotation::run(),
         other => {
-            eprintln!("error: there is no benchmark {other:?}; there are: durability, revocation");
+            eprintln!("error: there is no benchmark {other:?}; there are: durability, revocation, rotation");
             return ExitCode::FAILURE;
         }
     }

@@ -1,0 +1,468 @@
+//! The keyring: the data keys that open secrets at rest, each wrapped with the master key, in a file of its own beside
+//! the journal.
+//!
+//! ```text
+//! {"format":1,"keys":{"root":{"<master>":"<wrapped>"},"<id>":{"<master>":"<wrapped>",…},…}}
+//! ```
+//!
+//! The journal is kept for years and only grows; what is here is taken away when it is not needed any more, and what
+//! it opened is gone with it, in the journal, in backups of the journal and in Redis. `root` is the key from which
+//! all others are derived that have nothing to do with one secret: of personal data, checkpoints, the shared log.
+//!
+//! `<master>` tells master keys apart. While a new master key takes the place of an old one, both are given, and each
+//! entry that lacks the new one's wrap gets it; the old ones' go once only the new one is given. The file is
+//! replaced as a whole, so it can be killed at any moment. The writer's thread alone changes it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use zeroize::Zeroizing;
+
+use crate::files;
+use crate::hsm::{Hsm, HsmError};
+use crate::master_key::MasterKey;
+use crate::random;
+
+/// The file, in the data directory.
+pub const FILE: &str = "keyring.json";
+const FORMAT: u32 = 1;
+const ROOT: &str = "root";
+
+/// One data key as each master key wrapped it, by the master key's id.
+pub type Wraps = BTreeMap<String, String>;
+
+/// Why data keys cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum KeyringError {
+    /// The file cannot be read or written.
+    #[error("keyring {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is no keyring.
+    #[error("keyring {path}: {problem}; restore it from a backup")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Neither master key opens an entry.
+    #[error(
+        "the keyring was sealed with master key {sealed_with}, and this one is {given}: put the right one back; to change it, name the old one as previous_master_key_file"
+    )]
+    OtherMasterKey {
+        /// Those that it was wrapped with.
+        sealed_with: String,
+        /// Those that are given.
+        given: String,
+    },
+    /// An entry that was changed, or wrapped for another place.
+    #[error("the keyring's entry {id} does not open: it was changed; restore the keyring from a backup")]
+    Tampered {
+        /// Which.
+        id: String,
+    },
+    /// It is gone.
+    #[error("keyring {0} is missing, and the master key is in an HSM: restore it from a backup")]
+    Missing(PathBuf),
+    /// The HSM with the master key.
+    #[error(transparent)]
+    Hsm(#[from] HsmError),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    format: u32,
+    keys: BTreeMap<String, Wraps>,
+}
+
+/// From which keys for one purpose are derived.
+#[derive(Clone)]
+pub struct RootKey(Zeroizing<[u8; 32]>);
+
+impl fmt::Debug for RootKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RootKey(…)")
+    }
+}
+
+impl RootKey {
+    /// From its bytes.
+    pub fn of(bytes: [u8; 32]) -> Self {
+        Self(Zeroizing::new(bytes))
+    }
+
+    /// A key for one purpose: HMAC-SHA-256 (RFC 2104) of the purpose's name.
+    pub fn derive(&self, purpose: &str) -> Zeroizing<[u8; 32]> {
+        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.0).expect("a key of any length will do");
+        mac.update(purpose.as_bytes());
+        Zeroizing::new(mac.finalize().into_bytes().into())
+    }
+
+    pub(crate) fn expose(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+/// The keyring.
+pub struct Keyring {
+    /// `None`: it is kept in memory, for tests and for reading.
+    path: Option<PathBuf>,
+    master: MasterKey,
+    previous: Option<MasterKey>,
+    hsm: Option<Arc<Hsm>>,
+    root: RootKey,
+    keys: Mutex<BTreeMap<String, Wraps>>,
+}
+
+impl fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keyring")
+            .field("path", &self.path)
+            .field("master", &self.master)
+            .finish_non_exhaustive()
+    }
+}
+
+/// The keys that open a keyring, and the HSM, if there is one.
+#[derive(Debug)]
+pub struct Masters {
+    /// The master key.
+    pub master: MasterKey,
+    /// The one before, while it is being replaced.
+    pub previous: Option<MasterKey>,
+    /// The HSM that may keep secrets.
+    pub hsm: Option<Arc<Hsm>>,
+}
+
+impl Keyring {
+    /// Opens the keyring of a data directory. Without a file there, the master key's own bytes are the root: so were
+    /// all keys derived before there were keyrings, and so control planes with the same master key have the same
+    /// root. With a master key in an HSM, whose bytes nobody has, it is random, and made only if `may_create`.
+    /// Entries that lack a wrap of the master key get it.
+    ///
+    /// # Errors
+    /// When there is none, it does not open, or it cannot be written.
+    pub fn open(data_dir: &Path, masters: Masters, may_create: bool) -> Result<Self, KeyringError> {
+        let path = data_dir.join(FILE);
+        let Masters { master, previous, hsm } = masters;
+        let found = read(&path)?;
+        let (root, keys) = match &found {
+            Some(keys) => {
+                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
+                (unwrap(&master, previous.as_ref(), ROOT, wraps)?, keys.clone())
+            }
+            None => {
+                let bytes = previous.as_ref().unwrap_or(&master).bytes();
+                let root = match bytes {
+                    Some(bytes) => Zeroizing::new(*bytes),
+                    None if may_create => Zeroizing::new(random::bytes::<32>()),
+                    None => return Err(KeyringError::Missing(path)),
+                };
+                let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), &root)?)]);
+                (root, BTreeMap::from([(ROOT.to_owned(), wraps)]))
+            }
+        };
+        let keyring =
+            Self { path: Some(path), master, previous, hsm, root: RootKey(root), keys: Mutex::new(keys) };
+        let changed = keyring.rewrap()?;
+        if changed > 0 && found.is_some() {
+            keyring.save()?;
+            tracing::info!(
+                changed,
+                "data keys were wrapped with the master key, or dropped an old one's wrap"
+            );
+        }
+        Ok(keyring)
+    }
+
+    /// Writes it. Until then one that was not there before is not, so that a wrong master key, which shows when the
+    /// journal is read, leaves nothing behind.
+    ///
+    /// # Errors
+    /// When the disk fails.
+    pub fn save(&self) -> Result<(), KeyringError> {
+        self.write(&self.lock())
+    }
+
+    /// One that is kept nowhere, for tests and for reading a journal.
+    pub fn in_memory(master: MasterKey, root: RootKey) -> Self {
+        Self { path: None, master, previous: None, hsm: None, root, keys: Mutex::default() }
+    }
+
+    /// Gives every entry the wraps that it should have; how many had others.
+    fn rewrap(&self) -> Result<usize, KeyringError> {
+        let mut changed = 0;
+        for (id, wraps) in self.lock().iter_mut() {
+            let before = wraps.clone();
+            for master in [Some(&self.master), self.previous.as_ref()].into_iter().flatten() {
+                if !wraps.contains_key(&master.id()) {
+                    let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
+                    wraps.insert(master.id(), master.wrap(&associated(id), &key)?);
+                }
+            }
+            wraps.retain(|master, _| self.given().any(|given| given.id() == *master));
+            changed += usize::from(*wraps != before);
+        }
+        Ok(changed)
+    }
+
+    fn given(&self) -> impl Iterator<Item = &MasterKey> {
+        [Some(&self.master), self.previous.as_ref()].into_iter().flatten()
+    }
+
+    /// The root.
+    pub fn root(&self) -> &RootKey {
+        &self.root
+    }
+
+    /// The HSM that may keep secrets.
+    pub fn hsm(&self) -> Option<&Arc<Hsm>> {
+        self.hsm.as_ref()
+    }
+
+    /// A data key; `None` when it is not there.
+    ///
+    /// # Errors
+    /// When it does not open.
+    pub fn get(&self, id: &str) -> Result<Option<Zeroizing<[u8; 32]>>, KeyringError> {
+        let wraps = self.lock().get(id).cloned();
+        wraps.map(|wraps| unwrap(&self.master, self.previous.as_ref(), id, &wraps)).transpose()
+    }
+
+    /// Whether a data key is there.
+    pub fn has(&self, id: &str) -> bool {
+        self.lock().contains_key(id)
+    }
+
+    /// A data key as it is wrapped, for other control planes; `None` when it is not there.
+    pub fn wraps(&self, id: &str) -> Option<Wraps> {
+        self.lock().get(id).cloned()
+    }
+
+    /// Keeps a data key, durably.
+    ///
+    /// # Errors
+    /// When it cannot be wrapped or written; then it is not kept.
+    pub fn put(&self, id: &str, key: &[u8; 32]) -> Result<(), KeyringError> {
+        let mut wraps = Wraps::new();
+        for master in self.given() {
+            wraps.insert(master.id(), master.wrap(&associated(id), key)?);
+        }
+        self.change(|keys| drop(keys.insert(id.to_owned(), wraps)))
+    }
+
+    /// Keeps a data key as another control plane wrapped it, durably, if it opens here.
+    ///
+    /// # Errors
+    /// When it does not, or cannot be written.
+    pub fn take(&self, id: &str, wraps: &Wraps) -> Result<(), KeyringError> {
+        if self.lock().contains_key(id) {
+            return Ok(());
+        }
+        let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
+        self.put(id, &key)
+    }
+
+    /// Destroys every data key but these; how many there were. What they opened is gone for good.
+    ///
+    /// # Errors
+    /// When the file cannot be written; then they are still there.
+    pub fn keep_only(&self, ids: &BTreeSet<&str>) -> Result<usize, KeyringError> {
+        let stays = |id: &str| id == ROOT || ids.contains(id);
+        let surplus = self.lock().keys().filter(|id| !stays(id)).count();
+        if surplus > 0 {
+            self.change(|keys| keys.retain(|id, _| stays(id)))?;
+        }
+        Ok(surplus)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<String, Wraps>)) -> Result<(), KeyringError> {
+        let mut keys = self.lock();
+        let mut changed = keys.clone();
+        change(&mut changed);
+        self.write(&changed)?;
+        *keys = changed;
+        Ok(())
+    }
+
+    fn write(&self, keys: &BTreeMap<String, Wraps>) -> Result<(), KeyringError> {
+        let Some(path) = &self.path else { return Ok(()) };
+        write(path, keys.clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Wraps>> {
+        self.keys.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn associated(id: &str) -> String {
+    format!("keygate data key {id}")
+}
+
+fn unwrap(
+    master: &MasterKey,
+    previous: Option<&MasterKey>,
+    id: &str,
+    wraps: &Wraps,
+) -> Result<Zeroizing<[u8; 32]>, KeyringError> {
+    for given in [Some(master), previous].into_iter().flatten() {
+        if let Some(wrapped) = wraps.get(&given.id()) {
+            let key = given.unwrap(&associated(id), wrapped)?;
+            return key.ok_or_else(|| KeyringError::Tampered { id: id.into() });
+        }
+    }
+    let ids = |ids: Vec<String>| ids.join(" or ");
+    Err(KeyringError::OtherMasterKey {
+        sealed_with: ids(wraps.keys().cloned().collect()),
+        given: ids([Some(master), previous].into_iter().flatten().map(MasterKey::id).collect()),
+    })
+}
+
+fn damaged(path: &Path, problem: String) -> KeyringError {
+    KeyringError::Damaged { path: path.into(), problem }
+}
+
+/// The entries of a file, wrapped as they are; `None` when there is no file.
+///
+/// # Errors
+/// When it cannot be read, or is no keyring.
+pub fn read(path: &Path) -> Result<Option<BTreeMap<String, Wraps>>, KeyringError> {
+    let text = match std::fs::read(path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(KeyringError::Io { path: path.into(), source }),
+    };
+    let file: File = serde_json::from_slice(&text).map_err(|error| damaged(path, error.to_string()))?;
+    if file.format != FORMAT {
+        return Err(damaged(path, format!("it has format {}, this version reads {FORMAT}", file.format)));
+    }
+    Ok(Some(file.keys))
+}
+
+/// Writes a file with these entries, whole or not at all.
+///
+/// # Errors
+/// When the disk fails.
+pub fn write(path: &Path, keys: BTreeMap<String, Wraps>) -> Result<(), KeyringError> {
+    let text = serde_json::to_vec(&File { format: FORMAT, keys }).expect("plain data");
+    files::write_private(path, &text).map_err(|source| KeyringError::Io { path: path.into(), source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn masters(master: u8, previous: Option<u8>) -> Masters {
+        let key = |byte| MasterKey::of([byte; 32]);
+        Masters { master: key(master), previous: previous.map(key), hsm: None }
+    }
+
+    fn open(dir: &Path, master: u8, previous: Option<u8>) -> Result<Keyring, KeyringError> {
+        Keyring::open(dir, masters(master, previous), true)
+    }
+
+    fn filled(dir: &Path) {
+        let keys = open(dir, 1, None).unwrap();
+        for n in 0..5 {
+            keys.put(&format!("k{n}"), &[n; 32]).unwrap();
+        }
+    }
+
+    fn all_open(keys: &Keyring) -> bool {
+        (0..5).all(|n| keys.get(&format!("k{n}")).is_ok_and(|key| key.is_some_and(|key| *key == [n; 32])))
+    }
+
+    #[test]
+    fn what_is_put_is_there_after_a_restart_and_what_is_dropped_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let keys = open(dir.path(), 1, None).unwrap();
+        assert!(all_open(&keys));
+        assert_eq!(keys.root().expose(), &[1; 32]);
+        assert_eq!(keys.keep_only(&BTreeSet::from(["k1"])).unwrap(), 4);
+        let keys = open(dir.path(), 1, None).unwrap();
+        assert!(keys.get("k0").unwrap().is_none() && keys.get("k1").unwrap().is_some());
+        let mode = std::os::unix::fs::PermissionsExt::mode(
+            &std::fs::metadata(dir.path().join(FILE)).unwrap().permissions(),
+        );
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn a_new_master_key_takes_over_and_each_state_on_the_way_opens() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let path = dir.path().join(FILE);
+        let before = std::fs::read(&path).unwrap();
+        assert!(open(dir.path(), 2, None).unwrap_err().to_string().contains("previous_master_key_file"));
+        assert_eq!(std::fs::read(&path).unwrap(), before, "a wrong master key changes nothing");
+
+        let keys = open(dir.path(), 2, Some(1)).unwrap();
+        assert!(all_open(&keys));
+        keys.put("k5", &[5; 32]).unwrap();
+        // While both are given, a control plane with the old one alone goes on, too.
+        assert!(all_open(&open(dir.path(), 1, Some(2)).unwrap()));
+        let both = std::fs::read_to_string(&path).unwrap();
+        // Killed half way: some entries have one wrap, some have the other, some both.
+        let mut mixed: File = serde_json::from_str(&both).unwrap();
+        let (old, new) = (MasterKey::of([1; 32]).id(), MasterKey::of([2; 32]).id());
+        for (n, wraps) in mixed.keys.values_mut().enumerate() {
+            match n % 3 {
+                0 => drop(wraps.remove(&old)),
+                1 => drop(wraps.remove(&new)),
+                _ => {}
+            }
+        }
+        write(&path, mixed.keys).unwrap();
+        assert!(all_open(&open(dir.path(), 2, Some(1)).unwrap()));
+
+        let keys = open(dir.path(), 2, None).unwrap();
+        assert!(all_open(&keys) && *keys.get("k5").unwrap().unwrap() == [5; 32]);
+        assert_eq!(keys.root().expose(), &[1; 32], "what was derived stays");
+        assert!(!std::fs::read_to_string(&path).unwrap().contains(&old), "the old master key opens nothing");
+        assert!(open(dir.path(), 1, None).is_err());
+    }
+
+    #[test]
+    fn an_entry_that_was_swapped_or_edited_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let path = dir.path().join(FILE);
+        let mut keys = read(&path).unwrap().unwrap();
+        let other = keys["k2"].clone();
+        keys.insert("k1".into(), other);
+        write(&path, keys.clone()).unwrap();
+        let opened = open(dir.path(), 1, None).unwrap();
+        assert!(opened.get("k1").unwrap_err().to_string().contains("k1 does not open: it was changed"));
+        keys.insert(ROOT.into(), keys["k2"].clone());
+        write(&path, keys).unwrap();
+        assert!(open(dir.path(), 1, None).is_err());
+        std::fs::write(&path, b"{").unwrap();
+        assert!(open(dir.path(), 1, None).unwrap_err().to_string().contains("restore it from a backup"));
+    }
+
+    #[test]
+    fn what_another_control_plane_wrapped_is_taken_if_it_opens() {
+        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        filled(one.path());
+        let one = open(one.path(), 1, None).unwrap();
+        let keys = open(two.path(), 1, None).unwrap();
+        keys.take("k3", &one.wraps("k3").unwrap()).unwrap();
+        assert_eq!(*keys.get("k3").unwrap().unwrap(), [3; 32]);
+        assert!(keys.take("k4", &one.wraps("k3").unwrap()).is_err(), "of another place");
+        assert!(keys.get("k4").unwrap().is_none());
+    }
+}

@@ -1,0 +1,282 @@
+//! Makes the steps of rotations when they are due: waits until every live proxy knows a new secret, ends what is over,
+//! begins what is scheduled. Of several control planes the one does it that holds the lease of scheduled work.
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+
+use super::{Order, RotationError, SETTLE};
+use crate::app::App;
+use crate::change::Change;
+use crate::redis_store::Report;
+use crate::secret::SecretState;
+use crate::secret::ring::Held;
+use crate::state::State;
+use crate::writer::{CommitError, Committed, View};
+
+/// How often it is looked at whatever nobody tells of: time that passes, other control planes.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// After a step failed, as for want of the HSM, it is tried again after this.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// How long the secret that signs is waited for, before a caller is told to try again.
+const SIGNER_WITHIN: Duration = Duration::from_secs(10);
+const ACTOR: &str = "system";
+
+/// How a rotation fares.
+#[derive(Debug, Clone, Default)]
+pub struct Progress {
+    /// The secret that is waited for, if one is.
+    pub kid: Option<String>,
+    /// Since when.
+    since: Option<Instant>,
+    /// Who does not know it yet: proxies by their ids, and other control planes.
+    pub missing: Vec<String>,
+    /// Whether it takes longer than it may.
+    pub stalled: bool,
+    /// How long it may take, if that was said for this one.
+    gate_timeout: Option<(String, Duration)>,
+    /// Why the last step did not succeed, until one does.
+    pub failure: Option<String>,
+}
+
+/// What is known of the rotation under way, for all who ask.
+#[derive(Debug, Default)]
+pub struct Driver(Mutex<Progress>);
+
+impl Driver {
+    /// How it fares.
+    pub fn progress(&self) -> Progress {
+        self.lock().clone()
+    }
+
+    /// How long proxies may take to know this one secret.
+    pub fn allow(&self, kid: &str, timeout: Duration) {
+        self.lock().gate_timeout = Some((kid.into(), timeout));
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes who is waited for; whether that has just begun to take too long.
+    fn waits(&self, kid: &str, missing: Vec<String>, usual: Duration) -> bool {
+        let mut progress = self.lock();
+        if progress.kid.as_deref() != Some(kid) {
+            (progress.kid, progress.since) = (Some(kid.into()), Some(Instant::now()));
+            progress.stalled = false;
+        }
+        let timeout = match &progress.gate_timeout {
+            Some((of, timeout)) if of == kid => *timeout,
+            _ => usual,
+        };
+        let is_late = progress.since.is_some_and(|since| since.elapsed() >= timeout);
+        let stalls = is_late && !progress.stalled && !missing.is_empty();
+        progress.stalled |= stalls;
+        progress.missing = missing;
+        stalls
+    }
+
+    /// Whether it was known for long enough that somebody may have joined meanwhile.
+    fn is_settled(&self) -> bool {
+        self.lock().since.is_some_and(|since| since.elapsed() >= SETTLE)
+    }
+
+    fn rests(&self) {
+        let mut progress = self.lock();
+        if progress.kid.is_some() {
+            let failure = progress.failure.take();
+            *progress = Progress { failure, ..Progress::default() };
+        }
+    }
+
+    fn failed(&self, failure: Option<String>) {
+        self.lock().failure = failure;
+    }
+}
+
+/// Counts and tells that a rotation, or a step of one, failed.
+pub fn note_failure(app: &App, what: &str, error: &str) {
+    app.metrics.secret_rotation_failures.inc();
+    tracing::error!(error, "rotation of secrets: {what}");
+}
+
+/// Makes the steps until the control plane stops.
+pub async fn run(app: Arc<App>) {
+    let mut stopping = app.stopping.clone();
+    let (mut states, mut fleet) = (app.states.clone(), app.fleet.changes());
+    let mut ticks = interval(LOOK_EVERY);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut not_before = Instant::now();
+    loop {
+        // The fleet is heard of all the time; only who waits for it looks each time.
+        let waits = app.driver.lock().kid.is_some();
+        tokio::select! {
+            () = stopped(&mut stopping) => return,
+            changed = states.changed() => if changed.is_err() { return },
+            _ = fleet.changed(), if waits => {}
+            _ = ticks.tick() => {}
+        }
+        if Instant::now() < not_before {
+            continue;
+        }
+        match step(&app).await {
+            Ok(()) => app.driver.failed(None),
+            Err(error) => {
+                note_failure(&app, "a step failed; it is tried again", &error.to_string());
+                app.driver.failed(Some(error.to_string()));
+                not_before = Instant::now() + RETRY_AFTER;
+            }
+        }
+    }
+}
+
+/// Why a step failed.
+#[derive(Debug, thiserror::Error)]
+enum StepError {
+    #[error(transparent)]
+    Rotation(#[from] RotationError),
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+async fn step(app: &Arc<App>) -> Result<(), StepError> {
+    let state = app.state();
+    let secrets = &state.secrets;
+    let waits_for = secrets.rotating().or_else(|| secrets.active().filter(|held| !held.is_announced()));
+    match waits_for {
+        None => app.driver.rests(),
+        Some(held) => {
+            let (kid, missing) = (held.record.kid.clone(), missing(app, &state, held));
+            let is_known = missing.is_empty();
+            if app.driver.waits(&kid, missing.clone(), app.config.lives.gate_timeout) {
+                let missing = missing.join(", ");
+                note_failure(
+                    app,
+                    "proxies take too long to know the new secret; the old one goes on, until they do or somebody decides",
+                    &missing,
+                );
+            }
+            if is_known && leads(app) {
+                if held.record.state == SecretState::Active {
+                    return announce(app, kid).await;
+                }
+                if app.driver.is_settled() {
+                    return activate(app, kid).await;
+                }
+            }
+        }
+    }
+    if !leads(app) {
+        return Ok(());
+    }
+    let now = app.clock.now_s();
+    if super::is_untidy(secrets, now) {
+        submit(app, super::tidy).await?;
+    }
+    if waits_for.is_none() && next_at(app, &state).is_some_and(|next| now >= next) {
+        begin_scheduled(app).await?;
+    }
+    Ok(())
+}
+
+/// Whether this control plane makes the steps: it is the only one, or holds the lease. Without Redis nobody can know
+/// what others do.
+fn leads(app: &App) -> bool {
+    let state = app.state();
+    app.mirror.as_ref().is_none_or(|mirror| mirror.leads() || mirror.live_peers(&state).is_empty())
+}
+
+/// Who may serve keys and does not know a secret yet.
+pub fn missing(app: &App, state: &State, held: &Held) -> Vec<String> {
+    let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
+    let mut missing = app.fleet.lacking(version, state);
+    if let Some(mirror) = &app.mirror {
+        let lacks = |(source, report): (u64, Option<Report>)| {
+            let knows = report.is_some_and(|report| report.known.contains(&held.record.kid));
+            (!knows).then(|| format!("control plane {source:x}"))
+        };
+        missing.extend(mirror.live_peers(state).into_iter().filter_map(lacks));
+    }
+    missing
+}
+
+/// The secrets that every live proxy of this control plane knows.
+pub fn known_everywhere(app: &App) -> BTreeSet<String> {
+    let state = app.state();
+    let knows = |held: &&Held| {
+        let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
+        held.is_open() && app.fleet.lacking(version, &state).is_empty()
+    };
+    let all = state.secrets.all().into_iter().filter(|held| held.record.state < SecretState::Expired);
+    all.filter(knows).map(|held| held.record.kid.clone()).collect()
+}
+
+async fn submit<T: Send + 'static>(
+    app: &App,
+    plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), RotationError> + Send + 'static,
+) -> Result<(T, Committed), StepError> {
+    Ok(app.writer.submit(ACTOR, plan).await??)
+}
+
+async fn activate(app: &App, kid: String) -> Result<(), StepError> {
+    let (lives, id) = (app.config.lives.clone(), kid.clone());
+    match submit(app, move |view| super::activate(view, &lives, &id, None)).await {
+        // It was cancelled or forced meanwhile.
+        Err(StepError::Rotation(RotationError::None)) => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => {
+            app.metrics.secret_rotations.with_label_values(&["completed"]).inc();
+            tracing::info!(kid, "the new secret signs: every live proxy knows it");
+            Ok(())
+        }
+    }
+}
+
+async fn announce(app: &App, kid: String) -> Result<(), StepError> {
+    let id = kid.clone();
+    match submit(app, move |view| super::announce(view, &id, None)).await {
+        Err(StepError::Rotation(RotationError::None)) => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => {
+            app.metrics.secret_rotations.with_label_values(&["completed"]).inc();
+            tracing::info!(kid, "the new secret signs: every live proxy knows it");
+            Ok(())
+        }
+    }
+}
+
+/// When the next rotation is due by the schedule, Unix seconds: the first time after a rotation was begun last,
+/// whatever became of it.
+pub fn next_at(app: &App, state: &State) -> Option<u64> {
+    let schedule = app.config.lives.schedule.as_ref()?;
+    let begun = state.secrets.all().into_iter().map(|held| held.record.created_at).max()?;
+    schedule.next_after(begun)
+}
+
+async fn begin_scheduled(app: &Arc<App>) -> Result<(), StepError> {
+    let lives = app.config.lives.clone();
+    let order = Order { alg: lives.algorithm, immediate: false, why: "scheduled".into(), imported: None };
+    let plan = move |view: &View<'_>| super::begin(view, &lives, order, None);
+    match submit(app, plan).await {
+        Err(StepError::Rotation(RotationError::InProgress(_))) => Ok(()),
+        Err(error) => Err(error),
+        Ok((begun, _)) => {
+            tracing::info!(kid = begun.kid, "a scheduled rotation of secrets was begun");
+            Ok(())
+        }
+    }
+}
+
+/// Waits until a secret signs, for a moment. What comes of it then is the caller's to see.
+pub async fn wait_for_signer(app: &App) {
+    let mut states = app.states.clone();
+    let signs = states.wait_for(|state| state.secrets.signer().is_ok());
+    let _signs_or_not = tokio::time::timeout(SIGNER_WITHIN, signs).await;
+}
+
+async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _sender_gone = stopping.wait_for(|stop| *stop).await;
+}

@@ -1,0 +1,299 @@
+//! Rotation of signing secrets: make before break. A new secret is made (`rotating`), every live proxy gets to know
+//! it, then it signs (`active`), and the one before it goes on verifying for a while (`previous`), and ends
+//! (`expired`). `immediate` puts the new one in the old one's place in one version; then nothing is signed until every
+//! live proxy knows that version, so that no key is handed out that a proxy would refuse.
+//!
+//! Here are the rules, as plans for the writer: what stands is in the journal, so whoever goes on after a crash, or
+//! after another control plane, makes the same steps. [`driver`] makes them when they are due.
+
+pub mod driver;
+pub mod schedule;
+
+use std::time::Duration;
+
+use keygate_core::crypto::Algorithm;
+use keygate_core::rules::MAX_KEYS;
+use zeroize::Zeroizing;
+
+pub use self::driver::{Driver, Progress};
+pub use self::schedule::Schedule;
+use crate::change::{Change, Idempotency};
+use crate::secret::ring::Held;
+use crate::secret::{NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
+use crate::store::StoreError;
+use crate::writer::View;
+
+/// No second rotation is begun within this of the first, and none becomes active: a call that is made again, or by
+/// several at once, meets the rotation that is under way, and a proxy that joins at this moment is heard of first.
+pub const SETTLE: Duration = Duration::from_secs(1);
+/// How long after the end of the last key that it is known to have signed a secret verifies: another control plane
+/// may have signed with it for as long as it did not hear that it should not. Seconds.
+const LATE_S: u64 = 60 * 60;
+/// Why a rotation is begun, if nobody says.
+pub const UNSAID: &str = "unspecified";
+const MAX_WHY_CHARS: usize = 200;
+
+/// How secrets live.
+#[derive(Debug, Clone)]
+pub struct Lives {
+    /// The algorithm of new ones.
+    pub algorithm: Algorithm,
+    /// For how long a secret that signs no more verifies, after [`Retire::AfterOverlap`].
+    pub overlap: Duration,
+    /// What ends secrets, if it is not what is usual for their algorithm.
+    pub retire: Option<Retire>,
+    /// When rotations are begun by themselves; `None`: never.
+    pub schedule: Option<Schedule>,
+    /// How long proxies may take to know a new secret before somebody is told.
+    pub gate_timeout: Duration,
+    /// Whether the HSM makes and keeps new ones.
+    pub in_hsm: bool,
+}
+
+impl Lives {
+    /// What ends secrets of an algorithm.
+    pub fn retire(&self, alg: Algorithm) -> Retire {
+        self.retire.unwrap_or_else(|| Retire::usual(alg))
+    }
+
+    /// When a secret that stops signing at `now` stops verifying, Unix seconds; `None`: with its last key.
+    pub fn end(&self, retire: Retire, now: u64) -> Option<u64> {
+        match retire {
+            Retire::AfterOverlap => Some(now.saturating_add(self.overlap.as_secs())),
+            Retire::WithLastKey => None,
+        }
+    }
+}
+
+/// A rotation that is wanted.
+#[derive(Debug)]
+pub struct Order {
+    /// The algorithm of the new secret.
+    pub alg: Algorithm,
+    /// Whether the old secret ends at once.
+    pub immediate: bool,
+    /// Why.
+    pub why: String,
+    /// The new secret's bytes, if it was made elsewhere.
+    pub imported: Option<Zeroizing<Vec<u8>>>,
+}
+
+/// A rotation that was begun.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Begun {
+    /// The new secret's id.
+    pub kid: String,
+    /// Its stage.
+    pub state: SecretState,
+    /// The id of the secret that it takes the place of.
+    pub old: String,
+    /// Whether the same request began it before.
+    pub replayed: bool,
+}
+
+/// Why a rotation does not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum RotationError {
+    /// Another one is under way.
+    #[error("a rotation to {0} is under way; wait for it, or cancel it")]
+    InProgress(String),
+    /// None is under way.
+    #[error("no rotation is under way that could be cancelled or activated")]
+    None,
+    /// It has taken effect.
+    #[error("the rotation to {0} has taken effect already; rotate again instead")]
+    TooLate(String),
+    /// Proxies hold so many at most.
+    #[error("{MAX_KEYS} secrets verify already, the most that proxies hold; wait until some have expired")]
+    TooMany,
+    /// The same `Idempotency-Key` came with another request.
+    #[error("this Idempotency-Key was used for another request; choose a new one")]
+    KeyReused,
+    /// A secret.
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+}
+
+/// Whether a text says why.
+pub fn is_why(text: &str) -> bool {
+    (1..=MAX_WHY_CHARS).contains(&text.chars().count()) && !text.chars().any(char::is_control)
+}
+
+/// The secret whose rotation is under way at `stamp`, Unix milliseconds.
+pub fn under_way(ring: &Ring, stamp: u64) -> Option<&Held> {
+    let begun = ring.all().into_iter().max_by_key(|held| held.created);
+    let settle = u64::try_from(SETTLE.as_millis()).unwrap_or(u64::MAX);
+    ring.rotating()
+        .or_else(|| ring.active().filter(|active| !active.is_announced()))
+        // What a history begins with has no stamp.
+        .or_else(|| {
+            begun.filter(|held| held.created.stamp > 0 && stamp.saturating_sub(held.created.stamp) < settle)
+        })
+}
+
+type Plan<T> = Result<(Vec<Change>, T), RotationError>;
+
+/// Begins a rotation.
+///
+/// # Errors
+/// When one is under way, or the secret cannot be made.
+pub fn begin(view: &View<'_>, lives: &Lives, order: Order, request: Option<Idempotency>) -> Plan<Begun> {
+    let ring = view.model.secrets();
+    let begun = |record: &SecretRecord, replayed| Begun {
+        kid: record.kid.clone(),
+        state: record.state,
+        old: ring.active().map(|old| old.record.kid.clone()).unwrap_or_default(),
+        replayed,
+    };
+    if let Some(request) = &request
+        && let Some(seen) = view.request(&request.request_id)?
+    {
+        if seen.body != request.body {
+            return Err(RotationError::KeyReused);
+        }
+        if let Some(held) = ring.get(&seen.made) {
+            return Ok((Vec::new(), begun(&held.record, true)));
+        }
+    }
+    if let Some(held) = under_way(ring, view.stamp) {
+        return Err(RotationError::InProgress(held.record.kid.clone()));
+    }
+    if ring.verification_keys().len() >= MAX_KEYS {
+        return Err(RotationError::TooMany);
+    }
+    let Order { alg, immediate, why, imported } = order;
+    let new = NewSecret {
+        alg,
+        state: if immediate { SecretState::Active } else { SecretState::Rotating },
+        unannounced: immediate,
+        why: Some(why),
+        in_hsm: lives.in_hsm && imported.is_none(),
+        imported,
+    };
+    let secret = SecretRecord::make(new, view.keys, view.now)?;
+    let begun = begun(&secret, false);
+    let mut changes = vec![Change::SecretCreated { secret, idempotency: request }];
+    if immediate {
+        for old in actives(ring) {
+            changes.push(moved(old.record.moved(SecretState::Expired, view.now, view.keys)?, None));
+        }
+    }
+    Ok((changes, begun))
+}
+
+/// Makes the secret that is `rotating` the one that signs; those that signed verify for as long as `lives` says.
+/// With a `justification` nobody was waited for.
+///
+/// # Errors
+/// When `kid` is not that secret any more, or one cannot be sealed anew.
+pub fn activate(view: &View<'_>, lives: &Lives, kid: &str, justification: Option<String>) -> Plan<()> {
+    let ring = view.model.secrets();
+    let new = ring.rotating().filter(|held| held.record.kid == kid).ok_or(RotationError::None)?;
+    let (now, keys) = (view.now, view.keys);
+    let mut changes = vec![moved(new.record.moved(SecretState::Active, now, keys)?, justification)];
+    for old in actives(ring) {
+        let retire = lives.retire(old.record.alg);
+        changes.push(moved(old.record.retired(retire, lives.end(retire, now), now, keys)?, None));
+    }
+    Ok((changes, ()))
+}
+
+/// Every live proxy knows the secret that is active since an immediate rotation, or is not waited for any more.
+///
+/// # Errors
+/// When `kid` is not that secret any more.
+pub fn announce(view: &View<'_>, kid: &str, justification: Option<String>) -> Plan<()> {
+    let active = view.model.secrets().active().filter(|held| held.record.kid == kid && !held.is_announced());
+    let kid = active.ok_or(RotationError::None)?.record.kid.clone();
+    Ok((vec![Change::SecretAnnounced { kid, justification }], ()))
+}
+
+/// Goes on with what is under way without waiting for proxies; the secret's id.
+///
+/// # Errors
+/// When nothing is under way.
+pub fn force(view: &View<'_>, lives: &Lives, justification: String) -> Plan<String> {
+    let ring = view.model.secrets();
+    let (changes, kid) = if let Some(held) = ring.rotating() {
+        (activate(view, lives, &held.record.kid, Some(justification))?.0, &held.record.kid)
+    } else if let Some(held) = ring.active().filter(|held| !held.is_announced()) {
+        (announce(view, &held.record.kid, Some(justification))?.0, &held.record.kid)
+    } else {
+        return Err(RotationError::None);
+    };
+    Ok((changes, kid.clone()))
+}
+
+/// Ends a rotation whose secret has not signed yet; the secret's id.
+///
+/// # Errors
+/// When there is none.
+pub fn cancel(view: &View<'_>) -> Plan<String> {
+    let ring = view.model.secrets();
+    let Some(held) = ring.rotating() else {
+        let unannounced = ring.active().filter(|active| !active.is_announced());
+        return Err(
+            unannounced.map_or(RotationError::None, |held| RotationError::TooLate(held.record.kid.clone()))
+        );
+    };
+    let kid = held.record.kid.clone();
+    let ended = held.record.moved(SecretState::Expired, view.now, view.keys)?;
+    Ok((vec![moved(ended, None)], kid))
+}
+
+/// Whether there is something for [`tidy`] to do at `now`, Unix seconds.
+pub fn is_untidy(ring: &Ring, now: u64) -> bool {
+    !ring.surplus(SecretState::Rotating).is_empty()
+        || !ring.surplus(SecretState::Active).is_empty()
+        || ring.all().into_iter().any(|held| is_over(held, now))
+}
+
+/// Ends what is over: secrets that verify no more, and those beside the one that signs or rotates, as control planes
+/// make them that could not hear each other.
+///
+/// # Errors
+/// When one cannot be sealed anew.
+pub fn tidy(view: &View<'_>) -> Plan<()> {
+    let (ring, now, keys) = (view.model.secrets(), view.now, view.keys);
+    let mut changes = Vec::new();
+    for held in ring.surplus(SecretState::Rotating) {
+        changes.push(moved(held.record.moved(SecretState::Expired, now, keys)?, None));
+    }
+    for held in ring.surplus(SecretState::Active) {
+        // Nobody ordered its end, so none of its keys ends with it.
+        changes.push(moved(held.record.retired(Retire::WithLastKey, None, now, keys)?, None));
+    }
+    for held in ring.all().into_iter().filter(|held| is_over(held, now)) {
+        changes.push(moved(held.record.moved(SecretState::Expired, now, keys)?, None));
+    }
+    Ok((changes, ()))
+}
+
+/// Whether a secret that signs no more verifies no more either.
+fn is_over(held: &Held, now: u64) -> bool {
+    held.record.state == SecretState::Previous
+        && match held.record.not_after {
+            Some(end) => now >= end,
+            None => now >= held.last_expiry.max(held.record.since).saturating_add(LATE_S),
+        }
+}
+
+/// When a secret that signs no more stops verifying, as far as is known, Unix seconds.
+pub fn ends_at(held: &Held) -> Option<u64> {
+    match (held.record.state, held.record.not_after) {
+        (SecretState::Previous, None) => Some(held.last_expiry.max(held.record.since)),
+        (SecretState::Previous, end) => end,
+        _ => None,
+    }
+}
+
+fn actives(ring: &Ring) -> impl Iterator<Item = &Held> {
+    ring.active().into_iter().chain(ring.surplus(SecretState::Active))
+}
+
+fn moved(secret: SecretRecord, justification: Option<String>) -> Change {
+    Change::SecretMoved { secret, justification }
+}

@@ -1,0 +1,258 @@
+//! All secrets of a history, each at its latest stage, and which of them signs. Control planes that hear of each
+//! other's changes in another order come to the same: of two records of one secret the later stage counts, of two at
+//! the same stage the one with the greater [`Mark`].
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use keygate_core::crypto::Algorithm;
+use keygate_core::rules::VerificationKey;
+
+use super::{Opened, SecretError, SecretRecord, SecretState, Signer};
+use crate::change::Mark;
+use crate::keyring::Keyring;
+
+/// A secret as it stands.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Its record.
+    pub record: SecretRecord,
+    /// The mark of the change that made it.
+    pub created: Mark,
+    /// The mark of the change to its stage.
+    moved: Mark,
+    /// The number of the change here from which on proxies know it.
+    pub seq: u64,
+    /// Whether its latest record was written here.
+    own: bool,
+    /// Whether it was said that every live proxy knows it.
+    announced: bool,
+    /// When the last key that it signed expires, Unix seconds; 0: none that is known.
+    pub last_expiry: u64,
+    open: Option<Opened>,
+}
+
+impl Held {
+    /// Whether it is open here.
+    pub fn is_open(&self) -> bool {
+        self.open.is_some()
+    }
+
+    /// What signs with it, whether or not it may yet.
+    pub fn signer(&self) -> Option<&Arc<Signer>> {
+        self.open.as_ref().and_then(|open| open.signer.as_ref())
+    }
+
+    /// Whether it may sign: proxies know it.
+    pub fn is_announced(&self) -> bool {
+        !self.record.unannounced || self.announced
+    }
+}
+
+/// All of them.
+#[derive(Debug, Clone, Default)]
+pub struct Ring {
+    by_kid: BTreeMap<String, Held>,
+}
+
+/// Why nothing signs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum NoSigner {
+    /// There is no active secret.
+    #[error("there is no signing secret")]
+    None,
+    /// It is not known to every live proxy yet.
+    #[error("the new signing secret is not known to every proxy yet; try again in a moment")]
+    Unannounced,
+    /// It cannot be opened here.
+    #[error("the signing secret cannot be opened here; see /readyz?verbose")]
+    Locked,
+}
+
+impl Ring {
+    /// Takes a record, as change `seq`; whether it counts more than what was there. `own`: it was written here, so it
+    /// cannot be late.
+    ///
+    /// # Errors
+    /// When it is not as it was written, or would set the secret back.
+    pub fn take(
+        &mut self,
+        record: &SecretRecord,
+        mark: Mark,
+        (seq, own): (u64, bool),
+        keys: &Keyring,
+    ) -> Result<bool, SecretError> {
+        record.check(keys)?;
+        let Some(held) = self.by_kid.get_mut(&record.kid) else {
+            let held = Held {
+                record: record.clone(),
+                created: mark,
+                moved: mark,
+                seq,
+                own,
+                announced: false,
+                last_expiry: 0,
+                open: None,
+            };
+            self.by_kid.insert(record.kid.clone(), held);
+            return Ok(true);
+        };
+        if own && record.state < held.record.state {
+            return Err(SecretError::RolledBack {
+                kid: record.kid.clone(),
+                from: held.record.state.label(),
+                to: record.state.label(),
+            });
+        }
+        held.created = held.created.min(mark);
+        if (record.state, mark) <= (held.record.state, held.moved) {
+            return Ok(false);
+        }
+        (held.record, held.moved, held.own, held.open) = (record.clone(), mark, own, None);
+        Ok(true)
+    }
+
+    /// Every live proxy knows a secret.
+    pub fn announce(&mut self, kid: &str) {
+        if let Some(held) = self.by_kid.get_mut(kid) {
+            held.announced = true;
+        }
+    }
+
+    /// A key was issued that a secret signed.
+    pub fn note_key(&mut self, kid: &str, expires_at: u64) {
+        if let Some(held) = self.by_kid.get_mut(kid) {
+            held.last_expiry = held.last_expiry.max(expires_at);
+        }
+    }
+
+    /// Opens those that are not open. What another control plane sealed may have to wait for its data key.
+    ///
+    /// # Errors
+    /// When one does not open that must.
+    pub fn open(&mut self, keys: &Keyring) -> Result<(), SecretError> {
+        for held in self.by_kid.values_mut().filter(|held| held.open.is_none()) {
+            match held.record.open(keys) {
+                Ok(open) => held.open = Some(open),
+                Err(SecretError::NoDataKey { .. }) if !held.own => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Those that wait for their data key.
+    pub fn locked(&self) -> impl Iterator<Item = &SecretRecord> {
+        self.by_kid.values().filter(|held| held.open.is_none()).map(|held| &held.record)
+    }
+
+    /// The data keys that are still needed.
+    pub fn data_keys(&self) -> impl Iterator<Item = &str> {
+        self.by_kid.values().filter_map(|held| held.record.data_key())
+    }
+
+    /// A secret by its id.
+    pub fn get(&self, kid: &str) -> Option<&Held> {
+        self.by_kid.get(kid)
+    }
+
+    /// All of them, the oldest first.
+    pub fn all(&self) -> Vec<&Held> {
+        let mut all: Vec<&Held> = self.by_kid.values().collect();
+        all.sort_by(|a, b| (a.created, &a.record.kid).cmp(&(b.created, &b.record.kid)));
+        all
+    }
+
+    fn at(&self, state: SecretState) -> impl Iterator<Item = &Held> {
+        self.by_kid.values().filter(move |held| held.record.state == state)
+    }
+
+    /// The secret that signs: of several active ones, as two control planes that could not hear each other may have
+    /// made, the one that became so last.
+    pub fn active(&self) -> Option<&Held> {
+        self.at(SecretState::Active).max_by_key(|held| (held.moved, &held.record.kid))
+    }
+
+    /// The secret to which a rotation is under way: of several, the first.
+    pub fn rotating(&self) -> Option<&Held> {
+        self.at(SecretState::Rotating).min_by_key(|held| (held.created, &held.record.kid))
+    }
+
+    /// Those at a stage that only one can be at, and which are not that one.
+    pub fn surplus(&self, state: SecretState) -> Vec<&Held> {
+        let one = match state {
+            SecretState::Active => self.active(),
+            SecretState::Rotating => self.rotating(),
+            SecretState::Previous | SecretState::Expired => return Vec::new(),
+        };
+        self.at(state).filter(|held| one.is_some_and(|one| one.record.kid != held.record.kid)).collect()
+    }
+
+    /// The stage as it counts: an active secret that another one has taken the place of is a previous one.
+    pub fn state_of(&self, held: &Held) -> SecretState {
+        match held.record.state {
+            SecretState::Active if self.active().is_some_and(|one| one.record.kid != held.record.kid) => {
+                SecretState::Previous
+            }
+            state => state,
+        }
+    }
+
+    /// What signs.
+    ///
+    /// # Errors
+    /// Why nothing does.
+    pub fn signer(&self) -> Result<&Arc<Signer>, NoSigner> {
+        let active = self.active().ok_or(NoSigner::None)?;
+        if !active.is_announced() {
+            return Err(NoSigner::Unannounced);
+        }
+        active.open.as_ref().and_then(|open| open.signer.as_ref()).ok_or(NoSigner::Locked)
+    }
+
+    /// What tokens are verified with: every secret that has not expired.
+    pub fn verification_keys(&self) -> Vec<VerificationKey> {
+        let keys = self.all().into_iter().filter_map(|held| {
+            let record = &held.record;
+            let material = held.open.as_ref()?.verification.clone()?;
+            Some(VerificationKey {
+                kid: record.kid.clone(),
+                alg: record.alg,
+                material,
+                not_after: record.not_after,
+            })
+        });
+        keys.collect()
+    }
+
+    /// The public keys of all that verify as JWKs (RFC 7517), the one that signs first.
+    pub fn jwks(&self, now: u64) -> Vec<serde_json::Value> {
+        let active = self.active().map(|held| held.record.kid.as_str());
+        let mut keys = self.verification_keys();
+        keys.retain(|key| key.not_after.is_none_or(|end| now < end));
+        keys.sort_by_key(|key| active != Some(key.kid.as_str()));
+        keys.iter().filter_map(jwk).collect()
+    }
+}
+
+/// A verification key as a JWK; an HMAC secret has none.
+fn jwk(key: &VerificationKey) -> Option<serde_json::Value> {
+    let bytes = key.material.expose();
+    let mut jwk = match key.alg {
+        Algorithm::ES256 => serde_json::json!({
+            "kty": "EC", "crv": "P-256",
+            "x": BASE64URL.encode(bytes.get(1..33)?), "y": BASE64URL.encode(bytes.get(33..65)?),
+        }),
+        Algorithm::EdDSA => {
+            serde_json::json!({ "kty": "OKP", "crv": "Ed25519", "x": BASE64URL.encode(bytes) })
+        }
+        Algorithm::HS256 => return None,
+    };
+    let members = jwk.as_object_mut()?;
+    members.insert("kid".into(), key.kid.clone().into());
+    members.insert("alg".into(), key.alg.name().into());
+    members.insert("use".into(), "sig".into());
+    Some(jwk)
+}

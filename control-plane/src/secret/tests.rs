@@ -1,0 +1,253 @@
+use keygate_core::token::Claims;
+
+use super::*;
+use crate::change::Mark;
+use crate::key::{Creator, Identity, KeyRequest};
+use crate::keyring::RootKey;
+use crate::master_key::MasterKey;
+use crate::roles;
+
+const ALL: [Algorithm; 3] = [Algorithm::ES256, Algorithm::EdDSA, Algorithm::HS256];
+
+fn keyring() -> Keyring {
+    native::install();
+    Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([2; 32]))
+}
+
+fn claims() -> Claims {
+    let request: KeyRequest = serde_json::from_str(r#"{"name":"a","role":"basic"}"#).unwrap();
+    let creator = Creator { role: "admin", scopes: "chat:read chat:write", owner: None };
+    let identity = Identity { key_id: "key_1".into(), jti: "j".into() };
+    request
+        .record(creator, &roles::expand(roles::defaults()), identity, "k", 1_000)
+        .unwrap()
+        .claims("keygate", None)
+}
+
+fn make(alg: Algorithm, state: SecretState, keys: &Keyring) -> SecretRecord {
+    SecretRecord::make(NewSecret { state, ..NewSecret::first(alg, false) }, keys, 1_000).unwrap()
+}
+
+fn mark(stamp: u64) -> Mark {
+    Mark { stamp, source: std::cmp::Reverse(7) }
+}
+
+fn says(result: Result<impl std::fmt::Debug, SecretError>) -> String {
+    result.unwrap_err().to_string()
+}
+
+/// As an attacker edits it: member by member, the MAC as it was.
+fn edited(record: &SecretRecord, member: &str, value: serde_json::Value) -> SecretRecord {
+    let mut json = serde_json::to_value(record).unwrap();
+    json[member] = value;
+    serde_json::from_value(json).unwrap()
+}
+
+#[test]
+fn what_is_signed_is_read_strictly_and_verified_and_signed_the_same_again() {
+    let keys = keyring();
+    for alg in ALL {
+        let record = make(alg, SecretState::Active, &keys);
+        let opened = record.open(&keys).unwrap();
+        let signer = opened.signer.unwrap();
+        let token = signer.sign(&claims()).unwrap();
+        assert_eq!(signer.sign(&claims()).unwrap(), token);
+        let read = keygate_core::token::read(token.as_bytes()).unwrap();
+        assert_eq!((read.claims, read.kid, read.alg), (claims(), record.kid.clone(), alg));
+        let key = alg.verification_key(opened.verification.unwrap().expose()).unwrap();
+        assert!(keygate_core::crypto::verify(alg, &key, read.signing_input, read.signature));
+    }
+}
+
+#[test]
+fn a_secret_signs_and_verifies_at_its_stages_and_its_private_half_ends_with_signing() {
+    let keys = keyring();
+    for alg in ALL {
+        let mut ring = Ring::default();
+        let mut record = make(alg, SecretState::Rotating, &keys);
+        let mut stages = Vec::new();
+        for (n, state) in SecretState::ALL.into_iter().enumerate() {
+            if state != SecretState::Rotating {
+                record = record.moved(state, 2_000, &keys).unwrap();
+            }
+            assert!(ring.take(&record, mark(n as u64 + 1), (1, true), &keys).unwrap());
+            ring.open(&keys).unwrap();
+            keys.keep_only(&ring.data_keys().collect()).unwrap();
+            stages.push((
+                ring.signer().is_ok(),
+                !ring.verification_keys().is_empty(),
+                ring.data_keys().count(),
+            ));
+        }
+        let kept = usize::from(alg == Algorithm::HS256);
+        assert_eq!(
+            stages,
+            [(false, true, 1), (true, true, 1), (false, true, kept), (false, false, 0)],
+            "{alg:?}"
+        );
+        assert!(ring.jwks(0).is_empty());
+    }
+}
+
+#[test]
+fn all_that_verifies_is_published_until_its_end_and_an_hmac_secret_never() {
+    let keys = keyring();
+    let mut ring = Ring::default();
+    let old = make(Algorithm::ES256, SecretState::Active, &keys);
+    let old = old.retired(Retire::AfterOverlap, Some(5_000), 2_000, &keys).unwrap();
+    let active = make(Algorithm::EdDSA, SecretState::Active, &keys);
+    let next = make(Algorithm::ES256, SecretState::Rotating, &keys);
+    let hmac = make(Algorithm::HS256, SecretState::Previous, &keys);
+    for (n, record) in [&old, &active, &next, &hmac].into_iter().enumerate() {
+        ring.take(record, mark(n as u64), (1, true), &keys).unwrap();
+    }
+    ring.open(&keys).unwrap();
+    let kids =
+        |now| ring.jwks(now).iter().map(|jwk| jwk["kid"].as_str().unwrap().to_owned()).collect::<Vec<_>>();
+    assert_eq!(kids(4_999), [active.kid.clone(), old.kid.clone(), next.kid.clone()]);
+    assert_eq!(kids(5_000), [active.kid.clone(), next.kid]);
+    assert!(ring.jwks(0).iter().all(|jwk| jwk.get("d").is_none() && jwk.get("k").is_none()));
+}
+
+#[test]
+fn a_record_that_was_edited_swapped_or_moved_is_refused() {
+    let keys = keyring();
+    for alg in ALL {
+        let (a, b) = (make(alg, SecretState::Active, &keys), make(alg, SecretState::Active, &keys));
+        let members = [
+            ("kid", serde_json::json!(b.kid)),
+            ("alg", serde_json::json!(if alg == Algorithm::EdDSA { "ES256" } else { "EdDSA" })),
+            ("state", serde_json::json!("previous")),
+            ("created_at", serde_json::json!(999)),
+            ("since", serde_json::json!(0)),
+            ("not_after", serde_json::json!(1)),
+            ("unannounced", serde_json::json!(true)),
+            ("in_hsm", serde_json::json!(true)),
+            ("public", serde_json::json!("AAAA")),
+            ("sealed", serde_json::to_value(&b.sealed).unwrap()),
+            ("sealed", serde_json::Value::Null),
+            ("mac", serde_json::to_value(&b.mac).unwrap()),
+            ("mac", serde_json::Value::Null),
+        ];
+        for (member, value) in members {
+            let record = edited(&a, member, value);
+            let refusal = says(Ring::default().take(&record, mark(1), (1, true), &keys));
+            assert!(refusal.contains("is not as it was written"), "{member}: {refusal}");
+        }
+        // Not even a keyring with the right data keys helps another root.
+        let other = Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([3; 32]));
+        assert!(a.check(&other).is_err());
+        a.check(&keys).unwrap();
+    }
+}
+
+#[test]
+fn a_record_that_was_put_back_is_refused_by_what_follows_it_and_by_its_data_key() {
+    let keys = keyring();
+    for alg in ALL {
+        let active = make(alg, SecretState::Active, &keys);
+        let expired = active.moved(SecretState::Expired, 2_000, &keys).unwrap();
+        let mut ring = Ring::default();
+        ring.take(&active, mark(1), (1, true), &keys).unwrap();
+        ring.take(&expired, mark(2), (2, true), &keys).unwrap();
+        assert!(says(ring.take(&active, mark(3), (3, true), &keys)).contains("an older record was put back"));
+        // Of another control plane it is late, not false.
+        assert!(!ring.take(&active, mark(3), (3, false), &keys).unwrap());
+        assert_eq!(ring.get(&active.kid).unwrap().record.state, SecretState::Expired);
+        // A journal that ends before its end.
+        keys.keep_only(&ring.data_keys().collect()).unwrap();
+        let mut ring = Ring::default();
+        ring.take(&active, mark(1), (1, true), &keys).unwrap();
+        assert!(says(ring.open(&keys)).contains("its data key is not in the keyring"));
+    }
+}
+
+#[test]
+fn a_record_from_before_there_were_stages_opens_and_moves_on() {
+    let keys = keyring();
+    for alg in ALL {
+        let new = make(alg, SecretState::Active, &keys);
+        let secret = new.unseal(&keys).unwrap();
+        let data_key = random::bytes::<32>();
+        let sealed = Sealed {
+            data_key: seal(keys.root().expose(), &format!("keygate data key {}", new.kid), &data_key),
+            secret: seal(&data_key, &new.associated(), &secret),
+        };
+        let old: SecretRecord = serde_json::from_value(serde_json::json!({
+            "kid": new.kid, "alg": alg, "state": "active", "created_at": 1_000,
+            "sealed": serde_json::to_value(&sealed).unwrap(),
+        }))
+        .unwrap();
+        old.check(&keys).unwrap();
+        let token =
+            |record: &SecretRecord| record.open(&keys).unwrap().signer.unwrap().sign(&claims()).unwrap();
+        assert_eq!(token(&old), token(&new));
+        let previous = old.retired(Retire::WithLastKey, None, 2_000, &keys).unwrap();
+        previous.check(&keys).unwrap();
+        assert_eq!(previous.open(&keys).unwrap().verification, new.open(&keys).unwrap().verification);
+        assert!(edited(&old, "state", serde_json::json!("previous")).check(&keys).is_err());
+    }
+}
+
+#[test]
+fn of_two_that_are_active_the_one_that_became_so_last_signs_in_whatever_order_they_came() {
+    let keys = keyring();
+    let (a, b) = (
+        make(Algorithm::ES256, SecretState::Active, &keys),
+        make(Algorithm::ES256, SecretState::Active, &keys),
+    );
+    for order in [[(&a, 5), (&b, 9)], [(&b, 9), (&a, 5)]] {
+        let mut ring = Ring::default();
+        for (record, stamp) in order {
+            ring.take(record, mark(stamp), (1, stamp == 5), &keys).unwrap();
+        }
+        ring.open(&keys).unwrap();
+        assert_eq!(ring.signer().unwrap().kid, b.kid);
+        let surplus = ring.surplus(SecretState::Active);
+        assert_eq!(surplus.iter().map(|held| held.record.kid.as_str()).collect::<Vec<_>>(), [a.kid.as_str()]);
+        assert_eq!(ring.state_of(surplus[0]), SecretState::Previous);
+        assert_eq!(ring.verification_keys().len(), 2);
+    }
+}
+
+#[test]
+fn a_secret_of_another_control_plane_waits_for_its_data_key() {
+    let (here, there) = (keyring(), keyring());
+    let record = make(Algorithm::HS256, SecretState::Active, &there);
+    let mut ring = Ring::default();
+    ring.take(&record, mark(1), (1, false), &here).unwrap();
+    ring.open(&here).unwrap();
+    assert_eq!(ring.signer().unwrap_err(), ring::NoSigner::Locked);
+    assert_eq!(ring.locked().count(), 1);
+    let id = record.data_key().unwrap();
+    here.take(id, &there.wraps(id).unwrap()).unwrap();
+    ring.open(&here).unwrap();
+    assert_eq!((ring.signer().unwrap().kid.as_str(), ring.locked().count()), (record.kid.as_str(), 0));
+}
+
+#[test]
+fn nothing_signs_that_was_not_announced() {
+    let keys = keyring();
+    let new = NewSecret { unannounced: true, ..NewSecret::first(Algorithm::ES256, false) };
+    let record = SecretRecord::make(new, &keys, 1_000).unwrap();
+    let mut ring = Ring::default();
+    ring.take(&record, mark(1), (1, true), &keys).unwrap();
+    ring.open(&keys).unwrap();
+    assert_eq!(ring.signer().unwrap_err(), ring::NoSigner::Unannounced);
+    ring.announce(&record.kid);
+    assert!(ring.signer().is_ok());
+}
+
+#[test]
+fn nothing_secret_is_printed() {
+    let keys = keyring();
+    let record = make(Algorithm::HS256, SecretState::Active, &keys);
+    let opened = record.open(&keys).unwrap();
+    let secret = BASE64URL.encode(record.unseal(&keys).unwrap());
+    let master = MasterKey::of([7; 32]);
+    let printed = format!("{master:?} {keys:?} {:?} {record:?} {opened:?}", keys.root());
+    assert!(
+        !printed.contains(&secret) && !printed.contains("7, 7") && !printed.contains("1, 1"),
+        "{printed}"
+    );
+}
