@@ -13,6 +13,7 @@ mod fleet;
 mod flood;
 mod fsync;
 mod hostile;
+mod hsm;
 mod outage;
 mod peers;
 mod recovery;

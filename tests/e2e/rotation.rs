@@ -1,11 +1,13 @@
 //! Signing secrets are rotated under way: whoever holds a good key never notices, whoever holds one of an ended secret
 //! is refused everywhere, and whatever is killed or cut off meanwhile, exactly one secret signs.
 
+mod algorithms;
 mod begun;
 mod gate;
 mod immediate;
 mod killed;
 mod overlap;
+mod peers;
 mod under_load;
 
 use keygate_e2e::control_plane::ControlPlane;

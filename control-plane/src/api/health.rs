@@ -12,6 +12,7 @@ use super::json;
 use crate::app::App;
 use crate::rotation::driver;
 use crate::secret::SecretState;
+use crate::secret::ring::NoSigner;
 
 /// What is wrong, if anything.
 fn reasons(app: &App) -> Vec<String> {
@@ -45,6 +46,9 @@ fn reasons(app: &App) -> Vec<String> {
         let (kid, stage) = (&record.kid, record.state.label());
         reasons
             .push(format!("secrets: {kid} ({stage}) cannot be opened here: its data key has not come yet"));
+    }
+    if let Err(NoSigner::Locked | NoSigner::None) = state.secrets.signer() {
+        reasons.push("secrets: the one that signs cannot be used here; no key can be issued".into());
     }
     let (total, behind) = app.fleet.counts(&state);
     if behind > 0 {

@@ -109,7 +109,8 @@ pub async fn run(app: Arc<App>) {
     let (mut states, mut fleet) = (app.states.clone(), app.fleet.changes());
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut not_before = Instant::now();
+    let (mut not_before, mut hsm_not_before) = (Instant::now(), Instant::now());
+    let mut destroyed = BTreeSet::new();
     loop {
         // The fleet is heard of all the time; only who waits for it looks each time.
         let waits = app.driver.lock().kid.is_some();
@@ -122,6 +123,9 @@ pub async fn run(app: Arc<App>) {
         if Instant::now() < not_before {
             continue;
         }
+        if Instant::now() >= hsm_not_before && !destroy_in_hsm(&app, &mut destroyed).await {
+            hsm_not_before = Instant::now() + RETRY_AFTER;
+        }
         match step(&app).await {
             Ok(()) => app.driver.failed(None),
             Err(error) => {
@@ -131,6 +135,34 @@ pub async fn run(app: Arc<App>) {
             }
         }
     }
+}
+
+/// Has the HSM destroy the private halves of secrets that sign no more; whether that is done for all. `done` has those of
+/// which it is known.
+async fn destroy_in_hsm(app: &Arc<App>, done: &mut BTreeSet<String>) -> bool {
+    let Some(hsm) = app.keys.hsm() else { return true };
+    let state = app.state();
+    let over = state.secrets.all().into_iter().filter(|held| {
+        held.record.in_hsm && held.record.state > SecretState::Active && !done.contains(&held.record.kid)
+    });
+    let over: Vec<String> = over.map(|held| held.record.kid.clone()).collect();
+    for kid in over {
+        let (hsm, label) = (Arc::clone(hsm), kid.clone());
+        match tokio::task::spawn_blocking(move || hsm.destroy(&label)).await {
+            Ok(Ok(was_there)) => {
+                if was_there {
+                    tracing::info!(kid, "the HSM destroyed a secret that signs no more");
+                }
+                done.insert(kid);
+            }
+            Ok(Err(error)) => {
+                tracing::warn!(kid, %error, "the HSM does not destroy a secret that signs no more; tried again");
+                return false;
+            }
+            Err(_) => return false,
+        }
+    }
+    true
 }
 
 /// Why a step failed.

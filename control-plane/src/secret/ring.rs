@@ -143,6 +143,19 @@ impl Ring {
         Ok(())
     }
 
+    /// Whether there is an HSM, if the secret that signs is one that was made here and is kept by it.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn check_hsm(&self, keys: &Keyring) -> Result<(), SecretError> {
+        match self.active() {
+            Some(held) if held.own && held.record.in_hsm && keys.hsm().is_none() => {
+                Err(SecretError::NoHsm { kid: held.record.kid.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Those that wait for their data key.
     pub fn locked(&self) -> impl Iterator<Item = &SecretRecord> {
         self.by_kid.values().filter(|held| held.open.is_none()).map(|held| &held.record)

@@ -343,6 +343,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     journal.sign(&clock::rfc3339_ms(clock.now_ms()));
     let latest_s = model.latest_s(0);
     model.open_secrets(&keys)?;
+    model.secrets().check_hsm(&keys)?;
     keys.save()?;
     // Also those of a start or a change that was cut short.
     keys.keep_only(&model.secrets().data_keys().collect())?;

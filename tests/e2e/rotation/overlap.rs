@@ -167,12 +167,16 @@ fn a_scheduled_rotation_begins_by_itself_at_its_time() {
     assert!(status(&api)["next_rotation"].as_str() > due.as_str());
 }
 
-/// An Envoy that goes by this clock, running and ready.
-fn envoy_by(stack: &Stack, clock: &Clock, node: &str, line: &Line) -> Envoy {
+/// An Envoy that goes by this clock, running and ready, over a line of its own if there is one.
+fn envoy_by(stack: &Stack, clock: &Clock, node: &str, line: Option<&Line>) -> Envoy {
     let mut envoy = Envoy::new(stack.directory(), node, 2);
     envoy.use_moved_clock(clock);
-    envoy.use_source(line::SOURCE);
-    envoy.start(&Neighbours { sync_port: line.port(), ..stack.neighbours() });
+    let mut neighbours = stack.neighbours();
+    if let Some(line) = line {
+        envoy.use_source(line::SOURCE);
+        neighbours = Neighbours { sync_port: line.port(), ..neighbours };
+    }
+    envoy.start(&neighbours);
     envoy.wait_ready();
     envoy
 }
@@ -187,9 +191,9 @@ fn after_a_day_the_previous_secrets_keys_end_to_the_minute_also_where_nobody_tel
     let clock = Clock::new(stack.directory());
     stack.control_plane.use_moved_clock(&clock);
     stack.control_plane.start();
-    let (whole, mut line) = (Line::to(stack.control_plane.sync_port()), Line::to(stack.control_plane.sync_port()));
-    let told = envoy_by(&stack, &clock, "envoy-1", &whole);
-    let cut_off = envoy_by(&stack, &clock, "envoy-2", &line);
+    let mut line = Line::to(stack.control_plane.sync_port());
+    let told = envoy_by(&stack, &clock, "envoy-1", None);
+    let cut_off = envoy_by(&stack, &clock, "envoy-2", Some(&line));
     let api = stack.api();
     wait_until(SOON, "two proxies in the fleet", || api.fleet().len() == 2);
     let mut policy = api.get("/api/admin/policy").expect(200).json();
@@ -208,13 +212,11 @@ fn after_a_day_the_previous_secrets_keys_end_to_the_minute_also_where_nobody_tel
     assert_eq!(end, since + DAY);
     let mut workers = all_workers(&[&told, &cut_off]);
     line.cut();
-    for (at, wanted) in [(since + 60, 200), (end - 60, 200), (end + 60, 401), (end + 365 * DAY / 4, 401)] {
+    for (at, wanted) in [(since + 60, 200), (end - 60, 200), (end + 60, 401)] {
         clock.go_ahead_by(i64::try_from(at - now_s()).expect("small"));
         println!("{}: {wanted}", rfc3339(at));
         assert_all_answer(&mut workers, &key, wanted);
-        if at <= end + 60 {
-            assert_all_answer(&mut workers, &new, 200);
-        }
+        assert_all_answer(&mut workers, &new, 200);
         let request = Request::get("/api/auth/validate").bearer(&key.token);
         api.call(&request).expect(wanted);
     }

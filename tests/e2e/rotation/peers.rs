@@ -1,0 +1,208 @@
+//! Several control planes over one Redis: one rotation for all of them, and no key of any that a proxy of another
+//! would refuse.
+
+use keygate_e2e::control_plane::ControlPlane;
+use keygate_e2e::envoy::Neighbours;
+use keygate_e2e::{Api, Connection, Envoy, Line, Redis, Response, SOON, Stack, line, wait_until};
+use serde_json::json;
+
+use super::begun::at_once;
+use super::{
+    ROTATE, active, all_workers, assert_all_answer, begin, chat, kid_of, rotated, stage, status, text,
+    the_one_active, wait_tidy,
+};
+
+/// Two control planes with a proxy each, of which the second one's line can be cut.
+struct Two {
+    // In the order in which they stop.
+    envoy: Envoy,
+    line: Line,
+    other: ControlPlane,
+    stack: Stack,
+    _redis: Redis,
+}
+
+impl Two {
+    #[track_caller]
+    fn start(config: &str) -> Self {
+        let redis = Redis::start();
+        let stack = Stack::builder().workers(2).redis(&redis.url()).config(config).start();
+        let mut other = ControlPlane::beside(&stack.control_plane, &stack.directory().join("b"));
+        std::fs::write(other.config_file(), config).expect("the configuration");
+        other.use_redis(&redis.url());
+        other.start();
+        let line = Line::to(other.sync_port());
+        let mut envoy = Envoy::new(stack.directory(), "envoy-b", 2);
+        envoy.use_source(line::SOURCE);
+        let (api_port, sync_port) = (other.api_port(), line.port());
+        envoy.start(&Neighbours { api_port, sync_port, ..stack.neighbours() });
+        envoy.wait_ready();
+        let two = Self { envoy, line, other, stack, _redis: redis };
+        let (here, there) = two.apis();
+        // Until then each is alone, as far as it knows, and has a secret of its own.
+        wait_until(SOON, "both to sign with one secret", || {
+            there.get("/api/admin/emergency").status == 200 && active(&here) == active(&there)
+        });
+        let mut workers = two.workers();
+        wait_until(SOON, "keys of each to pass at both", || {
+            [&here, &there].iter().all(|api| {
+                let key = api.issue("basic");
+                workers.iter_mut().all(|worker| worker.send(&chat(&key)).status == 200)
+            })
+        });
+        two
+    }
+
+    fn apis(&self) -> (Api, Api) {
+        let here = self.stack.api();
+        let there = Api::new(self.other.api_port(), &here.key());
+        (here, there)
+    }
+
+    /// Of both proxies.
+    fn workers(&self) -> Vec<Connection> {
+        all_workers(&[&self.stack.envoy, &self.envoy])
+    }
+}
+
+fn goes_on(algorithm: &str) {
+    let two = Two::start(&format!("[secrets]\nalgorithm = \"{algorithm}\"\n"));
+    let (here, there) = two.apis();
+    let mut workers = two.workers();
+    let mut keys = vec![here.issue("basic"), there.issue("basic")];
+    for (begins, other) in [(&here, &there), (&there, &here)] {
+        let old = active(begins);
+        let kid = rotated(begins);
+        // Nobody hears of the secret before both proxies know it, so its keys are good at once.
+        keys.push(begins.issue("basic"));
+        assert_eq!(kid_of(&keys[keys.len() - 1]), kid);
+        assert_all_answer(&mut workers, &keys[keys.len() - 1], 200);
+        wait_until(SOON, "the other one to sign with it", || active(other) == kid);
+        keys.push(other.issue("basic"));
+        assert_eq!(kid_of(&keys[keys.len() - 1]), kid);
+        for key in &keys {
+            assert_all_answer(&mut workers, key, 200);
+        }
+        for api in [begins, other] {
+            assert_eq!(the_one_active(&status(api)), kid);
+            assert_eq!(stage(api, &old), "previous");
+        }
+    }
+    for (control_plane, api) in [(&two.stack.control_plane, &here), (&two.other, &there)] {
+        wait_tidy(control_plane, api);
+    }
+}
+
+#[test]
+fn whichever_begins_it_both_sign_with_the_new_secret_and_all_keys_pass_at_both() {
+    goes_on("ES256");
+}
+
+#[test]
+fn an_hmac_secret_reaches_the_other_one_too() {
+    goes_on("HS256");
+}
+
+#[test]
+fn it_waits_for_the_proxies_of_the_other_one() {
+    let mut two = Two::start("");
+    let (here, there) = two.apis();
+    let mut workers = two.workers();
+    for begins in [&here, &there] {
+        two.line.cut();
+        let old = active(begins);
+        let kid = text(&begin(begins, &json!({ "gate_timeout": "1s" }))["version_id"]);
+        wait_until(SOON, "it to take too long", || status(begins)["rotation"]["stalled"] == true);
+        wait_until(SOON, "each to know whom it waits for", || {
+            let waits_for = |api: &Api| status(api)["rotation"]["waiting_for"].clone();
+            let theirs = waits_for(&here);
+            let named = theirs.as_array().is_some_and(|all| all.len() == 1)
+                && theirs[0].as_str().is_some_and(|one| one.starts_with("control plane "));
+            named && waits_for(&there) == json!(["envoy-b"])
+        });
+        for api in [&here, &there] {
+            assert_eq!((active(api), stage(api, &kid)), (old.clone(), "rotating".into()));
+            assert_all_answer(&mut workers, &api.issue("basic"), 200);
+        }
+        two.line.heal();
+        wait_until(SOON, "it to go on", || active(&here) == kid && active(&there) == kid);
+        for api in [&here, &there] {
+            let key = api.issue("basic");
+            assert_eq!(kid_of(&key), kid);
+            assert_all_answer(&mut workers, &key, 200);
+        }
+    }
+}
+
+#[test]
+fn both_are_asked_at_once_and_one_begins() {
+    let two = Two::start("");
+    let (here, there) = two.apis();
+    for _ in 0..3 {
+        let before = status(&here)["versions"].as_array().map_or(0, Vec::len);
+        let begun = keygate_e2e::wait_for(SOON, "the moment after the one before to be over", || {
+            let answers = at_once(16, |caller| [&here, &there][caller % 2].post(ROTATE, &json!({})));
+            let (begun, refused): (Vec<_>, Vec<_>) =
+                answers.into_iter().partition(|answer| answer.status == 202);
+            assert!(begun.len() <= 1, "{begun:?}");
+            for answer in refused {
+                answer.expect_problem(409, "rotation_in_progress");
+            }
+            begun.first().map(Response::json)
+        });
+        let kid = text(&begun["version_id"]);
+        wait_until(SOON, "both to sign with it", || active(&here) == kid && active(&there) == kid);
+        for api in [&here, &there] {
+            assert_eq!(status(api)["versions"].as_array().map(Vec::len), Some(before + 1));
+        }
+    }
+}
+
+#[test]
+fn when_the_one_that_began_it_is_killed_the_other_one_completes_it() {
+    let mut two = Two::start("");
+    let (here, there) = two.apis();
+    let mut workers = two.workers();
+    two.line.cut();
+    let kid = text(&begin(&here, &json!({}))["version_id"]);
+    wait_until(SOON, "the other one to wait for its own proxy alone", || {
+        status(&there)["rotation"]["waiting_for"] == json!(["envoy-b"])
+    });
+    two.stack.control_plane.kill();
+    two.line.heal();
+    // It has to find out first that the other one is gone.
+    wait_until(2 * SOON, "the other one to complete it", || active(&there) == kid);
+    let key = there.issue("basic");
+    assert_eq!(kid_of(&key), kid);
+    assert_all_answer(&mut workers, &key, 200);
+    two.stack.control_plane.start();
+    wait_until(SOON, "the first one to hear of it", || active(&here) == kid);
+    for api in [&here, &there] {
+        assert_eq!(the_one_active(&status(api)), kid);
+    }
+    assert_all_answer(&mut workers, &here.issue("basic"), 200);
+}
+
+#[test]
+fn an_immediate_rotation_ends_the_old_secret_at_both() {
+    let two = Two::start("");
+    let (here, there) = two.apis();
+    // The admin's key is of a secret that is not ended below.
+    rotated(&here);
+    let mut workers = two.workers();
+    for begins in [&here, &there] {
+        wait_until(SOON, "both to sign with one secret", || active(&here) == active(&there));
+        let old = [here.issue("basic"), there.issue("basic")];
+        let kid = text(&begin(begins, &json!({ "immediate": true }))["version_id"]);
+        let key = begins.issue("basic");
+        assert_eq!(kid_of(&key), kid);
+        assert_all_answer(&mut workers, &key, 200);
+        for key in &old {
+            assert_all_answer(&mut workers, key, 401);
+        }
+        wait_until(SOON, "the other one to sign with it", || active(&here) == kid && active(&there) == kid);
+        for api in [&here, &there] {
+            assert_all_answer(&mut workers, &api.issue("basic"), 200);
+        }
+    }
+}
