@@ -118,7 +118,9 @@ impl From<RotationError> for Problem {
     fn from(error: RotationError) -> Self {
         let detail = format!("{error}.");
         match error {
-            RotationError::InProgress(_) => Self::new(StatusCode::CONFLICT, "rotation_in_progress", detail),
+            RotationError::InProgress(_) | RotationError::JustBegun(_) | RotationError::Elsewhere => {
+                Self::new(StatusCode::CONFLICT, "rotation_in_progress", detail)
+            }
             RotationError::None => Self::new(StatusCode::CONFLICT, "no_rotation", detail),
             RotationError::TooLate(_) => Self::new(StatusCode::CONFLICT, "too_late", detail),
             RotationError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_secrets", detail),

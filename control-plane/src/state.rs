@@ -12,6 +12,7 @@ use keygate_core::rules::{self, Rules, RulesError, Ruleset};
 use keygate_core::version::Version;
 use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
 use serde::{Deserialize, Serialize};
+use zeroize::Zeroizing;
 
 use crate::approval::{Proposal, Warrant};
 use crate::change::{Change, Entry, Mark, Origin};
@@ -32,8 +33,8 @@ pub struct State {
     pub published: Instant,
     /// The rules, ready to decide with.
     pub rules: Ruleset,
-    /// The rules' bytes.
-    pub rules_bytes: Vec<u8>,
+    /// The rules' bytes. With HS256 the secret is among them.
+    pub rules_bytes: Zeroizing<Vec<u8>>,
     /// The revoked and the suspended.
     pub revocations: ExactSet,
     /// The version of the last change of the policy, for `If-Match`.
@@ -510,7 +511,7 @@ impl Model {
         let (rules, rules_bytes) = match before {
             Some(before) => (before.rules.clone(), before.rules_bytes.clone()),
             None => {
-                let bytes = self.rules().encode();
+                let bytes = Zeroizing::new(self.rules().encode());
                 // Through the bytes, as proxies read them.
                 (Ruleset::try_from(Rules::decode(&bytes)?)?, bytes)
             }
@@ -605,7 +606,7 @@ impl Deltas {
         Answer {
             version: state.version,
             sent_at_ms,
-            rules: NewRules::Whole(state.rules_bytes.clone()),
+            rules: NewRules::Whole(state.rules_bytes.to_vec()),
             body: Body::Snapshot {
                 covers,
                 bits: state.revocations.bits(),
@@ -622,7 +623,7 @@ fn new_rules(state: &State, members: &BTreeSet<String>) -> NewRules {
     }
     let patch = rules::patch(&state.rules_bytes, members);
     if patch.len() >= state.rules_bytes.len() {
-        return NewRules::Whole(state.rules_bytes.clone());
+        return NewRules::Whole(state.rules_bytes.to_vec());
     }
     NewRules::Patch { patch, digest: digest(&state.rules_bytes) }
 }

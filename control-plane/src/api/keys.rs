@@ -44,13 +44,14 @@ pub async fn list(
     });
     let (keys, more) = read.await??;
     let next_cursor = keys.last().filter(|_| more).map(|key| key.key_id.clone());
-    let keys: Vec<_> = keys.iter().map(|key| key_view(key, now)).collect();
+    let secrets = Arc::clone(&app.state().secrets);
+    let keys: Vec<_> = keys.iter().map(|key| key_view(key, &secrets, now)).collect();
     Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "next_cursor": next_cursor })))
 }
 
 pub async fn show(State(app): State<Arc<App>>, KeyId(id): KeyId) -> Result<Response, Problem> {
     let key = app.store.key(&id)?.ok_or_else(unknown)?;
-    Ok(json(StatusCode::OK, key_view(&key, app.clock.now_s())))
+    Ok(json(StatusCode::OK, key_view(&key, &app.state().secrets, app.clock.now_s())))
 }
 
 #[derive(Debug, Deserialize)]
@@ -175,7 +176,7 @@ async fn change_key(
     if changed && let Some(revoked) = &key.revoked {
         app.metrics.revoked.with_label_values(&[key.role.as_str(), revoked.reason.label()]).inc();
     }
-    let mut view = key_view(&key, app.clock.now_s());
+    let mut view = key_view(&key, &app.state().secrets, app.clock.now_s());
     view["changed"] = changed.into();
     Ok(request::finish(app, committed, waits, StatusCode::OK, view).await)
 }

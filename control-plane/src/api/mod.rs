@@ -32,6 +32,7 @@ use crate::app::App;
 use crate::clock;
 use crate::key::{KeyRecord, KeyState};
 use crate::problem::Problem;
+use crate::secret::Ring;
 
 pub use request::{Caller, authenticate};
 
@@ -401,12 +402,14 @@ async fn logged(path: Option<MatchedPath>, request: Request, next: Next) -> Resp
     response
 }
 
-/// A key as the API shows it: everything but the token.
-fn key_view(key: &KeyRecord, now: u64) -> serde_json::Value {
+/// A key as the API shows it: everything but the token. With its secret it ends, whatever its own state is.
+fn key_view(key: &KeyRecord, ring: &Ring, now: u64) -> serde_json::Value {
+    let secret_state = ring.get(&key.kid).map(|held| ring.state_of(held));
     let mut view = serde_json::json!({
         "key_id": key.key_id,
         "jti": key.jti,
         "kid": key.kid,
+        "secret_state": secret_state,
         "name": key.name,
         "role": key.role,
         "scopes": key.scopes,

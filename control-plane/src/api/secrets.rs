@@ -48,8 +48,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
     let ring = &state.secrets;
     let progress = app.driver.progress();
-    let waits_for = ring.rotating().or_else(|| ring.active().filter(|held| !held.is_announced()));
-    let under_way = waits_for.map(|held| {
+    let under_way = rotation::under_way(ring).map(|held| {
         let is_late = progress.kid.as_deref() == Some(held.record.kid.as_str()) && progress.stalled;
         serde_json::json!({
             "version_id": held.record.kid,
@@ -151,7 +150,7 @@ pub async fn rotate(
     if let Some(mirror) = &app.mirror {
         let source = app.state().version.source;
         if mirror.claim("rotation", source).await == Some(false) {
-            return Err(RotationError::InProgress("another secret, on another control plane,".into()).into());
+            return Err(RotationError::Elsewhere.into());
         }
     }
     let (lives, roles, verified) =

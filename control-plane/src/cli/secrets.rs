@@ -200,8 +200,9 @@ impl Rotate {
             if status["rotation"]["version_id"] != kid.as_str() {
                 anyhow::bail!("the rotation to {kid} was ended by somebody");
             }
-            let waits = names(&status["rotation"]["waiting_for"]);
-            if waits != said {
+            let waiting = &status["rotation"]["waiting_for"];
+            let waits = names(waiting);
+            if waits != said && waiting != &json!([]) {
                 eprintln!("waiting for: {waits}");
                 said = waits;
             }

@@ -177,7 +177,7 @@ enum StepError {
 async fn step(app: &Arc<App>) -> Result<(), StepError> {
     let state = app.state();
     let secrets = &state.secrets;
-    let waits_for = secrets.rotating().or_else(|| secrets.active().filter(|held| !held.is_announced()));
+    let waits_for = super::under_way(secrets);
     match waits_for {
         None => app.driver.rests(),
         Some(held) => {
@@ -293,7 +293,7 @@ async fn begin_scheduled(app: &Arc<App>) -> Result<(), StepError> {
     let order = Order { alg: lives.algorithm, immediate: false, why: "scheduled".into(), imported: None };
     let plan = move |view: &View<'_>| super::begin(view, &lives, order, None);
     match submit(app, plan).await {
-        Err(StepError::Rotation(RotationError::InProgress(_))) => Ok(()),
+        Err(StepError::Rotation(RotationError::InProgress(_) | RotationError::JustBegun(_))) => Ok(()),
         Err(error) => Err(error),
         Ok((begun, _)) => {
             tracing::info!(kid = begun.kid, "a scheduled rotation of secrets was begun");

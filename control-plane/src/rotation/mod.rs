@@ -97,6 +97,12 @@ pub enum RotationError {
     /// Another one is under way.
     #[error("a rotation to {0} is under way; wait for it, or cancel it")]
     InProgress(String),
+    /// One was begun a moment ago.
+    #[error("a rotation to {0} was begun a moment ago; try again in a second if you want another one")]
+    JustBegun(String),
+    /// Another control plane begins one at this moment.
+    #[error("another control plane begins a rotation at this moment")]
+    Elsewhere,
     /// None is under way.
     #[error("no rotation is under way that could be cancelled or activated")]
     None,
@@ -122,16 +128,20 @@ pub fn is_why(text: &str) -> bool {
     (1..=MAX_WHY_CHARS).contains(&text.chars().count()) && !text.chars().any(char::is_control)
 }
 
-/// The secret whose rotation is under way at `stamp`, Unix milliseconds.
-pub fn under_way(ring: &Ring, stamp: u64) -> Option<&Held> {
-    let begun = ring.all().into_iter().max_by_key(|held| held.created);
+/// The secret that is made known to proxies: it signs once they know it.
+pub fn under_way(ring: &Ring) -> Option<&Held> {
+    ring.rotating().or_else(|| ring.active().filter(|active| !active.is_announced()))
+}
+
+/// The secret to which a rotation was begun so little time before `stamp`, Unix milliseconds, that another one is taken
+/// for the same; not one that was cancelled.
+fn just_begun(ring: &Ring, stamp: u64) -> Option<&Held> {
     let settle = u64::try_from(SETTLE.as_millis()).unwrap_or(u64::MAX);
-    ring.rotating()
-        .or_else(|| ring.active().filter(|active| !active.is_announced()))
-        // What a history begins with has no stamp.
-        .or_else(|| {
-            begun.filter(|held| held.created.stamp > 0 && stamp.saturating_sub(held.created.stamp) < settle)
-        })
+    let begun = ring.all().into_iter().filter(|held| held.record.state < SecretState::Expired);
+    // What a history begins with has no stamp.
+    begun
+        .max_by_key(|held| held.created)
+        .filter(|held| held.created.stamp > 0 && stamp.saturating_sub(held.created.stamp) < settle)
 }
 
 type Plan<T> = Result<(Vec<Change>, T), RotationError>;
@@ -158,8 +168,11 @@ pub fn begin(view: &View<'_>, lives: &Lives, order: Order, request: Option<Idemp
             return Ok((Vec::new(), begun(&held.record, true)));
         }
     }
-    if let Some(held) = under_way(ring, view.stamp) {
+    if let Some(held) = under_way(ring) {
         return Err(RotationError::InProgress(held.record.kid.clone()));
+    }
+    if let Some(held) = just_begun(ring, view.stamp) {
+        return Err(RotationError::JustBegun(held.record.kid.clone()));
     }
     if ring.verification_keys().len() >= MAX_KEYS {
         return Err(RotationError::TooMany);
@@ -219,7 +232,7 @@ pub fn force(view: &View<'_>, lives: &Lives, justification: String) -> Plan<Stri
     let ring = view.model.secrets();
     let (changes, kid) = if let Some(held) = ring.rotating() {
         (activate(view, lives, &held.record.kid, Some(justification))?.0, &held.record.kid)
-    } else if let Some(held) = ring.active().filter(|held| !held.is_announced()) {
+    } else if let Some(held) = under_way(ring) {
         (announce(view, &held.record.kid, Some(justification))?.0, &held.record.kid)
     } else {
         return Err(RotationError::None);
@@ -274,17 +287,13 @@ pub fn tidy(view: &View<'_>) -> Plan<()> {
 
 /// Whether a secret that signs no more verifies no more either.
 fn is_over(held: &Held, now: u64) -> bool {
-    held.record.state == SecretState::Previous
-        && match held.record.not_after {
-            Some(end) => now >= end,
-            None => now >= held.last_expiry.max(held.record.since).saturating_add(LATE_S),
-        }
+    held.record.state == SecretState::Previous && ends_at(held).is_some_and(|end| now >= end)
 }
 
 /// When a secret that signs no more stops verifying, as far as is known, Unix seconds.
 pub fn ends_at(held: &Held) -> Option<u64> {
     match (held.record.state, held.record.not_after) {
-        (SecretState::Previous, None) => Some(held.last_expiry.max(held.record.since)),
+        (SecretState::Previous, None) => Some(held.last_expiry.max(held.record.since).saturating_add(LATE_S)),
         (SecretState::Previous, end) => end,
         _ => None,
     }
