@@ -16,7 +16,7 @@ use zeroize::Zeroizing;
 
 use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::fleet::Fleet;
 use crate::hsm::{Hsm, HsmConfig, HsmError};
 use crate::journal::{Claim, JournalError, Notary, Privacy};
@@ -24,6 +24,7 @@ use crate::key::{Creator, KeyRecord, KeyRequest};
 use crate::keyring::{Keyring, KeyringError, Masters};
 use crate::master_key::{MasterKey, MasterKeyError, Source};
 use crate::metrics::Metrics;
+use crate::notify::{Destination, Hidden, Notifier};
 use crate::redis_store::{self, Mirror, Sealer};
 use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
@@ -35,6 +36,8 @@ use crate::{api, files, random, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// What is shorter could be guessed.
+const MIN_WEBHOOK_SECRET_BYTES: usize = 16;
 /// Memory for the tokens of those who call this API.
 const TOKEN_CACHE_BYTES: usize = 1024 * 1024;
 
@@ -67,6 +70,9 @@ pub enum RunError {
     /// The PIN of the HSM.
     #[error("hsm.pin_file: set it or KEYGATE_HSM_PIN; the HSM is locked without its PIN")]
     NoPin,
+    /// Where notifications go.
+    #[error("{0}")]
+    Notify(String),
     /// The keyring.
     #[error(transparent)]
     Keyring(#[from] KeyringError),
@@ -110,6 +116,8 @@ pub struct App {
     pub notary: Notary,
     /// Opens secrets.
     pub keys: Arc<Keyring>,
+    /// Tells people.
+    pub notifier: Arc<Notifier>,
     /// How a rotation of secrets fares.
     pub driver: Driver,
     /// Hashes owners as the journal has them.
@@ -169,6 +177,12 @@ pub struct FromEnvironment {
     pub previous_master_key: Option<Zeroizing<String>>,
     /// In place of the PIN's file.
     pub hsm_pin: Option<Zeroizing<String>>,
+    /// In place of the file with Slack's URL.
+    pub slack_url: Option<Zeroizing<String>>,
+    /// In place of the file with PagerDuty's routing key.
+    pub pagerduty_key: Option<Zeroizing<String>>,
+    /// In place of the file with the secret that signs notifications.
+    pub webhook_secret: Option<Zeroizing<String>>,
 }
 
 /// Takes up or begins a history and listens.
@@ -200,6 +214,9 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     };
     let keys = Arc::new(keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
+    let destinations = destinations(&config, &given)?;
+    let notifier =
+        Arc::new(Notifier::start(&destinations, &config.notify.source, clock.clone(), Arc::clone(&metrics)));
     let mirror = config.redis.as_ref().map(|redis| {
         Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(keys.root()))
     });
@@ -247,6 +264,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         metrics,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
+        notifier,
         driver: Driver::default(),
         privacy,
         notary: Notary::new(&checkpoint_seed),
@@ -281,6 +299,7 @@ impl Serving {
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
         let mirror =
             app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
+        let notifier = Arc::clone(&app.notifier);
         drop(app);
         let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
         tokio::pin!(servers);
@@ -301,6 +320,8 @@ impl Serving {
         }
         // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
         let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
+        let told = tokio::task::spawn_blocking(move || notifier.stop());
+        let _told_or_not = tokio::time::timeout(STOP_WITHIN, told).await;
         Ok(())
     }
 }
@@ -365,6 +386,47 @@ fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Result
     let may_create = may_create || previous.is_some();
     let master = key(&config.master_key, "KEYGATE_MASTER_KEY", given.master_key.as_ref(), may_create)?;
     Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create)?)
+}
+
+/// Where notifications go, with the secrets from their files or the environment.
+fn destinations(config: &Config, given: &FromEnvironment) -> Result<Vec<Destination>, RunError> {
+    let notify = &config.notify;
+    let secret = |setting: &str, text: &Option<Zeroizing<String>>, file: &Option<PathBuf>| {
+        let text = match (text, file) {
+            (Some(text), _) => text.clone(),
+            (None, Some(path)) => {
+                let what = format!("{setting} = {}", path.display());
+                Zeroizing::new(std::fs::read_to_string(path).map_err(|source| RunError::Io { what, source })?)
+            }
+            (None, None) => return Ok::<_, RunError>(None),
+        };
+        Ok(Some(Hidden(Zeroizing::new(text.trim().to_owned()))))
+    };
+    let mut destinations = Vec::new();
+    if let Some(url) = secret("notify.slack_url_file", &given.slack_url, &notify.slack_url_file)? {
+        if config::http_url(&toml::Value::String(url.0.to_string())).is_err() {
+            return Err(RunError::Notify("notify.slack_url_file: that is no URL".into()));
+        }
+        destinations.push(Destination::Slack { url });
+    }
+    let key = secret("notify.pagerduty_key_file", &given.pagerduty_key, &notify.pagerduty_key_file)?;
+    if let Some(routing_key) = key {
+        destinations.push(Destination::PagerDuty { url: notify.pagerduty_url.clone(), routing_key });
+    }
+    let signs = secret("notify.webhook_secret_file", &given.webhook_secret, &notify.webhook_secret_file)?;
+    match (&notify.webhook_url, signs) {
+        (Some(url), Some(secret)) if secret.0.len() >= MIN_WEBHOOK_SECRET_BYTES => {
+            destinations.push(Destination::Webhook { url: url.clone(), secret });
+        }
+        (None, None) => {}
+        _ => {
+            return Err(RunError::Notify(format!(
+                "notify.webhook_url needs a secret of at least {MIN_WEBHOOK_SECRET_BYTES} characters in \
+                 notify.webhook_secret_file or KEYGATE_NOTIFY_WEBHOOK_SECRET, and the other way round"
+            )));
+        }
+    }
+    Ok(destinations)
 }
 
 fn read_policy(path: &Path) -> Result<Policy, RunError> {

@@ -21,7 +21,7 @@ use crate::secret::Retire;
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 32] = [
+pub const SETTINGS: [(&str, &str); 38] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -86,6 +86,21 @@ pub const SETTINGS: [(&str, &str); 32] = [
     ),
     ("redis.timeout", "How long Redis may take to answer, 50ms to 10s [default: 500ms]"),
     ("durability", "local or replicated: below it, changes are answered with 202 [default: local]"),
+    ("notify.source", "What this control plane is called in notifications [default: keygate]"),
+    (
+        "notify.slack_url_file",
+        "File with the URL of an incoming webhook of Slack; or KEYGATE_NOTIFY_SLACK_URL",
+    ),
+    ("notify.pagerduty_key_file", "File with a routing key of PagerDuty; or KEYGATE_NOTIFY_PAGERDUTY_KEY"),
+    (
+        "notify.pagerduty_url",
+        "Where PagerDuty takes events [default: https://events.pagerduty.com/v2/enqueue]",
+    ),
+    ("notify.webhook_url", "A web server that notifications are posted to, signed"),
+    (
+        "notify.webhook_secret_file",
+        "File with the secret that signs them, at least 16 characters; or KEYGATE_NOTIFY_WEBHOOK_SECRET",
+    ),
     ("log.format", "text or json [default: text]"),
 ];
 
@@ -122,6 +137,23 @@ pub struct HsmSettings {
     pub token: String,
     /// File with the PIN.
     pub pin_file: Option<PathBuf>,
+}
+
+/// Where notifications go, but for the secrets.
+#[derive(Debug, Clone)]
+pub struct NotifySettings {
+    /// What this control plane is called.
+    pub source: String,
+    /// File with Slack's URL.
+    pub slack_url_file: Option<PathBuf>,
+    /// File with PagerDuty's routing key.
+    pub pagerduty_key_file: Option<PathBuf>,
+    /// Where PagerDuty takes events.
+    pub pagerduty_url: String,
+    /// Any web server.
+    pub webhook_url: Option<String>,
+    /// File with what signs for it.
+    pub webhook_secret_file: Option<PathBuf>,
 }
 
 /// A valid configuration.
@@ -167,6 +199,8 @@ pub struct Config {
     pub redis: Option<Redis>,
     /// How durable a change should be before it is answered with more than 202.
     pub durability: Durability,
+    /// Who is told of what.
+    pub notify: NotifySettings,
     /// How log lines look.
     pub log_format: LogFormat,
     /// The roles.
@@ -287,6 +321,16 @@ impl Typed {
             retention: self.take("journal.retention", retention).unwrap_or(SEVEN_YEARS),
             redis: self.redis(),
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
+            notify: NotifySettings {
+                source: self.take("notify.source", identifier).unwrap_or_else(|| "keygate".into()),
+                slack_url_file: self.take("notify.slack_url_file", path),
+                pagerduty_key_file: self.take("notify.pagerduty_key_file", path),
+                pagerduty_url: self
+                    .take("notify.pagerduty_url", http_url)
+                    .unwrap_or_else(|| "https://events.pagerduty.com/v2/enqueue".into()),
+                webhook_url: self.take("notify.webhook_url", http_url),
+                webhook_secret_file: self.take("notify.webhook_secret_file", path),
+            },
             log_format: self.take("log.format", log_format).unwrap_or(LogFormat::Text),
             roles: self.roles(),
             data_dir,
@@ -428,6 +472,16 @@ fn identifier(value: &Value) -> Result<String, String> {
             token::MAX_IDENTIFIER_BYTES
         ))
     }
+}
+
+/// A URL that something can be posted to.
+pub fn http_url(value: &Value) -> Result<String, String> {
+    let text = text(value)?;
+    let is_one = text.parse::<axum::http::Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
+    });
+    // It may hold a token, so it is not repeated.
+    if is_one { Ok(text.into()) } else { Err("is not a URL such as \"https://example.com/hook\"".into()) }
 }
 
 /// A label of an object or token in an HSM (PKCS#11): at most 32 bytes for a token.

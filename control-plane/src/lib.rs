@@ -21,6 +21,7 @@ pub mod keyring;
 pub mod lockdown;
 pub mod master_key;
 pub mod metrics;
+pub mod notify;
 pub mod problem;
 pub mod random;
 pub mod redis_store;

@@ -11,6 +11,7 @@ use prometheus::{
 };
 
 use crate::key::RevocationReason;
+use crate::notify::{self, Destination};
 use crate::redis_store;
 use crate::roles::Roles;
 use crate::secret::{Ring, SecretState};
@@ -55,6 +56,8 @@ pub struct Metrics {
     pub secret_active_age: Gauge,
     /// Until the next scheduled rotation.
     pub secret_next_rotation: Gauge,
+    /// Notifications, and what became of them.
+    pub notifications: IntCounterVec,
     /// Cut-offs that did without the second approval that they needed.
     pub break_glass: IntCounter,
     /// Whether Redis answers.
@@ -212,6 +215,11 @@ impl Metrics {
                 "keygate_secret_next_rotation_seconds",
                 "Time until the next scheduled rotation, negative when it is late; NaN when none is scheduled.",
             ),
+            notifications: counters(
+                "keygate_notifications_total",
+                "Notifications by destination: sent, failed after every try, or dropped since too many waited.",
+                &["destination", "outcome"],
+            ),
             break_glass: counter(
                 "keygate_break_glass_total",
                 "Cut-offs that did without the second approval that they needed.",
@@ -322,6 +330,11 @@ impl Metrics {
             }
         }
         self.validated.with_label_values(&["unknown", V2, "failure"]);
+        for destination in Destination::LABELS {
+            for outcome in notify::OUTCOMES {
+                self.notifications.with_label_values(&[destination, outcome]);
+            }
+        }
         for outcome in ["begun", "completed", "cancelled", "forced"] {
             self.secret_rotations.with_label_values(&[outcome]);
         }

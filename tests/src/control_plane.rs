@@ -22,6 +22,7 @@ pub struct ControlPlane {
     redis: Option<String>,
     clock: Option<String>,
     moved_clock: Option<Clock>,
+    new_admin_key: bool,
     environment: Vec<(String, String)>,
     extra: Vec<String>,
     process: Option<Process>,
@@ -37,6 +38,7 @@ impl ControlPlane {
             redis: None,
             clock: None,
             moved_clock: None,
+            new_admin_key: false,
             environment: Vec::new(),
             extra: Vec::new(),
             process: None,
@@ -89,6 +91,11 @@ impl ControlPlane {
         self.moved_clock = Some(clock.clone());
     }
 
+    /// At the next start it issues another first admin key, for operators who have none that counts.
+    pub fn want_new_admin_key(&mut self) {
+        self.new_admin_key = true;
+    }
+
     /// Starts it and waits until it is ready.
     #[track_caller]
     pub fn start(&mut self) {
@@ -124,6 +131,7 @@ impl ControlPlane {
                 clock.give_to(command);
             }
         });
+        self.new_admin_key = false;
         self.process = Some(started);
     }
 
@@ -148,6 +156,9 @@ impl ControlPlane {
         }
         command.args(&self.extra);
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
+        if self.new_admin_key {
+            command.arg("--new-admin-key");
+        }
         if self.config_file().exists() {
             command.arg("--config").arg(self.config_file());
         }

@@ -17,6 +17,7 @@ use crate::change::Change;
 use crate::clock;
 use crate::key::{self, KeyState, RevocationReason};
 use crate::lockdown;
+use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
 use crate::store::StoreError;
@@ -145,6 +146,12 @@ pub async fn cut_off(
             ?justification,
             "a cut-off did without its second approval"
         );
+        let details = vec![
+            ("by", actor(&caller.0).to_owned()),
+            ("cut-off", cutoff.id.clone()),
+            ("justification", justification.clone()),
+        ];
+        app.notifier.tell(Kind::BreakGlass, "a mass revocation did without its second approval", details);
     }
     let count = if counted_first {
         count
@@ -192,6 +199,14 @@ pub fn note_revoked(app: &App, caller: &Caller, id: &str, count: &Count, reason:
         app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
     }
     tracing::warn!(by = actor(&caller.0), id, keys = count.keys(), "mass revocation");
+    let by_role: Vec<String> = count.by_role.iter().map(|(role, keys)| format!("{role} {keys}")).collect();
+    let details = vec![
+        ("by", actor(&caller.0).to_owned()),
+        ("cut-off", id.to_owned()),
+        ("reason", reason.label().to_owned()),
+        ("keys by role", by_role.join(", ")),
+    ];
+    app.notifier.tell(Kind::MassRevocation, format!("{} keys were ended by one rule", count.keys()), details);
 }
 
 pub async fn lift_cut_off(

@@ -19,6 +19,7 @@ use crate::change::Change;
 use crate::clock;
 use crate::config;
 use crate::key::{self, Ended, KeyState, RevocationReason};
+use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
 use crate::rotation::{self, Begun, Order, RotationError, driver};
@@ -183,12 +184,17 @@ pub async fn rotate(
             app.driver.allow(&kid, timeout);
         }
     }
-    let mut body = serde_json::json!({
-        "version_id": kid,
-        "state": state,
-        "replaces": old,
-        "ends": if replayed { serde_json::Value::Null } else { what_ends(&app, &old, immediate).await? },
-    });
+    let ends = if replayed { serde_json::Value::Null } else { what_ends(&app, &old, immediate).await? };
+    if immediate && !replayed {
+        let details =
+            vec![("by", actor(&caller.0).to_owned()), ("keys by role", ends["by_role"].to_string())];
+        app.notifier.tell(
+            Kind::MassRevocation,
+            format!("{} keys ended with their signing secret", ends["keys"]),
+            details,
+        );
+    }
+    let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old, "ends": ends });
     if let Some(key) = renewed {
         // Should proxies take longer than this waits, the caller still needs it here.
         driver::wait_for_signer(&app).await;
@@ -280,6 +286,12 @@ pub async fn force(
         kid,
         without = without.join(", "),
         "a new secret signs although not every proxy knows it"
+    );
+    let details = vec![("by", actor(&caller.0).to_owned()), ("without", without.join(", "))];
+    app.notifier.tell(
+        Kind::RotationForced,
+        "a new signing secret signs before every proxy knows it",
+        details,
     );
     let body = serde_json::json!({ "version_id": kid, "state": SecretState::Active, "without": without });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)

@@ -62,8 +62,9 @@ fn after_help() -> String {
         text.push_str(&format!("  {key:<30} {:<38} {meaning}\n", variable(key)));
     }
     text.push_str(
-        "\nSecrets in variables instead of files: KEYGATE_FLEET_TOKEN, KEYGATE_MASTER_KEY, KEYGATE_PREVIOUS_MASTER_KEY\n\
-         and KEYGATE_HSM_PIN. Roles are tables of keygate.toml:\n",
+        "\nSecrets in variables instead of files: KEYGATE_FLEET_TOKEN, KEYGATE_MASTER_KEY, KEYGATE_PREVIOUS_MASTER_KEY,\n\
+         KEYGATE_HSM_PIN, KEYGATE_NOTIFY_SLACK_URL, KEYGATE_NOTIFY_PAGERDUTY_KEY, KEYGATE_NOTIFY_WEBHOOK_SECRET.\n\
+         Roles are tables of keygate.toml:\n",
     );
     text.push_str("  [roles.NAME]  life = \"7d\", requests_per_hour = 100 (-1: unlimited), scopes = [...], may_create = [...]\n");
     text
@@ -120,6 +121,9 @@ impl Serve {
             master_key: variable_with_secret("KEYGATE_MASTER_KEY"),
             previous_master_key: variable_with_secret("KEYGATE_PREVIOUS_MASTER_KEY"),
             hsm_pin: variable_with_secret("KEYGATE_HSM_PIN"),
+            slack_url: variable_with_secret("KEYGATE_NOTIFY_SLACK_URL"),
+            pagerduty_key: variable_with_secret("KEYGATE_NOTIFY_PAGERDUTY_KEY"),
+            webhook_secret: variable_with_secret("KEYGATE_NOTIFY_WEBHOOK_SECRET"),
         };
         let new_admin_key = self.new_admin_key;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -11,6 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::{Order, RotationError, SETTLE};
 use crate::app::App;
 use crate::change::Change;
+use crate::notify::Kind;
 use crate::redis_store::Report;
 use crate::secret::SecretState;
 use crate::secret::ring::Held;
@@ -101,6 +102,8 @@ impl Driver {
 pub fn note_failure(app: &App, what: &str, error: &str) {
     app.metrics.secret_rotation_failures.inc();
     tracing::error!(error, "rotation of secrets: {what}");
+    let details = vec![("because", error.to_owned()), ("look", "keygate secrets status".into())];
+    app.notifier.tell(Kind::RotationFailed, format!("rotation of signing secrets: {what}"), details);
 }
 
 /// Makes the steps until the control plane stops.
@@ -127,7 +130,12 @@ pub async fn run(app: Arc<App>) {
             hsm_not_before = Instant::now() + RETRY_AFTER;
         }
         match step(&app).await {
-            Ok(()) => app.driver.failed(None),
+            Ok(()) => {
+                app.driver.failed(None);
+                if !app.driver.progress().stalled {
+                    app.notifier.resolve(Kind::RotationFailed, "rotation of signing secrets goes on again");
+                }
+            }
             Err(error) => {
                 note_failure(&app, "a step failed; it is tried again", &error.to_string());
                 app.driver.failed(Some(error.to_string()));

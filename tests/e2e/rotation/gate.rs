@@ -170,3 +170,49 @@ fn an_immediate_rotation_is_not_cancelled_but_can_be_forced() {
     assert!(status(&api)["rotation"].is_null());
     assert_eq!(kid_of(&api.issue("basic")), kid);
 }
+
+#[test]
+fn a_proxy_that_was_restarted_is_waited_for_once() {
+    let stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let mut second = stack.another_envoy("envoy-2", 1);
+    wait_until(SOON, "two proxies in the fleet", || api.fleet().len() == 2);
+    second.kill();
+    let kid = text(&begin(&api, &json!({}))["version_id"]);
+    wait_until(SOON, "it to wait", || status(&api)["rotation"]["waiting_for"] == json!(["envoy-2"]));
+    second.start(&stack.neighbours());
+    wait_until(SOON, "the new secret to sign", || active(&api) == kid);
+    second.wait_ready();
+    second.call(&chat(&api.issue("basic"))).expect(200);
+}
+
+#[test]
+fn a_proxy_that_joins_at_any_moment_of_a_rotation_takes_every_key_once_it_is_ready() {
+    let stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let mut joined = Vec::new();
+    for round in 0..4 {
+        let kid = text(&begin(&api, &json!({}))["version_id"]);
+        let mut joins = Envoy::new(stack.directory(), &format!("joins-{round}"), 1);
+        // It takes about a second to start, as the rotation does to complete.
+        joins.launch(&stack.neighbours());
+        let mut newest = api.issue("basic");
+        wait_until(SOON, "it to be ready", || {
+            newest = api.issue("basic");
+            joins.ready_status() == Some(200)
+        });
+        let mut worker = joins.connect();
+        let mut used = 0;
+        wait_until(SOON, "the new secret to sign", || {
+            let key = api.issue("basic");
+            for key in [&newest, &key] {
+                assert_eq!(worker.send(&chat(key)).status, 200, "a key of {}", kid_of(key));
+            }
+            used += 1;
+            kid_of(&key) == kid
+        });
+        println!("round {round}: {used} keys until the new secret signed");
+        // One that is gone would be waited for by the next round.
+        joined.push(joins);
+    }
+}

@@ -2,11 +2,12 @@
 //! a proxy would refuse.
 
 use keygate_e2e::api::Propagation;
-use keygate_e2e::{Connection, Key, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Connection, Key, Request, SOON, Stack, trace, wait_until};
 use serde_json::json;
 
 use super::{
-    ROTATE, all_workers, assert_all_answer, begin, begin_at, chat, kid_of, rotated, stage, status, text,
+    ROTATE, active, all_workers, assert_all_answer, begin, begin_at, chat, kid_of, rotated, stage, status,
+    text, the_one_active,
 };
 
 #[test]
@@ -93,4 +94,30 @@ fn no_key_is_issued_that_a_proxy_would_refuse_which_is_cut_off() {
     assert_all_answer(&mut workers, &new, 200);
     assert_all_answer(&mut workers, &old, 401);
     assert!(status(&api)["rotation"].is_null());
+}
+
+#[test]
+fn an_admin_who_never_got_the_answer_gets_in_with_a_new_key_from_the_next_start() {
+    trace::assert_possible();
+    let mut stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let old = active(&api);
+    // Written to the journal, and not answered.
+    let killer = stack.control_plane.kill_at("fdatasync", 1);
+    let answer = api.try_send(Request::post(ROTATE, &json!({ "immediate": true })));
+    assert!(answer.is_err(), "{answer:?}");
+    stack.control_plane.wait_end();
+    killer.wait(SOON);
+    stack.control_plane.start();
+    api.get("/api/admin/secrets/status").expect(401);
+
+    stack.control_plane.stop();
+    stack.control_plane.want_new_admin_key();
+    stack.control_plane.start();
+    let api = stack.api();
+    let now = status(&api);
+    assert_ne!(the_one_active(&now), old);
+    let key = api.issue("basic");
+    stack.get("/api/chat", &key.token).expect(200);
+    stack.get("/api/admin/secrets/status", &api.key()).expect(200);
 }

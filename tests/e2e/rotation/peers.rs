@@ -3,13 +3,16 @@
 
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::envoy::Neighbours;
-use keygate_e2e::{Api, Connection, Envoy, Line, Redis, Response, SOON, Stack, line, wait_until};
+use keygate_e2e::wait::try_wait_for;
+use keygate_e2e::{
+    Api, Connection, Envoy, Key, Line, Load, Redis, Request, Response, SOON, Stack, line, wait_until,
+};
 use serde_json::json;
 
 use super::begun::at_once;
 use super::{
-    ROTATE, active, all_workers, assert_all_answer, begin, chat, kid_of, rotated, stage, status, text,
-    the_one_active, wait_tidy,
+    FORCE, ROTATE, active, all_workers, assert_all_answer, begin, chat, kid_of, rotated, rotated_with, stage,
+    status, text, the_one_active, wait_tidy,
 };
 
 /// Two control planes with a proxy each, of which the second one's line can be cut.
@@ -17,19 +20,22 @@ struct Two {
     // In the order in which they stop.
     envoy: Envoy,
     line: Line,
+    to_redis: [Line; 2],
     other: ControlPlane,
     stack: Stack,
-    _redis: Redis,
+    redis: Redis,
 }
 
 impl Two {
     #[track_caller]
     fn start(config: &str) -> Self {
         let redis = Redis::start();
-        let stack = Stack::builder().workers(2).redis(&redis.url()).config(config).start();
+        let to_redis = [Line::relay(redis.port()), Line::relay(redis.port())];
+        let url = |line: &Line| format!("redis://127.0.0.1:{}", line.port());
+        let stack = Stack::builder().workers(2).redis(&url(&to_redis[0])).config(config).start();
         let mut other = ControlPlane::beside(&stack.control_plane, &stack.directory().join("b"));
         std::fs::write(other.config_file(), config).expect("the configuration");
-        other.use_redis(&redis.url());
+        other.use_redis(&url(&to_redis[1]));
         other.start();
         let line = Line::to(other.sync_port());
         let mut envoy = Envoy::new(stack.directory(), "envoy-b", 2);
@@ -37,7 +43,7 @@ impl Two {
         let (api_port, sync_port) = (other.api_port(), line.port());
         envoy.start(&Neighbours { api_port, sync_port, ..stack.neighbours() });
         envoy.wait_ready();
-        let two = Self { envoy, line, other, stack, _redis: redis };
+        let two = Self { envoy, line, to_redis, other, stack, redis };
         let (here, there) = two.apis();
         // Until then each is alone, as far as it knows, and has a secret of its own.
         wait_until(SOON, "both to sign with one secret", || {
@@ -59,10 +65,37 @@ impl Two {
         (here, there)
     }
 
+    /// Uses these keys all the time, on both proxies and both control planes.
+    fn uses(&self, keys: &[Key]) -> Vec<Load> {
+        let of = |path: &'static str, ports: [u16; 2]| {
+            let requests: Vec<Request> =
+                keys.iter().map(|key| Request::get(path).bearer(&key.token)).collect();
+            ports.map(|port| {
+                let connections = (0..2).map(|_| Connection::open(port).expect("it listens")).collect();
+                let (requests, mut turn) = (requests.clone(), 0);
+                Load::start(connections, 500, move || {
+                    turn += 1;
+                    requests[turn % requests.len()].clone()
+                })
+            })
+        };
+        let proxies = of("/api/chat", [self.stack.envoy.port(), self.envoy.port()]);
+        let control_planes =
+            of("/api/auth/validate", [self.stack.control_plane.api_port(), self.other.api_port()]);
+        proxies.into_iter().chain(control_planes).collect()
+    }
+
     /// Of both proxies.
     fn workers(&self) -> Vec<Connection> {
         all_workers(&[&self.stack.envoy, &self.envoy])
     }
+}
+
+/// Panics unless each was answered 200 all the time: by the proxies, then by the control planes.
+#[track_caller]
+fn assert_all_passed(used: Vec<Load>) {
+    let statuses: Vec<_> = used.into_iter().map(|load| load.stop().statuses).collect();
+    assert!(statuses.iter().all(|all| all.keys().eq([&200])), "{statuses:?}");
 }
 
 fn goes_on(algorithm: &str) {
@@ -70,6 +103,7 @@ fn goes_on(algorithm: &str) {
     let (here, there) = two.apis();
     let mut workers = two.workers();
     let mut keys = vec![here.issue("basic"), there.issue("basic")];
+    let used = two.uses(&keys);
     for (begins, other) in [(&here, &there), (&there, &here)] {
         let old = active(begins);
         let kid = rotated(begins);
@@ -91,6 +125,7 @@ fn goes_on(algorithm: &str) {
     for (control_plane, api) in [(&two.stack.control_plane, &here), (&two.other, &there)] {
         wait_tidy(control_plane, api);
     }
+    assert_all_passed(used);
 }
 
 #[test]
@@ -205,4 +240,119 @@ fn an_immediate_rotation_ends_the_old_secret_at_both() {
             assert_all_answer(&mut workers, &api.issue("basic"), 200);
         }
     }
+}
+
+/// Waits until both say that one and the same secret signs, and that no rotation is under way; which.
+#[track_caller]
+fn wait_agreed(here: &Api, there: &Api) -> String {
+    keygate_e2e::wait_for(SOON, "both to sign with one secret", || {
+        let (ours, theirs) = (status(here), status(there));
+        let stages = |status: &serde_json::Value| {
+            let versions = status["versions"].as_array().expect("versions");
+            let mut all: Vec<_> =
+                versions.iter().map(|v| (v["version_id"].to_string(), v["state"].to_string())).collect();
+            all.sort();
+            all
+        };
+        let over = ours["rotation"].is_null() && theirs["rotation"].is_null();
+        (over && stages(&ours) == stages(&theirs)).then(|| {
+            assert_eq!(the_one_active(&ours), the_one_active(&theirs));
+            the_one_active(&ours)
+        })
+    })
+}
+
+#[test]
+fn begun_on_both_sides_of_a_split_one_of_them_is_completed_when_it_heals() {
+    let mut two = Two::start("");
+    let (here, there) = two.apis();
+    let mut workers = two.workers();
+    let old = active(&here);
+    two.to_redis.iter_mut().for_each(Line::cut);
+    let begun = [&here, &there].map(|api| {
+        let kid = text(&begin(api, &json!({ "gate_timeout": "1s" }))["version_id"]);
+        wait_until(2 * SOON, "it to take too long", || status(api)["rotation"]["stalled"] == true);
+        kid
+    });
+    for api in [&here, &there] {
+        assert_eq!(active(api), old, "nobody knows whether the other one's proxies know it");
+        assert_all_answer(&mut workers, &api.issue("basic"), 200);
+    }
+    two.to_redis.iter_mut().for_each(Line::heal);
+    wait_until(2 * SOON, "one of them to sign", || begun.contains(&active(&here)));
+    let kid = wait_agreed(&here, &there);
+    let given_up = begun.iter().find(|begun| **begun != kid).expect("the other one");
+    assert_eq!((stage(&here, given_up), stage(&here, &old)), ("expired".into(), "previous".into()));
+    for api in [&here, &there] {
+        let key = api.issue("basic");
+        assert_eq!(kid_of(&key), kid);
+        assert_all_answer(&mut workers, &key, 200);
+    }
+}
+
+/// The line of `first` is whole before the other one's.
+fn forced_on_both_sides(algorithm: &str, first: usize) {
+    let mut two = Two::start("");
+    let (here, there) = two.apis();
+    let body = json!({ "algorithm": algorithm });
+    let old = rotated_with(&here, &body);
+    wait_until(SOON, "the other one to sign with it, too", || active(&there) == old);
+    two.to_redis.iter_mut().for_each(Line::cut);
+    let mut keys = vec![here.issue("basic"), there.issue("basic")];
+    let mut workers = two.workers();
+    let used = two.uses(&keys);
+    for (api, envoy) in [(&here, &two.stack.envoy), (&there, &two.envoy)] {
+        let kid = text(&begin(api, &body)["version_id"]);
+        api.post(FORCE, &json!({ "justification": "they are split" })).expect(200);
+        let key = api.issue("basic");
+        assert_eq!(kid_of(&key), kid);
+        wait_until(SOON, "its own proxy to know it", || envoy.call(&chat(&key)).status == 200);
+        keys.push(key);
+    }
+    two.to_redis[first].heal();
+    wait_until(SOON, "the first to have told Redis all", || {
+        two.redis.cli(&["GET", &format!("jwt_version:{}", kid_of(&keys[2 + first]))]).contains("active")
+    });
+    two.to_redis[1 - first].heal();
+    wait_until(2 * SOON, "each to know the other's secret", || {
+        [&here, &there].iter().all(|api| {
+            let all = status(api)["versions"].to_string();
+            keys.iter().all(|key| all.contains(&kid_of(key)))
+        })
+    });
+    let kid = wait_agreed(&here, &there);
+    assert!(keys[2..].iter().any(|key| kid_of(key) == kid));
+    let all_pass = try_wait_for(SOON, || {
+        let mut passes = |key: &Key| workers.iter_mut().all(|worker| worker.send(&chat(key)).status == 200);
+        keys.iter().all(&mut passes).then_some(())
+    });
+    let versions = |api: &Api| status(api)["versions"].clone();
+    assert!(all_pass.is_some(), "keys are refused for good: {:#} {:#}", versions(&here), versions(&there));
+    for (control_plane, api) in [(&two.stack.control_plane, &here), (&two.other, &there)] {
+        assert_all_answer(&mut workers, &api.issue("basic"), 200);
+        wait_tidy(control_plane, api);
+    }
+    // And on it goes.
+    let next = rotated(&there);
+    wait_until(SOON, "both to sign with the next one", || active(&here) == next);
+    keys.push(here.issue("basic"));
+    for key in &keys {
+        assert_all_answer(&mut workers, key, 200);
+    }
+    assert_all_passed(used);
+}
+
+#[test]
+fn forced_on_both_sides_of_a_split_one_signs_when_it_heals_and_the_keys_of_both_pass() {
+    forced_on_both_sides("ES256", 0);
+}
+
+#[test]
+fn forced_on_both_sides_of_a_split_with_hmac_secrets_of_which_the_earlier_one_comes_back_first() {
+    forced_on_both_sides("HS256", 0);
+}
+
+#[test]
+fn forced_on_both_sides_of_a_split_with_hmac_secrets_of_which_the_later_one_comes_back_first() {
+    forced_on_both_sides("HS256", 1);
 }
