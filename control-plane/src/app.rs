@@ -28,7 +28,7 @@ use crate::notify::{Destination, Hidden, Notifier};
 use crate::redis_store::{self, Mirror, Sealer};
 use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
-use crate::secret::{NewSecret, SecretRecord, Signer};
+use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
 use crate::writer::{self, CommitError, Feed, History, OpenError, Start, View, Writer};
@@ -118,6 +118,8 @@ pub struct App {
     pub keys: Arc<Keyring>,
     /// Tells people.
     pub notifier: Arc<Notifier>,
+    /// When this process started, Unix seconds.
+    pub started_s: u64,
     /// How a rotation of secrets fares.
     pub driver: Driver,
     /// Hashes owners as the journal has them.
@@ -212,6 +214,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         None => load_fleet_token(&config.fleet_token_file)
             .map_err(io(format!("fleet_token_file = {}", config.fleet_token_file.display())))?,
     };
+    let started_s = clock.now_s();
     let keys = Arc::new(keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
     let destinations = destinations(&config, &given)?;
@@ -265,6 +268,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
         notifier,
+        started_s,
         driver: Driver::default(),
         privacy,
         notary: Notary::new(&checkpoint_seed),
@@ -383,9 +387,10 @@ fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Result
         }
     };
     // While one takes the place of another, the new one may be made, too.
+    let begins_anew = may_create;
     let may_create = may_create || previous.is_some();
     let master = key(&config.master_key, "KEYGATE_MASTER_KEY", given.master_key.as_ref(), may_create)?;
-    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create)?)
+    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create, begins_anew)?)
 }
 
 /// Where notifications go, with the secrets from their files or the environment.
@@ -459,8 +464,9 @@ fn first_changes(
     keys: &Keyring,
     now: u64,
 ) -> Result<Vec<Change>, OpenError> {
-    let secret =
-        SecretRecord::make(NewSecret::first(config.lives.algorithm, config.lives.in_hsm), keys, now)?;
+    let alg = config.lives.algorithm;
+    let in_hsm = if config.lives.in_hsm { Some(HsmPair::make(alg, keys)?) } else { None };
+    let secret = SecretRecord::make(NewSecret::first(alg, in_hsm), keys, now)?;
     let signer = secret.open(keys)?.signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
     let key = first_key(config, &secret.kid, now)?;
     write_first_key(config, &signer, &key)?;

@@ -244,6 +244,7 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
                 if !same {
                     return Err(BackupError::Another(journal_dir));
                 }
+                restore_keyring(data_dir, header.keyring)?;
                 return Ok(Outcome::AlreadyThere { records: there.records });
             }
             Ok(there) if journal::hash_at(&fresh, there.records)? != Some(there.head.clone()) => {
@@ -254,20 +255,13 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
             // Damaged: each record that is whole by itself and comes later is heard.
             Err(_) => ended = journal::salvage(&journal_dir, header.records)?,
         }
+        restore_keyring(data_dir, header.keyring)?; // Before anything is moved.
         let aside = data_dir.join(format!("journal.replaced-{}", now.replace(':', "")));
         fs::rename(&journal_dir, &aside).map_err(io(&aside))?;
         moved_to = Some(aside);
     } else {
+        restore_keyring(data_dir, header.keyring)?;
         fs::remove_dir_all(&journal_dir).map_err(io(&journal_dir))?;
-    }
-    // What is there may open what the backup does not, and the other way round; the next start destroys the surplus.
-    let keyring_file = data_dir.join(keyring::FILE);
-    let mut keys = keyring::read(&keyring_file)?.unwrap_or_default();
-    for (id, wraps) in header.keyring {
-        keys.entry(id).or_insert(wraps);
-    }
-    if !keys.is_empty() {
-        keyring::write(&keyring_file, keys)?;
     }
     let saved = ended.len();
     let text = serde_json::to_vec(&Restored { accepts_loss, ended }).expect("plain data");
@@ -281,6 +275,20 @@ pub fn import(file: &Path, data_dir: &Path, accepts_loss: bool, now: &str) -> Re
     fs::rename(&fresh, &journal_dir).map_err(io(&journal_dir))?;
     journal::sync_dir(data_dir).map_err(io(data_dir))?;
     Ok(Outcome::Restored { records: header.records, saved, moved_to })
+}
+
+/// Puts the data keys of a backup beside those that are there: either may open what the other does not, and the next start
+/// destroys the surplus. Of a keyring that cannot be read, or was begun anew and has no data key, the backup's takes the
+/// place.
+fn restore_keyring(data_dir: &Path, backup: BTreeMap<String, Wraps>) -> Result<(), BackupError> {
+    let file = data_dir.join(keyring::FILE);
+    let there = match keyring::read(&file) {
+        Err(KeyringError::Damaged { .. }) => None,
+        there => there?.filter(|keys| keys.len() > 1),
+    };
+    let mut keys = backup;
+    keys.extend(there.unwrap_or_default());
+    if keys.is_empty() { Ok(()) } else { Ok(keyring::write(&file, keys)?) }
 }
 
 /// A line without its line feed; 0: there is none.

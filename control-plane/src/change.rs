@@ -280,6 +280,11 @@ impl Change {
         }
     }
 
+    /// Whether it moves a signing secret on.
+    pub fn is_of_secrets(&self) -> bool {
+        matches!(self, Self::SecretCreated { .. } | Self::SecretMoved { .. } | Self::SecretAnnounced { .. })
+    }
+
     /// The signing secret as it is from then on, if it is about one.
     pub fn secret(&self) -> Option<&SecretRecord> {
         match self {

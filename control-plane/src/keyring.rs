@@ -151,13 +151,21 @@ impl Keyring {
     /// Opens the keyring of a data directory. Without a file there, the master key's own bytes are the root: so were
     /// all keys derived before there were keyrings, and so control planes with the same master key have the same
     /// root. With a master key in an HSM, whose bytes nobody has, it is random, and made only if `may_create`.
-    /// Entries that lack a wrap of the master key get it.
+    /// `begins_anew`: the journal is empty, so what data keys there are belong to another one and are put aside. Entries that lack a wrap of the master key get it.
     ///
     /// # Errors
     /// When there is none, it does not open, or it cannot be written.
-    pub fn open(data_dir: &Path, masters: Masters, may_create: bool) -> Result<Self, KeyringError> {
+    pub fn open(
+        data_dir: &Path,
+        masters: Masters,
+        may_create: bool,
+        begins_anew: bool,
+    ) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
+        if begins_anew {
+            put_aside(&path)?;
+        }
         let found = read(&path)?;
         let (root, keys) = match &found {
             Some(keys) => {
@@ -195,6 +203,26 @@ impl Keyring {
     /// When the disk fails.
     pub fn save(&self) -> Result<(), KeyringError> {
         self.write(&self.lock())
+    }
+
+    /// The same, for reading beside a control plane that may run: nothing is written.
+    ///
+    /// # Errors
+    /// When there is none, or it does not open.
+    pub fn read_only(data_dir: &Path, masters: Masters) -> Result<Self, KeyringError> {
+        let path = data_dir.join(FILE);
+        let Masters { master, previous, hsm } = masters;
+        let keys = read(&path)?;
+        let root = match (&keys, master.bytes()) {
+            (Some(keys), _) => {
+                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
+                unwrap(&master, previous.as_ref(), ROOT, wraps)?
+            }
+            (None, Some(bytes)) => Zeroizing::new(*bytes),
+            (None, None) => return Err(KeyringError::Missing(path)),
+        };
+        let keys = Mutex::new(keys.unwrap_or_default());
+        Ok(Self { path: None, master, previous, hsm, root: RootKey(root), keys })
     }
 
     /// One that is kept nowhere, for tests and for reading a journal.
@@ -308,6 +336,27 @@ impl Keyring {
     }
 }
 
+/// Renames a keyring with data keys, whose journal is not there: should it come back, they are needed.
+fn put_aside(path: &Path) -> Result<(), KeyringError> {
+    let has_data_keys = read(path)?.is_some_and(|keys| keys.len() > 1);
+    if !has_data_keys {
+        return Ok(());
+    }
+    let mut number = 1;
+    let aside = loop {
+        let aside = path.with_extension(format!("json.of-another-journal-{number}"));
+        if !aside.exists() {
+            break aside;
+        }
+        number += 1;
+    };
+    tracing::warn!(aside = %aside.display(), "the journal is empty and the keyring is not: it is put aside");
+    let keys = read(path)?.unwrap_or_default();
+    write(&aside, keys.clone())?;
+    // The root stays: it is what the master key, or the HSM, was used with here.
+    write(path, keys.into_iter().filter(|(id, _)| id == ROOT).collect())
+}
+
 fn associated(id: &str) -> String {
     format!("keygate data key {id}")
 }
@@ -371,7 +420,7 @@ mod tests {
     }
 
     fn open(dir: &Path, master: u8, previous: Option<u8>) -> Result<Keyring, KeyringError> {
-        Keyring::open(dir, masters(master, previous), true)
+        Keyring::open(dir, masters(master, previous), true, false)
     }
 
     fn filled(dir: &Path) {

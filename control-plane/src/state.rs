@@ -471,7 +471,8 @@ impl Model {
     /// # Errors
     /// When one does not open.
     pub fn open_secrets(&mut self, keys: &Keyring) -> Result<(), SecretError> {
-        Arc::make_mut(&mut self.secrets).open(keys)
+        let seq = self.seq;
+        Arc::make_mut(&mut self.secrets).open(keys, seq)
     }
 
     /// The `iss` and `aud` of keys.
@@ -503,11 +504,8 @@ impl Model {
     /// A picture of it, `rules` taken over from `before` if they did not change.
     ///
     /// # Errors
-    /// When the rules do not hold or there is no active secret.
+    /// When the rules do not hold.
     pub fn picture(&self, before: Option<&State>) -> Result<State, RulesError> {
-        if self.secrets.active().is_none() {
-            return Err(RulesError::Invalid("no secret signs"));
-        }
         let (rules, rules_bytes) = match before {
             Some(before) => (before.rules.clone(), before.rules_bytes.clone()),
             None => {
@@ -633,6 +631,7 @@ mod tests {
     use super::*;
     use crate::keyring::RootKey;
     use crate::master_key::MasterKey;
+    use crate::secret::ring::Held;
     use crate::secret::{NewSecret, Retire, SecretRecord, SecretState};
 
     #[test]
@@ -711,10 +710,14 @@ mod tests {
             true
         }
 
-        fn enforced(&self) -> (String, Vec<[u8; 32]>, String) {
-            let shards = self.model.revocations().shards().iter().map(|shard| shard.digest()).collect();
+        fn enforced(&self) -> impl PartialEq + std::fmt::Debug {
+            let shards: Vec<_> =
+                self.model.revocations().shards().iter().map(|shard| shard.digest()).collect();
             let rules = String::from_utf8(self.model.rules().encode()).unwrap();
-            (rules, shards, self.model.secrets().active().unwrap().record.kid.clone())
+            let ring = self.model.secrets();
+            let signs = ring.active().map(|held| held.record.kid.clone()).unwrap_or_default();
+            let of = |held: &Held| (ring.last_expiry(&held.record.kid), ring.is_announced(held));
+            (rules, shards, signs, ring.all().into_iter().map(of).collect::<Vec<_>>())
         }
     }
 
@@ -776,6 +779,13 @@ mod tests {
         let ring = model.secrets();
         let moved = |secret| Change::SecretMoved { secret, justification: None };
         let previous = ring.all().into_iter().find(|held| held.record.state == SecretState::Previous);
+        if let Some(held) = ring.all().first().filter(|_| draw(seed, 4) == 0) {
+            let kid = held.record.kid.clone();
+            return vec![
+                Change::SecretAnnounced { kid, justification: None },
+                key_of(&held.record.kid, draw(seed, 900)),
+            ];
+        }
         match (ring.rotating(), previous, draw(seed, 3)) {
             (_, Some(held), 0) => vec![moved(held.record.moved(SecretState::Expired, 9, keys).unwrap())],
             (Some(held), ..) => {
@@ -788,7 +798,7 @@ mod tests {
             (None, ..) => {
                 let new = NewSecret {
                     state: if draw(seed, 4) == 0 { SecretState::Active } else { SecretState::Rotating },
-                    ..NewSecret::first(keygate_core::crypto::Algorithm::HS256, false)
+                    ..NewSecret::first(keygate_core::crypto::Algorithm::HS256, None)
                 };
                 vec![Change::SecretCreated {
                     secret: SecretRecord::make(new, keys, 9).unwrap(),
@@ -796,6 +806,15 @@ mod tests {
                 }]
             }
         }
+    }
+
+    /// That a key was issued.
+    fn key_of(kid: &str, expires_at: u64) -> Change {
+        let key = serde_json::json!({
+            "key_id": format!("key-{expires_at}"), "jti": format!("jti-{expires_at}"), "kid": kid, "name": "n",
+            "role": "basic", "scopes": [], "issued_at": 1, "expires_at": expires_at,
+        });
+        Change::KeyIssued { key: Box::new(serde_json::from_value(key).unwrap()), idempotency: None }
     }
 
     #[test]
@@ -809,7 +828,7 @@ mod tests {
             let clocks = [1_000_000, 1_000_400, 31_536_000_000_000];
             let mut nodes: Vec<Node> = (0..3)
                 .map(|n| {
-                    let secret = SecretRecord::make(NewSecret::first(algorithm, false), &keys, 1).unwrap();
+                    let secret = SecretRecord::make(NewSecret::first(algorithm, None), &keys, 1).unwrap();
                     Node::new(100 + n, clocks[n as usize], secret, &keys)
                 })
                 .collect();

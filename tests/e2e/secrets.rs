@@ -175,8 +175,7 @@ impl Windows {
 fn open_secrets(stack: &Stack) -> Vec<Vec<u8>> {
     let data = stack.control_plane.data();
     let master = MasterKey::load(&data.join("master.key"), false).expect("the master key");
-    let keys =
-        Keyring::open(&data, Masters { master, previous: None, hsm: None }, false).expect("the keyring");
+    let keys = Keyring::read_only(&data, Masters { master, previous: None, hsm: None }).expect("the keyring");
     let mut found = Vec::new();
     for record in records(stack) {
         let id = record["sealed"]["data_key"].as_str().unwrap_or_default();

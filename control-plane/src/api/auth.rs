@@ -22,13 +22,80 @@ use crate::problem::Problem;
 use crate::random;
 use crate::rotation::driver;
 use crate::secret::{SecretState, Signer};
-use crate::writer::View;
+use crate::writer::{Committed, View};
 
-/// A key that was issued now or by the same request before.
+/// A key that was issued now or by the same request before, and its token.
 struct Issued {
     key: KeyRecord,
-    signer: Arc<Signer>,
+    token: Zeroizing<String>,
     replayed: bool,
+}
+
+/// What a plan to issue a key comes to.
+enum Planned {
+    /// The key that was made and signed before.
+    Issued,
+    /// The one that the same request created.
+    Replayed(Box<KeyRecord>, Arc<Signer>),
+    /// Another secret signs by now, or the key to be renewed has changed: from the beginning.
+    Overtaken,
+}
+
+/// How often a key is made anew since another secret signs by then. Rotations are at least a second apart.
+const TRIES: usize = 3;
+
+/// Issues a key. It is signed before it is journalled: when it cannot be signed, nothing has happened. `make` makes its
+/// record, for the secret of that id; `plan` the changes with it.
+async fn issue<M, P>(
+    app: &Arc<App>,
+    caller: &Arc<Verified>,
+    make: M,
+    plan: P,
+) -> Result<(Issued, Committed), Problem>
+where
+    M: Fn(&str, u64) -> Result<KeyRecord, Problem>,
+    P: Fn(&View<'_>, &KeyRecord) -> Result<(Vec<Change>, Planned), Problem> + Clone + Send + 'static,
+{
+    for _ in 0..TRIES {
+        driver::wait_for_signer(app).await;
+        let signer = Arc::clone(app.state().secrets.signer()?);
+        let key = make(&signer.kid, app.clock.now_s())?;
+        let token = token(app, &signer, &key).await?;
+        let (plan, made, verified) = (plan.clone(), key.clone(), Arc::clone(caller));
+        let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
+        let whole = move |view: &View<'_>| {
+            // Whoever was let in a moment ago may wait here while the secret of their key ends.
+            if !still_verifies(view, &verified.kid) {
+                return Err(refusal);
+            }
+            let (changes, planned) = plan(view, &made)?;
+            match planned {
+                Planned::Issued if signer_of(view)?.kid != made.kid => Ok((Vec::new(), Planned::Overtaken)),
+                planned => Ok((changes, planned)),
+            }
+        };
+        let (planned, committed) = app.writer.submit(actor(caller), whole).await??;
+        match planned {
+            Planned::Overtaken => {}
+            Planned::Issued => return Ok((Issued { key, token, replayed: false }, committed)),
+            Planned::Replayed(key, signer) => {
+                let token = self::token(app, &signer, &key).await?;
+                return Ok((Issued { key: *key, token, replayed: true }, committed));
+            }
+        }
+    }
+    Err(Problem::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "unavailable",
+        "Secrets are being rotated; retry later.",
+    ))
+}
+
+/// Whether a secret counts at the moment.
+fn still_verifies(view: &View<'_>, kid: &str) -> bool {
+    view.model.secrets().get(kid).is_some_and(|held| {
+        held.record.state < SecretState::Expired && held.record.not_after.is_none_or(|end| view.now < end)
+    })
 }
 
 pub async fn register(
@@ -39,24 +106,23 @@ pub async fn register(
     let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?.0;
     let request: KeyRequest = request::body(&bytes)?;
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
-    let roles = app.config.roles.clone();
-    let creator = Arc::clone(&caller);
-    driver::wait_for_signer(&app).await;
-    let plan = move |view: &View<'_>| {
-        if let Some(issued) = replay(view, idempotency.as_ref())? {
-            return Ok((Vec::new(), issued));
-        }
-        let signer = signer(view)?;
-        let key = request.record(creator_of(&creator), &roles, random::identity(), &signer.kid, view.now)?;
-        let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency };
-        Ok::<_, Problem>((vec![change], Issued { key, signer, replayed: false }))
+    let identity = random::identity();
+    let make = |kid: &str, now| {
+        let request = request.clone();
+        Ok(request.record(creator_of(&caller), &app.config.roles, identity.clone(), kid, now)?)
     };
-    let (issued, committed) = app.writer.submit(actor(&caller), plan).await??;
+    let plan = move |view: &View<'_>, key: &KeyRecord| {
+        if let Some((key, signer)) = replay(view, idempotency.as_ref())? {
+            return Ok((Vec::new(), Planned::Replayed(Box::new(key), signer)));
+        }
+        let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
+        Ok((vec![change], Planned::Issued))
+    };
+    let (issued, committed) = issue(&app, &caller, make, plan).await?;
     if !issued.replayed {
         app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
     }
-    let view = issued_view(&app, &issued).await?;
-    Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view).await)
+    Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
 }
 
 pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, Problem> {
@@ -96,7 +162,7 @@ pub async fn refresh(
     // The renewal itself revokes this key. Whoever did not get the answer asks again with it.
     let again = headers.contains_key("idempotency-key");
     let caller = authenticate_or(&app, &headers, &route, |reason| again && reason == Reason::Revoked)?.0;
-    let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
+    let realm = app.state().rules.realm.clone();
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
@@ -104,21 +170,26 @@ pub async fn refresh(
         }
     };
     let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
-    let (key_id, by) = (caller.claims.sub.clone(), caller.claims.sub.clone());
-    let configured = app.config.roles.get(&role).cloned();
-    driver::wait_for_signer(&app).await;
-    let plan = move |view: &View<'_>| {
-        let old = view.key(&key_id)?.ok_or_else(|| Problem::not_found("This key is not known here."))?;
+    let (key_id, jti) = (caller.claims.sub.clone(), caller.claims.jti.clone());
+    // Also the one that was renewed before: whether this is the same request again shows in the plan.
+    let unknown = || Problem::not_found("This key is not known here.");
+    let known = app.store.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;
+    let identity = random::identity();
+    let configured = app.config.roles.get(&role);
+    let make = |kid: &str, now| Ok(key::renewal(&known, configured, identity.clone(), kid, now));
+    let old_then = known.clone();
+    let plan = move |view: &View<'_>, key: &KeyRecord| {
+        let old = view.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;
         let renewed = old.revoked.as_ref().is_some_and(|ended| ended.reason == RevocationReason::Rotation);
-        if renewed && let Some(issued) = replay(view, idempotency.as_ref())? {
-            return Ok((Vec::new(), issued));
+        if renewed && let Some((key, signer)) = replay(view, idempotency.as_ref())? {
+            return Ok((Vec::new(), Planned::Replayed(Box::new(key), signer)));
         }
         if old.revoked.is_some() {
-            return Err(refusal);
+            return Err(Problem::refusal(Refusal::InvalidToken, &realm, &[]));
         }
         // A key whose secret signs no more may end before its time.
-        let is_previous =
-            view.model.secrets().get(&old.kid).is_some_and(|held| held.record.state == SecretState::Previous);
+        let ring = view.model.secrets();
+        let is_previous = ring.get(&old.kid).is_some_and(|held| ring.state_of(held) == SecretState::Previous);
         if view.now < old.refresh_after() && !is_previous {
             let after = clock::rfc3339(old.refresh_after());
             let detail = format!("This key can be renewed from {after} on.");
@@ -126,26 +197,21 @@ pub async fn refresh(
                 Problem::new(StatusCode::BAD_REQUEST, "too_early", detail).with("refresh_after", after)
             );
         }
-        let signer = signer(view)?;
-        let key = key::renewal(&old, configured.as_ref(), random::identity(), &signer.kid, view.now);
-        let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by };
-        let changes = vec![
-            Change::KeyIssued { key: Box::new(key.clone()), idempotency },
-            Change::revoking(&old, ended),
-        ];
-        Ok((changes, Issued { key, signer, replayed: false }))
+        if old != old_then {
+            return Ok((Vec::new(), Planned::Overtaken)); // Suspended or resumed meanwhile.
+        }
+        let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: key_id.clone() };
+        let issued = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
+        Ok((vec![issued, Change::revoking(&old, ended)], Planned::Issued))
     };
-    let submitted =
-        app.writer.submit(actor(&caller), plan).await.map_err(Problem::from).and_then(|done| done);
-    let (issued, committed) = submitted.inspect_err(|_| count("false"))?;
+    let (issued, committed) = issue(&app, &caller, make, plan).await.inspect_err(|_| count("false"))?;
     if !issued.replayed {
         count("true");
         let role = issued.key.role.as_str();
         app.metrics.created.with_label_values(&[role, V2]).inc();
         app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
     }
-    let view = issued_view(&app, &issued).await?;
-    Ok(request::finish(&app, committed, waits, StatusCode::OK, view).await)
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, issued_view(&issued)).await)
 }
 
 pub async fn revoke(
@@ -161,12 +227,15 @@ fn creator_of(key: &Verified) -> Creator<'_> {
     Creator { role: &key.claims.role, scopes: &key.claims.scope, owner: key.claims.own.as_deref() }
 }
 
-fn signer(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
+fn signer_of(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
     Ok(Arc::clone(view.model.secrets().signer()?))
 }
 
-/// The key that the same request created before, if it did.
-fn replay(view: &View<'_>, idempotency: Option<&Idempotency>) -> Result<Option<Issued>, Problem> {
+/// The key that the same request created before, if it did, and what signs it again.
+fn replay(
+    view: &View<'_>,
+    idempotency: Option<&Idempotency>,
+) -> Result<Option<(KeyRecord, Arc<Signer>)>, Problem> {
     let Some(idempotency) = idempotency else { return Ok(None) };
     let Some(seen) = view.request(&idempotency.request_id)? else { return Ok(None) };
     if seen.body != idempotency.body {
@@ -184,17 +253,16 @@ fn replay(view: &View<'_>, idempotency: Option<&Idempotency>) -> Result<Option<I
         )
     };
     let key = view.key(&seen.made)?.ok_or_else(gone)?;
-    let signer = signer(view)?;
+    let signer = signer_of(view)?;
     if signer.kid != key.kid {
         return Err(gone()); // Its secret signs no more.
     }
-    Ok(Some(Issued { key, signer, replayed: true }))
+    Ok(Some((key, signer)))
 }
 
-async fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Problem> {
-    let key = &issued.key;
-    let token = token(app, &issued.signer, key).await?;
-    Ok(serde_json::json!({
+fn issued_view(issued: &Issued) -> serde_json::Value {
+    let Issued { key, token, .. } = issued;
+    serde_json::json!({
         "api_key": token.as_str(),
         "key_id": key.key_id,
         "jti": key.jti,
@@ -207,7 +275,7 @@ async fn issued_view(app: &App, issued: &Issued) -> Result<serde_json::Value, Pr
         "refresh_after": clock::rfc3339(key.refresh_after()),
         "renews": key.renews,
         "metadata": key.metadata,
-    }))
+    })
 }
 
 /// The token of a key.

@@ -39,7 +39,7 @@ fn view(ring: &Ring, held: &Held) -> serde_json::Value {
         "since": clock::rfc3339(record.since.max(record.created_at)),
         "reason": record.why,
         "retire": record.retire,
-        "ends_at": rotation::ends_at(held).map(clock::rfc3339),
+        "ends_at": rotation::ends_at(ring, held).map(clock::rfc3339),
         "in_hsm": record.in_hsm,
         "open": held.is_open(),
     })
@@ -125,7 +125,11 @@ impl RotateBody {
             .map(|text| config::gate_timeout(&toml::Value::String(text)))
             .transpose()
             .map_err(|problem| wrong("gate_timeout", problem))?;
-        Ok((Order { alg, immediate: self.immediate, why, imported }, self.dry_run, gate_timeout))
+        Ok((
+            Order { alg, immediate: self.immediate, why, imported, in_hsm: None },
+            self.dry_run,
+            gate_timeout,
+        ))
     }
 }
 
@@ -154,13 +158,30 @@ pub async fn rotate(
             return Err(RotationError::Elsewhere.into());
         }
     }
-    let (lives, roles, verified) =
-        (app.config.lives.clone(), app.config.roles.clone(), Arc::clone(&caller.0));
+    let failed = |error: &RotationError| {
+        if let RotationError::Secret(error) = error {
+            driver::note_failure(&app, "it cannot be begun", &error.to_string());
+        }
+    };
+    let mut order = order;
+    if order.imported.is_none() && rotation::under_way(&app.state().secrets).is_none() {
+        order.in_hsm = driver::make_in_hsm(&app, order.alg).await.inspect_err(failed)?;
+    }
+    let pair = order.in_hsm.as_ref().map(|pair| pair.kid.clone());
+    let needs_pair = app.config.lives.in_hsm && order.imported.is_none();
+    let (roles, verified) = (app.config.roles.clone(), Arc::clone(&caller.0));
     let plan = move |view: &View<'_>| {
-        let (mut changes, begun) = rotation::begin(view, &lives, order, idempotency)?;
+        let lacks_pair = needs_pair && order.in_hsm.is_none();
+        let (mut changes, begun) = rotation::begin(view, order, idempotency)?;
+        if lacks_pair && !begun.replayed {
+            // What was under way a moment ago is over.
+            return Err(RotationError::JustBegun(begun.old));
+        }
         // Whoever ends the secret of their own key would be locked out: they get another one.
-        let ends_caller = immediate && !begun.replayed && verified.kid == begun.old;
+        let ends_caller = begun.ended.contains(&verified.kid);
         let old = if ends_caller { view.key(&verified.claims.sub)? } else { None };
+        // Not a token that somebody minted in the name of a key.
+        let old = old.filter(|old| old.jti == verified.claims.jti && old.revoked.is_none());
         let renewed = old.map(|old| {
             let new = key::renewal(&old, roles.get(&old.role), random::identity(), &begun.kid, view.now);
             let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: old.key_id.clone() };
@@ -170,13 +191,14 @@ pub async fn rotate(
         });
         Ok((changes, (begun, renewed)))
     };
-    let ((begun, renewed), committed) =
-        app.writer.submit(actor(&caller.0), plan).await?.inspect_err(|error| {
-            if let RotationError::Secret(error) = error {
-                driver::note_failure(&app, "it cannot be begun", &error.to_string());
-            }
-        })?;
-    let Begun { kid, state, old, replayed } = begun;
+    let submitted = app.writer.submit(actor(&caller.0), plan).await;
+    let is_used = |kid: &String| matches!(&submitted, Ok(Ok(((begun, _), _))) if begun.kid == *kid);
+    if let Some(kid) = pair.filter(|kid| !is_used(kid)) {
+        driver::discard_in_hsm(&app, kid).await;
+    }
+    let ((begun, renewed), committed) = submitted?.inspect_err(failed)?;
+    let Begun { kid, state, old, replayed, ended } = begun;
+    let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old });
     if !replayed {
         app.metrics.secret_rotations.with_label_values(&["begun"]).inc();
         tracing::info!(by = actor(&caller.0), kid, old, immediate, "a rotation of secrets was begun");
@@ -184,17 +206,6 @@ pub async fn rotate(
             app.driver.allow(&kid, timeout);
         }
     }
-    let ends = if replayed { serde_json::Value::Null } else { what_ends(&app, &old, immediate).await? };
-    if immediate && !replayed {
-        let details =
-            vec![("by", actor(&caller.0).to_owned()), ("keys by role", ends["by_role"].to_string())];
-        app.notifier.tell(
-            Kind::MassRevocation,
-            format!("{} keys ended with their signing secret", ends["keys"]),
-            details,
-        );
-    }
-    let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old, "ends": ends });
     if let Some(key) = renewed {
         // Should proxies take longer than this waits, the caller still needs it here.
         driver::wait_for_signer(&app).await;
@@ -205,6 +216,20 @@ pub async fn rotate(
             body["renews"] = key.renews.clone().into();
             body["expires_at"] = clock::rfc3339(key.expires_at).into();
         }
+    }
+    if !replayed {
+        // It has happened, whatever becomes of the count.
+        let ends = what_ends(&app, &old, immediate).await.unwrap_or_else(|problem| {
+            tracing::error!(?problem, "the keys that end with a secret cannot be counted");
+            serde_json::Value::Null
+        });
+        if !ended.is_empty() {
+            let details =
+                vec![("by", actor(&caller.0).to_owned()), ("keys by role", ends["by_role"].to_string())];
+            let summary = format!("{} keys ended with their signing secret", ends["keys"]);
+            app.notifier.tell(Kind::MassRevocation, summary, details);
+        }
+        body["ends"] = ends;
     }
     Ok(request::finish(&app, committed, waits, StatusCode::ACCEPTED, body).await)
 }

@@ -79,6 +79,8 @@ impl Backup {
                             );
                         }
                         println!("  Start the control plane with the master key of that time.");
+                        println!("  If a secret was ended at once after the backup, end it again:");
+                        println!("  keygate secrets rotate --immediate");
                     }
                 }
             }
@@ -115,7 +117,7 @@ impl Recover {
             None => MasterKey::load(&master_key_file, false)?,
         };
         let data_dir = dir.parent().unwrap_or(Path::new("."));
-        let keys = Keyring::open(data_dir, Masters { master, previous: None, hsm: None }, false)?;
+        let keys = Keyring::read_only(data_dir, Masters { master, previous: None, hsm: None })?;
         let report = journal::verify(&dir, None)?;
         anyhow::ensure!(report.records > 0, "{}: there is no journal here", dir.display());
         println!("{}: {} records, whole and unchanged", dir.display(), report.records);

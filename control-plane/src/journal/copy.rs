@@ -95,8 +95,8 @@ pub fn write_whole(
     file.sync_all().and_then(|()| sync_dir(dir)).map_err(io)
 }
 
-/// Of a damaged journal, the lines after number `after` that are whole each by itself and end keys: their own hash
-/// fits. That they follow on each other is not asked, which does no harm in what only refuses.
+/// Of a damaged journal, the lines after number `after` that are whole each by itself and end keys or move secrets on:
+/// their own hash fits. That they follow on each other is not asked, which does no harm in what only refuses.
 ///
 /// # Errors
 /// When the directory cannot be read.
@@ -110,7 +110,7 @@ pub fn salvage(dir: &Path, after: u64) -> Result<Vec<String>, JournalError> {
             if let Ok(record) = Record::parse(line)
                 && is_whole
                 && record.seq > after
-                && record.change.ends_keys()
+                && (record.change.ends_keys() || record.change.is_of_secrets())
             {
                 found.push(String::from_utf8_lossy(line).into_owned());
             }

@@ -225,7 +225,10 @@ impl Session<'_> {
                     None => return Err(SessionError::NotReady("the subscription ended")),
                 },
                 _ = states.changed() => self.look_at_edits().await?,
-                _ = checks.tick() => self.check().await?,
+                _ = checks.tick() => {
+                    self.check().await?;
+                    self.check_secrets().await?;
+                }
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {
                     round += 1;
@@ -532,7 +535,8 @@ impl Session<'_> {
     async fn fetch_data_keys(&self) -> Result<(), SessionError> {
         let secrets = Arc::clone(&self.app.state().secrets);
         let found = self.data_keys(secrets.locked()).await?;
-        if !found.is_empty() {
+        let is_here = |record: &SecretRecord| record.data_key().is_some_and(|id| self.app.keys.has(id));
+        if !found.is_empty() || secrets.locked().any(is_here) {
             self.app.writer.unlock(found).await?;
         }
         Ok(())
@@ -546,6 +550,31 @@ impl Session<'_> {
             open.flat_map(|held| projection::secret(&held.record, &self.app.keys, self.app.clock.now_s()));
         let commands: Vec<_> = writes.flat_map(|write| write.commands(self.writing.is_cluster())).collect();
         Ok(log::write_keys(&self.writing, &commands).await?)
+    }
+
+    /// Writes the secrets again whose data key others should find in Redis and do not: somebody deleted it, or wrote
+    /// another one of two that were made at once.
+    async fn check_secrets(&self) -> Result<(), SessionError> {
+        let secrets = Arc::clone(&self.app.state().secrets);
+        for held in secrets.all() {
+            let Some(id) = held.record.data_key().filter(|_| held.is_open()) else { continue };
+            let get = redis::cmd("GET").arg(names::secret(&held.record.kid)).to_owned();
+            let there: Option<String> = match self.reading.query(&get).await {
+                Err(LinkError::WrongType) => None,
+                answer => answer?,
+            };
+            if there.and_then(|text| projection::data_key(&text, id)).is_some() {
+                continue;
+            }
+            let writes = projection::secret(&held.record, &self.app.keys, self.app.clock.now_s());
+            let is_cluster = self.reading.is_cluster();
+            let commands: Vec<_> = writes.iter().flat_map(|write| write.commands(is_cluster)).collect();
+            match log::write_keys(&self.reading, &commands).await {
+                Err(error) if error.must_reconnect() => return Err(error.into()),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Tells the others again how this one stands, when it has changed, and now and then.

@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use keygate_core::crypto::Algorithm;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
@@ -13,8 +14,8 @@ use crate::app::App;
 use crate::change::Change;
 use crate::notify::Kind;
 use crate::redis_store::Report;
-use crate::secret::SecretState;
 use crate::secret::ring::Held;
+use crate::secret::{HsmPair, SecretError, SecretState};
 use crate::state::State;
 use crate::writer::{CommitError, Committed, View};
 
@@ -212,14 +213,25 @@ async fn step(app: &Arc<App>) -> Result<(), StepError> {
     if !leads(app) {
         return Ok(());
     }
-    let now = app.clock.now_s();
+    let now = cautious_now(app);
     if super::is_untidy(secrets, now) {
-        submit(app, super::tidy).await?;
+        submit(app, move |view| super::tidy(view, now)).await?;
     }
-    if waits_for.is_none() && next_at(app, &state).is_some_and(|next| now >= next) {
-        begin_scheduled(app).await?;
+    if waits_for.is_none() {
+        if secrets.active().is_none() {
+            // One control plane cancelled what another had sign.
+            begin(app, "no secret was active", true).await?;
+        } else if next_at(app, &state).is_some_and(|next| now >= next) {
+            begin(app, "scheduled", false).await?;
+        }
     }
     Ok(())
+}
+
+/// The time, Unix seconds, unless the clock has jumped ahead: what is ended by it does not come back.
+fn cautious_now(app: &App) -> u64 {
+    let mut clock = app.cautious_clock.lock().unwrap_or_else(PoisonError::into_inner);
+    clock.at(app.clock.now_ms(), std::time::Instant::now()) / 1_000
 }
 
 /// Whether this control plane makes the steps: it is the only one, or holds the lease. Without Redis nobody can know
@@ -233,7 +245,13 @@ fn leads(app: &App) -> bool {
 pub fn missing(app: &App, state: &State, held: &Held) -> Vec<String> {
     let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
     let mut missing = app.fleet.lacking(version, state);
+    if !held.verifies() {
+        missing.push("this control plane, which cannot open it".into());
+    }
     if let Some(mirror) = &app.mirror {
+        if !mirror.status().connected && !mirror.live_peers(state).is_empty() {
+            missing.push("Redis, without which nobody knows of other control planes".into());
+        }
         let lacks = |(source, report): (u64, Option<Report>)| {
             let knows = report.is_some_and(|report| report.known.contains(&held.record.kid));
             (!knows).then(|| format!("control plane {source:x}"))
@@ -248,7 +266,7 @@ pub fn known_everywhere(app: &App) -> BTreeSet<String> {
     let state = app.state();
     let knows = |held: &&Held| {
         let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
-        held.is_open() && app.fleet.lacking(version, &state).is_empty()
+        held.verifies() && app.fleet.lacking(version, &state).is_empty()
     };
     let all = state.secrets.all().into_iter().filter(|held| held.record.state < SecretState::Expired);
     all.filter(knows).map(|held| held.record.kid.clone()).collect()
@@ -289,25 +307,52 @@ async fn announce(app: &App, kid: String) -> Result<(), StepError> {
 }
 
 /// When the next rotation is due by the schedule, Unix seconds: the first time after a rotation was begun last,
-/// whatever became of it.
+/// whatever became of it. A secret from before there were rotations is as old as this process for that: an upgrade
+/// begins none.
 pub fn next_at(app: &App, state: &State) -> Option<u64> {
     let schedule = app.config.lives.schedule.as_ref()?;
+    let of_old = state.secrets.active().is_some_and(|held| held.record.is_of_old());
     let begun = state.secrets.all().into_iter().map(|held| held.record.created_at).max()?;
-    schedule.next_after(begun)
+    schedule.next_after(if of_old { begun.max(app.started_s) } else { begun })
 }
 
-async fn begin_scheduled(app: &Arc<App>) -> Result<(), StepError> {
-    let lives = app.config.lives.clone();
-    let order = Order { alg: lives.algorithm, immediate: false, why: "scheduled".into(), imported: None };
-    let plan = move |view: &View<'_>| super::begin(view, &lives, order, None);
-    match submit(app, plan).await {
+/// Begins a rotation by itself.
+async fn begin(app: &Arc<App>, why: &str, immediate: bool) -> Result<(), StepError> {
+    let alg = app.config.lives.algorithm;
+    let in_hsm = make_in_hsm(app, alg).await?;
+    let pair = in_hsm.as_ref().map(|pair| pair.kid.clone());
+    let order = Order { alg, immediate, why: why.into(), imported: None, in_hsm };
+    let begun = submit(app, move |view| super::begin(view, order, None)).await;
+    if let (Err(_), Some(kid)) = (&begun, pair) {
+        discard_in_hsm(app, kid).await;
+    }
+    match begun {
         Err(StepError::Rotation(RotationError::InProgress(_) | RotationError::JustBegun(_))) => Ok(()),
         Err(error) => Err(error),
         Ok((begun, _)) => {
-            tracing::info!(kid = begun.kid, "a scheduled rotation of secrets was begun");
+            tracing::info!(kid = begun.kid, why, "a rotation of secrets was begun");
             Ok(())
         }
     }
+}
+
+/// Has the HSM make a key pair, if it is to keep new secrets; not on the writer's thread, for which all changes wait.
+///
+/// # Errors
+/// When it does not.
+pub async fn make_in_hsm(app: &Arc<App>, alg: Algorithm) -> Result<Option<HsmPair>, RotationError> {
+    if !app.config.lives.in_hsm {
+        return Ok(None);
+    }
+    let here = Arc::clone(app);
+    let made = tokio::task::spawn_blocking(move || HsmPair::make(alg, &here.keys)).await;
+    Ok(Some(made.unwrap_or(Err(SecretError::NotForHsm))?))
+}
+
+/// Has the HSM destroy a key pair of which nothing came.
+pub async fn discard_in_hsm(app: &Arc<App>, kid: String) {
+    let here = Arc::clone(app);
+    let _done_or_not = tokio::task::spawn_blocking(move || HsmPair::discard(&kid, &here.keys)).await;
 }
 
 /// Waits until a secret signs, for a moment. What comes of it then is the caller's to see.

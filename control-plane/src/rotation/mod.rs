@@ -19,7 +19,7 @@ pub use self::driver::{Driver, Progress};
 pub use self::schedule::Schedule;
 use crate::change::{Change, Idempotency};
 use crate::secret::ring::Held;
-use crate::secret::{NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
+use crate::secret::{HsmPair, NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
 use crate::store::StoreError;
 use crate::writer::View;
 
@@ -76,6 +76,8 @@ pub struct Order {
     pub why: String,
     /// The new secret's bytes, if it was made elsewhere.
     pub imported: Option<Zeroizing<Vec<u8>>>,
+    /// The key pair that the HSM made for it, if one is to keep it.
+    pub in_hsm: Option<HsmPair>,
 }
 
 /// A rotation that was begun.
@@ -87,6 +89,8 @@ pub struct Begun {
     pub state: SecretState,
     /// The id of the secret that it takes the place of.
     pub old: String,
+    /// The ids of those that ended with it.
+    pub ended: Vec<String>,
     /// Whether the same request began it before.
     pub replayed: bool,
 }
@@ -130,18 +134,19 @@ pub fn is_why(text: &str) -> bool {
 
 /// The secret that is made known to proxies: it signs once they know it.
 pub fn under_way(ring: &Ring) -> Option<&Held> {
-    ring.rotating().or_else(|| ring.active().filter(|active| !active.is_announced()))
+    ring.rotating().or_else(|| ring.active().filter(|active| !ring.is_announced(active)))
 }
 
-/// The secret to which a rotation was begun so little time before `stamp`, Unix milliseconds, that another one is taken
-/// for the same; not one that was cancelled.
-fn just_begun(ring: &Ring, stamp: u64) -> Option<&Held> {
+/// The secret to which a rotation was begun so little time before `now_ms`, Unix milliseconds, that another one is taken
+/// for the same; not one that was cancelled, nor one whose clock was ahead.
+fn just_begun(ring: &Ring, now_ms: u64) -> Option<&Held> {
     let settle = u64::try_from(SETTLE.as_millis()).unwrap_or(u64::MAX);
     let begun = ring.all().into_iter().filter(|held| held.record.state < SecretState::Expired);
     // What a history begins with has no stamp.
-    begun
-        .max_by_key(|held| held.created)
-        .filter(|held| held.created.stamp > 0 && stamp.saturating_sub(held.created.stamp) < settle)
+    begun.max_by_key(|held| held.created).filter(|held| {
+        let age = now_ms.checked_sub(held.created.stamp);
+        held.created.stamp > 0 && age.is_some_and(|age| age < settle)
+    })
 }
 
 type Plan<T> = Result<(Vec<Change>, T), RotationError>;
@@ -150,12 +155,13 @@ type Plan<T> = Result<(Vec<Change>, T), RotationError>;
 ///
 /// # Errors
 /// When one is under way, or the secret cannot be made.
-pub fn begin(view: &View<'_>, lives: &Lives, order: Order, request: Option<Idempotency>) -> Plan<Begun> {
+pub fn begin(view: &View<'_>, order: Order, request: Option<Idempotency>) -> Plan<Begun> {
     let ring = view.model.secrets();
     let begun = |record: &SecretRecord, replayed| Begun {
         kid: record.kid.clone(),
         state: record.state,
         old: ring.active().map(|old| old.record.kid.clone()).unwrap_or_default(),
+        ended: Vec::new(),
         replayed,
     };
     if let Some(request) = &request
@@ -171,27 +177,28 @@ pub fn begin(view: &View<'_>, lives: &Lives, order: Order, request: Option<Idemp
     if let Some(held) = under_way(ring) {
         return Err(RotationError::InProgress(held.record.kid.clone()));
     }
-    if let Some(held) = just_begun(ring, view.stamp) {
+    if let Some(held) = just_begun(ring, view.now_ms) {
         return Err(RotationError::JustBegun(held.record.kid.clone()));
     }
     if ring.verification_keys().len() >= MAX_KEYS {
         return Err(RotationError::TooMany);
     }
-    let Order { alg, immediate, why, imported } = order;
+    let Order { alg, immediate, why, imported, in_hsm } = order;
     let new = NewSecret {
         alg,
         state: if immediate { SecretState::Active } else { SecretState::Rotating },
         unannounced: immediate,
         why: Some(why),
-        in_hsm: lives.in_hsm && imported.is_none(),
+        in_hsm,
         imported,
     };
     let secret = SecretRecord::make(new, view.keys, view.now)?;
-    let begun = begun(&secret, false);
+    let mut begun = begun(&secret, false);
     let mut changes = vec![Change::SecretCreated { secret, idempotency: request }];
     if immediate {
         for old in actives(ring) {
             changes.push(moved(old.record.moved(SecretState::Expired, view.now, view.keys)?, None));
+            begun.ended.push(old.record.kid.clone());
         }
     }
     Ok((changes, begun))
@@ -207,7 +214,8 @@ pub fn activate(view: &View<'_>, lives: &Lives, kid: &str, justification: Option
     let new = ring.rotating().filter(|held| held.record.kid == kid).ok_or(RotationError::None)?;
     let (now, keys) = (view.now, view.keys);
     let mut changes = vec![moved(new.record.moved(SecretState::Active, now, keys)?, justification)];
-    for old in actives(ring) {
+    // One that another control plane made and that cannot be opened here stays beside, and signs no more.
+    for old in actives(ring).filter(|old| old.is_open()) {
         let retire = lives.retire(old.record.alg);
         changes.push(moved(old.record.retired(retire, lives.end(retire, now), now, keys)?, None));
     }
@@ -219,7 +227,8 @@ pub fn activate(view: &View<'_>, lives: &Lives, kid: &str, justification: Option
 /// # Errors
 /// When `kid` is not that secret any more.
 pub fn announce(view: &View<'_>, kid: &str, justification: Option<String>) -> Plan<()> {
-    let active = view.model.secrets().active().filter(|held| held.record.kid == kid && !held.is_announced());
+    let ring = view.model.secrets();
+    let active = ring.active().filter(|held| held.record.kid == kid && !ring.is_announced(held));
     let kid = active.ok_or(RotationError::None)?.record.kid.clone();
     Ok((vec![Change::SecretAnnounced { kid, justification }], ()))
 }
@@ -247,7 +256,7 @@ pub fn force(view: &View<'_>, lives: &Lives, justification: String) -> Plan<Stri
 pub fn cancel(view: &View<'_>) -> Plan<String> {
     let ring = view.model.secrets();
     let Some(held) = ring.rotating() else {
-        let unannounced = ring.active().filter(|active| !active.is_announced());
+        let unannounced = under_way(ring);
         return Err(
             unannounced.map_or(RotationError::None, |held| RotationError::TooLate(held.record.kid.clone()))
         );
@@ -260,40 +269,44 @@ pub fn cancel(view: &View<'_>) -> Plan<String> {
 /// Whether there is something for [`tidy`] to do at `now`, Unix seconds.
 pub fn is_untidy(ring: &Ring, now: u64) -> bool {
     !ring.surplus(SecretState::Rotating).is_empty()
-        || !ring.surplus(SecretState::Active).is_empty()
-        || ring.all().into_iter().any(|held| is_over(held, now))
+        || ring.surplus(SecretState::Active).iter().any(|held| held.is_open())
+        || ring.all().into_iter().any(|held| is_over(ring, held, now))
 }
 
-/// Ends what is over: secrets that verify no more, and those beside the one that signs or rotates, as control planes
-/// make them that could not hear each other.
+/// Ends what is over at `now`, Unix seconds: secrets that verify no more, and those beside the one that signs or
+/// rotates, as control planes make them that could not hear each other. By a clock that does not jump ahead, since
+/// nothing ended comes back.
 ///
 /// # Errors
 /// When one cannot be sealed anew.
-pub fn tidy(view: &View<'_>) -> Plan<()> {
-    let (ring, now, keys) = (view.model.secrets(), view.now, view.keys);
+pub fn tidy(view: &View<'_>, now: u64) -> Plan<()> {
+    let (ring, keys) = (view.model.secrets(), view.keys);
     let mut changes = Vec::new();
     for held in ring.surplus(SecretState::Rotating) {
-        changes.push(moved(held.record.moved(SecretState::Expired, now, keys)?, None));
+        changes.push(moved(held.record.moved(SecretState::Expired, view.now, keys)?, None));
     }
-    for held in ring.surplus(SecretState::Active) {
-        // Nobody ordered its end, so none of its keys ends with it.
-        changes.push(moved(held.record.retired(Retire::WithLastKey, None, now, keys)?, None));
+    // Nobody ordered their end, so none of their keys ends with them.
+    for held in ring.surplus(SecretState::Active).into_iter().filter(|held| held.is_open()) {
+        changes.push(moved(held.record.retired(Retire::WithLastKey, None, view.now, keys)?, None));
     }
-    for held in ring.all().into_iter().filter(|held| is_over(held, now)) {
-        changes.push(moved(held.record.moved(SecretState::Expired, now, keys)?, None));
+    for held in ring.all().into_iter().filter(|held| is_over(ring, held, now)) {
+        changes.push(moved(held.record.moved(SecretState::Expired, view.now, keys)?, None));
     }
     Ok((changes, ()))
 }
 
 /// Whether a secret that signs no more verifies no more either.
-fn is_over(held: &Held, now: u64) -> bool {
-    held.record.state == SecretState::Previous && ends_at(held).is_some_and(|end| now >= end)
+fn is_over(ring: &Ring, held: &Held, now: u64) -> bool {
+    held.record.state == SecretState::Previous && ends_at(ring, held).is_some_and(|end| now >= end)
 }
 
 /// When a secret that signs no more stops verifying, as far as is known, Unix seconds.
-pub fn ends_at(held: &Held) -> Option<u64> {
+pub fn ends_at(ring: &Ring, held: &Held) -> Option<u64> {
     match (held.record.state, held.record.not_after) {
-        (SecretState::Previous, None) => Some(held.last_expiry.max(held.record.since).saturating_add(LATE_S)),
+        (SecretState::Previous, None) => {
+            let last = ring.last_expiry(&held.record.kid);
+            Some(last.max(held.record.since).saturating_add(LATE_S))
+        }
         (SecretState::Previous, end) => end,
         _ => None,
     }

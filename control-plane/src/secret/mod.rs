@@ -209,17 +209,56 @@ pub struct NewSecret {
     pub unannounced: bool,
     /// Why it is made.
     pub why: Option<String>,
-    /// Whether the HSM makes and keeps it.
-    pub in_hsm: bool,
+    /// The key pair that the HSM made for it, if one keeps it.
+    pub in_hsm: Option<HsmPair>,
     /// Its bytes, if it was made elsewhere; for HS256.
     pub imported: Option<Zeroizing<Vec<u8>>>,
 }
 
 impl NewSecret {
     /// The first one of a history, in force at once: a proxy that joins later gets to know it with the rest.
-    pub fn first(alg: Algorithm, in_hsm: bool) -> Self {
+    pub fn first(alg: Algorithm, in_hsm: Option<HsmPair>) -> Self {
         Self { alg, state: SecretState::Active, unannounced: false, why: None, in_hsm, imported: None }
     }
+}
+
+/// A key pair that an HSM made. Its private half stays there.
+#[derive(Debug)]
+pub struct HsmPair {
+    /// The id of the secret to be, and the label there.
+    pub kid: String,
+    /// The public half (SEC 1, 65 bytes).
+    point: Vec<u8>,
+}
+
+impl HsmPair {
+    /// Has the HSM make one. May take as long as an HSM does.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn make(alg: Algorithm, keys: &Keyring) -> Result<Self, SecretError> {
+        let kid = new_kid(alg);
+        if alg != Algorithm::ES256 {
+            return Err(SecretError::NotForHsm);
+        }
+        let hsm = keys.hsm().ok_or_else(|| SecretError::NoHsm { kid: kid.clone() })?;
+        let point = hsm.generate_p256(&kid).inspect_err(|_| {
+            // It may be there all the same, and nobody will ask for it.
+            let _gone_or_not = hsm.destroy(&kid);
+        })?;
+        Ok(Self { kid, point })
+    }
+
+    /// Has the HSM destroy it: nothing came of it.
+    pub fn discard(kid: &str, keys: &Keyring) {
+        if let Some(Err(error)) = keys.hsm().map(|hsm| hsm.destroy(kid)) {
+            tracing::warn!(kid, %error, "a key pair that is not used stays in the HSM");
+        }
+    }
+}
+
+fn new_kid(alg: Algorithm) -> String {
+    format!("{}-{}", alg.name().to_lowercase(), random::identifier())
 }
 
 /// What is needed of an open secret.
@@ -238,9 +277,8 @@ impl SecretRecord {
     /// When the keyring or the HSM fails.
     pub fn make(new: NewSecret, keys: &Keyring, now: u64) -> Result<Self, SecretError> {
         let NewSecret { alg, state, unannounced, why, in_hsm, imported } = new;
-        let kid = format!("{}-{}", alg.name().to_lowercase(), random::identifier());
         let mut record = Self {
-            kid,
+            kid: new_kid(alg),
             alg,
             state,
             created_at: now,
@@ -249,25 +287,22 @@ impl SecretRecord {
             unannounced,
             retire: None,
             not_after: None,
-            in_hsm,
+            in_hsm: in_hsm.is_some(),
             public: None,
             sealed: None,
             mac: None,
         };
-        if in_hsm {
-            if alg != Algorithm::ES256 {
-                return Err(SecretError::NotForHsm);
+        match in_hsm {
+            Some(pair) => {
+                record.kid = pair.kid;
+                record.public = Some(BASE64URL.encode(pair.point));
+                record.seal(&[], keys)?;
             }
-            let hsm = keys.hsm().ok_or_else(|| SecretError::NoHsm { kid: record.kid.clone() })?;
-            let point = hsm.generate_p256(&record.kid).inspect_err(|_| {
-                // It may be there all the same, and nobody will ask for it.
-                let _gone_or_not = hsm.destroy(&record.kid);
-            })?;
-            record.public = Some(BASE64URL.encode(point));
-        } else {
-            let secret = imported.unwrap_or_else(|| draw(alg));
-            record.public = public_half(alg, &secret).map(|public| BASE64URL.encode(public));
-            record.seal(&secret, keys)?;
+            None => {
+                let secret = imported.unwrap_or_else(|| draw(alg));
+                record.public = public_half(alg, &secret).map(|public| BASE64URL.encode(public));
+                record.seal(&secret, keys)?;
+            }
         }
         record.authenticate(keys);
         Ok(record)
@@ -281,20 +316,19 @@ impl SecretRecord {
         let signs = state <= SecretState::Active;
         let verifies = state <= SecretState::Previous;
         let needs_secret = !self.in_hsm && (signs || (verifies && self.alg == Algorithm::HS256));
-        let secret = match &self.public {
-            Some(_) if !needs_secret => None,
-            // One from before there were stages has its public half from its secret.
-            _ if verifies && !self.in_hsm => Some(self.unseal(keys)?),
-            _ => None,
-        };
+        // One from before there were stages has its public half from its secret.
+        let lacks_public = verifies && self.public.is_none() && self.alg != Algorithm::HS256;
+        let secret = if needs_secret || lacks_public { Some(self.unseal(keys)?) } else { None };
         let public = match (&self.public, &secret) {
             (None, Some(secret)) => public_half(self.alg, secret).map(|public| BASE64URL.encode(public)),
             (public, _) => public.clone(),
         };
         let mut record =
             Self { state, since: now, public, sealed: None, mac: None, unannounced: false, ..self.clone() };
-        if let Some(secret) = secret.filter(|_| needs_secret) {
-            record.seal(&secret, keys)?;
+        match secret.filter(|_| needs_secret) {
+            Some(secret) => record.seal(&secret, keys)?,
+            None if verifies => record.seal(&[], keys)?,
+            None => {}
         }
         record.authenticate(keys);
         Ok(record)
@@ -314,6 +348,8 @@ impl SecretRecord {
         Self { retire: Some(retire), not_after, ..self.clone() }.moved(SecretState::Previous, now, keys)
     }
 
+    /// Seals a secret, or nothing: what verifies has a data key of its own in any case, so that a record which is put back
+    /// after the secret has moved on does not open.
     fn seal(&mut self, secret: &[u8], keys: &Keyring) -> Result<(), KeyringError> {
         let data_key = Zeroizing::new(random::bytes::<32>());
         let id = format!("{}.{}", self.kid, random::identifier());
@@ -346,7 +382,7 @@ impl SecretRecord {
             return Ok(Opened::default());
         }
         let signs = self.state <= SecretState::Active;
-        let secret = if self.sealed.is_some() { Some(self.unseal(keys)?) } else { None };
+        let secret = Some(self.unseal(keys)?).filter(|secret| !secret.is_empty());
         let public = match (&self.public, &secret) {
             (Some(public), _) => BASE64URL.decode(public).ok(),
             (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.to_vec()),
@@ -376,8 +412,13 @@ impl SecretRecord {
                 let mac = BASE64URL.decode(mac).unwrap_or_default();
                 self.mac_of(keys).verify_slice(&mac).is_ok()
             }
-            // From before there were stages: all are active, and the seal says so.
-            None => self.state == SecretState::Active && self.since == 0 && self.unseal(keys).is_ok(),
+            // From before there were stages: all are active, and the seal says so. It says nothing of other members, so
+            // there must be none.
+            None => {
+                let bare = self.public.is_none() && self.not_after.is_none() && self.retire.is_none();
+                let bare = bare && self.why.is_none() && !self.in_hsm && !self.unannounced && self.since == 0;
+                bare && self.state == SecretState::Active && self.unseal(keys).is_ok()
+            }
         };
         if genuine { Ok(()) } else { Err(SecretError::Tampered { kid: self.kid.clone() }) }
     }
@@ -391,6 +432,18 @@ impl SecretRecord {
         let plain = serde_json::to_vec(&Self { mac: None, ..self.clone() }).expect("plain data");
         let mac = Hmac::<Sha256>::new_from_slice(&*key).expect("a key of any length will do");
         mac.chain_update(plain)
+    }
+
+    /// Whether it is from before there were stages.
+    pub fn is_of_old(&self) -> bool {
+        self.mac.is_none()
+    }
+
+    /// What its tokens are verified with, as far as that is known without opening it.
+    pub fn public_material(&self) -> Option<Material> {
+        let public = self.public.as_ref().filter(|_| self.state < SecretState::Expired)?;
+        let material = Material::new(BASE64URL.decode(public).ok()?);
+        self.alg.verification_key(material.expose()).map(|_| material)
     }
 
     /// The id of the data key that opens it, if it has one in the keyring.

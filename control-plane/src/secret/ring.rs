@@ -2,13 +2,13 @@
 //! other's changes in another order come to the same: of two records of one secret the later stage counts, of two at
 //! the same stage the one with the greater [`Mark`].
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::crypto::Algorithm;
-use keygate_core::rules::VerificationKey;
+use keygate_core::rules::{Material, VerificationKey};
 
 use super::{Opened, SecretError, SecretRecord, SecretState, Signer};
 use crate::change::Mark;
@@ -27,27 +27,27 @@ pub struct Held {
     pub seq: u64,
     /// Whether its latest record was written here.
     own: bool,
-    /// Whether it was said that every live proxy knows it.
-    announced: bool,
-    /// When the last key that it signed expires, Unix seconds; 0: none that is known.
-    pub last_expiry: u64,
-    open: Option<Opened>,
+    /// What its tokens are verified with, once that is known. It is the same at every stage.
+    verification: Option<Material>,
+    signer: Option<Arc<Signer>>,
+    /// Whether its latest record was opened.
+    is_open: bool,
 }
 
 impl Held {
-    /// Whether it is open here.
+    /// Whether its latest record is open here.
     pub fn is_open(&self) -> bool {
-        self.open.is_some()
+        self.is_open
+    }
+
+    /// Whether proxies of this control plane get what verifies its keys.
+    pub fn verifies(&self) -> bool {
+        self.verification.is_some()
     }
 
     /// What signs with it, whether or not it may yet.
     pub fn signer(&self) -> Option<&Arc<Signer>> {
-        self.open.as_ref().and_then(|open| open.signer.as_ref())
-    }
-
-    /// Whether it may sign: proxies know it.
-    pub fn is_announced(&self) -> bool {
-        !self.record.unannounced || self.announced
+        self.signer.as_ref()
     }
 }
 
@@ -55,6 +55,10 @@ impl Held {
 #[derive(Debug, Clone, Default)]
 pub struct Ring {
     by_kid: BTreeMap<String, Held>,
+    /// Those of which it was said that every live proxy knows them; maybe before they came themselves.
+    announced: BTreeSet<String>,
+    /// When the last key that each signed expires, Unix seconds; likewise.
+    last_expiry: BTreeMap<String, u64>,
 }
 
 /// Why nothing signs.
@@ -64,7 +68,9 @@ pub enum NoSigner {
     #[error("there is no signing secret")]
     None,
     /// It is not known to every live proxy yet.
-    #[error("the new signing secret is not known to every proxy yet; try again in a moment")]
+    #[error(
+        "the new signing secret is not known to every proxy yet; try again in a moment, or see who is waited for: keygate secrets status"
+    )]
     Unannounced,
     /// It cannot be opened here.
     #[error("the signing secret cannot be opened here; see /readyz?verbose")]
@@ -92,9 +98,9 @@ impl Ring {
                 moved: mark,
                 seq,
                 own,
-                announced: false,
-                last_expiry: 0,
-                open: None,
+                verification: None,
+                signer: None,
+                is_open: false,
             };
             self.by_kid.insert(record.kid.clone(), held);
             return Ok(true);
@@ -110,37 +116,59 @@ impl Ring {
         if (record.state, mark) <= (held.record.state, held.moved) {
             return Ok(false);
         }
-        (held.record, held.moved, held.own, held.open) = (record.clone(), mark, own, None);
+        (held.record, held.moved, held.own) = (record.clone(), mark, own);
+        (held.signer, held.is_open) = (None, false);
+        if record.state == SecretState::Expired {
+            held.verification = None;
+        }
         Ok(true)
     }
 
     /// Every live proxy knows a secret.
     pub fn announce(&mut self, kid: &str) {
-        if let Some(held) = self.by_kid.get_mut(kid) {
-            held.announced = true;
-        }
+        self.announced.insert(kid.to_owned());
     }
 
     /// A key was issued that a secret signed.
     pub fn note_key(&mut self, kid: &str, expires_at: u64) {
-        if let Some(held) = self.by_kid.get_mut(kid) {
-            held.last_expiry = held.last_expiry.max(expires_at);
+        match self.last_expiry.get_mut(kid) {
+            Some(last) => *last = (*last).max(expires_at),
+            None => drop(self.last_expiry.insert(kid.to_owned(), expires_at)),
         }
     }
 
-    /// Opens those that are not open. What another control plane sealed may have to wait for its data key.
+    /// Opens those that are not open, as of change `seq`. What another control plane sealed may have to wait for its data
+    /// key; until then its public half verifies, or what is known of it from before.
     ///
     /// # Errors
     /// When one does not open that must.
-    pub fn open(&mut self, keys: &Keyring) -> Result<(), SecretError> {
-        for held in self.by_kid.values_mut().filter(|held| held.open.is_none()) {
+    pub fn open(&mut self, keys: &Keyring, seq: u64) -> Result<(), SecretError> {
+        for held in self.by_kid.values_mut().filter(|held| !held.is_open) {
+            let was_known = held.verifies();
             match held.record.open(keys) {
-                Ok(open) => held.open = Some(open),
-                Err(SecretError::NoDataKey { .. }) if !held.own => {}
+                Ok(Opened { verification, signer }) => {
+                    (held.verification, held.signer, held.is_open) = (verification, signer, true);
+                }
+                Err(SecretError::NoDataKey { .. }) if !held.own => {
+                    held.verification = held.verification.take().or_else(|| held.record.public_material());
+                }
                 Err(error) => return Err(error),
+            }
+            if !was_known && held.verifies() {
+                held.seq = held.seq.max(seq); // Proxies that have an earlier version do not know it.
             }
         }
         Ok(())
+    }
+
+    /// Whether a secret may sign: proxies know it.
+    pub fn is_announced(&self, held: &Held) -> bool {
+        !held.record.unannounced || self.announced.contains(&held.record.kid)
+    }
+
+    /// When the last key that a secret signed expires, as far as is known, Unix seconds; 0: none.
+    pub fn last_expiry(&self, kid: &str) -> u64 {
+        self.last_expiry.get(kid).copied().unwrap_or(0)
     }
 
     /// Whether there is an HSM, if the secret that signs is one that was made here and is kept by it.
@@ -158,7 +186,7 @@ impl Ring {
 
     /// Those that wait for their data key.
     pub fn locked(&self) -> impl Iterator<Item = &SecretRecord> {
-        self.by_kid.values().filter(|held| held.open.is_none()).map(|held| &held.record)
+        self.by_kid.values().filter(|held| !held.is_open).map(|held| &held.record)
     }
 
     /// The data keys that are still needed.
@@ -219,17 +247,17 @@ impl Ring {
     /// Why nothing does.
     pub fn signer(&self) -> Result<&Arc<Signer>, NoSigner> {
         let active = self.active().ok_or(NoSigner::None)?;
-        if !active.is_announced() {
+        if !self.is_announced(active) {
             return Err(NoSigner::Unannounced);
         }
-        active.open.as_ref().and_then(|open| open.signer.as_ref()).ok_or(NoSigner::Locked)
+        active.signer().ok_or(NoSigner::Locked)
     }
 
     /// What tokens are verified with: every secret that has not expired.
     pub fn verification_keys(&self) -> Vec<VerificationKey> {
         let keys = self.all().into_iter().filter_map(|held| {
             let record = &held.record;
-            let material = held.open.as_ref()?.verification.clone()?;
+            let material = held.verification.clone()?;
             Some(VerificationKey {
                 kid: record.kid.clone(),
                 alg: record.alg,

@@ -319,7 +319,13 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         let source = clock.now_ms().max(model.source() + 1);
         first.push(Change::LineBegun { source, accepts_loss });
         let entry = |line: &String| Record::parse(line.as_bytes()).ok()?.into_entry(&opens).ok();
-        first.extend(ended.iter().filter_map(entry).map(|entry| entry.change));
+        // Of secrets, what can still be opened, and what has ended.
+        let counts = |change: &Change| {
+            change.secret().is_none_or(|secret| {
+                secret.check(&keys).is_ok() && secret.data_key().is_none_or(|id| keys.has(id))
+            })
+        };
+        first.extend(ended.iter().filter_map(entry).map(|entry| entry.change).filter(counts));
     }
     if !first.is_empty() {
         // What a history begins with gives way to what was decided elsewhere.
@@ -421,6 +427,7 @@ impl Thread {
             let view = View {
                 model: &model,
                 now: now_ms / 1_000,
+                now_ms,
                 stamp: model.next_stamp(now_ms),
                 keys: &self.keys,
                 store: &self.store,
@@ -474,6 +481,7 @@ impl Thread {
                 let full = matches!(error, JournalError::NoSpace { .. });
                 self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
                 self.metrics.journal_failures.inc_by(u64::from(!full));
+                self.destroy_data_keys(); // Of secrets that were planned and are not.
                 for (done, _) in waiting {
                     let error = if full { CommitError::NoSpace } else { CommitError::Journal };
                     let _caller_gone = done.send(Err(error));

@@ -14,6 +14,8 @@ pub struct View<'v> {
     pub model: &'v Model,
     /// Unix seconds.
     pub now: u64,
+    /// The same in milliseconds.
+    pub now_ms: u64,
     /// The [`crate::change::Mark`]'s stamp of what is planned.
     pub stamp: u64,
     /// What opens secrets and seals new ones.

@@ -104,7 +104,7 @@ fn keys_of_a_key_pair_go_on_without_its_private_half_until_the_last_one_has_ende
     assert_eq!((&ends["retire"], &ends["keys"]), (&json!("with_last_key"), &json!(0)), "{ends}");
     let new = rotated(&api);
     wait_tidy(&stack.control_plane, &api);
-    assert_eq!(with_data_keys(&stack.control_plane), [new.clone()]);
+    assert_eq!(with_data_keys(&stack.control_plane), std::slice::from_ref(&new));
     let shown = version(&api, &old);
     assert_eq!((&shown["state"], &shown["retire"]), (&json!("previous"), &json!("with_last_key")), "{shown}");
 

@@ -290,8 +290,8 @@ fn begun_on_both_sides_of_a_split_one_of_them_is_completed_when_it_heals() {
     }
 }
 
-/// The line of `first` is whole before the other one's.
-fn forced_on_both_sides(algorithm: &str, first: usize) {
+/// `first`: whose line is whole before the other one's, if one is.
+fn forced_on_both_sides(algorithm: &str, first: Option<usize>) {
     let mut two = Two::start("");
     let (here, there) = two.apis();
     let body = json!({ "algorithm": algorithm });
@@ -309,11 +309,13 @@ fn forced_on_both_sides(algorithm: &str, first: usize) {
         wait_until(SOON, "its own proxy to know it", || envoy.call(&chat(&key)).status == 200);
         keys.push(key);
     }
-    two.to_redis[first].heal();
-    wait_until(SOON, "the first to have told Redis all", || {
-        two.redis.cli(&["GET", &format!("jwt_version:{}", kid_of(&keys[2 + first]))]).contains("active")
-    });
-    two.to_redis[1 - first].heal();
+    if let Some(first) = first {
+        two.to_redis[first].heal();
+        wait_until(SOON, "the first to have told Redis all", || {
+            two.redis.cli(&["GET", &format!("jwt_version:{}", kid_of(&keys[2 + first]))]).contains("active")
+        });
+    }
+    two.to_redis.iter_mut().for_each(Line::heal);
     wait_until(2 * SOON, "each to know the other's secret", || {
         [&here, &there].iter().all(|api| {
             let all = status(api)["versions"].to_string();
@@ -344,15 +346,42 @@ fn forced_on_both_sides(algorithm: &str, first: usize) {
 
 #[test]
 fn forced_on_both_sides_of_a_split_one_signs_when_it_heals_and_the_keys_of_both_pass() {
-    forced_on_both_sides("ES256", 0);
+    forced_on_both_sides("ES256", None);
 }
 
 #[test]
 fn forced_on_both_sides_of_a_split_with_hmac_secrets_of_which_the_earlier_one_comes_back_first() {
-    forced_on_both_sides("HS256", 0);
+    forced_on_both_sides("HS256", Some(0));
 }
 
 #[test]
 fn forced_on_both_sides_of_a_split_with_hmac_secrets_of_which_the_later_one_comes_back_first() {
-    forced_on_both_sides("HS256", 1);
+    forced_on_both_sides("HS256", Some(1));
+}
+
+#[test]
+fn forced_on_both_sides_of_a_split_with_hmac_secrets_that_come_back_at_once() {
+    forced_on_both_sides("HS256", None);
+}
+
+#[test]
+fn a_secret_that_redis_lost_before_the_other_one_had_it_is_written_again() {
+    let mut two = Two::start("");
+    let (here, there) = two.apis();
+    let mut workers = two.workers();
+    two.to_redis[1].cut();
+    let kid = text(&begin(&here, &json!({ "algorithm": "HS256" }))["version_id"]);
+    here.post(FORCE, &json!({ "justification": "the other one is away" })).expect(200);
+    let key = here.issue("basic");
+    let sealed = format!("jwt_secret:{kid}");
+    wait_until(SOON, "Redis to have it", || two.redis.cli(&["GET", &sealed]).contains("active"));
+    assert_eq!(two.redis.cli(&["DEL", &sealed]).trim(), "1");
+    two.to_redis[1].heal();
+    wait_until(SOON, "the other one to sign with it", || active(&there) == kid);
+    wait_until(SOON, "the other one to open it", || status(&there)["active"]["open"] == true);
+    let theirs = there.issue("basic");
+    assert_eq!(kid_of(&theirs), kid);
+    for key in [&key, &theirs] {
+        assert_all_answer(&mut workers, key, 200);
+    }
 }
