@@ -126,16 +126,12 @@ fn with_data_keys(control_plane: &ControlPlane) -> Vec<String> {
     kids
 }
 
-/// The secrets whose private half is needed, sorted: that of what signs, will sign, or verifies with it.
+/// The secrets that have a data key, sorted: all that have not expired, whether it opens the secret or only says that the
+/// record is the latest.
 fn need_data_keys(status: &Value) -> Vec<String> {
     let versions = status["versions"].as_array().unwrap_or_else(|| panic!("no versions in {status}"));
-    let needs = |version: &&Value| match version["state"].as_str() {
-        Some("rotating" | "active") => true,
-        Some("previous") => version["alg"] == "HS256",
-        _ => false,
-    };
-    let mut kids: Vec<String> =
-        versions.iter().filter(needs).map(|version| text(&version["version_id"])).collect();
+    let lives = versions.iter().filter(|version| version["state"] != "expired");
+    let mut kids: Vec<String> = lives.map(|version| text(&version["version_id"])).collect();
     kids.sort();
     kids
 }

@@ -319,3 +319,58 @@ fn actives(ring: &Ring) -> impl Iterator<Item = &Held> {
 fn moved(secret: SecretRecord, justification: Option<String>) -> Change {
     Change::SecretMoved { secret, justification }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::change::Mark;
+    use crate::keyring::{Keyring, RootKey};
+    use crate::master_key::MasterKey;
+
+    fn keyring() -> Keyring {
+        keygate_core::crypto::native::install();
+        Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([2; 32]))
+    }
+
+    fn mark(stamp: u64) -> Mark {
+        Mark { stamp, source: std::cmp::Reverse(7) }
+    }
+
+    /// A secret that stopped signing at 1,000 s.
+    fn previous(ring: &mut Ring, keys: &Keyring, retire: Retire, not_after: Option<u64>) -> String {
+        let active = SecretRecord::make(NewSecret::first(Algorithm::HS256, None), keys, 500).unwrap();
+        let record = active.retired(retire, not_after, 1_000, keys).unwrap();
+        ring.take(&record, mark(1), (1, true), keys).unwrap();
+        record.kid
+    }
+
+    #[test]
+    fn a_secret_is_over_at_its_end_or_an_hour_after_its_last_key() {
+        let keys = keyring();
+        let mut ring = Ring::default();
+        previous(&mut ring, &keys, Retire::AfterOverlap, Some(87_400));
+        assert!(!is_untidy(&ring, 87_399) && is_untidy(&ring, 87_400));
+
+        let mut ring = Ring::default();
+        let kid = previous(&mut ring, &keys, Retire::WithLastKey, None);
+        assert!(!is_untidy(&ring, 1_000 + LATE_S - 1) && is_untidy(&ring, 1_000 + LATE_S));
+        ring.note_key(&kid, 50_000);
+        ring.note_key(&kid, 40_000);
+        assert!(!is_untidy(&ring, 50_000 + LATE_S - 1) && is_untidy(&ring, 50_000 + LATE_S));
+        assert_eq!(ends_at(&ring, ring.get(&kid).unwrap()), Some(50_000 + LATE_S));
+    }
+
+    #[test]
+    fn what_was_begun_a_moment_ago_is_told_from_what_a_clock_says_is_to_come() {
+        let keys = keyring();
+        let mut ring = Ring::default();
+        let record = SecretRecord::make(NewSecret::first(Algorithm::HS256, None), &keys, 5).unwrap();
+        ring.take(&record, mark(5_000), (1, true), &keys).unwrap();
+        assert!(just_begun(&ring, 5_000).is_some() && just_begun(&ring, 5_999).is_some());
+        assert!(just_begun(&ring, 6_000).is_none());
+        assert!(just_begun(&ring, 4_999).is_none(), "begun by a clock that was ahead");
+        let ended = record.moved(SecretState::Expired, 5, &keys).unwrap();
+        ring.take(&ended, mark(5_001), (2, true), &keys).unwrap();
+        assert!(just_begun(&ring, 5_500).is_none(), "it was cancelled");
+    }
+}

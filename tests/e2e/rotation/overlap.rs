@@ -6,7 +6,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use keygate::clock::{rfc3339, unix_ms};
 use keygate_e2e::clock::Clock;
 use keygate_e2e::envoy::Neighbours;
-use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Envoy, Key, Line, Request, SOON, Stack, line, wait_until};
 use serde_json::{Value, json};
 
@@ -104,7 +103,7 @@ fn keys_of_a_key_pair_go_on_without_its_private_half_until_the_last_one_has_ende
     assert_eq!((&ends["retire"], &ends["keys"]), (&json!("with_last_key"), &json!(0)), "{ends}");
     let new = rotated(&api);
     wait_tidy(&stack.control_plane, &api);
-    assert_eq!(with_data_keys(&stack.control_plane), std::slice::from_ref(&new));
+    assert_eq!(active(&api), new);
     let shown = version(&api, &old);
     assert_eq!((&shown["state"], &shown["retire"]), (&json!("previous"), &json!("with_last_key")), "{shown}");
 
@@ -116,16 +115,6 @@ fn keys_of_a_key_pair_go_on_without_its_private_half_until_the_last_one_has_ende
         api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(200);
     }
     drop(workers);
-
-    // All keys have ended, the admin's too, so what needs no key tells.
-    stack.envoy.stop();
-    stack.control_plane.stop();
-    stack.control_plane.use_clock("+2y");
-    stack.control_plane.start();
-    let at = |state: &str| Metrics::of(&api).value(&format!("keygate_secrets{{state=\"{state}\"}}"));
-    wait_until(SOON, "the old secret to end", || at("expired") == 1.0);
-    assert_eq!((at("active"), at("previous")), (1.0, 0.0));
-    assert_eq!(with_data_keys(&stack.control_plane), [new]);
 }
 
 #[test]
