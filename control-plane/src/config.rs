@@ -55,7 +55,7 @@ pub const SETTINGS: [(&str, &str); 38] = [
     ),
     (
         "secrets.gate_timeout",
-        "How long proxies may take to know a new secret before somebody is told, 1s to 24h [default: 5m]",
+        "How long proxies may take to know a new secret before somebody is told, 1s to 24h [default: 10m]",
     ),
     ("hsm.module", "The PKCS#11 module of an HSM, such as /usr/lib/softhsm/libsofthsm2.so"),
     ("hsm.token", "The label of its token"),
@@ -357,7 +357,7 @@ impl Typed {
             schedule: self
                 .take("secrets.schedule", schedule)
                 .unwrap_or_else(|| Schedule::parse(QUARTERLY).ok()),
-            gate_timeout: self.take("secrets.gate_timeout", gate_timeout).unwrap_or(Duration::from_secs(300)),
+            gate_timeout: self.take("secrets.gate_timeout", gate_timeout).unwrap_or(Duration::from_secs(600)),
             in_hsm,
         }
     }

@@ -14,6 +14,7 @@ mod flood;
 mod fsync;
 mod hostile;
 mod hsm;
+mod notify;
 mod outage;
 mod peers;
 mod recovery;

@@ -94,7 +94,7 @@ fn keys_of_an_hmac_secret_end_with_its_overlap_as_was_foretold() {
 }
 
 #[test]
-fn keys_of_a_key_pair_go_on_without_its_private_half_until_the_last_one_has_ended() {
+fn keys_of_a_key_pair_go_on_without_its_private_half() {
     let mut stack = Stack::builder().workers(2).config("[secrets]\nschedule = \"off\"\n").start();
     let api = stack.api();
     let key = api.issue("basic");
