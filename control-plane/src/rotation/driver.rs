@@ -201,11 +201,9 @@ async fn step(app: &Arc<App>) -> Result<(), StepError> {
                 );
             }
             if is_known && leads(app) {
-                if held.record.state == SecretState::Active {
-                    return announce(app, kid).await;
-                }
-                if app.driver.is_settled() {
-                    return activate(app, kid).await;
+                let is_active = held.record.state == SecretState::Active;
+                if is_active || app.driver.is_settled() {
+                    return go_on(app, kid, is_active).await;
                 }
             }
         }
@@ -279,23 +277,15 @@ async fn submit<T: Send + 'static>(
     Ok(app.writer.submit(ACTOR, plan).await??)
 }
 
-async fn activate(app: &App, kid: String) -> Result<(), StepError> {
+/// Has the new secret sign: makes it active, or says that the active one is known.
+async fn go_on(app: &App, kid: String, is_active: bool) -> Result<(), StepError> {
     let (lives, id) = (app.config.lives.clone(), kid.clone());
-    match submit(app, move |view| super::activate(view, &lives, &id, None)).await {
+    let plan = move |view: &View<'_>| match is_active {
+        true => super::announce(view, &id, None),
+        false => super::activate(view, &lives, &id, None),
+    };
+    match submit(app, plan).await {
         // It was cancelled or forced meanwhile.
-        Err(StepError::Rotation(RotationError::None)) => Ok(()),
-        Err(error) => Err(error),
-        Ok(_) => {
-            app.metrics.secret_rotations.with_label_values(&["completed"]).inc();
-            tracing::info!(kid, "the new secret signs: every live proxy knows it");
-            Ok(())
-        }
-    }
-}
-
-async fn announce(app: &App, kid: String) -> Result<(), StepError> {
-    let id = kid.clone();
-    match submit(app, move |view| super::announce(view, &id, None)).await {
         Err(StepError::Rotation(RotationError::None)) => Ok(()),
         Err(error) => Err(error),
         Ok(_) => {
