@@ -14,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
 
+use crate::canary::runner::{self, Canary};
 use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
 use crate::config::{self, Config};
@@ -120,6 +121,8 @@ pub struct App {
     pub notifier: Arc<Notifier>,
     /// When this process started, Unix seconds.
     pub started_s: u64,
+    /// Tests through the proxies.
+    pub canary: Canary,
     /// How a rotation of secrets fares.
     pub driver: Driver,
     /// Hashes owners as the journal has them.
@@ -217,6 +220,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let started_s = clock.now_s();
     let keys = Arc::new(keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
+    metrics.redis_configured.set(f64::from(u8::from(config.redis.is_some())));
     let destinations = destinations(&config, &given)?;
     let notifier =
         Arc::new(Notifier::start(&destinations, &config.notify.source, clock.clone(), Arc::clone(&metrics)));
@@ -269,6 +273,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         keys,
         notifier,
         started_s,
+        canary: Canary::default(),
         driver: Driver::default(),
         privacy,
         notary: Notary::new(&checkpoint_seed),
@@ -300,6 +305,7 @@ impl Serving {
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
         let upkeep = tokio::spawn(upkeep::run(Arc::clone(&app)));
+        let canary = tokio::spawn(runner::run(Arc::clone(&app)));
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
         let mirror =
             app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
@@ -319,6 +325,7 @@ impl Serving {
         }
         let _ended = upkeep.await;
         let _ended = rotation.await;
+        let _ended = canary.await;
         if let Some(mirror) = mirror {
             let _ended = mirror.await;
         }

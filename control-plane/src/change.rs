@@ -12,6 +12,7 @@ use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::approval::Proposal;
+use crate::canary::Test;
 use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::secret::{SecretRecord, SecretState};
 use crate::state::Settings;
@@ -224,6 +225,16 @@ pub enum Change {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lockdown: Option<Lockdown>,
     },
+    /// A canary test was defined, or put in place of the one before.
+    CanaryTestPut {
+        /// It.
+        test: Box<Test>,
+    },
+    /// A canary test was removed.
+    CanaryTestDeleted {
+        /// Its id.
+        id: String,
+    },
     /// The route policy was replaced.
     PolicyReplaced {
         /// The new one.
@@ -276,6 +287,8 @@ impl Change {
             Self::CutoffProposed { .. } => "cutoff_proposed",
             Self::CutoffWithdrawn { .. } => "cutoff_withdrawn",
             Self::LockdownChanged { .. } => "lockdown_changed",
+            Self::CanaryTestPut { .. } => "canary_test_put",
+            Self::CanaryTestDeleted { .. } => "canary_test_deleted",
             Self::PolicyReplaced { .. } => "policy_replaced",
         }
     }
@@ -305,7 +318,10 @@ impl Change {
             Self::SecretAnnounced { kid, .. } => Some(kid),
             Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
             Self::CutoffProposed { proposal } => Some(&proposal.cutoff.id),
-            Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } => Some(id),
+            Self::CanaryTestPut { test } => Some(&test.id),
+            Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } | Self::CanaryTestDeleted { id } => {
+                Some(id)
+            }
             Self::EditRefused { key, .. } => Some(key),
             _ => None,
         }
@@ -413,6 +429,8 @@ impl Change {
             | Self::CutoffWithdrawn { .. }
             | Self::CutoffLifted { .. }
             | Self::LockdownChanged { .. }
+            | Self::CanaryTestPut { .. }
+            | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. } => None,
         }
     }
@@ -451,6 +469,8 @@ impl Change {
             | Self::CutoffWithdrawn { .. }
             | Self::CutoffLifted { .. }
             | Self::LockdownChanged { .. }
+            | Self::CanaryTestPut { .. }
+            | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. } => None,
         }
     }

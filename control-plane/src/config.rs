@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use keygate_core::crypto::Algorithm;
@@ -11,6 +12,8 @@ use keygate_core::rules::MAX_LEEWAY_S;
 use keygate_core::token;
 use toml::Value;
 
+use crate::canary::runner::Settings as CanarySettings;
+use crate::canary::{Allowed, Url};
 use crate::journal::PersonalData;
 use crate::master_key::Source;
 use crate::redis_store::{Durability, Target};
@@ -21,7 +24,7 @@ use crate::secret::Retire;
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 38] = [
+pub const SETTINGS: [(&str, &str); 45] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -86,6 +89,19 @@ pub const SETTINGS: [(&str, &str); 38] = [
     ),
     ("redis.timeout", "How long Redis may take to answer, 50ms to 10s [default: 500ms]"),
     ("durability", "local or replicated: below it, changes are answered with 202 [default: local]"),
+    (
+        "canary.urls",
+        "URLs of proxies that are tested as clients reach them, a list or with commas between [default: none]",
+    ),
+    ("canary.interval", "How often they are tested, 1s to 1h [default: 60s]"),
+    (
+        "canary.probe_interval",
+        "How often a key is issued, used and revoked through each, 1s to 1d [default: 5m]",
+    ),
+    ("canary.app_endpoint", "What the tests of the application call [default: /api/chat]"),
+    ("canary.role", "The role of the canary's key [default: basic]"),
+    ("canary.alert_after", "After how many failures in a row somebody is told, 1 to 100 [default: 3]"),
+    ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
     ("notify.source", "What this control plane is called in notifications [default: keygate]"),
     (
         "notify.slack_url_file",
@@ -199,6 +215,8 @@ pub struct Config {
     pub redis: Option<Redis>,
     /// How durable a change should be before it is answered with more than 202.
     pub durability: Durability,
+    /// How canaries are run.
+    pub canary: CanarySettings,
     /// Who is told of what.
     pub notify: NotifySettings,
     /// How log lines look.
@@ -294,6 +312,7 @@ impl Typed {
         let master_key = in_hsm.unwrap_or_else(|| Source::File(file(key_file, "master.key")));
         let previous_master_key = previous_in_hsm.or_else(|| previous_file.map(Source::File));
         let lives = self.lives();
+        let canary = self.canary();
         let uses_hsm = [Some(&master_key), previous_master_key.as_ref()]
             .into_iter()
             .flatten()
@@ -321,6 +340,7 @@ impl Typed {
             retention: self.take("journal.retention", retention).unwrap_or(SEVEN_YEARS),
             redis: self.redis(),
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
+            canary,
             notify: NotifySettings {
                 source: self.take("notify.source", identifier).unwrap_or_else(|| "keygate".into()),
                 slack_url_file: self.take("notify.slack_url_file", path),
@@ -335,6 +355,9 @@ impl Typed {
             roles: self.roles(),
             data_dir,
         };
+        if !config.canary.proxies.is_empty() && !config.roles.contains_key(&config.canary.role) {
+            self.errors.push(format!("canary.role: there is no role {:?}", config.canary.role));
+        }
         if config.durability == Durability::Replicated && config.redis.is_none() {
             self.errors.push("durability: \"replicated\" needs a Redis; set redis.url".into());
         }
@@ -359,6 +382,41 @@ impl Typed {
                 .unwrap_or_else(|| Schedule::parse(QUARTERLY).ok()),
             gate_timeout: self.take("secrets.gate_timeout", gate_timeout).unwrap_or(Duration::from_secs(600)),
             in_hsm,
+        }
+    }
+
+    fn canary(&mut self) -> CanarySettings {
+        let proxies = self.take("canary.urls", |value| {
+            list(value)?.iter().map(|text| text.parse::<Url>()).collect::<Result<Vec<_>, _>>()
+        });
+        let proxies = proxies.unwrap_or_default();
+        let more = self.take("canary.allowed_hosts", list).unwrap_or_default();
+        let allowed = Allowed::new(&proxies, &more).unwrap_or_else(|problem| {
+            self.errors.push(format!("canary.allowed_hosts: {problem}"));
+            Allowed::default()
+        });
+        let between = |from: u64, to: u64| {
+            move |value: &Value| {
+                let wanted = duration(value)?;
+                let range = Duration::from_secs(from)..=Duration::from_secs(to);
+                let say = || format!("must be from {from}s to {}", humantime::format_duration(*range.end()));
+                if range.contains(&wanted) { Ok(wanted) } else { Err(say()) }
+            }
+        };
+        let app_endpoint = self.take("canary.app_endpoint", |value| {
+            let text = text(value)?;
+            allowed.check_endpoint(text).map(|()| text.to_owned())
+        });
+        CanarySettings {
+            interval: self.take("canary.interval", between(1, 3_600)).unwrap_or(Duration::from_secs(60)),
+            probe_interval: self
+                .take("canary.probe_interval", between(1, 86_400))
+                .unwrap_or(Duration::from_secs(300)),
+            role: self.take("canary.role", identifier).unwrap_or_else(|| "basic".into()),
+            app_endpoint: app_endpoint.unwrap_or_else(|| "/api/chat".into()),
+            alert_after: self.take("canary.alert_after", alert_after).unwrap_or(3),
+            allowed: Arc::new(allowed),
+            proxies,
         }
     }
 
@@ -502,6 +560,20 @@ fn flag(value: &Value) -> Result<bool, String> {
         Value::String(text) if text == "false" => Ok(false),
         other => Err(format!("{other} is neither true nor false")),
     }
+}
+
+/// A variable has it as a text with commas.
+fn list(value: &Value) -> Result<Vec<String>, String> {
+    match value {
+        Value::String(text) => Ok(text.split(',').map(|part| part.trim().to_owned()).collect()),
+        Value::Array(values) => values.iter().map(|value| text(value).map(ToOwned::to_owned)).collect(),
+        other => Err(format!("{other} is not a list of texts")),
+    }
+}
+
+fn alert_after(value: &Value) -> Result<u32, String> {
+    let wanted = count(value)?;
+    u32::try_from(wanted).ok().filter(|n| (1..=100).contains(n)).ok_or_else(|| "must be from 1 to 100".into())
 }
 
 fn overlap(value: &Value) -> Result<Duration, String> {

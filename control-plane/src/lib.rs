@@ -8,6 +8,7 @@ pub mod api;
 pub mod app;
 pub mod approval;
 pub mod backup;
+pub mod canary;
 pub mod change;
 pub mod clock;
 pub mod config;

@@ -10,6 +10,7 @@ use prometheus::{
     Registry, TextEncoder,
 };
 
+use crate::canary::{Health, History};
 use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
 use crate::redis_store;
@@ -56,6 +57,22 @@ pub struct Metrics {
     pub secret_active_age: Gauge,
     /// Until the next scheduled rotation.
     pub secret_next_rotation: Gauge,
+    /// Canary tests that were run.
+    pub canary_runs: IntCounterVec,
+    /// How long they took.
+    pub canary_seconds: Histogram,
+    /// From the revocation of the probe's key to its refusal at a proxy.
+    pub canary_revocation_seconds: Histogram,
+    /// Their health, by what it can be.
+    pub canary_status: GaugeVec,
+    /// The share of tests that passed lately.
+    pub canary_pass_rate: Gauge,
+    /// How often in a row the test failed that did so most often.
+    pub canary_consecutive_failures: Gauge,
+    /// When they were run last.
+    pub canary_last_run: Gauge,
+    /// Whether a Redis is configured.
+    pub redis_configured: Gauge,
     /// Notifications, and what became of them.
     pub notifications: IntCounterVec,
     /// Cut-offs that did without the second approval that they needed.
@@ -164,6 +181,8 @@ impl Metrics {
             registry.register(Box::new(gauges.clone())).expect("a name of its own");
             gauges
         };
+        let canary_status =
+            gauges("keygate_canary_status", "1 for what the health of canaries is at the moment.", "status");
         let secrets = gauges("keygate_secrets", "Signing secrets, by their stage.", "state");
         let secret_stage_seconds = gauges(
             "keygate_secret_stage_seconds",
@@ -215,6 +234,31 @@ impl Metrics {
                 "keygate_secret_next_rotation_seconds",
                 "Time until the next scheduled rotation, negative when it is late; NaN when none is scheduled.",
             ),
+            canary_runs: counters("keygate_canary_runs_total", "Canary tests that were run.", &["result"]),
+            canary_seconds: histogram(
+                "keygate_canary_duration_seconds",
+                "Time that a canary test took.",
+                &MILLISECONDS,
+            ),
+            canary_revocation_seconds: histogram(
+                "keygate_canary_revocation_seconds",
+                "From the revocation of the probe's key to its first refusal at a proxy.",
+                &MILLISECONDS,
+            ),
+            canary_status,
+            canary_pass_rate: gauge(
+                "keygate_canary_pass_rate",
+                "Canary tests of the last five minutes that passed, in percent; NaN without any.",
+            ),
+            canary_consecutive_failures: gauge(
+                "keygate_canary_consecutive_failures",
+                "How often in a row the canary test failed that did so most often.",
+            ),
+            canary_last_run: gauge(
+                "keygate_canary_last_run_timestamp_seconds",
+                "When canary tests were run last, Unix seconds; 0: never.",
+            ),
+            redis_configured: gauge("keygate_redis_configured", "1: a Redis is configured."),
             notifications: counters(
                 "keygate_notifications_total",
                 "Notifications by destination: sent, failed after every try, or dropped since too many waited.",
@@ -330,6 +374,10 @@ impl Metrics {
             }
         }
         self.validated.with_label_values(&["unknown", V2, "failure"]);
+        for result in ["pass", "fail"] {
+            self.canary_runs.with_label_values(&[result]);
+        }
+        self.show_canary(&History::default().health(0, 1), None);
         for destination in Destination::LABELS {
             for outcome in notify::OUTCOMES {
                 self.notifications.with_label_values(&[destination, outcome]);
@@ -346,6 +394,18 @@ impl Metrics {
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.auth_errors.with_label_values(&[reason.label(), V2]);
         }
+    }
+
+    /// Shows the health of canaries, and when they were run last, Unix milliseconds.
+    #[allow(clippy::cast_precision_loss)] // Milliseconds are far below 2^53.
+    pub fn show_canary(&self, health: &Health, last_run_ms: Option<u64>) {
+        for status in Health::STATUSES {
+            let is_it = f64::from(u8::from(status == health.status));
+            self.canary_status.with_label_values(&[status]).set(is_it);
+        }
+        self.canary_pass_rate.set(health.pass_rate.unwrap_or(f64::NAN));
+        self.canary_consecutive_failures.set(f64::from(health.consecutive_failures));
+        self.canary_last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));
     }
 
     /// Shows how the secrets stand at `now`, and when the next rotation is due; both in Unix seconds.

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
 use crate::approval::{Proposal, Warrant};
+use crate::canary::Test;
 use crate::change::{Change, Entry, Mark, Origin};
 use crate::config::Config;
 use crate::expiry::Expiries;
@@ -23,6 +24,9 @@ use crate::secret::{Ring, SecretError};
 
 /// How many changes back a proxy can follow by delta.
 const DELTAS_KEPT: usize = 65_536;
+
+/// Canary tests by their ids; `None`: removed.
+pub type CanaryTests = BTreeMap<String, Option<Test>>;
 
 /// The state, as one version of it.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ pub struct State {
     pub policy_seq: u64,
     /// The secrets.
     pub secrets: Arc<Ring>,
+    /// Canary tests by their ids; `None`: removed. Not for proxies.
+    pub canary_tests: Arc<CanaryTests>,
     /// Keys that are neither revoked nor expired, by role and the minute of their expiry.
     pub census: Census,
     /// The revocations of the last day.
@@ -125,6 +131,9 @@ pub struct Model {
     policy_seq: u64,
     policy_mark: Mark,
     secrets: Arc<Ring>,
+    canary_tests: Arc<CanaryTests>,
+    /// The last change of each.
+    canary_marks: Arc<BTreeMap<String, Mark>>,
     revocations: ExactSet,
     expiries: Expiries,
     expired_until: u64,
@@ -244,6 +253,10 @@ impl Model {
             }
             Change::PeerChanged { max_life_s } => self.longest_life_s = self.longest_life_s.max(*max_life_s),
             Change::EditRefused { .. } => {}
+            Change::CanaryTestPut { test } => {
+                effect.superseded = !self.put_canary_test(&test.id, Some((**test).clone()), mark);
+            }
+            Change::CanaryTestDeleted { id } => effect.superseded = !self.put_canary_test(id, None, mark),
             Change::SecretCreated { secret, .. } | Change::SecretMoved { secret, .. } => {
                 let ring = Arc::make_mut(&mut self.secrets);
                 let counts = ring.take(secret, mark, (seq, entry.origin.is_none()), keys)?;
@@ -362,6 +375,17 @@ impl Model {
         Ok(effect)
     }
 
+    /// Whether it counts more than what was there.
+    fn put_canary_test(&mut self, id: &str, test: Option<Test>, mark: Mark) -> bool {
+        let marks = Arc::make_mut(&mut self.canary_marks);
+        if marks.get(id).is_some_and(|last| mark < *last) {
+            return false;
+        }
+        marks.insert(id.to_owned(), mark);
+        Arc::make_mut(&mut self.canary_tests).insert(id.to_owned(), test);
+        true
+    }
+
     fn note_revocation(&mut self, at: u64, here: bool) {
         if here {
             self.latest_s = self.latest_s.max(at);
@@ -461,6 +485,11 @@ impl Model {
         (&self.policy, self.policy_seq)
     }
 
+    /// The canary tests that were defined or removed.
+    pub fn canary_tests(&self) -> &CanaryTests {
+        &self.canary_tests
+    }
+
     /// The secrets.
     pub fn secrets(&self) -> &Ring {
         &self.secrets
@@ -522,6 +551,7 @@ impl Model {
             revocations: self.revocations.clone(),
             policy_seq: self.policy_seq,
             secrets: Arc::clone(&self.secrets),
+            canary_tests: Arc::clone(&self.canary_tests),
             census: self.census.clone(),
             recent: self.recent.clone(),
             proposals: self.proposals.clone(),

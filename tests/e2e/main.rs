@@ -4,6 +4,7 @@ mod agreement;
 mod algorithms;
 mod api;
 mod audit;
+mod canary;
 mod cli;
 mod config;
 mod disk;

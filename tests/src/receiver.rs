@@ -1,4 +1,4 @@
-//! A web server that takes what is posted to it, and answers as it is told.
+//! A web server that takes what is sent to it, and answers as it is told.
 
 use std::collections::VecDeque;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use serde_json::Value;
 
-/// Something that was posted.
+/// Something that was sent.
 #[derive(Debug, Clone)]
 pub struct Posted {
     /// Where to.
@@ -45,6 +45,15 @@ pub struct Receiver {
 impl Receiver {
     /// Answers with these statuses in turn, then with 200.
     pub fn start(statuses: &[u16]) -> Self {
+        Self::answering(statuses, None)
+    }
+
+    /// Sends everybody to another place.
+    pub fn redirecting(to: &str) -> Self {
+        Self::answering(&[], Some(to.to_owned()))
+    }
+
+    fn answering(statuses: &[u16], location: Option<String>) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let port = listener.local_addr().expect("it has an address").port();
         let (posted, stop) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicBool::new(false)));
@@ -56,13 +65,19 @@ impl Receiver {
                     return;
                 }
                 let Ok(stream) = stream else { continue };
-                let status = statuses.pop_front().unwrap_or(200);
-                if let Some(one) = take(&stream, status) {
+                let usual = if location.is_some() { 302 } else { 200 };
+                let status = statuses.pop_front().unwrap_or(usual);
+                if let Some(one) = take(&stream, status, location.as_deref()) {
                     seen.lock().expect("nobody panics").push(one);
                 }
             }
         });
         Self { port, posted, stop, thread: Some(thread) }
+    }
+
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
     }
 
     /// A URL of it.
@@ -87,7 +102,7 @@ impl Drop for Receiver {
 }
 
 /// Reads one request, answers it and closes.
-fn take(stream: &TcpStream, status: u16) -> Option<Posted> {
+fn take(stream: &TcpStream, status: u16, location: Option<&str>) -> Option<Posted> {
     let mut reader = BufReader::new(stream);
     let mut line = String::new();
     reader.read_line(&mut line).ok()?;
@@ -101,11 +116,13 @@ fn take(stream: &TcpStream, status: u16) -> Option<Posted> {
             None => break,
         }
     }
-    let length = headers.iter().find(|(name, _)| name == "content-length")?.1.parse().ok()?;
+    let length = headers.iter().find(|(name, _)| name == "content-length");
+    let length = length.and_then(|(_, length)| length.parse().ok()).unwrap_or(0);
     let mut body = vec![0; length];
     reader.read_exact(&mut body).ok()?;
     let mut stream = stream;
-    let answer = format!("HTTP/1.1 {status} -\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    let location = location.map_or_else(String::new, |to| format!("location: {to}\r\n"));
+    let answer = format!("HTTP/1.1 {status} -\r\n{location}content-length: 0\r\nconnection: close\r\n\r\n");
     stream.write_all(answer.as_bytes()).ok()?;
     Some(Posted { path, headers, body })
 }

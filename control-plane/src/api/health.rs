@@ -8,7 +8,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Deserialize;
 
-use super::json;
+use super::{canary, json};
 use crate::app::App;
 use crate::rotation::driver;
 use crate::secret::SecretState;
@@ -49,6 +49,12 @@ fn reasons(app: &App) -> Vec<String> {
     }
     if let Err(NoSigner::Locked | NoSigner::None) = state.secrets.signer() {
         reasons.push("secrets: the one that signs cannot be used here; no key can be issued".into());
+    }
+    if !app.config.canary.proxies.is_empty() {
+        let health = canary::health(app);
+        if !matches!(health.status, "healthy" | "no_data") {
+            reasons.push(format!("canaries: {}, see /api/admin/canary/health", health.status));
+        }
     }
     let (total, behind) = app.fleet.counts(&state);
     if behind > 0 {
@@ -117,6 +123,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();
+    app.metrics.show_canary(&canary::health(&app), app.canary.history().last_run_ms());
     app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
 }

@@ -5,6 +5,7 @@
 mod approvals;
 mod audit;
 mod auth;
+mod canary;
 mod emergency;
 mod explain;
 mod fleet;
@@ -34,6 +35,7 @@ use crate::key::{KeyRecord, KeyState};
 use crate::problem::Problem;
 use crate::secret::Ring;
 
+pub use auth::token;
 pub use request::{Caller, authenticate};
 
 /// The most bytes of a request's body.
@@ -325,6 +327,54 @@ fn operations() -> Vec<Operation> {
             "Check that the audit log is whole and unchanged; reads all of it",
             get(audit::verify),
         ),
+        op(
+            "get",
+            "/api/admin/canary/health",
+            READ,
+            "What the canary tests of the last five minutes say",
+            get(canary::health_of),
+        ),
+        op(
+            "post",
+            "/api/admin/canary/run",
+            WRITE,
+            "Run every canary test now, and say what came of it",
+            post(canary::run),
+        ),
+        op("get", "/api/admin/canary/tests", READ, "The canary tests", get(canary::list)),
+        takes(
+            r#"{"id": "chat", "name": "Chat answers", "endpoint": "/api/chat", "method": "GET", "expected_status": 200, "timeout": "5s", "critical": true, "assertions": [{"header": "content-type", "contains": "json"}]}"#,
+            Operation {
+                success: 201,
+                ..op(
+                    "post",
+                    "/api/admin/canary/tests",
+                    WRITE,
+                    "Define a canary test, or put it in place of the one with its id",
+                    post(canary::put),
+                )
+            },
+        ),
+        op(
+            "delete",
+            "/api/admin/canary/tests/{id}",
+            WRITE,
+            "Remove a canary test, also one that is there from the start",
+            delete(canary::remove),
+        ),
+        Operation {
+            query: &[
+                ("test_id", "only results of this test"),
+                ("limit", "results, 1 to 1000 (100 is the default)"),
+            ],
+            ..op(
+                "get",
+                "/api/admin/canary/results",
+                READ,
+                "What canary tests came to, the last one first",
+                get(canary::results),
+            )
+        },
         op("get", "/api/admin/fleet", READ, "The proxies and what they enforce", get(fleet::list)),
         takes(
             r#"{"token": "…", "method": "GET", "path": "/api/chat"}"#,

@@ -255,6 +255,8 @@ impl Carrier {
                 Some(added) => self.lines.remove(&added).is_none(),
                 None => true,
             },
+            Change::CanaryTestPut { test } => self.keep_one(&format!("canary {}", test.id), mark, seq, line),
+            Change::CanaryTestDeleted { id } => self.keep_one(&format!("canary {id}"), mark, seq, line),
             Change::LockdownChanged { .. } => self.keep_one("lockdown", mark, seq, line),
             Change::PolicyReplaced { .. } => self.keep_one("policy", mark, seq, line),
             Change::ExpiredForgotten { .. } => self.keep_one("expired", mark, seq, line),

@@ -30,6 +30,8 @@ const MAX_TEXT_CHARS: usize = 500;
 pub enum Kind {
     /// A rotation of signing secrets, or a step of one, does not go on.
     RotationFailed,
+    /// Tests through the proxies fail again and again.
+    CanaryFailing,
     /// A new secret signs although some proxies may not know it.
     RotationForced,
     /// Many keys were ended by a rule or with their secret.
@@ -43,6 +45,7 @@ impl Kind {
     pub const fn label(self) -> &'static str {
         match self {
             Self::RotationFailed => "rotation_failed",
+            Self::CanaryFailing => "canary_failing",
             Self::RotationForced => "rotation_forced",
             Self::MassRevocation => "mass_revocation",
             Self::BreakGlass => "break_glass",
@@ -52,14 +55,16 @@ impl Kind {
     /// How bad it is, in PagerDuty's words.
     pub const fn severity(self) -> &'static str {
         match self {
-            Self::RotationFailed | Self::MassRevocation | Self::BreakGlass => "critical",
+            Self::RotationFailed | Self::CanaryFailing | Self::MassRevocation | Self::BreakGlass => {
+                "critical"
+            }
             Self::RotationForced => "warning",
         }
     }
 
     /// Whether it is a trouble that ends, rather than something that happened.
     const fn ends(self) -> bool {
-        matches!(self, Self::RotationFailed)
+        matches!(self, Self::RotationFailed | Self::CanaryFailing)
     }
 }
 

@@ -1,0 +1,115 @@
+//! `/api/admin/canary`: tests through the proxies, and what they come to.
+
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use serde::Deserialize;
+
+use super::request::{self, Body, KeyId, Waits};
+use super::{Caller, actor, json};
+use crate::app::App;
+use crate::canary::{Health, MAX_TESTS, Test, TestRequest, runner};
+use crate::change::Change;
+use crate::problem::Problem;
+use crate::writer::View;
+
+/// What the results say now.
+pub fn health(app: &App) -> Health {
+    let interval = u64::try_from(app.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
+    app.canary.history().health(app.clock.now_ms(), interval)
+}
+
+pub async fn health_of(State(app): State<Arc<App>>) -> Response {
+    json(StatusCode::OK, serde_json::json!(health(&app)))
+}
+
+pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+    if app.config.canary.proxies.is_empty() {
+        return Err(Problem::new(
+            StatusCode::CONFLICT,
+            "no_proxies",
+            "No proxies are named to be tested: set canary.urls.",
+        ));
+    }
+    let results = runner::run_once(&app, true).await;
+    let (total, passed) = (results.len(), results.iter().filter(|result| result.passed).count());
+    #[allow(clippy::cast_precision_loss)] // There are some hundreds.
+    let rate = if total == 0 { 0.0 } else { (passed as f64 / total as f64 * 1_000.0).round() / 10.0 };
+    let statistics =
+        serde_json::json!({ "total": total, "passed": passed, "failed": total - passed, "pass_rate": rate });
+    let body = serde_json::json!({ "statistics": statistics, "results": results, "health": health(&app) });
+    Ok(json(StatusCode::OK, body))
+}
+
+pub async fn list(State(app): State<Arc<App>>) -> Response {
+    let tests: Vec<_> = runner::tests(&app).iter().map(view).collect();
+    json(StatusCode::OK, serde_json::json!({ "tests": tests }))
+}
+
+fn view(test: &Test) -> serde_json::Value {
+    let mut view = serde_json::json!(test);
+    if let Some(members) = view.as_object_mut() {
+        members.remove("timeout_ms");
+        let timeout = std::time::Duration::from_millis(test.timeout_ms);
+        members.insert("timeout".into(), humantime::format_duration(timeout).to_string().into());
+    }
+    view
+}
+
+pub async fn put(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let request: TestRequest = request::body(&bytes)?;
+    let test = request
+        .test(&app.config.canary.allowed)
+        .map_err(|wrong| Problem::bad_request(format!("{}.", wrong.join("; "))).with("errors", wrong))?;
+    let (count, id) = (runner::tests(&app).len(), test.id.clone());
+    let put = Box::new(test.clone());
+    let plan = move |view: &View<'_>| {
+        let is_new = !matches!(view.model.canary_tests().get(&id), Some(Some(_)));
+        if is_new && count >= MAX_TESTS {
+            let detail = format!("There are {MAX_TESTS} canary tests already; remove some.");
+            return Err(Problem::new(StatusCode::CONFLICT, "too_many_tests", detail));
+        }
+        Ok::<_, Problem>((vec![Change::CanaryTestPut { test: put }], ()))
+    };
+    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view(&test)).await)
+}
+
+pub async fn remove(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    KeyId(id): KeyId,
+) -> Result<Response, Problem> {
+    if runner::tests(&app).iter().all(|test| test.id != id) {
+        return Err(Problem::not_found("There is no canary test with this id."));
+    }
+    let removed = id.clone();
+    let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![Change::CanaryTestDeleted { id }], ()));
+    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let body = serde_json::json!({ "removed": removed });
+    Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::OK, body).await)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Results {
+    test_id: Option<String>,
+    limit: Option<usize>,
+}
+
+pub async fn results(
+    State(app): State<Arc<App>>,
+    query: Result<Query<Results>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let results = app.canary.history().results(query.test_id.as_deref(), request::limit(query.limit)?);
+    Ok(json(StatusCode::OK, serde_json::json!({ "results": results })))
+}

@@ -1,0 +1,403 @@
+//! Runs the tests: every interval, and when somebody asks.
+//!
+//! Beside the tests there is a probe of what matters most: a key is issued through each proxy, is used, is revoked, and
+//! must be refused there. How long that takes is measured; with a key of the newest secret, so that a rotation that a
+//! proxy missed shows too.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::time::MissedTickBehavior;
+use zeroize::Zeroizing;
+
+use super::caller::{Call, Caller};
+use super::history::{History, Outcome, Turn};
+use super::{Allowed, Test, Url, seeds};
+use crate::app::App;
+use crate::change::Change;
+use crate::clock;
+use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, RevocationReason};
+use crate::notify::Kind;
+use crate::problem::Problem;
+use crate::random;
+use crate::writer::View;
+
+/// In whose name the journal has what the canary does.
+const ACTOR: &str = "canary";
+/// What its keys are called.
+const KEY_NAME: &str = "keygate canary";
+/// How long its key lives, unless its role has a shorter life.
+const KEY_LIFE: Duration = Duration::from_secs(4 * 24 * 60 * 60);
+/// It gets another one when so much is left: before it may be renewed, since that it may not is tested.
+const RENEWED_AT: Duration = Duration::from_secs(key::REFRESH_WINDOW.as_secs() + 60 * 60);
+/// How long the probe's keys live: not long, should one be left over.
+const PROBE_LIFE: &str = "5m";
+/// How long the probe waits for a proxy to refuse a revoked key.
+const REFUSED_WITHIN: Duration = Duration::from_secs(10);
+/// How often it asks meanwhile.
+const ASK_EVERY: Duration = Duration::from_millis(2);
+/// How long after the start tests are run first, at most.
+const FIRST_AFTER: Duration = Duration::from_secs(5);
+const PROBE: &str = "revocation_probe";
+
+/// How canaries are run.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The proxies, as clients reach them; none: nothing is run.
+    pub proxies: Vec<Url>,
+    /// What may be called.
+    pub allowed: Arc<Allowed>,
+    /// How often.
+    pub interval: Duration,
+    /// How often the probe.
+    pub probe_interval: Duration,
+    /// The role of the canary's key.
+    pub role: String,
+    /// What the tests of the application call.
+    pub app_endpoint: String,
+    /// After how many failures in a row somebody is told.
+    pub alert_after: u32,
+}
+
+/// The canary's key.
+struct Key {
+    record: KeyRecord,
+    token: Zeroizing<String>,
+}
+
+/// What the runner and the API share.
+#[derive(Default)]
+pub struct Canary {
+    history: Mutex<History>,
+    /// One run at a time.
+    running: tokio::sync::Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    key: Option<Key>,
+    /// Whether those of the processes before were ended.
+    tidied: bool,
+    probed: Option<Instant>,
+}
+
+impl Canary {
+    /// The last results.
+    pub fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The tests there are: those of the journal, and the seeds that it does not change.
+pub fn tests(app: &App) -> Vec<Test> {
+    let state = app.state();
+    let mut tests: BTreeMap<String, Test> =
+        seeds(&app.config.canary.app_endpoint).into_iter().map(|test| (test.id.clone(), test)).collect();
+    for (id, test) in state.canary_tests.iter() {
+        match test {
+            Some(test) => drop(tests.insert(id.clone(), test.clone())),
+            None => drop(tests.remove(id)),
+        }
+    }
+    tests.into_values().collect()
+}
+
+/// Runs them until the control plane stops.
+pub async fn run(app: Arc<App>) {
+    if app.config.canary.proxies.is_empty() {
+        return;
+    }
+    let mut stopping = app.stopping.clone();
+    let interval = app.config.canary.interval;
+    // A proxy that is started with this process takes a moment.
+    let first = tokio::time::Instant::now() + interval.min(FIRST_AFTER);
+    let mut ticks = tokio::time::interval_at(first, interval);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = stopping.wait_for(|stop| *stop) => return,
+            _ = ticks.tick() => {}
+        }
+        // Of several control planes one does it; without Redis, or without others, this one.
+        let others = app
+            .mirror
+            .as_ref()
+            .is_some_and(|mirror| !mirror.leads() && !mirror.live_peers(&app.state()).is_empty());
+        if !others {
+            tokio::select! {
+                _ = stopping.wait_for(|stop| *stop) => return,
+                _ = run_once(&app, false) => {}
+            }
+        }
+    }
+}
+
+/// Runs all of them now, the probe too if it is due or `all` is asked for. What they came to.
+pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
+    let mut state = app.canary.running.lock().await;
+    let mut results = Vec::new();
+    match own_key(app, &mut state).await {
+        Ok(token) => {
+            let (mut tests, here) = (tests(app), Arc::clone(app));
+            // Where keys live for a day, each may be renewed at any time.
+            let is_young =
+                state.key.as_ref().is_some_and(|key| app.clock.now_s() < key.record.refresh_after());
+            tests.retain(|test| is_young || test.id != super::TOO_EARLY);
+            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token)).await;
+            results.extend(ran.unwrap_or_default());
+        }
+        Err(problem) => results.push(outcome(
+            app,
+            "canary_key",
+            "The canary has a key",
+            "control plane",
+            Instant::now(),
+            None,
+            Some(problem),
+            true,
+        )),
+    }
+    let is_due = state.probed.is_none_or(|probed| probed.elapsed() >= app.config.canary.probe_interval);
+    if (all || is_due)
+        && let Some(key) = &state.key
+    {
+        let token = key.token.clone();
+        state.probed = Some(Instant::now());
+        for proxy in &app.config.canary.proxies {
+            results.push(probe(app, &token, proxy).await);
+        }
+    }
+    let now_ms = app.clock.now_ms();
+    let known = tests(app);
+    let turn = {
+        let mut history = app.canary.history();
+        history
+            .keep_tests(|id| [PROBE, "canary_key"].contains(&id) || known.iter().any(|test| test.id == id));
+        history.add(results.clone(), now_ms, app.config.canary.alert_after)
+    };
+    for result in &results {
+        let label = if result.passed { "pass" } else { "fail" };
+        app.metrics.canary_runs.with_label_values(&[label]).inc();
+        app.metrics.canary_seconds.observe(result.latency_ms / 1_000.0);
+    }
+    match turn {
+        Some(Turn::Fails(what)) => {
+            tracing::error!(what, "canary tests fail again and again");
+            let details = vec![("tests", what), ("look", "GET /api/admin/canary/health".to_owned())];
+            app.notifier.tell(Kind::CanaryFailing, "canary tests fail again and again", details);
+        }
+        Some(Turn::Recovers) => {
+            tracing::info!("canary tests pass again");
+            app.notifier.resolve(Kind::CanaryFailing, "canary tests pass again");
+        }
+        None => {}
+    }
+    results
+}
+
+fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>) -> Vec<Outcome> {
+    let caller = Caller::new(Arc::clone(&app.config.canary.allowed));
+    let mut results = Vec::new();
+    for proxy in &app.config.canary.proxies {
+        for test in tests {
+            let begun = Instant::now();
+            let called = caller.run(test, &proxy.text, Some(token));
+            results.push(outcome(
+                app,
+                &test.id,
+                &test.name,
+                &proxy.text,
+                begun,
+                called.status,
+                called.failure,
+                test.critical,
+            ));
+        }
+    }
+    results
+}
+
+#[allow(clippy::too_many_arguments)] // It is the one place where a result is made.
+fn outcome(
+    app: &App,
+    id: &str,
+    name: &str,
+    target: &str,
+    begun: Instant,
+    status: Option<u16>,
+    failure: Option<String>,
+    critical: bool,
+) -> Outcome {
+    let at_ms = app.clock.now_ms();
+    Outcome {
+        test_id: id.into(),
+        name: name.into(),
+        target: target.into(),
+        at: clock::rfc3339_ms(at_ms),
+        at_ms,
+        passed: failure.is_none(),
+        status,
+        latency_ms: (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3,
+        failure,
+        critical,
+    }
+}
+
+/// The canary's token: the one that it has, or a new one when that is about to end, does not count any more, or another
+/// secret signs.
+async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>, String> {
+    let said = |problem: Problem| format!("no key for the canary: {}", problem.detail());
+    let current = app.state();
+    let now = app.clock.now_s();
+    if let Some(key) = &state.key {
+        let record = app.store.key(&key.record.key_id).ok().flatten();
+        let counts = record.is_some_and(|record| record.state(now) == KeyState::Active);
+        let left = key.record.expires_at.saturating_sub(now);
+        let life = key.record.expires_at.saturating_sub(key.record.issued_at);
+        let lasts = left > RENEWED_AT.as_secs().min(life / 2);
+        let is_newest = current.secrets.active().is_none_or(|held| held.record.kid == key.record.kid);
+        if counts && lasts && is_newest {
+            return Ok(key.token.clone());
+        }
+    }
+    let signer =
+        Arc::clone(current.secrets.signer().map_err(|error| format!("no key for the canary: {error}"))?);
+    let role = app.config.canary.role.clone();
+    let scopes = app.config.roles.get(&role).map_or_else(String::new, |role| role.scopes.join(" "));
+    let life = app.config.roles.get(&role).map_or(KEY_LIFE, |role| role.life.min(KEY_LIFE));
+    let request = KeyRequest {
+        name: KEY_NAME.into(),
+        role,
+        expires_in: Some(humantime::format_duration(life).to_string()),
+        metadata: serde_json::Map::from_iter([("canary".into(), Value::Bool(true))]),
+        ..KeyRequest::default()
+    };
+    let creator = Creator { role: "admin", scopes: &scopes, owner: None };
+    let record = request
+        .record(creator, &app.config.roles, random::identity(), &signer.kid, now)
+        .map_err(|error| format!("no key for the canary: {error}"))?;
+    let token = crate::api::token(app, &signer, &record).await.map_err(said)?;
+    let before: Vec<KeyRecord> = match state.key.take() {
+        Some(key) => vec![key.record],
+        None if state.tidied => Vec::new(),
+        None => left_over(app, now).await,
+    };
+    let issued = record.clone();
+    let plan = move |view: &View<'_>| {
+        let mut changes = vec![Change::KeyIssued { key: Box::new(issued), idempotency: None }];
+        for old in before {
+            if view.key(&old.key_id)?.is_some_and(|old| old.state(view.now) == KeyState::Active) {
+                let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: ACTOR.into() };
+                changes.push(Change::revoking(&old, ended));
+            }
+        }
+        Ok::<_, Problem>((changes, ()))
+    };
+    let submitted = app.writer.submit(ACTOR, plan).await.map_err(Problem::from).and_then(|done| done);
+    submitted.map_err(said)?;
+    state.tidied = true;
+    state.key = Some(Key { record, token: token.clone() });
+    Ok(token)
+}
+
+/// The canary's keys of processes before this one.
+async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
+    let here = Arc::clone(app);
+    let found = tokio::task::spawn_blocking(move || {
+        let mut found = Vec::new();
+        let read = here.store.each_key(|key| {
+            let is_canarys = key.name == KEY_NAME && key.metadata.get("canary") == Some(&Value::Bool(true));
+            if is_canarys && key.state(now) == KeyState::Active {
+                found.push(key);
+            }
+        });
+        read.map(|()| found)
+    });
+    found.await.ok().and_then(Result::ok).unwrap_or_default()
+}
+
+/// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
+async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Outcome {
+    let begun = Instant::now();
+    let result = probed(app, token, proxy).await;
+    if let Ok(took) = result {
+        app.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
+    }
+    let name = "A key is issued, passes, is revoked and refused";
+    outcome(app, PROBE, name, &proxy.text, begun, None, result.err(), true)
+}
+
+async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Result<Duration, String> {
+    let (allowed, url) = (Arc::clone(&app.config.canary.allowed), proxy.text.clone());
+    let (role, endpoint) = (app.config.canary.role.clone(), app.config.canary.app_endpoint.clone());
+    let token = token.clone();
+    let none = BTreeMap::new();
+    let issue = move || {
+        let caller = Caller::new(allowed);
+        let body = json!({ "name": "keygate canary probe", "role": role, "expires_in": PROBE_LIFE });
+        let answer = caller.call(Call {
+            method: "POST",
+            url: format!("{url}/api/auth/register"),
+            key: Some(&token),
+            headers: &none,
+            payload: Some(body.to_string()),
+            timeout: REFUSED_WITHIN,
+        })?;
+        if answer.status != 201 {
+            return Err(format!("registering a key: status {} in place of 201", answer.status));
+        }
+        let text =
+            |member: &str| answer.json.as_ref().and_then(|json| json[member].as_str()).map(ToOwned::to_owned);
+        let issued = text("key_id").zip(text("api_key").map(Zeroizing::new));
+        issued.ok_or_else(|| "registering a key: its answer has none".to_owned())
+    };
+    let gone = |_| "it was cut short".to_owned();
+    let (key_id, issued) = tokio::task::spawn_blocking(issue).await.map_err(gone)??;
+    let (allowed, url) = (Arc::clone(&app.config.canary.allowed), format!("{}{endpoint}", proxy.text));
+    let ask = move |wanted: u16, patience: Duration| {
+        let (allowed, url, issued) = (Arc::clone(&allowed), url.clone(), issued.clone());
+        tokio::task::spawn_blocking(move || {
+            let (caller, none, begun) = (Caller::new(allowed), BTreeMap::new(), Instant::now());
+            loop {
+                let (key, headers) = (Some(&issued), &none);
+                let timeout = REFUSED_WITHIN;
+                let answer = caller.call(Call {
+                    method: "GET",
+                    url: url.clone(),
+                    key,
+                    headers,
+                    payload: None,
+                    timeout,
+                })?;
+                if answer.status == wanted {
+                    return Ok(());
+                }
+                if begun.elapsed() >= patience {
+                    return Err(format!("status {} in place of {wanted}", answer.status));
+                }
+                std::thread::sleep(ASK_EVERY);
+            }
+        })
+    };
+    let used = ask(200, Duration::ZERO)
+        .await
+        .map_err(gone)?
+        .map_err(|failure| format!("using a new key: {failure}"));
+    let plan = move |view: &View<'_>| {
+        let key = view.key(&key_id)?.ok_or_else(|| Problem::not_found("The probe's key is gone."))?;
+        let ended = Ended { at: view.now, reason: RevocationReason::AdminAction, by: ACTOR.into() };
+        Ok::<_, Problem>((vec![Change::revoking(&key, ended)], ()))
+    };
+    // Also when it did not pass: it shall not be left over.
+    let revoked_at = Instant::now();
+    let submitted = app.writer.submit(ACTOR, plan).await.map_err(Problem::from).and_then(|done| done);
+    submitted.map_err(|problem| format!("revoking the key: {}", problem.detail()))?;
+    used?;
+    ask(401, REFUSED_WITHIN)
+        .await
+        .map_err(gone)?
+        .map_err(|failure| format!("using a revoked key: {failure}"))?;
+    Ok(revoked_at.elapsed())
+}
