@@ -24,6 +24,7 @@ mod recover;
 mod revoked;
 mod scripts;
 mod sealed;
+mod secrets;
 mod session;
 mod target;
 
