@@ -54,7 +54,8 @@ impl Held {
 /// All of them.
 #[derive(Debug, Clone, Default)]
 pub struct Ring {
-    by_kid: BTreeMap<String, Held>,
+    /// Shared with the pictures that were made of it: most changes are that a key was issued.
+    by_kid: BTreeMap<String, Arc<Held>>,
     /// Those of which it was said that every live proxy knows them; maybe before they came themselves.
     announced: BTreeSet<String>,
     /// When the last key that each signed expires, Unix seconds; likewise.
@@ -91,7 +92,7 @@ impl Ring {
         keys: &Keyring,
     ) -> Result<bool, SecretError> {
         record.check(keys)?;
-        let Some(held) = self.by_kid.get_mut(&record.kid) else {
+        let Some(held) = self.by_kid.get_mut(&record.kid).map(Arc::make_mut) else {
             let held = Held {
                 record: record.clone(),
                 created: mark,
@@ -102,7 +103,7 @@ impl Ring {
                 signer: None,
                 is_open: false,
             };
-            self.by_kid.insert(record.kid.clone(), held);
+            self.by_kid.insert(record.kid.clone(), Arc::new(held));
             return Ok(true);
         };
         if own && record.state < held.record.state {
@@ -143,7 +144,7 @@ impl Ring {
     /// # Errors
     /// When one does not open that must.
     pub fn open(&mut self, keys: &Keyring, seq: u64) -> Result<(), SecretError> {
-        for held in self.by_kid.values_mut().filter(|held| !held.is_open) {
+        for held in self.by_kid.values_mut().filter(|held| !held.is_open).map(Arc::make_mut) {
             let was_known = held.verifies();
             match held.record.open(keys) {
                 Ok(Opened { verification, signer }) => {
@@ -196,18 +197,18 @@ impl Ring {
 
     /// A secret by its id.
     pub fn get(&self, kid: &str) -> Option<&Held> {
-        self.by_kid.get(kid)
+        self.by_kid.get(kid).map(Arc::as_ref)
     }
 
     /// All of them, the oldest first.
     pub fn all(&self) -> Vec<&Held> {
-        let mut all: Vec<&Held> = self.by_kid.values().collect();
+        let mut all: Vec<&Held> = self.by_kid.values().map(Arc::as_ref).collect();
         all.sort_by(|a, b| (a.created, &a.record.kid).cmp(&(b.created, &b.record.kid)));
         all
     }
 
     fn at(&self, state: SecretState) -> impl Iterator<Item = &Held> {
-        self.by_kid.values().filter(move |held| held.record.state == state)
+        self.by_kid.values().map(Arc::as_ref).filter(move |held| held.record.state == state)
     }
 
     /// The secret that signs: of several active ones, as two control planes that could not hear each other may have
