@@ -143,6 +143,8 @@ impl LinkError {
         }
     }
 
+    /// The name of what Redis says and nothing here explains.
+    pub const UNEXPLAINED: &str = "other";
     /// The names of all.
     pub const LABELS: [&str; 14] = [
         "unreachable",
@@ -158,7 +160,7 @@ impl LinkError {
         "is_cluster",
         "no_cluster",
         "ca",
-        "other",
+        Self::UNEXPLAINED,
     ];
 
     /// Its name in metrics.
@@ -177,7 +179,7 @@ impl LinkError {
             Self::IsCluster { .. } => "is_cluster",
             Self::NoCluster { .. } => "no_cluster",
             Self::Ca { .. } => "ca",
-            Self::Other { .. } => "other",
+            Self::Other { .. } => Self::UNEXPLAINED,
         }
     }
 

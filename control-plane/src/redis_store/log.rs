@@ -1,7 +1,7 @@
 //! The logs: a stream for each control plane with all changes that were made there. This one fills its own, fills
 //! up those of others where Redis has lost something, and takes in what is new in them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -90,6 +90,33 @@ pub async fn last_until(
     let before = found.get(1).map_or(0, |(id, _)| number(id));
     let sealed = fields.get(1).map_or("", String::as_str);
     Ok(Some((number(id), sealer.open_change(source, before, number(id), sealed))))
+}
+
+/// Takes a log away at whose end somebody else has written or deleted: nothing could be appended there any more, and
+/// what they wrote would be taken for a change of that number. It is filled again from the journal. Whether it was so.
+///
+/// # Errors
+/// When Redis cannot be asked.
+pub async fn take_away_if_spoiled(link: &Link, sealer: &Sealer, source: u64) -> Result<bool, LinkError> {
+    let name = names::log(source);
+    if link.query::<u64>(redis::cmd("EXISTS").arg(&name)).await? == 0 {
+        return Ok(false);
+    }
+    let info: HashMap<String, redis::Value> =
+        link.query(redis::cmd("XINFO").arg("STREAM").arg(&name)).await?;
+    let generated = match info.get("last-generated-id") {
+        Some(redis::Value::BulkString(id)) => number(&String::from_utf8_lossy(id)),
+        Some(redis::Value::SimpleString(id)) => number(id),
+        _ => 0,
+    };
+    let is_whole = match last_until(link, sealer, source, u64::MAX).await? {
+        Some((seq, change)) => change.is_some() && generated <= seq,
+        None => false,
+    };
+    if !is_whole {
+        link.query::<()>(redis::cmd("DEL").arg(&name)).await?;
+    }
+    Ok(!is_whole)
 }
 
 fn number(id: &str) -> u64 {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::time::sleep;
 
+use super::error::LinkError;
 use super::link::Link;
 use super::log::{self, Filler};
 use super::sealed::{self, Shipped};
@@ -52,7 +53,8 @@ impl PassOn<'_> {
                     let _closed = last.changed().await;
                     continue;
                 }
-                Err(error) if error.is_of_writing() => {
+                // What Redis does not explain is looked at from the beginning: the log may not be as it was left.
+                Err(error) if error.is_of_writing() && error.label() != LinkError::UNEXPLAINED => {
                     self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
                     self.mirror.update(|status| {
                         status.tried = *last.borrow();

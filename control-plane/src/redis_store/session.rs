@@ -249,6 +249,9 @@ impl Session<'_> {
         let app = self.app;
         let mut state = app.state();
         foreign::remove(&self.writing, state.version.source).await?;
+        if log::take_away_if_spoiled(&self.writing, &self.mirror.sealer, state.version.source).await? {
+            tracing::error!("somebody else has written to the log of this control plane; it is filled again");
+        }
         self.check_fork(&state).await?;
         let mut in_log = log::last(&self.writing, state.version.source).await?;
         let was_set_back = in_log > *app.feed.last().borrow();
