@@ -698,7 +698,7 @@ fn a_forged_entry_of_a_log_is_refused_and_the_fleet_goes_on() {
         other_api.post(&format!("/api/admin/keys/{}/revoke", key.id), &json!({ "reason": "compromised" }));
     answer.expect(200);
     wait_until(SOON, "the other's revocation", || stack.get("/api/chat", &key.token).status == 401);
-    // What comes by the log alone, with the numbers that were taken there.
+    // What comes by the log alone, also with the numbers that were taken there.
     let suspended = other_api.issue("basic");
     other_api.post(&format!("/api/admin/keys/{}/suspend", suspended.id), &json!({})).expect(200);
     wait_until(SOON, "the other's suspension", || stack.get("/api/chat", &suspended.token).status == 401);

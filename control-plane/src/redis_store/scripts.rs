@@ -4,13 +4,13 @@
 /// whoever fills it.
 ///
 /// KEYS\[1\]: the log. ARGV\[1\]: the number of the change before the first, 0 if there is none; then the number and
-/// the sealed change, for each. Returns the number of the last change that is there now; unless that is the last
-/// one given, nothing was appended.
+/// the sealed change, for each. Returns the number of the last one given; 0 if they do not follow, and nothing was
+/// appended. What is there with that number need not be this change: whoever finds out looks at it.
 pub const APPEND: &str = "
 local last = 0
 local found = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)
 if found[1] then last = tonumber(string.match(found[1][1], '^(%d+)')) end
-if last ~= tonumber(ARGV[1]) then return last end
+if last ~= tonumber(ARGV[1]) then return 0 end
 for i = 2, #ARGV, 2 do
   redis.call('XADD', KEYS[1], ARGV[i] .. '-0', 'c', ARGV[i + 1])
   last = tonumber(ARGV[i])
