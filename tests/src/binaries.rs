@@ -45,6 +45,21 @@ pub fn redis_cli() -> PathBuf {
     installed("redis-cli")
 }
 
+/// Prometheus.
+pub fn prometheus() -> PathBuf {
+    installed("prometheus")
+}
+
+/// What checks Prometheus's files.
+pub fn promtool() -> PathBuf {
+    installed("promtool")
+}
+
+/// What checks Alertmanager's file.
+pub fn amtool() -> PathBuf {
+    installed("amtool")
+}
+
 /// What makes certificates.
 pub fn openssl() -> PathBuf {
     installed("openssl")

@@ -205,10 +205,10 @@ impl Redis {
         command.args(arguments).stdin(Stdio::null()).output().expect("redis-cli runs")
     }
 
-    /// The value of a line of `INFO`, like `role`.
-    #[track_caller]
+    /// The value of a line of `INFO`, like `role`; `None` also while it does not answer, as when its role changes.
     pub fn info(&self, name: &str) -> Option<String> {
-        let all = self.cli(&["INFO"]);
+        let output = self.output(&["INFO"]);
+        let all = if output.status.success() { text(&output) } else { return None };
         all.lines().find_map(|line| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim().to_owned()))
     }
 

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
 use crate::app::App;
+use crate::canary::runner;
 use crate::change::{Change, Idempotency};
 use crate::clock;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
@@ -204,7 +205,13 @@ pub async fn refresh(
         let issued = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
         Ok((vec![issued, Change::revoking(&old, ended)], Planned::Issued))
     };
-    let (issued, committed) = issue(&app, &caller, make, plan).await.inspect_err(|_| count("false"))?;
+    let is_canarys = runner::is_canarys(&known);
+    let (issued, committed) = issue(&app, &caller, make, plan).await.inspect_err(|_| {
+        // That its key is not renewed yet is what the canary tests, again and again.
+        if !is_canarys {
+            count("false");
+        }
+    })?;
     if !issued.replayed {
         count("true");
         let role = issued.key.role.as_str();

@@ -302,14 +302,18 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
     Ok(token)
 }
 
+/// Whether a key is the canary's own.
+pub fn is_canarys(key: &KeyRecord) -> bool {
+    key.name == KEY_NAME && key.metadata.get("canary") == Some(&Value::Bool(true))
+}
+
 /// The canary's keys of processes before this one.
 async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
     let here = Arc::clone(app);
     let found = tokio::task::spawn_blocking(move || {
         let mut found = Vec::new();
         let read = here.store.each_key(|key| {
-            let is_canarys = key.name == KEY_NAME && key.metadata.get("canary") == Some(&Value::Bool(true));
-            if is_canarys && key.state(now) == KeyState::Active {
+            if is_canarys(&key) && key.state(now) == KeyState::Active {
                 found.push(key);
             }
         });
