@@ -263,7 +263,7 @@ fn wait_agreed(here: &Api, there: &Api) -> String {
 }
 
 #[test]
-fn begun_on_both_sides_of_a_split_one_of_them_is_completed_when_it_heals() {
+fn begun_on_both_sides_of_a_split_both_agree_on_one_when_it_heals() {
     let mut two = Two::start("");
     let (here, there) = two.apis();
     let mut workers = two.workers();
@@ -282,7 +282,9 @@ fn begun_on_both_sides_of_a_split_one_of_them_is_completed_when_it_heals() {
     wait_until(2 * SOON, "one of them to sign", || begun.contains(&active(&here)));
     let kid = wait_agreed(&here, &there);
     let given_up = begun.iter().find(|begun| **begun != kid).expect("the other one");
-    assert_eq!((stage(&here, given_up), stage(&here, &old)), ("expired".into(), "previous".into()));
+    // It was given up, or, if its own side was back first, had its turn before this one.
+    assert!(["expired", "previous"].contains(&stage(&here, given_up).as_str()), "{}", stage(&here, given_up));
+    assert_eq!(stage(&here, &old), "previous");
     for api in [&here, &there] {
         let key = api.issue("basic");
         assert_eq!(kid_of(&key), kid);
