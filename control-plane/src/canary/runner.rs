@@ -22,6 +22,7 @@ use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, Revocati
 use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
+use crate::rotation::driver;
 use crate::writer::View;
 
 /// In whose name the journal has what the canary does.
@@ -120,12 +121,7 @@ pub async fn run(app: Arc<App>) {
             _ = stopping.wait_for(|stop| *stop) => return,
             _ = ticks.tick() => {}
         }
-        // Of several control planes one does it; without Redis, or without others, this one.
-        let others = app
-            .mirror
-            .as_ref()
-            .is_some_and(|mirror| !mirror.leads() && !mirror.live_peers(&app.state()).is_empty());
-        if !others {
+        if driver::leads(&app) {
             tokio::select! {
                 _ = stopping.wait_for(|stop| *stop) => return,
                 _ = run_once(&app, false) => {}

@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 use super::{Order, RotationError, SETTLE};
 use crate::app::App;
 use crate::change::Change;
+use crate::hsm::HsmError;
 use crate::notify::Kind;
 use crate::redis_store::Report;
 use crate::secret::ring::Held;
@@ -232,9 +233,9 @@ fn cautious_now(app: &App) -> u64 {
     clock.at(app.clock.now_ms(), std::time::Instant::now()) / 1_000
 }
 
-/// Whether this control plane makes the steps: it is the only one, or holds the lease. Without Redis nobody can know
-/// what others do.
-fn leads(app: &App) -> bool {
+/// Whether this control plane does what one of several does: it is the only one, or holds the lease. Without Redis nobody
+/// can know what others do.
+pub fn leads(app: &App) -> bool {
     let state = app.state();
     app.mirror.as_ref().is_none_or(|mirror| mirror.leads() || mirror.live_peers(&state).is_empty())
 }
@@ -336,7 +337,7 @@ pub async fn make_in_hsm(app: &Arc<App>, alg: Algorithm) -> Result<Option<HsmPai
     }
     let here = Arc::clone(app);
     let made = tokio::task::spawn_blocking(move || HsmPair::make(alg, &here.keys)).await;
-    Ok(Some(made.unwrap_or(Err(SecretError::NotForHsm))?))
+    Ok(Some(made.unwrap_or(Err(SecretError::Hsm(HsmError::Stopped)))?))
 }
 
 /// Has the HSM destroy a key pair of which nothing came.
