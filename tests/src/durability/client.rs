@@ -206,9 +206,14 @@ impl Client {
     pub fn begin_round(&mut self) {
         self.keys.iter_mut().for_each(|held| held.touched = false);
         self.foreign_before = self.foreign.len();
+        self.forget_rules();
+        self.enforced.clear();
+    }
+
+    /// Forgets what was answered of the policy and the lockdown.
+    pub fn forget_rules(&mut self) {
         self.policies.clear();
         self.lockdowns.clear();
-        self.enforced.clear();
     }
 
     /// Makes changes, one after the other, until told to stop or there is no answer.

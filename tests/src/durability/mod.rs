@@ -183,6 +183,9 @@ impl Drill {
         }
         self.lockdown = until.map(str::to_owned);
 
+        // What was found stands for what was answered from here on: it may be what had no answer.
+        self.clients.iter_mut().for_each(Client::forget_rules);
+
         let listed: BTreeSet<&str> = emergency["cutoffs"]
             .as_array()
             .map(|cutoffs| cutoffs.iter().filter_map(|cutoff| cutoff["id"].as_str()).collect())
