@@ -16,6 +16,7 @@ use crate::notify::{self, Destination};
 use crate::redis_store;
 use crate::roles::Roles;
 use crate::secret::{Ring, SecretState};
+use crate::telemetry::{self, Times};
 
 /// The version label: keys of Keygate.
 pub const V2: &str = "v2";
@@ -31,8 +32,10 @@ pub struct Metrics {
     registry: Registry,
     /// Keys issued.
     pub created: IntCounterVec,
-    /// Keys validated by `/api/auth/validate`.
+    /// Keys validated by proxies and by `/api/auth/validate`.
     pub validated: IntCounterVec,
+    /// Requests to proxies, by the route's name and what became of them.
+    pub requests: IntCounterVec,
     /// Renewals, tried and done.
     pub refreshed: IntCounterVec,
     /// Keys revoked.
@@ -40,9 +43,11 @@ pub struct Metrics {
     /// Refused credentials by precise reason.
     pub auth_errors: IntCounterVec,
     /// Time to decide on a key, from the request's headers to the answer.
-    pub validation_seconds: HistogramVec,
+    pub validation_seconds: Times,
     /// Time to read and verify the token in that, or to find it remembered.
-    pub decode_seconds: Histogram,
+    pub decode_seconds: Times,
+    /// Reports of proxies that could not be kept.
+    pub telemetry_failures: IntCounter,
     /// Requests beyond a key's limit.
     pub rate_limit_exceeded: IntCounterVec,
     /// Rotations of signing secrets that failed.
@@ -146,13 +151,11 @@ impl Metrics {
             registry.register(Box::new(histogram.clone())).expect("a name of its own");
             histogram
         };
-        let validation_seconds = HistogramVec::new(
-            HistogramOpts::new("key_validation_duration_seconds", "Time to decide on a key.")
-                .buckets(MICROSECONDS.to_vec()),
-            &["version"],
-        )
-        .expect("a valid metric");
-        registry.register(Box::new(validation_seconds.clone())).expect("a name of its own");
+        let times = |name, help, label| {
+            let times = Times::new(name, help, label).expect("a valid metric");
+            registry.register(Box::new(times.clone())).expect("a name of its own");
+            times
+        };
         let redis_seconds = HistogramVec::new(
             HistogramOpts::new(
                 "redis_operation_duration_seconds",
@@ -194,21 +197,34 @@ impl Metrics {
             created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
             validated: counters(
                 "api_key_validated_total",
-                "Keys asked about by /api/auth/validate; role is 'unknown' when the signature did not verify.",
+                "Keys looked at by proxies and by /api/auth/validate; role is 'unknown' when the signature did not verify.",
                 &["role", "version", "result"],
+            ),
+            requests: counters(
+                "keygate_requests_total",
+                "Requests to proxies and what was decided; endpoint is the route's name in the policy, 'none' when none matched.",
+                &["version", "endpoint", "outcome"],
             ),
             refreshed: counters("api_key_refreshed_total", "Renewals asked for.", &["role", "success"]),
             revoked: counters("api_key_revoked_total", "Keys revoked.", &["role", "reason"]),
             auth_errors: counters(
                 "auth_errors_total",
-                "Credentials refused by the control plane's own API, by precise reason.",
+                "Requests refused by proxies and by the control plane's own API, by precise reason.",
                 &["error_type", "version"],
             ),
-            validation_seconds,
-            decode_seconds: histogram(
+            validation_seconds: times(
+                "key_validation_duration_seconds",
+                "Time to decide on a key: of every call of the API, and of one in sixteen requests to proxies.",
+                Some(("version", V2)),
+            ),
+            decode_seconds: times(
                 "jwt_decode_duration_seconds",
-                "Time to decide on a token: to read and verify it, or to find it remembered.",
-                &MICROSECONDS,
+                "Time to read and verify a token, or to find it remembered; of the same calls and requests.",
+                None,
+            ),
+            telemetry_failures: counter(
+                "keygate_telemetry_failures_total",
+                "Times that the reports of proxies could not be kept; they report again.",
             ),
             rate_limit_exceeded: counters(
                 "rate_limit_exceeded_total",
@@ -373,7 +389,10 @@ impl Metrics {
                 self.redis_edits.with_label_values(&[key, outcome]);
             }
         }
-        self.validated.with_label_values(&["unknown", V2, "failure"]);
+        self.validated.with_label_values(&[telemetry::UNKNOWN, V2, "failure"]);
+        for outcome in telemetry::OUTCOMES {
+            self.requests.with_label_values(&[V2, "none", outcome]);
+        }
         for result in ["pass", "fail"] {
             self.canary_runs.with_label_values(&[result]);
         }
@@ -390,7 +409,6 @@ impl Metrics {
             self.secrets.with_label_values(&[state.label()]);
             self.secret_stage_seconds.with_label_values(&[state.label()]);
         }
-        self.validation_seconds.with_label_values(&[V2]);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.auth_errors.with_label_values(&[reason.label(), V2]);
         }
@@ -433,6 +451,11 @@ impl Metrics {
 
     /// Makes the series of a policy's routes, with 0.
     pub fn begin_routes(&self, roles: &Roles, policy: &Policy) {
+        for route in &policy.routes {
+            for outcome in telemetry::OUTCOMES {
+                self.requests.with_label_values(&[V2, &route.name, outcome]);
+            }
+        }
         for role in roles.keys() {
             for route in &policy.routes {
                 self.rate_limit_exceeded.with_label_values(&[role.as_str(), &route.name]);

@@ -10,20 +10,25 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use keygate_core::telemetry::Report;
 use keygate_core::version::Version;
 use keygate_core::wire::{
-    self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, Proxy, SHARDS_ANSWER_BYTES, ShardRequest,
+    self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
 };
 use sha2::{Digest, Sha256};
 
+use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
 use crate::state;
+use crate::telemetry::ReportError;
 
 /// The longest time for which a poll is held back.
 const MAX_WAIT: Duration = Duration::from_secs(30);
-/// The most bytes of a request; the largest has sixteen numbers.
+/// The most bytes of a request.
 const MAX_REQUEST_BYTES: usize = 64 * 1024;
+/// The most bytes of a report: as many series as it may have, with names as long as they get in practice.
+const MAX_REPORT_BYTES: usize = 512 * 1024;
 /// The longest node id that is kept.
 const MAX_ID_BYTES: usize = 256;
 
@@ -56,6 +61,7 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
+        .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
         .with_state(app)
@@ -64,14 +70,7 @@ pub fn router(app: Arc<App>) -> Router {
 async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let poll: Poll = read(&body)?;
-    if poll.format != FORMAT {
-        return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
-    }
-    let Proxy { id, incarnation, .. } = &poll.proxy;
-    let fits = |name: &String| (1..=MAX_ID_BYTES).contains(&name.len());
-    if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
-        return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
-    }
+    check_proxy(poll.format, &poll.proxy.id, &poll.proxy.incarnation)?;
     whole_state(&app).await?;
     let applied = poll.applied;
     let base = applied.filter(|_| !poll.resync);
@@ -132,6 +131,32 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
         found.push(shard.encode());
     }
     Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
+}
+
+async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let report: Report = read(&body)?;
+    check_proxy(report.format, &report.proxy, &report.incarnation)?;
+    let policy = &app.state().rules.policy;
+    let receipt = app.telemetry.take(&report, policy, app.clock.now_s()).await;
+    receipt.map(|receipt| json(StatusCode::OK, serde_json::json!(receipt))).map_err(|error| match error {
+        ReportError::Invalid(why) => Problem::bad_request(why),
+        ReportError::NotKept => {
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+        }
+    })
+}
+
+/// Whether a question is in a format that is read here, and of a proxy that has names.
+fn check_proxy(format: u32, id: &str, incarnation: &str) -> Result<(), Problem> {
+    if format != FORMAT {
+        return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
+    }
+    let fits = |name: &str| (1..=MAX_ID_BYTES).contains(&name.len());
+    if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
+        return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
+    }
+    Ok(())
 }
 
 /// The state, unless what others had is only taken in by half: then there may be a secret and not yet that a key signed

@@ -193,6 +193,19 @@ impl Reason {
         self as usize
     }
 
+    /// Whether a key was accepted, of decisions that a key was looked at for; `None` for all others.
+    pub const fn is_of_key(self) -> Option<bool> {
+        match self {
+            Self::Allowed => Some(true),
+            _ => match self.refusal() {
+                Some(Refusal::InvalidToken | Refusal::InsufficientScope | Refusal::RateLimited) => {
+                    Some(false)
+                }
+                _ => None,
+            },
+        }
+    }
+
     /// What a client is told, `None` when it passes.
     pub const fn refusal(self) -> Option<Refusal> {
         Some(match self {

@@ -38,6 +38,7 @@ pub mod revocation;
 pub mod rules;
 pub mod shared;
 pub mod sync;
+pub mod telemetry;
 pub mod token;
 pub mod version;
 pub mod wire;

@@ -12,6 +12,7 @@ use crate::VERSION;
 use crate::host::{self, Answer, Shared};
 use crate::metrics::Metrics;
 use crate::plugin::Configuration;
+use crate::reporter::{REPORT_PATH, Reporter};
 
 const POLL_PATH: &str = "/sync/v1/poll";
 const SHARDS_PATH: &str = "/sync/v1/shards";
@@ -50,6 +51,7 @@ struct Leading {
     publishing: Option<Publishing>,
     sweep: Option<Sweep>,
     call: Option<u32>,
+    reporter: Reporter,
     /// Of the last poll that was answered: what is then published is as new as that.
     contact: Contact,
     asked_ns: u64,
@@ -140,12 +142,17 @@ impl Leader {
         }
         #[cfg(feature = "trap")]
         crate::trap::on_leader_tick();
-        self.go_on(now)
+        let wanted = self.go_on(now);
+        self.report_if_due(now);
+        wanted
     }
 
     /// Takes an answer; how soon it wants to be called again.
     pub fn on_answer(&mut self, token: u32, answer: Option<Answer>, now: Now<'_>) -> Option<Duration> {
-        let leading = self.leading.as_mut().filter(|leading| leading.call == Some(token))?;
+        let leading = self.leading.as_mut()?;
+        if leading.reporter.on_answer(token, answer.as_ref(), now.ns) || leading.call != Some(token) {
+            return None;
+        }
         leading.call = None;
         leading.ask_at_ns = now.ns;
         if let Err(trouble) = leading.take(answer, now.ns) {
@@ -213,8 +220,28 @@ impl Leader {
         }
     }
 
-    fn ask_if_due(&mut self, now: Now<'_>) -> Option<Duration> {
+    /// By what the control plane knows this process.
+    fn identity(&self) -> (String, u64) {
         let incarnation = shared::incarnation(&mut Shared, self.vm);
+        let id = if self.proxy_id.is_empty() {
+            format!("unnamed-{incarnation:016x}")
+        } else {
+            self.proxy_id.clone()
+        };
+        (id, incarnation)
+    }
+
+    fn report_if_due(&mut self, now: Now<'_>) {
+        let (id, incarnation) = self.identity();
+        let Some(leading) = self.leading.as_mut() else { return };
+        let (cluster, token) = (&self.configuration.sync_cluster, self.token.as_deref());
+        leading.reporter.report_if_due(now.ns, (&id, incarnation), |body| {
+            host::post(cluster, REPORT_PATH, token, body, CALL_TIMEOUT)
+        });
+    }
+
+    fn ask_if_due(&mut self, now: Now<'_>) -> Option<Duration> {
+        let (id, incarnation) = self.identity();
         let leading = self.leading.as_mut()?;
         if leading.call.is_some() {
             return None;
@@ -228,11 +255,6 @@ impl Leader {
         let (path, body, timeout) = match leading.follower.ask() {
             Ask::Nothing => return Some(BETWEEN_SLICES),
             Ask::Poll { applied, resync } => {
-                let id = if self.proxy_id.is_empty() {
-                    format!("unnamed-{incarnation:016x}")
-                } else {
-                    self.proxy_id.clone()
-                };
                 let poll = Poll {
                     format: FORMAT,
                     proxy: Proxy {
@@ -277,6 +299,7 @@ impl Leading {
             // A leader before may have left one, or not have come to it.
             sweep: Some(Sweep { from_ns: now_ns.saturating_add(SWEEP_AFTER_NS), next: 0 }),
             call: None,
+            reporter: Reporter::default(),
             contact: Contact::default(),
             asked_ns: 0,
             // The leader before may have published a moment ago; workers look every 2 ms.

@@ -21,6 +21,7 @@ mod host;
 mod leader;
 mod metrics;
 mod plugin;
+mod reporter;
 mod request;
 #[cfg(feature = "trap")]
 mod trap;

@@ -8,6 +8,8 @@ use std::time::Duration;
 use keygate_core::cache::TokenCache;
 use keygate_core::replica::Replica;
 use keygate_core::shared::{self, Census};
+use keygate_core::telemetry::Tally;
+use keygate_core::telemetry::ledger::Ledger;
 use serde::Deserialize;
 
 use crate::es256;
@@ -21,6 +23,9 @@ const TICK: Duration = Duration::from_millis(100);
 const EAGER_TICK: Duration = Duration::from_millis(10);
 /// How often a VM says that it lives, in nanoseconds.
 const ROLL_CALL_NS: u64 = 1_000_000_000;
+/// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
+/// it traps.
+const WRITE_DOWN_NS: u64 = 200_000_000;
 
 /// The plugin's configuration. It shows in Envoy's `/config_dump`, so nothing secret stands in it: the
 /// fleet token comes by the environment variable [`FLEET_TOKEN`].
@@ -61,11 +66,16 @@ pub struct Plugin {
     pub cache: TokenCache,
     /// What is counted.
     pub metrics: Metrics,
+    /// What this VM has counted for the control plane.
+    pub tally: Tally,
     /// Whether a request ever came to this VM.
     pub serves: bool,
     leader: Leader,
     counted: bool,
     roll_called_ns: u64,
+    ledger: Ledger,
+    written_down_ns: u64,
+    unwritten: bool,
     census: Census,
     tick: Duration,
 }
@@ -100,6 +110,10 @@ impl Plugin {
             serves: false,
             counted: false,
             roll_called_ns: 0,
+            tally: Tally::default(),
+            ledger: Ledger::new(vm),
+            written_down_ns: 0,
+            unwritten: false,
             census: Census::default(),
             tick: Duration::ZERO,
         };
@@ -121,6 +135,9 @@ impl Plugin {
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
             self.roll_called_ns = now_ns;
             self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
+        }
+        if now_ns.saturating_sub(self.written_down_ns) >= WRITE_DOWN_NS {
+            self.write_down(now_ns);
         }
         // Not by the main thread's VM, which serves nobody: it would be memory for nothing.
         let derived = self.serves && self.replica.derive_gate(&mut host::Shared);
@@ -155,8 +172,18 @@ impl Plugin {
         self.metrics.vm_memory_bytes.set(self.census.largest_bytes);
     }
 
+    /// Writes down what was counted, where it outlives this VM.
+    fn write_down(&mut self, now_ns: u64) {
+        self.written_down_ns = now_ns;
+        self.unwritten |= self.tally.take_changed();
+        if self.unwritten {
+            self.unwritten = !self.ledger.write(&mut host::Shared, &self.tally.counts(), now_ns);
+        }
+    }
+
     /// The VM ends, for instance since there is a new configuration.
     pub fn on_done(&mut self) {
+        self.write_down(host::monotonic_ns());
         self.leader.resign();
     }
 

@@ -4,6 +4,7 @@ use keygate_core::credential;
 use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
 use keygate_core::forward;
 use keygate_core::refusal::Refusal;
+use keygate_core::telemetry::Stopwatch;
 use proxy_wasm::types::Action;
 
 use crate::host;
@@ -79,12 +80,18 @@ impl Plugin {
             State::Missing => DEFAULT_REALM,
             State::Stale(rules) | State::Fresh(rules) => &rules.realm,
         };
-        let judge = Judge { cache: &mut self.cache, revocations, now: now_s, trace: &mut () };
+        let sampled = self.tally.samples();
+        let mut watch = Stopwatch::new(sampled.then_some(host::monotonic_ns));
+        let judge = Judge { cache: &mut self.cache, revocations, now: now_s, trace: &mut watch };
         let decision = decide(state, request, judge);
         if decision.reason == Reason::RevocationUnknown && !for_good {
             return None;
         }
         self.metrics.decided(decision.reason);
+        self.tally.decided(&decision);
+        if sampled {
+            self.tally.took(host::monotonic_ns().saturating_sub(now_ns), watch.decode_ns);
+        }
         if decision.shadowed {
             self.metrics.shadowed.increment();
         }

@@ -30,6 +30,7 @@ mod rotation;
 mod secrets;
 mod split;
 mod startup;
+mod telemetry;
 mod trap;
 mod upkeep;
 mod wasm_imports;

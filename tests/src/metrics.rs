@@ -31,6 +31,13 @@ impl Metrics {
             .find_map(|line| line.strip_prefix(series)?.strip_prefix(' ')?.parse().ok())
             .unwrap_or_else(|| panic!("no series {series}"))
     }
+
+    /// The sum of all series of a metric that have certain labels, as they are written.
+    pub fn sum(&self, metric: &str, labels: &[&str]) -> u64 {
+        let lines = self.0.lines().filter(|line| line.starts_with(metric));
+        let wanted = lines.filter(|line| labels.iter().all(|label| line.contains(label)));
+        wanted.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>() as u64
+    }
 }
 
 /// The largest value that one of Envoy's histograms ever had until now, in the histogram's own unit; 0 when it

@@ -490,6 +490,6 @@ fn actor(key: &Verified) -> &str {
 }
 
 /// JSON with a status.
-fn json(status: StatusCode, body: serde_json::Value) -> Response {
+pub(crate) fn json(status: StatusCode, body: serde_json::Value) -> Response {
     (status, [(header::CONTENT_TYPE, "application/json")], body.to_string()).into_response()
 }

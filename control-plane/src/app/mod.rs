@@ -35,6 +35,7 @@ use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
 use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
+use crate::telemetry::{self, BookError, Telemetry};
 use crate::writer::{self, CommitError, Feed, History, OpenError, Start, View, Writer};
 use crate::{api, files, random, sync, upkeep};
 
@@ -81,6 +82,9 @@ pub enum RunError {
     /// The history.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// What proxies count.
+    #[error(transparent)]
+    Telemetry(#[from] BookError),
     /// The first change.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -112,6 +116,8 @@ pub struct App {
     pub snapshots: sync::Snapshots,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// What proxies count.
+    pub telemetry: Telemetry,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
     /// Signs what is left of old segments of the journal, as its checkpoints are signed.
@@ -226,6 +232,8 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     })?;
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
+    let roles = config.roles.keys().cloned().collect();
+    let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
         tracing::warn!(
@@ -251,6 +259,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         mirror,
         snapshots: sync::Snapshots::default(),
         metrics,
+        telemetry,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
         notifier,
@@ -287,6 +296,7 @@ impl Serving {
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
         let upkeep = tokio::spawn(upkeep::run(Arc::clone(&app)));
+        let telemetry = tokio::spawn(telemetry::run(Arc::clone(&app)));
         let canary = tokio::spawn(runner::run(Arc::clone(&app)));
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
         let mirror =
@@ -306,6 +316,7 @@ impl Serving {
             Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
         }
         let _ended = upkeep.await;
+        let _ended = telemetry.await;
         let _ended = rotation.await;
         let _ended = canary.await;
         if let Some(mirror) = mirror {

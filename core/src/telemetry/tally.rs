@@ -1,0 +1,222 @@
+//! What one VM counts, on the way of every request: no allocation once a route and a role were seen.
+
+use std::collections::HashMap;
+
+use super::{Counts, Series, Times, Timing};
+use crate::decision::{Decision, Reason, Trace};
+
+/// Of so many decisions the time of one is taken.
+const SAMPLE: u32 = 16;
+/// The most pairs of a route and a role that are told apart. A policy has fewer routes, and keys fewer roles; what
+/// many changes of the policy add up to is not to grow for ever.
+const MAX_PAIRS: usize = 4_096;
+
+const REASONS: usize = Reason::ALL.len();
+
+/// Decisions of one route and role.
+#[derive(Debug)]
+struct Cell {
+    route: String,
+    role: String,
+    /// By [`Reason::index`].
+    decisions: [u64; REASONS],
+}
+
+type Map<V> = HashMap<String, V, ahash::RandomState>;
+
+/// What one VM has counted.
+#[derive(Debug, Default)]
+pub struct Tally {
+    cells: Vec<Cell>,
+    /// The place of each in `cells`, by route, then by role.
+    places: Map<Map<usize>>,
+    validation: Times,
+    decode: Times,
+    until_sample: u32,
+    changed: bool,
+}
+
+impl Tally {
+    /// Whether the time of the next decision is to be taken: of the first, and then of one in sixteen.
+    pub fn samples(&mut self) -> bool {
+        let sample = self.until_sample == 0;
+        self.until_sample = self.until_sample.checked_sub(1).unwrap_or(SAMPLE.saturating_sub(1));
+        sample
+    }
+
+    /// Counts a decision.
+    pub fn decided(&mut self, decision: &Decision<'_>) {
+        let route = decision.route.map_or("", |route| route.name.as_str());
+        let role = decision.key.as_ref().map_or("", |key| key.claims.role.as_str());
+        self.changed = true;
+        let place = self.place(route, role);
+        let cell = self.cells.get_mut(place);
+        if let Some(count) = cell.and_then(|cell| cell.decisions.get_mut(decision.reason.index())) {
+            *count = count.saturating_add(1);
+        }
+    }
+
+    /// Notes how long a decision took, nanoseconds, and the token's part in it, if there was one.
+    pub fn took(&mut self, validation_ns: u64, decode_ns: Option<u64>) {
+        self.validation.add(validation_ns);
+        if let Some(decode_ns) = decode_ns {
+            self.decode.add(decode_ns);
+        }
+    }
+
+    /// Whether anything was counted since this was asked last.
+    pub fn take_changed(&mut self) -> bool {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// All of it by name.
+    pub fn counts(&self) -> Counts {
+        let mut counts = Counts::default();
+        for Cell { route, role, decisions } in &self.cells {
+            let decisions = Reason::ALL.into_iter().zip(decisions);
+            for (reason, number) in decisions.filter(|(_, number)| **number > 0) {
+                counts.add(Series::Decision { reason, route, role }.to_string(), *number);
+            }
+        }
+        for (timing, times) in [(Timing::Validation, &self.validation), (Timing::Decode, &self.decode)] {
+            for (bucket, number) in times.buckets.iter().enumerate().filter(|(_, number)| **number > 0) {
+                counts.add(Series::Bucket { timing, bucket }.to_string(), *number);
+            }
+            counts.add(Series::TimeSum { timing }.to_string(), times.sum_ns);
+        }
+        counts
+    }
+
+    fn place(&mut self, route: &str, role: &str) -> usize {
+        if let Some(place) = self.places.get(route).and_then(|roles| roles.get(role)) {
+            return *place;
+        }
+        let (route, role) = if self.cells.len() < MAX_PAIRS { (route, role) } else { ("", "") };
+        let roles = self.places.entry(route.to_owned()).or_default();
+        let place = *roles.entry(role.to_owned()).or_insert(self.cells.len());
+        if place == self.cells.len() {
+            self.cells.push(Cell { route: route.to_owned(), role: role.to_owned(), decisions: [0; REASONS] });
+        }
+        place
+    }
+}
+
+/// Takes the time of a token's part in a decision, when it is armed; the clock is the caller's.
+#[derive(Debug)]
+pub struct Stopwatch<C> {
+    clock: Option<C>,
+    began: Option<u64>,
+    /// How long the token took, nanoseconds, if there was one.
+    pub decode_ns: Option<u64>,
+}
+
+impl<C: Fn() -> u64> Stopwatch<C> {
+    /// Takes the time by `clock`, which gives nanoseconds, if there is one.
+    pub fn new(clock: Option<C>) -> Self {
+        Self { clock, began: None, decode_ns: None }
+    }
+}
+
+impl<C: Fn() -> u64> Trace for Stopwatch<C> {
+    fn step(&mut self, step: &'static str, _: impl FnOnce() -> String) {
+        let Some(clock) = &self.clock else { return };
+        match (step, self.began) {
+            ("credential", _) => self.began = Some(clock()),
+            ("token", Some(began)) if self.decode_ns.is_none() => {
+                self.decode_ns = Some(clock().saturating_sub(began));
+            }
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::cache::Verified;
+    use crate::decision::Verdict;
+    use crate::policy::Route;
+    use crate::token::Claims;
+
+    fn key(role: &str) -> Arc<Verified> {
+        let claims = Claims {
+            iss: "keygate".into(),
+            sub: "key_1".into(),
+            jti: "j".into(),
+            iat: 1,
+            exp: 2,
+            nbf: None,
+            aud: None,
+            role: role.into(),
+            scope: String::new(),
+            own: None,
+        };
+        let fingerprint = claims.fingerprint();
+        Arc::new(Verified { kid: "k".into(), key_tag: 0, fingerprint, claims })
+    }
+
+    fn decision<'r>(reason: Reason, route: &'r Route, role: &str) -> Decision<'r> {
+        let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
+        Decision { verdict, reason, route: Some(route), key: Some(key(role)), shadowed: false }
+    }
+
+    #[test]
+    fn decisions_are_counted_by_reason_route_and_role() {
+        let (chat, home) = (Route::keyed("chat", &[]), Route::keyed("home", &[]));
+        let mut tally = Tally::default();
+        assert!(!tally.take_changed());
+        for _ in 0..3 {
+            tally.decided(&decision(Reason::Allowed, &chat, "basic"));
+        }
+        tally.decided(&decision(Reason::Allowed, &chat, "admin"));
+        tally.decided(&decision(Reason::Revoked, &home, "basic"));
+        tally.decided(&Decision { route: None, key: None, ..decision(Reason::NoRoute, &home, "x") });
+        let counts = tally.counts();
+        for (name, number) in [
+            ("decision allowed chat basic", 3),
+            ("decision allowed chat admin", 1),
+            ("decision revoked home basic", 1),
+            ("decision no_route  ", 1),
+        ] {
+            assert_eq!(counts.get(name), number, "{name}");
+        }
+        assert_eq!(counts.iter().count(), 4);
+        assert!(tally.take_changed() && !tally.take_changed());
+    }
+
+    #[test]
+    fn names_do_not_grow_for_ever() {
+        let mut tally = Tally::default();
+        for number in 0..MAX_PAIRS + 100 {
+            let route = Route::keyed(&format!("route-{number}"), &[]);
+            tally.decided(&decision(Reason::Allowed, &route, "basic"));
+        }
+        assert!(tally.cells.len() <= MAX_PAIRS + 1);
+        let all: u64 = tally.counts().iter().map(|(_, number)| number).sum();
+        assert_eq!(all, MAX_PAIRS as u64 + 100);
+    }
+
+    #[test]
+    fn the_first_of_sixteen_is_timed() {
+        let mut tally = Tally::default();
+        let sampled: Vec<usize> = (0..33).filter(|_| tally.samples()).collect();
+        assert_eq!(sampled, [0, 16, 32]);
+        tally.took(1_500, None);
+        tally.took(900, Some(800));
+        let counts = tally.counts();
+        assert_eq!((counts.get("time validation 1"), counts.get("time validation sum")), (1, 2_400));
+        assert_eq!((counts.get("time decode 0"), counts.get("time decode sum")), (1, 800));
+    }
+
+    #[test]
+    fn a_stopwatch_takes_the_time_of_the_token_once() {
+        let now = std::cell::Cell::new(10);
+        let mut watch = Stopwatch::new(Some(|| now.replace(now.get() + 7)));
+        for step in ["route", "credential", "token", "token", "permission"] {
+            watch.step(step, || unreachable!("nobody asks for details"));
+        }
+        assert_eq!(watch.decode_ns, Some(7));
+    }
+}
