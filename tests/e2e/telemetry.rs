@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use keygate_e2e::durability::Dice;
 use keygate_e2e::forge::Parts;
 use keygate_e2e::metrics::Metrics;
-use keygate_e2e::{Api, Envoy, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Api, Connection, Envoy, Request, SOON, Stack, wait_until};
 use serde_json::json;
 
 /// What was sent, by the precise reason of its answer.
@@ -44,8 +44,8 @@ impl Kinds {
     }
 
     /// Sends some of each kind to every worker.
-    fn send(&self, envoy: &Envoy, dice: &mut Dice, sent: &mut Sent) {
-        for connection in &mut envoy.connect_to_all_workers() {
+    fn send(&self, envoy: &Envoy, workers: &mut [Connection], dice: &mut Dice, sent: &mut Sent) {
+        for connection in workers {
             for (reason, request, status) in &self.0 {
                 for _ in 0..1 + dice.below(4) {
                     // Envoy closes the connection of a bad request.
@@ -95,22 +95,23 @@ fn totals_are_the_requests_that_were_sent_over_restarts_of_all() {
     let mut api = stack.api();
     let kinds = Kinds::new(&api);
     let (mut sent, mut dice) = (Sent::new(), Dice::new(7));
+    let mut workers = stack.envoy.connect_to_all_workers();
 
-    kinds.send(&stack.envoy, &mut dice, &mut sent);
+    kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
     assert_counted(&api, &sent);
 
     // Killed with reports under way, and more requests while it is gone.
     for _ in 0..5 {
-        kinds.send(&stack.envoy, &mut dice, &mut sent);
+        kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
         stack.control_plane.kill();
-        kinds.send(&stack.envoy, &mut dice, &mut sent);
+        kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
         stack.control_plane.start();
         api = stack.api();
     }
     assert_counted(&api, &sent);
 
     // Stopped as an operator does.
-    kinds.send(&stack.envoy, &mut dice, &mut sent);
+    kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
     stack.control_plane.stop();
     stack.control_plane.start();
     api = stack.api();
@@ -121,7 +122,8 @@ fn totals_are_the_requests_that_were_sent_over_restarts_of_all() {
         stack.envoy.kill();
         stack.start_envoy();
         stack.envoy.wait_ready();
-        kinds.send(&stack.envoy, &mut dice, &mut sent);
+        workers = stack.envoy.connect_to_all_workers();
+        kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
         assert_counted(&api, &sent);
     }
 
@@ -131,8 +133,9 @@ fn totals_are_the_requests_that_were_sent_over_restarts_of_all() {
     stack.control_plane.start();
     stack.start_envoy();
     stack.envoy.wait_ready();
+    workers = stack.envoy.connect_to_all_workers();
     api = stack.api();
-    kinds.send(&stack.envoy, &mut dice, &mut sent);
+    kinds.send(&stack.envoy, &mut workers, &mut dice, &mut sent);
     assert_counted(&api, &sent);
     let all: u64 = sent.values().sum();
     println!("{all} requests of {} kinds, each counted once", sent.len());
@@ -190,7 +193,7 @@ fn a_million_keys_and_paths_make_no_series() {
     // One of each, so that what grows with the first is there.
     let kinds = Kinds::new(&api);
     let mut sent = Sent::new();
-    kinds.send(&stack.envoy, &mut Dice::new(1), &mut sent);
+    kinds.send(&stack.envoy, &mut stack.envoy.connect_to_all_workers(), &mut Dice::new(1), &mut sent);
     assert_counted(&api, &sent);
     let before = series(&stack);
     let refused = |metrics: &Metrics| metrics.sum("keygate_requests_total{", &["outcome=\"refused\""]);
