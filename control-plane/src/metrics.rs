@@ -16,7 +16,7 @@ use crate::notify::{self, Destination};
 use crate::redis_store;
 use crate::roles::Roles;
 use crate::secret::{Ring, SecretState};
-use crate::telemetry::{self, Times};
+use crate::telemetry::{self, Shown, Times};
 
 /// The version label: keys of Keygate.
 pub const V2: &str = "v2";
@@ -46,6 +46,8 @@ pub struct Metrics {
     pub validation_seconds: Times,
     /// Time to read and verify the token in that, or to find it remembered.
     pub decode_seconds: Times,
+    /// Those of the above that outlive the process, as they are shown.
+    pub kept: Shown,
     /// Reports of proxies that could not be kept.
     pub telemetry_failures: IntCounter,
     /// Requests beyond a key's limit.
@@ -151,11 +153,50 @@ impl Metrics {
             registry.register(Box::new(histogram.clone())).expect("a name of its own");
             histogram
         };
-        let times = |name, help, label| {
-            let times = Times::new(name, help, label).expect("a valid metric");
-            registry.register(Box::new(times.clone())).expect("a name of its own");
-            times
+        // These outlive the process: what is shown of them is on disk.
+        let kept = |name: &str, help: &str, labels: &[&str]| {
+            IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric")
         };
+        let times = |name, help, label| Times::new(name, help, label).expect("a valid metric");
+        let validated = kept(
+            "api_key_validated_total",
+            "Keys looked at by proxies and by /api/auth/validate; role is 'unknown' when the signature did not verify.",
+            &["role", "version", "result"],
+        );
+        let requests = kept(
+            "keygate_requests_total",
+            "Requests to proxies and what was decided; endpoint is the route's name in the policy, 'none' when none matched.",
+            &["version", "endpoint", "outcome"],
+        );
+        let auth_errors = kept(
+            "auth_errors_total",
+            "Requests refused by proxies and by the control plane's own API, by precise reason.",
+            &["error_type", "version"],
+        );
+        let rate_limit_exceeded = kept(
+            "rate_limit_exceeded_total",
+            "Requests beyond a key's limit; endpoint is the route's name in the policy.",
+            &["role", "endpoint"],
+        );
+        let validation_seconds = times(
+            "key_validation_duration_seconds",
+            "Time to decide on a key: of every call of the API, and of one in sixteen requests to proxies.",
+            Some(("version", V2)),
+        );
+        let decode_seconds = times(
+            "jwt_decode_duration_seconds",
+            "Time to read and verify a token, or to find it remembered; of the same calls and requests.",
+            None,
+        );
+        let kept = Shown::new(vec![
+            Box::new(validated.clone()),
+            Box::new(requests.clone()),
+            Box::new(auth_errors.clone()),
+            Box::new(rate_limit_exceeded.clone()),
+            Box::new(validation_seconds.clone()),
+            Box::new(decode_seconds.clone()),
+        ]);
+        registry.register(Box::new(kept.clone())).expect("names of their own");
         let redis_seconds = HistogramVec::new(
             HistogramOpts::new(
                 "redis_operation_duration_seconds",
@@ -195,42 +236,19 @@ impl Metrics {
 
         let metrics = Self {
             created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
-            validated: counters(
-                "api_key_validated_total",
-                "Keys looked at by proxies and by /api/auth/validate; role is 'unknown' when the signature did not verify.",
-                &["role", "version", "result"],
-            ),
-            requests: counters(
-                "keygate_requests_total",
-                "Requests to proxies and what was decided; endpoint is the route's name in the policy, 'none' when none matched.",
-                &["version", "endpoint", "outcome"],
-            ),
+            validated,
+            requests,
             refreshed: counters("api_key_refreshed_total", "Renewals asked for.", &["role", "success"]),
             revoked: counters("api_key_revoked_total", "Keys revoked.", &["role", "reason"]),
-            auth_errors: counters(
-                "auth_errors_total",
-                "Requests refused by proxies and by the control plane's own API, by precise reason.",
-                &["error_type", "version"],
-            ),
-            validation_seconds: times(
-                "key_validation_duration_seconds",
-                "Time to decide on a key: of every call of the API, and of one in sixteen requests to proxies.",
-                Some(("version", V2)),
-            ),
-            decode_seconds: times(
-                "jwt_decode_duration_seconds",
-                "Time to read and verify a token, or to find it remembered; of the same calls and requests.",
-                None,
-            ),
+            auth_errors,
+            validation_seconds,
+            decode_seconds,
+            kept,
             telemetry_failures: counter(
                 "keygate_telemetry_failures_total",
                 "Times that the reports of proxies could not be kept; they report again.",
             ),
-            rate_limit_exceeded: counters(
-                "rate_limit_exceeded_total",
-                "Requests beyond a key's limit; endpoint is the route's name in the policy.",
-                &["role", "endpoint"],
-            ),
+            rate_limit_exceeded,
             secret_rotation_failures: counter(
                 "secret_rotation_failures",
                 "Rotations of signing secrets that failed.",
@@ -353,6 +371,7 @@ impl Metrics {
             .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
             .expect("a name of its own");
         metrics.begin(roles);
+        metrics.kept.show(metrics.kept.live());
         Arc::new(metrics)
     }
 

@@ -5,6 +5,7 @@
 //! it goes, is the report acknowledged. Reports that come at the same time share a write.
 
 mod book;
+mod shown;
 mod times;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -17,10 +18,12 @@ use keygate_core::refusal::Refusal;
 use keygate_core::telemetry::{MAX_REPORTED, MAX_SERIES_BYTES, Receipt, Report, Series, Timing};
 use prometheus::IntCounterVec;
 use prometheus::core::Collector as _;
+use prometheus::proto::{MetricFamily, MetricType};
 use tokio::sync::{Notify, watch};
 
 use self::book::{Book, Totals};
 pub use self::book::{BookError, Known};
+pub use self::shown::Shown;
 pub use self::times::Times;
 use crate::app::App;
 use crate::metrics::{Metrics, V2};
@@ -67,6 +70,8 @@ pub struct Telemetry {
     roles: BTreeSet<String>,
     book: Arc<Book>,
     kept: Mutex<Kept>,
+    /// For one write at a time.
+    writing: tokio::sync::Mutex<()>,
     /// There is something to be written.
     news: Notify,
     /// The number of the last report that is on disk.
@@ -95,12 +100,14 @@ impl Telemetry {
         let endpoints = totals.counters.values().flatten();
         let routes = endpoints.filter_map(|(labels, _)| labels.get("endpoint").cloned()).collect();
         restore(&metrics, &totals);
+        metrics.kept.show(metrics.kept.live());
         let kept = Kept { known, unwritten: BTreeSet::new(), routes, reports: 0, on_disk: totals };
         Ok(Self {
             metrics,
             roles,
             book: Arc::new(book),
             kept: Mutex::new(kept),
+            writing: tokio::sync::Mutex::new(()),
             news: Notify::new(),
             written: watch::Sender::new(0),
         })
@@ -196,9 +203,10 @@ impl Telemetry {
         }
     }
 
-    /// Writes what is new; whether that worked.
+    /// Writes what is new, and shows it; whether that worked.
     pub async fn write(&self, now_s: u64) -> bool {
-        let (number, totals, known, forgotten) = {
+        let _one_at_a_time = self.writing.lock().await;
+        let (number, families, totals, known, forgotten) = {
             let mut kept = self.lock();
             let forgotten = forget(&mut kept, now_s);
             let unwritten = std::mem::take(&mut kept.unwritten);
@@ -206,9 +214,12 @@ impl Telemetry {
                 .into_iter()
                 .filter_map(|id| kept.known.get(&id).cloned().map(|known| (id, known)))
                 .collect();
-            (kept.reports, totals_of(&self.metrics), known, forgotten)
+            let families = self.metrics.kept.live();
+            let totals = totals_of(&families, &self.metrics);
+            (kept.reports, families, totals, known, forgotten)
         };
         if known.is_empty() && forgotten.is_empty() && totals == self.lock().on_disk {
+            self.metrics.kept.show(families); // Of a new route there may be series without a number.
             return true;
         }
         let book = Arc::clone(&self.book);
@@ -216,6 +227,7 @@ impl Telemetry {
         match tokio::task::spawn_blocking(write).await {
             Ok((Ok(()), totals, _)) => {
                 self.lock().on_disk = totals;
+                self.metrics.kept.show(families);
                 self.written.send_replace(number);
                 true
             }
@@ -287,9 +299,9 @@ fn counters(metrics: &Metrics) -> [&IntCounterVec; 4] {
     [&metrics.validated, &metrics.auth_errors, &metrics.requests, &metrics.rate_limit_exceeded]
 }
 
-fn totals_of(metrics: &Metrics) -> Totals {
+fn totals_of(families: &[MetricFamily], metrics: &Metrics) -> Totals {
     let mut totals = Totals::default();
-    for family in counters(metrics).into_iter().flat_map(|counter| counter.collect()) {
+    for family in families.iter().filter(|family| family.get_field_type() == MetricType::COUNTER) {
         let series = family.get_metric().iter().filter_map(|metric| {
             // Counts are whole numbers, and floating-point ones are exact up to 2^53.
             #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
@@ -300,6 +312,7 @@ fn totals_of(metrics: &Metrics) -> Totals {
         });
         totals.counters.insert(family.name().to_owned(), series.collect());
     }
+    // Read after what is shown: never less than that.
     for timing in Timing::ALL {
         let observed = times_of(metrics, timing).observed();
         totals.times.insert(times::name_of(timing).to_owned(), observed);

@@ -116,6 +116,18 @@ async fn what_is_not_on_disk_is_not_acknowledged_and_not_counted_twice() {
 }
 
 #[tokio::test]
+async fn what_is_not_on_disk_is_not_shown() {
+    let dir = tempfile::tempdir().unwrap();
+    let telemetry = telemetry(dir.path());
+    let malformed = "auth_errors_total{error_type=\"malformed\",version=\"v2\"}";
+    telemetry.metrics.auth_errors.with_label_values(&["malformed", V2]).inc();
+    telemetry.count(&report("a", &[("decision malformed chat ", 0, 5)]), &policy(), 100).unwrap();
+    assert_eq!(value(&telemetry, malformed), 0);
+    assert!(telemetry.write(100).await);
+    assert_eq!(value(&telemetry, malformed), 6);
+}
+
+#[tokio::test]
 async fn names_that_nobody_knows_make_no_series() {
     let dir = tempfile::tempdir().unwrap();
     let telemetry = telemetry(dir.path());
