@@ -57,6 +57,8 @@ pub struct Metrics {
     pub secret_active_age: Gauge,
     /// Until the next scheduled rotation.
     pub secret_next_rotation: Gauge,
+    /// Whether proxies are named to be tested.
+    pub canary_configured: Gauge,
     /// Canary tests that were run.
     pub canary_runs: IntCounterVec,
     /// How long they took.
@@ -233,6 +235,10 @@ impl Metrics {
             secret_next_rotation: gauge(
                 "keygate_secret_next_rotation_seconds",
                 "Time until the next scheduled rotation, negative when it is late; NaN when none is scheduled.",
+            ),
+            canary_configured: gauge(
+                "keygate_canary_configured",
+                "1: proxies are named that canaries test; 0: none are, and nothing is run.",
             ),
             canary_runs: counters("keygate_canary_runs_total", "Canary tests that were run.", &["result"]),
             canary_seconds: histogram(

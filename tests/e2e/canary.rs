@@ -60,6 +60,39 @@ fn what_a_holder_of_a_key_does_is_tested_and_a_revocation_is_measured() {
 }
 
 #[test]
+fn the_first_run_waits_for_the_proxy_and_a_rotation_has_them_run_at_once() {
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    let config = format!(
+        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1h\"\nprobe_interval = \"1d\"\n",
+        stack.envoy.port()
+    );
+    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    let api = stack.api();
+    assert_eq!(health(&api)["status"], "no_data");
+    stack.start_envoy();
+    // An hour lies between two runs, so this is the first one.
+    wait_until(SOON, "the first run", || health(&api)["status"] != "no_data");
+    let now = health(&api);
+    assert_eq!((&now["status"], &now["pass_rate"]), (&json!("healthy"), &json!(100.0)), "{now}");
+
+    let probes = |api: &Api| {
+        let shown = api.get("/api/admin/canary/results?test_id=revocation_probe").expect(200).json();
+        shown["results"].as_array().expect("results").clone()
+    };
+    assert_eq!(probes(&api).len(), 1);
+    // The second one ends every key of the secret before; if the caller has one, they get another.
+    crate::rotation::rotated_with(&api, &json!({}));
+    wait_until(SOON, "the probe of a key of the new secret", || probes(&api).len() == 2);
+    let answer = api.post("/api/admin/secrets/rotate", &json!({ "immediate": true })).expect(202).json();
+    let api = api.with_key(answer["api_key"].as_str().unwrap_or(&api.key()));
+    wait_until(SOON, "the same after an immediate rotation", || probes(&api).len() == 3);
+    let all = api.get("/api/admin/canary/results").expect(200).json();
+    let results = all["results"].as_array().expect("results");
+    assert!(results.iter().all(|result| result["passed"] == true), "{all}");
+}
+
+#[test]
 fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() {
     let receiver = Receiver::start(&[]);
     let mut stack = start(&format!("[notify]\nwebhook_url = \"{}\"\n", receiver.url("/hook")));

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::time::MissedTickBehavior;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
@@ -23,6 +22,7 @@ use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
 use crate::rotation::driver;
+use crate::state;
 use crate::writer::View;
 
 /// In whose name the journal has what the canary does.
@@ -39,9 +39,17 @@ const PROBE_LIFE: &str = "5m";
 const REFUSED_WITHIN: Duration = Duration::from_secs(10);
 /// How often it asks meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(2);
-/// How long after the start tests are run first, at most.
-const FIRST_AFTER: Duration = Duration::from_secs(5);
+/// For how long a proxy may not be ready before tests are run for the first time all the same: as long as the interval,
+/// within these bounds.
+const READY_WITHIN: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(30);
+/// How often it is asked meanwhile, and how long that may take.
+const ASK_READY_EVERY: Duration = Duration::from_millis(200);
+const READY_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a control plane that does not lead looks whether it does now.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 const PROBE: &str = "revocation_probe";
+/// What the filter answers by itself: with 200 once it has a state.
+const READY_PATH: &str = "/.keygate/ready";
 
 /// How canaries are run.
 #[derive(Debug, Clone)]
@@ -105,28 +113,73 @@ pub fn tests(app: &App) -> Vec<Test> {
     tests.into_values().collect()
 }
 
-/// Runs them until the control plane stops.
+/// Runs them until the control plane stops: every interval, and at once when another secret signs, since what a proxy
+/// missed of a rotation shows then.
 pub async fn run(app: Arc<App>) {
     if app.config.canary.proxies.is_empty() {
         return;
     }
-    let mut stopping = app.stopping.clone();
-    let interval = app.config.canary.interval;
-    // A proxy that is started with this process takes a moment.
-    let first = tokio::time::Instant::now() + interval.min(FIRST_AFTER);
-    let mut ticks = tokio::time::interval_at(first, interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut stopping, mut states) = (app.stopping.clone(), app.states.clone());
+    tokio::select! {
+        _ = stopping.wait_for(|stop| *stop) => return,
+        () = wait_ready(&app) => {}
+    }
+    let signs = |state: &state::State| state.secrets.active().map(|held| held.record.kid.clone());
+    let mut signed_by = signs(&states.borrow_and_update());
+    let mut next = tokio::time::Instant::now();
     loop {
+        let is_rotated = tokio::select! {
+            _ = stopping.wait_for(|stop| *stop) => return,
+            () = tokio::time::sleep_until(next) => false,
+            changed = states.changed() => {
+                let signs_now = signs(&states.borrow_and_update());
+                match changed {
+                    Err(_) => return,
+                    Ok(()) if signs_now == signed_by => continue,
+                    Ok(()) => signed_by = signs_now,
+                }
+                true
+            }
+        };
+        let now = tokio::time::Instant::now();
+        if !driver::leads(&app) {
+            next = now + app.config.canary.interval.min(LOOK_EVERY);
+            continue;
+        }
+        next = now + app.config.canary.interval;
         tokio::select! {
             _ = stopping.wait_for(|stop| *stop) => return,
-            _ = ticks.tick() => {}
+            _ = run_once(&app, is_rotated) => {}
         }
-        if driver::leads(&app) {
-            tokio::select! {
-                _ = stopping.wait_for(|stop| *stop) => return,
-                _ = run_once(&app, false) => {}
-            }
+    }
+}
+
+/// Waits until every proxy says that it is ready. One that is started with this process takes a moment, and would be
+/// unhealthy for five minutes for a run in which it was not there; one that is not there in time is what the tests are
+/// for.
+async fn wait_ready(app: &Arc<App>) {
+    let patience = app.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
+    let deadline = tokio::time::Instant::now() + patience;
+    while tokio::time::Instant::now() < deadline {
+        let here = Arc::clone(app);
+        let asked = tokio::task::spawn_blocking(move || {
+            let (caller, none) = (Caller::new(Arc::clone(&here.config.canary.allowed)), BTreeMap::new());
+            here.config.canary.proxies.iter().all(|proxy| {
+                let answer = caller.call(Call {
+                    method: "GET",
+                    url: format!("{}{READY_PATH}", proxy.text),
+                    key: None,
+                    headers: &none,
+                    payload: None,
+                    timeout: READY_TIMEOUT,
+                });
+                answer.is_ok_and(|answer| answer.status == 200)
+            })
+        });
+        if asked.await.unwrap_or(false) {
+            return;
         }
+        tokio::time::sleep(ASK_READY_EVERY).await;
     }
 }
 
@@ -134,7 +187,8 @@ pub async fn run(app: Arc<App>) {
 pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     let mut state = app.canary.running.lock().await;
     let mut results = Vec::new();
-    match own_key(app, &mut state).await {
+    let token = own_key(app, &mut state).await;
+    match token.clone() {
         Ok(token) => {
             let (mut tests, here) = (tests(app), Arc::clone(app));
             // Where keys live for a day, each may be renewed at any time.
@@ -157,9 +211,8 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     }
     let is_due = state.probed.is_none_or(|probed| probed.elapsed() >= app.config.canary.probe_interval);
     if (all || is_due)
-        && let Some(key) = &state.key
+        && let Ok(token) = token
     {
-        let token = key.token.clone();
         state.probed = Some(Instant::now());
         for proxy in &app.config.canary.proxies {
             results.push(probe(app, &token, proxy).await);
@@ -258,6 +311,9 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
             return Ok(key.token.clone());
         }
     }
+    // After an immediate rotation nothing signs until every live proxy knows the new secret.
+    driver::wait_for_signer(app).await;
+    let current = app.state();
     let signer =
         Arc::clone(current.secrets.signer().map_err(|error| format!("no key for the canary: {error}"))?);
     let role = app.config.canary.role.clone();
