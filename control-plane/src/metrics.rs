@@ -11,6 +11,7 @@ use prometheus::{
 };
 
 use crate::canary::{Health, History};
+use crate::fleet::Summary;
 use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
 use crate::redis_store;
@@ -105,10 +106,20 @@ pub struct Metrics {
     pub store_failures: IntCounter,
     /// From a change to its enforcement by the slowest proxy that was waited for.
     pub propagation_seconds: Histogram,
+    /// Changes whose caller waited for the proxies in vain.
+    pub propagation_timeouts: IntCounter,
     /// Proxies that were heard of within the hard age.
     pub fleet_proxies: Gauge,
     /// Proxies among them that do not enforce the newest version yet.
     pub fleet_behind: Gauge,
+    /// For how long the one has been behind that has been so for longest.
+    pub fleet_lag: Gauge,
+    /// Proxies that were silent for longer than the hard age.
+    pub fleet_stale: Gauge,
+    /// What a proxy loads that has nothing yet.
+    pub snapshot_bytes: Gauge,
+    /// The time since the newest version was published.
+    pub snapshot_age: Gauge,
     /// Answers to proxies, by kind.
     pub sync_answers: IntCounterVec,
     /// Bytes of those.
@@ -323,6 +334,26 @@ impl Metrics {
                 "keygate_fleet_behind",
                 "Proxies that do not enforce the newest version yet.",
             ),
+            propagation_timeouts: counter(
+                "keygate_propagation_timeouts_total",
+                "Calls with wait=applied whose time was up before every proxy enforced the change.",
+            ),
+            fleet_lag: gauge(
+                "keygate_fleet_lag_seconds",
+                "For how long the proxy has been behind that has been so for longest; 0 when none is.",
+            ),
+            fleet_stale: gauge(
+                "keygate_fleet_stale",
+                "Proxies silent for longer than the hard age, which answer 503 unless they are gone; forgotten in time.",
+            ),
+            snapshot_bytes: gauge(
+                "keygate_snapshot_bytes",
+                "Bytes that a proxy loads which has nothing yet: rules and revocation set.",
+            ),
+            snapshot_age: gauge(
+                "keygate_snapshot_age_seconds",
+                "Time since the newest version was published, by this process.",
+            ),
             sync_answers: counters("keygate_sync_answers_total", "Answers to proxies.", &["kind"]),
             sync_bytes: counters("keygate_sync_bytes_total", "Bytes of answers to proxies.", &["kind"]),
             sync_unauthorized: counter(
@@ -402,6 +433,15 @@ impl Metrics {
         }
     }
 
+    /// Shows how the proxies fare.
+    #[allow(clippy::cast_precision_loss)] // There are some thousands.
+    pub fn show_fleet(&self, fleet: Summary) {
+        self.fleet_proxies.set(fleet.live as f64);
+        self.fleet_behind.set(fleet.behind as f64);
+        self.fleet_lag.set(fleet.lag.as_secs_f64());
+        self.fleet_stale.set(fleet.stale as f64);
+    }
+
     /// Shows the health of canaries, and when they were run last, Unix milliseconds.
     #[allow(clippy::cast_precision_loss)] // Milliseconds are far below 2^53.
     pub fn show_canary(&self, health: &Health, last_run_ms: Option<u64>) {
@@ -478,6 +518,13 @@ mod tests {
             "active_api_keys{role=\"node_operator\"} 0",
             "keygate_journal_failures_total 0",
             "keygate_break_glass_total 0",
+            "keygate_canary_configured 0",
+            "keygate_canary_consecutive_failures 0",
+            "keygate_propagation_timeouts_total 0",
+            "keygate_fleet_stale 0",
+            "keygate_fleet_lag_seconds 0",
+            "keygate_snapshot_bytes 0",
+            "keygate_snapshot_age_seconds 0",
             "redis_connection_status 0",
             "redis_operation_duration_seconds_count{operation=\"append\"} 0",
             "keygate_redis_errors_total{kind=\"out_of_memory\"} 0",

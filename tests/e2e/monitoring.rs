@@ -357,6 +357,12 @@ fn a_proxy_that_is_cut_off_and_a_rotation_that_waits_for_it_fire_and_resolve() {
             );
             let text = changed(
                 &text,
+                "KeygateProxiesBehind",
+                "keygate_fleet_lag_seconds > 120",
+                "keygate_fleet_lag_seconds > 1",
+            );
+            let text = changed(
+                &text,
                 "KeygateRotationStalled",
                 "state=\"rotating\"} > 900",
                 "state=\"rotating\"} > 1",

@@ -56,9 +56,10 @@ fn reasons(app: &App) -> Vec<String> {
             reasons.push(format!("canaries: {}, see /api/admin/canary/health", health.status));
         }
     }
-    let (total, behind) = app.fleet.counts(&state);
-    if behind > 0 {
-        reasons.push(format!("{behind} of {total} proxies do not enforce the newest version yet"));
+    let fleet = app.fleet.summary(&state, &app.deltas);
+    if fleet.behind > 0 {
+        let (behind, live) = (fleet.behind, fleet.live);
+        reasons.push(format!("{behind} of {live} proxies do not enforce the newest version yet"));
     }
     reasons
 }
@@ -117,9 +118,9 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             app.metrics.active_keys.with_label_values(&[role]).set(as_f64(live));
         }
     }
-    let (total, behind) = app.fleet.counts(&state);
-    app.metrics.fleet_proxies.set(as_f64(total as u64));
-    app.metrics.fleet_behind.set(as_f64(behind as u64));
+    app.metrics.show_fleet(app.fleet.summary(&state, &app.deltas));
+    app.metrics.snapshot_bytes.set(as_f64(state.snapshot_bytes() as u64));
+    app.metrics.snapshot_age.set(state.published.elapsed().as_secs_f64());
     app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();
