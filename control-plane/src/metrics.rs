@@ -70,8 +70,10 @@ pub struct Metrics {
     pub canary_status: GaugeVec,
     /// The share of tests that passed lately.
     pub canary_pass_rate: Gauge,
-    /// How often in a row the test failed that did so most often.
+    /// How often in a row the critical test failed that did so most often.
     pub canary_consecutive_failures: Gauge,
+    /// Whether somebody was told that they fail.
+    pub canary_alerting: Gauge,
     /// When they were run last.
     pub canary_last_run: Gauge,
     /// Whether a Redis is configured.
@@ -269,7 +271,11 @@ impl Metrics {
             ),
             canary_consecutive_failures: gauge(
                 "keygate_canary_consecutive_failures",
-                "How often in a row the canary test failed that did so most often.",
+                "How often in a row the critical canary test failed, at one proxy, that did so most often; as in canary/health.",
+            ),
+            canary_alerting: gauge(
+                "keygate_canary_alerting",
+                "1: critical canary tests failed as often as canary.alert says, and it is not over yet.",
             ),
             canary_last_run: gauge(
                 "keygate_canary_last_run_timestamp_seconds",
@@ -451,6 +457,7 @@ impl Metrics {
         }
         self.canary_pass_rate.set(health.pass_rate.unwrap_or(f64::NAN));
         self.canary_consecutive_failures.set(f64::from(health.consecutive_failures));
+        self.canary_alerting.set(f64::from(u8::from(health.alerting)));
         self.canary_last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));
     }
 
@@ -520,6 +527,7 @@ mod tests {
             "keygate_break_glass_total 0",
             "keygate_canary_configured 0",
             "keygate_canary_consecutive_failures 0",
+            "keygate_canary_alerting 0",
             "keygate_propagation_timeouts_total 0",
             "keygate_fleet_stale 0",
             "keygate_fleet_lag_seconds 0",

@@ -114,6 +114,8 @@ fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() 
     let reasons = api.call(&Request::get("/health")).json()["reasons"].to_string();
     assert!(reasons.contains("canaries: unhealthy"), "{reasons}");
     assert_eq!(receiver.posted().len(), 1, "after three failures, and not again");
+    let said = Metrics::of(&api).value("keygate_canary_alerting");
+    assert_eq!((&health(&api)["alerting"], said), (&json!(true), 1.0));
 
     stack.start_envoy();
     wait_until(3 * SOON, "somebody to be told that it is over", || receiver.posted().len() == 2);
@@ -124,7 +126,48 @@ fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() 
         .collect();
     let kind = json!("canary_failing");
     assert_eq!(told, [(kind.clone(), json!("firing")), (kind, json!("resolved"))]);
-    assert_eq!(health(&api)["consecutive_failures"], 0);
+    let health = health(&api);
+    assert_eq!(
+        (&health["consecutive_failures"], &health["alerting"]),
+        (&json!(0), &json!(false)),
+        "{health}"
+    );
+}
+
+#[test]
+fn a_test_that_comes_and_goes_is_told_of_once_if_that_is_asked_for() {
+    // Answers 200, and each second time 500: three of five, and never two in a row.
+    let statuses: Vec<u16> = (0..60).map(|n| if n % 2 == 0 { 200 } else { 500 }).collect();
+    let flaky = Receiver::start(&statuses);
+    let receiver = Receiver::start(&[]);
+    let stack = start(&format!(
+        "allowed_hosts = [\"127.0.0.1:{}\"]\nalert = {{ failures = 3, of = 6 }}\n[notify]\nwebhook_url = \"{}\"\n",
+        flaky.port(),
+        receiver.url("/hook")
+    ));
+    let api = stack.api();
+    let put = |id: &str, critical: bool| {
+        let test =
+            json!({ "id": id, "endpoint": flaky.url("/x"), "expected_status": 200, "critical": critical });
+        api.post("/api/admin/canary/tests", &test).expect(201);
+    };
+    let runs = |id: &str| {
+        let shown = api.get(&format!("/api/admin/canary/results?test_id={id}")).expect(200).json();
+        shown["results"].as_array().expect("results").len()
+    };
+    // One that is not critical wakes nobody and does not count.
+    put("flaky", false);
+    wait_until(2 * SOON, "six runs", || runs("flaky") >= 6);
+    assert_eq!((&health(&api)["alerting"], receiver.posted().len()), (&json!(false), 0));
+    assert_eq!(Metrics::of(&api).value("keygate_canary_consecutive_failures"), 0.0);
+    put("flaky", true);
+    wait_until(SOON, "somebody to be told", || receiver.posted().len() == 1);
+    let before = runs("flaky");
+    wait_until(2 * SOON, "six more runs", || runs("flaky") >= before + 6);
+    assert_eq!((&health(&api)["alerting"], receiver.posted().len()), (&json!(true), 1));
+    api.send(Request::new("DELETE", "/api/admin/canary/tests/flaky")).expect(200);
+    wait_until(SOON, "somebody to be told that it is over", || receiver.posted().len() == 2);
+    assert_eq!(receiver.posted()[1].json()["status"], "resolved");
 }
 
 #[test]

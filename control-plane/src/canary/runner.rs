@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{History, Outcome, Turn};
-use super::{Allowed, Test, Url, seeds};
+use super::{Alert, Allowed, Test, Url, seeds};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
@@ -48,6 +48,7 @@ const READY_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a control plane that does not lead looks whether it does now.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const PROBE: &str = "revocation_probe";
+const HAS_KEY: &str = "canary_key";
 /// What the filter answers by itself: with 200 once it has a state.
 const READY_PATH: &str = "/.keygate/ready";
 
@@ -66,8 +67,8 @@ pub struct Settings {
     pub role: String,
     /// What the tests of the application call.
     pub app_endpoint: String,
-    /// After how many failures in a row somebody is told.
-    pub alert_after: u32,
+    /// After how many failures somebody is told.
+    pub alert: Alert,
 }
 
 /// The canary's key.
@@ -126,7 +127,7 @@ pub async fn run(app: Arc<App>) {
     }
     let signs = |state: &state::State| state.secrets.active().map(|held| held.record.kid.clone());
     let mut signed_by = signs(&states.borrow_and_update());
-    let mut next = tokio::time::Instant::now();
+    let (mut next, mut leads) = (tokio::time::Instant::now(), false);
     loop {
         let is_rotated = tokio::select! {
             _ = stopping.wait_for(|stop| *stop) => return,
@@ -142,7 +143,11 @@ pub async fn run(app: Arc<App>) {
             }
         };
         let now = tokio::time::Instant::now();
-        if !driver::leads(&app) {
+        let led = std::mem::replace(&mut leads, driver::leads(&app));
+        if led && !leads && app.canary.history().leave() {
+            app.notifier.resolve(Kind::CanaryFailing, "another control plane runs the canary tests now");
+        }
+        if !leads {
             next = now + app.config.canary.interval.min(LOOK_EVERY);
             continue;
         }
@@ -188,6 +193,7 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     let mut state = app.canary.running.lock().await;
     let mut results = Vec::new();
     let token = own_key(app, &mut state).await;
+    let has_key = token.is_ok();
     match token.clone() {
         Ok(token) => {
             let (mut tests, here) = (tests(app), Arc::clone(app));
@@ -200,7 +206,7 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
         }
         Err(problem) => results.push(outcome(
             app,
-            "canary_key",
+            HAS_KEY,
             "The canary has a key",
             "control plane",
             Instant::now(),
@@ -222,9 +228,11 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     let known = tests(app);
     let turn = {
         let mut history = app.canary.history();
-        history
-            .keep_tests(|id| [PROBE, "canary_key"].contains(&id) || known.iter().any(|test| test.id == id));
-        history.add(results.clone(), now_ms, app.config.canary.alert_after)
+        // That there is a key again is no result, so that there was none is forgotten.
+        history.keep_tests(|id| {
+            id == PROBE || (id == HAS_KEY && !has_key) || known.iter().any(|test| test.id == id)
+        });
+        history.add(results.clone(), now_ms, app.config.canary.alert)
     };
     for result in &results {
         let label = if result.passed { "pass" } else { "fail" };
