@@ -419,3 +419,29 @@ fn what_is_lost_or_broken_fires_and_resolves() {
     stack.control_plane.start();
     wait_resolved(&prometheus, SOON, &ALERTS);
 }
+
+#[test]
+fn a_canary_that_is_broken_fires_and_resolves() {
+    const ALERTS: [&str; 2] = ["KeygateCanaryFailing", "KeygateCanaryUnhealthy"];
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    let config =
+        format!("[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\n", stack.envoy.port());
+    fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let prometheus =
+        Prometheus::start(stack.directory(), &[stack.control_plane.api_port()], &[], str::to_owned);
+    wait_scraped(&prometheus, 2);
+    let api = stack.api();
+    let status = || api.get("/api/admin/canary/health").expect(200).json()["status"].clone();
+    wait_until(SOON, "it to be healthy", || status() == "healthy");
+    wait_resolved(&prometheus, SOON, &ALERTS);
+
+    stack.envoy.kill();
+    wait_fired(&prometheus, 2 * SOON, &ALERTS);
+    stack.start_envoy();
+    wait_resolved(&prometheus, SOON, &["KeygateCanaryFailing"]);
+    // Four of five of the last five minutes have to pass first.
+    wait_resolved(&prometheus, 4 * SOON, &ALERTS);
+}
