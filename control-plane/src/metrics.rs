@@ -106,6 +106,8 @@ pub struct Metrics {
     pub journal_reserve: Gauge,
     /// Batches of changes that the store could not take.
     pub store_failures: IntCounter,
+    /// Changes that the store has not taken yet.
+    pub store_waiting: Gauge,
     /// From a change to its enforcement by the slowest proxy that was waited for.
     pub propagation_seconds: Histogram,
     /// Changes whose caller waited for the proxies in vain.
@@ -330,6 +332,10 @@ impl Metrics {
                 "keygate_store_failures_total",
                 "Batches of changes that the store could not take; they are in the journal and tried again.",
             ),
+            store_waiting: gauge(
+                "keygate_store_waiting",
+                "Changes that are in the journal and the store has not taken: it failed, or the disk is full.",
+            ),
             propagation_seconds: histogram(
                 "keygate_propagation_seconds",
                 "From a change to its acknowledgement by the slowest proxy, for calls with wait=applied.",
@@ -528,6 +534,7 @@ mod tests {
             "keygate_canary_configured 0",
             "keygate_canary_consecutive_failures 0",
             "keygate_canary_alerting 0",
+            "keygate_store_waiting 0",
             "keygate_propagation_timeouts_total 0",
             "keygate_fleet_stale 0",
             "keygate_fleet_lag_seconds 0",

@@ -388,7 +388,14 @@ fn operations() -> Vec<Operation> {
         ),
         op("get", "/health", Needs::Nothing, "Whether all is well, and if not, why", get(health::health)),
         op("get", "/livez", Needs::Nothing, "Whether the process lives", get(health::livez)),
-        op("get", "/readyz", Needs::Nothing, "Whether changes are taken", get(health::readyz)),
+        Operation {
+            query: &[(
+                "verbose",
+                "whatever its value: each dependency under `checks`, `ok` or `failed` and why; with `Accept: text/plain` a \
+                 line for each, such as `[+]journal ok`",
+            )],
+            ..op("get", "/readyz", Needs::Nothing, "Whether changes are taken", get(health::readyz))
+        },
         op("get", "/metrics", Needs::Nothing, "Metrics, for Prometheus", get(health::metrics)),
         op("get", "/openapi.json", Needs::Nothing, "This description", get(openapi::document)),
         op("get", "/docs", Needs::Nothing, "This description, for people", get(openapi::page)),
