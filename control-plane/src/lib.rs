@@ -32,5 +32,6 @@ pub mod secret;
 pub mod state;
 pub mod store;
 pub mod sync;
+pub mod trace;
 pub mod upkeep;
 pub mod writer;

@@ -30,6 +30,7 @@ mod rotation;
 mod secrets;
 mod split;
 mod startup;
+mod trace_context;
 mod trap;
 mod upkeep;
 mod wasm_imports;

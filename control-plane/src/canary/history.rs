@@ -38,6 +38,8 @@ pub struct Outcome {
     pub failure: Option<String>,
     /// Whether somebody is told when it fails again and again.
     pub critical: bool,
+    /// The trace of its run, which its calls carry.
+    pub trace_id: String,
 }
 
 /// What they say together.
@@ -242,6 +244,7 @@ mod tests {
             latency_ms: 1.0,
             failure: failure.map(Into::into),
             critical: test != "minor",
+            trace_id: String::new(),
         }
     }
 

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use tracing::Instrument as _;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
@@ -23,6 +24,7 @@ use crate::problem::Problem;
 use crate::random;
 use crate::rotation::driver;
 use crate::state;
+use crate::trace::Trace;
 use crate::writer::View;
 
 /// In whose name the journal has what the canary does.
@@ -163,6 +165,7 @@ pub async fn run(app: Arc<App>) {
 /// unhealthy for five minutes for a run in which it was not there; one that is not there in time is what the tests are
 /// for.
 async fn wait_ready(app: &Arc<App>) {
+    let trace = Trace::begin();
     let patience = app.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
     let deadline = tokio::time::Instant::now() + patience;
     while tokio::time::Instant::now() < deadline {
@@ -177,6 +180,7 @@ async fn wait_ready(app: &Arc<App>) {
                     headers: &none,
                     payload: None,
                     timeout: READY_TIMEOUT,
+                    trace,
                 });
                 answer.is_ok_and(|answer| answer.status == 200)
             })
@@ -190,6 +194,15 @@ async fn wait_ready(app: &Arc<App>) {
 
 /// Runs all of them now, the probe too if it is due or `all` is asked for. What they came to.
 pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
+    if let Some(trace) = Trace::current() {
+        return run_within(app, all, trace).await;
+    }
+    let trace = Trace::begin();
+    let span = tracing::info_span!("canary", trace_id = %trace);
+    trace.with(run_within(app, all, trace)).instrument(span).await
+}
+
+async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
     let mut state = app.canary.running.lock().await;
     let mut results = Vec::new();
     let token = own_key(app, &mut state).await;
@@ -201,11 +214,12 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
             let is_young =
                 state.key.as_ref().is_some_and(|key| app.clock.now_s() < key.record.refresh_after());
             tests.retain(|test| is_young || test.id != super::TOO_EARLY);
-            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token)).await;
+            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token, trace)).await;
             results.extend(ran.unwrap_or_default());
         }
         Err(problem) => results.push(outcome(
             app,
+            trace,
             HAS_KEY,
             "The canary has a key",
             "control plane",
@@ -221,7 +235,7 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     {
         state.probed = Some(Instant::now());
         for proxy in &app.config.canary.proxies {
-            results.push(probe(app, &token, proxy).await);
+            results.push(probe(app, &token, proxy, trace).await);
         }
     }
     let now_ms = app.clock.now_ms();
@@ -254,15 +268,16 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     results
 }
 
-fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>) -> Vec<Outcome> {
+fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
     let caller = Caller::new(Arc::clone(&app.config.canary.allowed));
     let mut results = Vec::new();
     for proxy in &app.config.canary.proxies {
         for test in tests {
             let begun = Instant::now();
-            let called = caller.run(test, &proxy.text, Some(token));
+            let called = caller.run(test, &proxy.text, Some(token), trace);
             results.push(outcome(
                 app,
+                trace,
                 &test.id,
                 &test.name,
                 &proxy.text,
@@ -279,6 +294,7 @@ fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>) -> Vec<Outcom
 #[allow(clippy::too_many_arguments)] // It is the one place where a result is made.
 fn outcome(
     app: &App,
+    trace: Trace,
     id: &str,
     name: &str,
     target: &str,
@@ -299,6 +315,7 @@ fn outcome(
         latency_ms: (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3,
         failure,
         critical,
+        trace_id: trace.to_string(),
     }
 }
 
@@ -383,17 +400,22 @@ async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Outcome {
+async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
-    let result = probed(app, token, proxy).await;
+    let result = probed(app, token, proxy, trace).await;
     if let Ok(took) = result {
         app.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
     }
     let name = "A key is issued, passes, is revoked and refused";
-    outcome(app, PROBE, name, &proxy.text, begun, None, result.err(), true)
+    outcome(app, trace, PROBE, name, &proxy.text, begun, None, result.err(), true)
 }
 
-async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Result<Duration, String> {
+async fn probed(
+    app: &Arc<App>,
+    token: &Zeroizing<String>,
+    proxy: &Url,
+    trace: Trace,
+) -> Result<Duration, String> {
     let (allowed, url) = (Arc::clone(&app.config.canary.allowed), proxy.text.clone());
     let (role, endpoint) = (app.config.canary.role.clone(), app.config.canary.app_endpoint.clone());
     let token = token.clone();
@@ -408,6 +430,7 @@ async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Resul
             headers: &none,
             payload: Some(body.to_string()),
             timeout: REFUSED_WITHIN,
+            trace,
         })?;
         if answer.status != 201 {
             return Err(format!("registering a key: status {} in place of 201", answer.status));
@@ -434,6 +457,7 @@ async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Resul
                     headers,
                     payload: None,
                     timeout,
+                    trace,
                 })?;
                 if answer.status == wanted {
                     return Ok(());
