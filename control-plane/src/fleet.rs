@@ -9,7 +9,7 @@ use keygate_core::wire::{self, Poll};
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::state::State;
+use crate::state::{Deltas, State};
 use crate::store::{Store, StoreError};
 
 /// A proxy that was not heard of for this long is forgotten, unless the hard age is longer.
@@ -116,6 +116,19 @@ pub struct ProxyView {
     pub last_error: Option<String>,
     /// Whether another process with the same id is alive. Give each Envoy an id of its own.
     pub duplicate_id: bool,
+}
+
+/// How the proxies fare together.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// Those that were heard of within the hard age.
+    pub live: usize,
+    /// Those of them that do not enforce the newest version yet.
+    pub behind: usize,
+    /// For how long the one has been behind that has been so for longest; zero when none is.
+    pub lag: Duration,
+    /// Those that were silent for longer than the hard age, and so answer 503, and are not forgotten yet.
+    pub stale: usize,
 }
 
 /// How far a version has got.
@@ -392,14 +405,24 @@ impl Fleet {
         self.changes.subscribe()
     }
 
-    /// How many proxies there are, and how many of them are behind.
-    pub fn counts(&self, state: &State) -> (usize, usize) {
+    /// How they fare together.
+    pub fn summary(&self, state: &State, deltas: &Deltas) -> Summary {
         let now = Instant::now();
-        let proxies = self.lock();
-        let live = proxies.values().filter(|entry| now.duration_since(entry.heard) <= hard_age(state));
-        live.fold((0, 0), |(all, behind), entry| {
-            (all + 1, behind + usize::from(entry.poll.applied != Some(state.version)))
-        })
+        let mut summary = Summary::default();
+        for entry in self.lock().values() {
+            if now.duration_since(entry.heard) > hard_age(state) {
+                summary.stale += 1;
+                continue;
+            }
+            summary.live += 1;
+            if entry.poll.applied != Some(state.version) {
+                summary.behind += 1;
+                // One that joins late is not behind for the time before.
+                let since = deltas.lacking_since(state, entry.poll.applied).max(entry.joined);
+                summary.lag = summary.lag.max(now.saturating_duration_since(since));
+            }
+        }
+        summary
     }
 }
 

@@ -33,5 +33,6 @@ pub mod state;
 pub mod store;
 pub mod sync;
 pub mod telemetry;
+pub mod trace;
 pub mod upkeep;
 pub mod writer;

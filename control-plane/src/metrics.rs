@@ -11,6 +11,7 @@ use prometheus::{
 };
 
 use crate::canary::{Health, History};
+use crate::fleet::Summary;
 use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
 use crate::redis_store;
@@ -64,6 +65,8 @@ pub struct Metrics {
     pub secret_active_age: Gauge,
     /// Until the next scheduled rotation.
     pub secret_next_rotation: Gauge,
+    /// Whether proxies are named to be tested.
+    pub canary_configured: Gauge,
     /// Canary tests that were run.
     pub canary_runs: IntCounterVec,
     /// How long they took.
@@ -74,8 +77,10 @@ pub struct Metrics {
     pub canary_status: GaugeVec,
     /// The share of tests that passed lately.
     pub canary_pass_rate: Gauge,
-    /// How often in a row the test failed that did so most often.
+    /// How often in a row the critical test failed that did so most often.
     pub canary_consecutive_failures: Gauge,
+    /// Whether somebody was told that they fail.
+    pub canary_alerting: Gauge,
     /// When they were run last.
     pub canary_last_run: Gauge,
     /// Whether a Redis is configured.
@@ -108,12 +113,24 @@ pub struct Metrics {
     pub journal_reserve: Gauge,
     /// Batches of changes that the store could not take.
     pub store_failures: IntCounter,
+    /// Changes that the store has not taken yet.
+    pub store_waiting: Gauge,
     /// From a change to its enforcement by the slowest proxy that was waited for.
     pub propagation_seconds: Histogram,
+    /// Changes whose caller waited for the proxies in vain.
+    pub propagation_timeouts: IntCounter,
     /// Proxies that were heard of within the hard age.
     pub fleet_proxies: Gauge,
     /// Proxies among them that do not enforce the newest version yet.
     pub fleet_behind: Gauge,
+    /// For how long the one has been behind that has been so for longest.
+    pub fleet_lag: Gauge,
+    /// Proxies that were silent for longer than the hard age.
+    pub fleet_stale: Gauge,
+    /// What a proxy loads that has nothing yet.
+    pub snapshot_bytes: Gauge,
+    /// The time since the newest version was published.
+    pub snapshot_age: Gauge,
     /// Answers to proxies, by kind.
     pub sync_answers: IntCounterVec,
     /// Bytes of those.
@@ -268,6 +285,10 @@ impl Metrics {
                 "keygate_secret_next_rotation_seconds",
                 "Time until the next scheduled rotation, negative when it is late; NaN when none is scheduled.",
             ),
+            canary_configured: gauge(
+                "keygate_canary_configured",
+                "1: proxies are named that canaries test; 0: none are, and nothing is run.",
+            ),
             canary_runs: counters("keygate_canary_runs_total", "Canary tests that were run.", &["result"]),
             canary_seconds: histogram(
                 "keygate_canary_duration_seconds",
@@ -286,7 +307,11 @@ impl Metrics {
             ),
             canary_consecutive_failures: gauge(
                 "keygate_canary_consecutive_failures",
-                "How often in a row the canary test failed that did so most often.",
+                "How often in a row the critical canary test failed, at one proxy, that did so most often; as in canary/health.",
+            ),
+            canary_alerting: gauge(
+                "keygate_canary_alerting",
+                "1: critical canary tests failed as often as canary.alert says, and it is not over yet.",
             ),
             canary_last_run: gauge(
                 "keygate_canary_last_run_timestamp_seconds",
@@ -341,6 +366,10 @@ impl Metrics {
                 "keygate_store_failures_total",
                 "Batches of changes that the store could not take; they are in the journal and tried again.",
             ),
+            store_waiting: gauge(
+                "keygate_store_waiting",
+                "Changes that are in the journal and the store has not taken: it failed, or the disk is full.",
+            ),
             propagation_seconds: histogram(
                 "keygate_propagation_seconds",
                 "From a change to its acknowledgement by the slowest proxy, for calls with wait=applied.",
@@ -350,6 +379,26 @@ impl Metrics {
             fleet_behind: gauge(
                 "keygate_fleet_behind",
                 "Proxies that do not enforce the newest version yet.",
+            ),
+            propagation_timeouts: counter(
+                "keygate_propagation_timeouts_total",
+                "Calls with wait=applied whose time was up before every proxy enforced the change.",
+            ),
+            fleet_lag: gauge(
+                "keygate_fleet_lag_seconds",
+                "For how long the proxy has been behind that has been so for longest; 0 when none is.",
+            ),
+            fleet_stale: gauge(
+                "keygate_fleet_stale",
+                "Proxies silent for longer than the hard age, which answer 503 unless they are gone; forgotten in time.",
+            ),
+            snapshot_bytes: gauge(
+                "keygate_snapshot_bytes",
+                "Bytes that a proxy loads which has nothing yet: rules and revocation set.",
+            ),
+            snapshot_age: gauge(
+                "keygate_snapshot_age_seconds",
+                "Time since the newest version was published, by this process.",
             ),
             sync_answers: counters("keygate_sync_answers_total", "Answers to proxies.", &["kind"]),
             sync_bytes: counters("keygate_sync_bytes_total", "Bytes of answers to proxies.", &["kind"]),
@@ -433,6 +482,15 @@ impl Metrics {
         }
     }
 
+    /// Shows how the proxies fare.
+    #[allow(clippy::cast_precision_loss)] // There are some thousands.
+    pub fn show_fleet(&self, fleet: Summary) {
+        self.fleet_proxies.set(fleet.live as f64);
+        self.fleet_behind.set(fleet.behind as f64);
+        self.fleet_lag.set(fleet.lag.as_secs_f64());
+        self.fleet_stale.set(fleet.stale as f64);
+    }
+
     /// Shows the health of canaries, and when they were run last, Unix milliseconds.
     #[allow(clippy::cast_precision_loss)] // Milliseconds are far below 2^53.
     pub fn show_canary(&self, health: &Health, last_run_ms: Option<u64>) {
@@ -442,6 +500,7 @@ impl Metrics {
         }
         self.canary_pass_rate.set(health.pass_rate.unwrap_or(f64::NAN));
         self.canary_consecutive_failures.set(f64::from(health.consecutive_failures));
+        self.canary_alerting.set(f64::from(u8::from(health.alerting)));
         self.canary_last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));
     }
 
@@ -514,6 +573,15 @@ mod tests {
             "active_api_keys{role=\"node_operator\"} 0",
             "keygate_journal_failures_total 0",
             "keygate_break_glass_total 0",
+            "keygate_canary_configured 0",
+            "keygate_canary_consecutive_failures 0",
+            "keygate_canary_alerting 0",
+            "keygate_store_waiting 0",
+            "keygate_propagation_timeouts_total 0",
+            "keygate_fleet_stale 0",
+            "keygate_fleet_lag_seconds 0",
+            "keygate_snapshot_bytes 0",
+            "keygate_snapshot_age_seconds 0",
             "redis_connection_status 0",
             "redis_operation_duration_seconds_count{operation=\"append\"} 0",
             "keygate_redis_errors_total{kind=\"out_of_memory\"} 0",

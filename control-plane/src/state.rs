@@ -25,6 +25,9 @@ use crate::secret::{Ring, SecretError};
 /// How many changes back a proxy can follow by delta.
 const DELTAS_KEPT: usize = 65_536;
 
+/// What names a shard in a snapshot.
+const SHA256_BYTES: usize = 32;
+
 /// Canary tests by their ids; `None`: removed.
 pub type CanaryTests = BTreeMap<String, Option<Test>>;
 
@@ -564,6 +567,14 @@ impl Model {
     }
 }
 
+impl State {
+    /// How many bytes a proxy loads that has nothing yet: rules, digests and shards, but for some bytes around them.
+    pub fn snapshot_bytes(&self) -> usize {
+        let shards = self.revocations.shards().iter();
+        self.rules_bytes.len() + shards.map(|shard| shard.encoded_bytes() + SHA256_BYTES).sum::<usize>()
+    }
+}
+
 /// The latest changes, for proxies that are a little behind.
 #[derive(Debug)]
 pub struct Deltas(Mutex<Kept>);
@@ -572,28 +583,38 @@ pub struct Deltas(Mutex<Kept>);
 struct Kept {
     /// Everything after this is kept.
     floor: u64,
-    entries: VecDeque<(u64, Effect)>,
+    /// When that was published, or this process began.
+    floor_at: Instant,
+    /// By their numbers, with when they were published.
+    entries: VecDeque<(u64, Effect, Instant)>,
     ops: usize,
+}
+
+impl Kept {
+    fn after(floor: u64) -> Self {
+        Self { floor, floor_at: Instant::now(), entries: VecDeque::new(), ops: 0 }
+    }
 }
 
 impl Deltas {
     /// None yet, all after `seq` will be kept.
     pub fn after(seq: u64) -> Self {
-        Self(Mutex::new(Kept { floor: seq, entries: VecDeque::new(), ops: 0 }))
+        Self(Mutex::new(Kept::after(seq)))
     }
 
     /// Keeps the effect of change `seq`.
     pub fn push(&self, seq: u64, effect: Effect) {
         let mut kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         if effect.rebuilt {
-            *kept = Kept { floor: seq, entries: VecDeque::new(), ops: 0 };
+            *kept = Kept::after(seq);
             return;
         }
         kept.ops += effect.ops.len();
-        kept.entries.push_back((seq, effect));
+        kept.entries.push_back((seq, effect, Instant::now()));
         while kept.entries.len() > DELTAS_KEPT || kept.ops > MAX_DELTA_OPS {
-            let Some((seq, effect)) = kept.entries.pop_front() else { break };
+            let Some((seq, effect, at)) = kept.entries.pop_front() else { break };
             kept.floor = seq;
+            kept.floor_at = at;
             kept.ops -= effect.ops.len();
         }
     }
@@ -614,9 +635,9 @@ impl Deltas {
             drop(kept);
             return Self::snapshot(state, covers, sent_at_ms);
         };
-        let start = kept.entries.partition_point(|(seq, _)| *seq <= base.seq);
+        let start = kept.entries.partition_point(|(seq, ..)| *seq <= base.seq);
         let (mut ops, mut members) = (Vec::new(), BTreeSet::new());
-        for (_, effect) in kept.entries.range(start..).take_while(|(seq, _)| *seq <= state.version.seq) {
+        for (_, effect, _) in kept.entries.range(start..).take_while(|(seq, ..)| *seq <= state.version.seq) {
             ops.extend_from_slice(&effect.ops);
             members.extend(effect.members.iter().cloned());
         }
@@ -626,6 +647,19 @@ impl Deltas {
             sent_at_ms,
             rules: new_rules(state, &members),
             body: Body::Delta { base_seq: base.seq, ops },
+        }
+    }
+
+    /// When the first change was published that a proxy lacks which enforces `applied`, something else than `state`. Of
+    /// what is not kept any more: at the latest then.
+    pub fn lacking_since(&self, state: &State, applied: Option<Version>) -> Instant {
+        let kept = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match applied.filter(|applied| applied.source == state.version.source && applied.seq >= kept.floor) {
+            None => kept.floor_at,
+            Some(applied) => {
+                let next = kept.entries.partition_point(|(seq, ..)| *seq <= applied.seq);
+                kept.entries.get(next).map_or(state.published, |(.., at)| *at)
+            }
         }
     }
 

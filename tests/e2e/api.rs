@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use keygate_e2e::{Key, Request, Stack, wait_until};
+use keygate_e2e::{Key, Redis, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
 
 fn control_plane() -> Stack {
@@ -413,4 +413,38 @@ fn the_openapi_document_names_every_call() {
     }
     let page = api.call(&Request::get("/docs"));
     assert!(matches!(page.status, 200 | 303 | 307 | 308), "{}", page.status);
+}
+
+#[test]
+fn readiness_says_of_each_dependency_whether_it_is_well_and_why_not() {
+    let mut redis = Redis::start();
+    redis.cli(&["CONFIG", "SET", "appendonly", "yes"]);
+    let stack = Stack::builder().workers(1).redis(&redis.url()).start();
+    let api = stack.api();
+    let text = || {
+        let asked = Request::get("/readyz?verbose").header("accept", "text/plain");
+        api.call(&asked).expect(200).text()
+    };
+    let well = "[+]journal ok\n[+]store ok\n[+]redis ok\n[+]rotation ok\n[+]keyring ok\n[+]proxies ok\nreadyz check passed\n";
+    wait_until(SOON, "all to be well", || text() == well);
+    let ready = api.call(&Request::get("/readyz?verbose").header("accept", "text/plain, application/json"));
+    let ready = ready.expect(200).json();
+    let checks = ready["checks"].as_array().expect("checks");
+    assert!(checks.iter().all(|check| check["status"] == "ok" && check["reasons"].is_null()), "{ready}");
+    // Without `verbose` it is as short as ever, whatever is accepted.
+    let short = api.call(&Request::get("/readyz").header("accept", "text/plain")).expect(200).json();
+    assert_eq!(short, json!({ "status": "ready", "journal": "ok", "store": "redis", "redis": "connected" }));
+
+    redis.kill();
+    wait_until(SOON, "Redis to be missed", || text().contains("\n[-]redis failed: Redis: "));
+    let failed = text();
+    assert!(
+        failed.starts_with("[+]journal ok\n") && failed.ends_with("\nreadyz check passed, degraded\n"),
+        "{failed}"
+    );
+    let ready = api.get("/readyz?verbose").expect(200).json();
+    let check =
+        ready["checks"].as_array().and_then(|checks| checks.iter().find(|one| one["name"] == "redis"));
+    let check = check.expect("a check of Redis");
+    assert_eq!((&check["status"], &check["reasons"]), (&json!("failed"), &ready["reasons"]), "{ready}");
 }

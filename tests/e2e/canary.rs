@@ -60,6 +60,39 @@ fn what_a_holder_of_a_key_does_is_tested_and_a_revocation_is_measured() {
 }
 
 #[test]
+fn the_first_run_waits_for_the_proxy_and_a_rotation_has_them_run_at_once() {
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    let config = format!(
+        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1h\"\nprobe_interval = \"1d\"\n",
+        stack.envoy.port()
+    );
+    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    let api = stack.api();
+    assert_eq!(health(&api)["status"], "no_data");
+    stack.start_envoy();
+    // An hour lies between two runs, so this is the first one.
+    wait_until(SOON, "the first run", || health(&api)["status"] != "no_data");
+    let now = health(&api);
+    assert_eq!((&now["status"], &now["pass_rate"]), (&json!("healthy"), &json!(100.0)), "{now}");
+
+    let probes = |api: &Api| {
+        let shown = api.get("/api/admin/canary/results?test_id=revocation_probe").expect(200).json();
+        shown["results"].as_array().expect("results").clone()
+    };
+    assert_eq!(probes(&api).len(), 1);
+    // The second one ends every key of the secret before; if the caller has one, they get another.
+    crate::rotation::rotated_with(&api, &json!({}));
+    wait_until(SOON, "the probe of a key of the new secret", || probes(&api).len() == 2);
+    let answer = api.post("/api/admin/secrets/rotate", &json!({ "immediate": true })).expect(202).json();
+    let api = api.with_key(answer["api_key"].as_str().unwrap_or(&api.key()));
+    wait_until(SOON, "the same after an immediate rotation", || probes(&api).len() == 3);
+    let all = api.get("/api/admin/canary/results").expect(200).json();
+    let results = all["results"].as_array().expect("results");
+    assert!(results.iter().all(|result| result["passed"] == true), "{all}");
+}
+
+#[test]
 fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() {
     let receiver = Receiver::start(&[]);
     let mut stack = start(&format!("[notify]\nwebhook_url = \"{}\"\n", receiver.url("/hook")));
@@ -81,6 +114,8 @@ fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() 
     let reasons = api.call(&Request::get("/health")).json()["reasons"].to_string();
     assert!(reasons.contains("canaries: unhealthy"), "{reasons}");
     assert_eq!(receiver.posted().len(), 1, "after three failures, and not again");
+    let said = Metrics::of(&api).value("keygate_canary_alerting");
+    assert_eq!((&health(&api)["alerting"], said), (&json!(true), 1.0));
 
     stack.start_envoy();
     wait_until(3 * SOON, "somebody to be told that it is over", || receiver.posted().len() == 2);
@@ -91,7 +126,48 @@ fn a_proxy_that_is_gone_turns_health_bad_is_told_of_once_and_so_is_its_return() 
         .collect();
     let kind = json!("canary_failing");
     assert_eq!(told, [(kind.clone(), json!("firing")), (kind, json!("resolved"))]);
-    assert_eq!(health(&api)["consecutive_failures"], 0);
+    let health = health(&api);
+    assert_eq!(
+        (&health["consecutive_failures"], &health["alerting"]),
+        (&json!(0), &json!(false)),
+        "{health}"
+    );
+}
+
+#[test]
+fn a_test_that_comes_and_goes_is_told_of_once_if_that_is_asked_for() {
+    // Answers 200, and each second time 500: three of five, and never two in a row.
+    let statuses: Vec<u16> = (0..60).map(|n| if n % 2 == 0 { 200 } else { 500 }).collect();
+    let flaky = Receiver::start(&statuses);
+    let receiver = Receiver::start(&[]);
+    let stack = start(&format!(
+        "allowed_hosts = [\"127.0.0.1:{}\"]\nalert = {{ failures = 3, of = 6 }}\n[notify]\nwebhook_url = \"{}\"\n",
+        flaky.port(),
+        receiver.url("/hook")
+    ));
+    let api = stack.api();
+    let put = |id: &str, critical: bool| {
+        let test =
+            json!({ "id": id, "endpoint": flaky.url("/x"), "expected_status": 200, "critical": critical });
+        api.post("/api/admin/canary/tests", &test).expect(201);
+    };
+    let runs = |id: &str| {
+        let shown = api.get(&format!("/api/admin/canary/results?test_id={id}")).expect(200).json();
+        shown["results"].as_array().expect("results").len()
+    };
+    // One that is not critical wakes nobody and does not count.
+    put("flaky", false);
+    wait_until(2 * SOON, "six runs", || runs("flaky") >= 6);
+    assert_eq!((&health(&api)["alerting"], receiver.posted().len()), (&json!(false), 0));
+    assert_eq!(Metrics::of(&api).value("keygate_canary_consecutive_failures"), 0.0);
+    put("flaky", true);
+    wait_until(SOON, "somebody to be told", || receiver.posted().len() == 1);
+    let before = runs("flaky");
+    wait_until(2 * SOON, "six more runs", || runs("flaky") >= before + 6);
+    assert_eq!((&health(&api)["alerting"], receiver.posted().len()), (&json!(true), 1));
+    api.send(Request::new("DELETE", "/api/admin/canary/tests/flaky")).expect(200);
+    wait_until(SOON, "somebody to be told that it is over", || receiver.posted().len() == 2);
+    assert_eq!(receiver.posted()[1].json()["status"], "resolved");
 }
 
 #[test]

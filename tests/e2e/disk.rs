@@ -66,6 +66,9 @@ fn on_a_full_disk_keys_can_still_be_ended() {
     assert!(problem["detail"].as_str().is_some_and(|detail| detail.contains("full")), "{problem}");
     let health = api.get("/health").expect(200).json();
     assert_eq!(health["status"], "degraded", "{health}");
+    let verbose = Request::get("/readyz?verbose").header("accept", "text/plain");
+    let ready = api.call(&verbose).expect(200).text();
+    assert!(ready.starts_with("[-]journal failed: ") && ready.ends_with("passed, degraded\n"), "{ready}");
 
     // All of them can be ended, the last one too, which the store may not have.
     let ended: Vec<&Key> = keys.iter().rev().take(200).collect();
@@ -86,8 +89,16 @@ fn on_a_full_disk_keys_can_still_be_ended() {
     wait_until(SOON, "the proxy to know", || stack.call(&chat(&keys[0])).status == 200);
     let late = api.issue("basic");
     stack.call(&chat(&late)).expect(200);
-    // The proxy enforces a change a moment before it says so.
-    wait_until(SOON, "all to be well", || api.get("/health").expect(200).json()["status"] == "healthy");
+    // The proxy enforces a change a moment before it says so. The store's file has to be opened anew once it could not be
+    // written, for which a restart is needed; that is said.
+    let failed = || {
+        let ready = api.call(&verbose).expect(200).text();
+        ready.lines().filter(|line| line.starts_with("[-]")).map(str::to_owned).collect::<Vec<_>>()
+    };
+    wait_until(SOON, "all else to be well", || {
+        failed().iter().all(|line| line.starts_with("[-]store failed: "))
+    });
+    println!("the store: {:?}", failed());
     for key in &ended {
         stack.call(&chat(key)).expect(401);
     }
@@ -96,6 +107,7 @@ fn on_a_full_disk_keys_can_still_be_ended() {
     stack.control_plane.kill();
     stack.control_plane.start();
     let api = stack.api();
+    wait_until(SOON, "all to be well", || api.get("/health").expect(200).json()["status"] == "healthy");
     for key in &ended {
         api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(401);
         let show = api.get(&format!("/api/admin/keys/{}", key.id)).expect(200).json();

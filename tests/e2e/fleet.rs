@@ -296,3 +296,44 @@ fn a_connection_that_is_lost_without_a_word_is_given_up_before_the_state_is_too_
         unavailable.map(|since| since.elapsed())
     );
 }
+
+#[test]
+fn how_far_behind_a_proxy_is_and_that_it_is_gone_shows_in_metrics() {
+    let stack = Stack::builder().workers(1).config("[fleet]\nhard_age = \"6s\"\n").start();
+    let api = stack.api();
+    let (_other, mut line) = stack.another_envoy_on_a_line("envoy-2", 1);
+    let value = |series: &str| Metrics::of(&api).value(series);
+    wait_until(SOON, "two proxies that follow", || {
+        value("keygate_fleet_proxies") == 2.0 && value("keygate_fleet_behind") == 0.0
+    });
+    assert_eq!((value("keygate_fleet_lag_seconds"), value("keygate_fleet_stale")), (0.0, 0.0));
+    assert_eq!(value("keygate_propagation_timeouts_total"), 0.0);
+    let (bytes, seq) = (value("keygate_snapshot_bytes"), value("keygate_state_seq"));
+    assert!(bytes > 100.0, "{bytes}");
+
+    line.cut();
+    let key = api.issue("basic");
+    let (reason, begun) = (json!({ "reason": "user_request" }), Instant::now());
+    let revoked = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=100ms", key.id);
+    let answer = api.post(&revoked, &reason).expect(200).json();
+    assert_eq!(answer["propagation"]["missing"], json!(["envoy-2"]), "{answer}");
+    assert_eq!(value("keygate_propagation_timeouts_total"), 1.0);
+    assert_eq!(value("keygate_snapshot_bytes"), bytes + 8.0, "a revocation is eight bytes");
+    assert!(value("keygate_snapshot_age_seconds") < begun.elapsed().as_secs_f64());
+    wait_until(SOON, "it to be behind for a second", || value("keygate_fleet_lag_seconds") > 1.0);
+    // A later change is not what it has lacked for longest.
+    let other = api.issue("basic");
+    api.post(&format!("/api/admin/keys/{}/revoke", other.id), &reason).expect(200);
+    let (lag, since) = (value("keygate_fleet_lag_seconds"), begun.elapsed().as_secs_f64());
+    assert!(lag > 1.0 && lag < since, "{lag} s, after {since} s");
+    assert!(value("keygate_snapshot_age_seconds") < 1.0 && value("keygate_state_seq") > seq);
+    wait_until(SOON, "it to be past its hard age", || value("keygate_fleet_stale") == 1.0);
+    assert_eq!((value("keygate_fleet_lag_seconds"), value("keygate_fleet_behind")), (0.0, 0.0));
+    assert_eq!(value("keygate_fleet_proxies"), 1.0);
+
+    line.heal();
+    wait_until(SOON, "it to follow again", || {
+        value("keygate_fleet_stale") == 0.0 && value("keygate_fleet_behind") == 0.0
+    });
+    assert_eq!((value("keygate_fleet_lag_seconds"), value("keygate_fleet_proxies")), (0.0, 2.0));
+}

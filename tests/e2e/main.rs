@@ -31,6 +31,7 @@ mod secrets;
 mod split;
 mod startup;
 mod telemetry;
+mod trace_context;
 mod trap;
 mod upkeep;
 mod wasm_imports;

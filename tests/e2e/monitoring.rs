@@ -357,6 +357,12 @@ fn a_proxy_that_is_cut_off_and_a_rotation_that_waits_for_it_fire_and_resolve() {
             );
             let text = changed(
                 &text,
+                "KeygateProxiesBehind",
+                "keygate_fleet_lag_seconds > 120",
+                "keygate_fleet_lag_seconds > 1",
+            );
+            let text = changed(
+                &text,
                 "KeygateRotationStalled",
                 "state=\"rotating\"} > 900",
                 "state=\"rotating\"} > 1",
@@ -412,4 +418,30 @@ fn what_is_lost_or_broken_fires_and_resolves() {
     wait_fired(&prometheus, SOON, &["KeygateControlPlaneDown"]);
     stack.control_plane.start();
     wait_resolved(&prometheus, SOON, &ALERTS);
+}
+
+#[test]
+fn a_canary_that_is_broken_fires_and_resolves() {
+    const ALERTS: [&str; 2] = ["KeygateCanaryFailing", "KeygateCanaryUnhealthy"];
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    let config =
+        format!("[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\n", stack.envoy.port());
+    fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let prometheus =
+        Prometheus::start(stack.directory(), &[stack.control_plane.api_port()], &[], str::to_owned);
+    wait_scraped(&prometheus, 2);
+    let api = stack.api();
+    let status = || api.get("/api/admin/canary/health").expect(200).json()["status"].clone();
+    wait_until(SOON, "it to be healthy", || status() == "healthy");
+    wait_resolved(&prometheus, SOON, &ALERTS);
+
+    stack.envoy.kill();
+    wait_fired(&prometheus, 2 * SOON, &ALERTS);
+    stack.start_envoy();
+    wait_resolved(&prometheus, SOON, &["KeygateCanaryFailing"]);
+    // Four of five of the last five minutes have to pass first.
+    wait_resolved(&prometheus, 4 * SOON, &ALERTS);
 }

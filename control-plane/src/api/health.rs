@@ -4,44 +4,112 @@
 use std::sync::Arc;
 
 use axum::extract::{Query, State};
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use super::{canary, json};
 use crate::app::App;
+use crate::redis_store::Status;
 use crate::rotation::driver;
 use crate::secret::SecretState;
 use crate::secret::ring::NoSigner;
+use crate::state;
 
-/// What is wrong, if anything.
-fn reasons(app: &App) -> Vec<String> {
+/// Something that this control plane needs, or that depends on it.
+#[derive(Debug, Serialize)]
+struct Check {
+    /// Its name for machines.
+    name: &'static str,
+    /// `ok` or `failed`.
+    status: &'static str,
+    /// What is wrong with it.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    reasons: Vec<String>,
+}
+
+impl Check {
+    fn new(name: &'static str, reasons: Vec<String>) -> Self {
+        Self { name, status: if reasons.is_empty() { "ok" } else { "failed" }, reasons }
+    }
+
+    /// A line as Kubernetes writes it.
+    fn line(&self) -> String {
+        if self.reasons.is_empty() {
+            return format!("[+]{} ok\n", self.name);
+        }
+        format!("[-]{} failed: {}\n", self.name, self.reasons.join("; "))
+    }
+}
+
+/// How everything fares, each once.
+fn checks(app: &App) -> Vec<Check> {
+    let state = app.state();
+    let mut checks = vec![Check::new("journal", of_journal(app)), Check::new("store", of_store(app))];
+    if let Some(mirror) = &app.mirror {
+        checks.push(Check::new("redis", of_redis(&mirror.status())));
+    }
+    checks.push(Check::new("rotation", of_rotation(app)));
+    checks.push(Check::new("keyring", of_keyring(&state)));
+    if !app.config.canary.proxies.is_empty() {
+        let status = canary::health(app).status;
+        let is_well = matches!(status, "healthy" | "no_data");
+        let wrong = (!is_well).then(|| format!("canaries: {status}, see /api/admin/canary/health"));
+        checks.push(Check::new("canary", wrong.into_iter().collect()));
+    }
+    let fleet = app.fleet.summary(&state, &app.deltas);
+    let (behind, live) = (fleet.behind, fleet.live);
+    let wrong =
+        (behind > 0).then(|| format!("{behind} of {live} proxies do not enforce the newest version yet"));
+    checks.push(Check::new("proxies", wrong.into_iter().collect()));
+    checks
+}
+
+fn of_journal(app: &App) -> Vec<String> {
     let mut reasons = Vec::new();
-    if app.metrics.journal_failures.get() > 0 {
+    if is_sealed(app) {
         reasons.push("the journal could not be written; changes are refused until a restart".into());
     }
     if app.metrics.journal_reserve.get() == 0.0 {
         reasons.push("the disk of the journal is full; only changes that end keys are taken".into());
     }
-    if let Some(mirror) = &app.mirror {
-        let status = mirror.status();
-        if !status.connected || status.error.is_some() {
-            let error = status.error.unwrap_or_else(|| "not connected yet".into());
-            reasons.push(format!("Redis: {error}; changes are in the journal only"));
-        }
-        reasons.extend(status.problems.into_iter().map(|(_, problem)| format!("Redis: {problem}")));
-        let peers = status.peers.into_iter().filter_map(|peer| peer.error);
-        reasons.extend(peers.map(|error| format!("Redis: {error}")));
+    reasons
+}
+
+/// What waits for the store is tried again with the next change, but after some failures only a restart helps.
+fn of_store(app: &App) -> Vec<String> {
+    let waiting = app.metrics.store_waiting.get();
+    let waits = (waiting > 0.0)
+        .then(|| format!("store: {waiting} changes wait to be taken; they are in the journal, and a restart has it take them"));
+    let unread = app.store.key("readyz").err().map(|error| format!("store: it cannot be read: {error}"));
+    waits.into_iter().chain(unread).collect()
+}
+
+fn of_redis(status: &Status) -> Vec<String> {
+    let mut reasons = Vec::new();
+    if !status.connected || status.error.is_some() {
+        let error = status.error.as_deref().unwrap_or("not connected yet");
+        reasons.push(format!("Redis: {error}; changes are in the journal only"));
     }
-    let state = app.state();
+    reasons.extend(status.problems.iter().map(|(_, problem)| format!("Redis: {problem}")));
+    let peers = status.peers.iter().filter_map(|peer| peer.error.as_deref());
+    reasons.extend(peers.map(|error| format!("Redis: {error}")));
+    reasons
+}
+
+fn of_rotation(app: &App) -> Vec<String> {
     let progress = app.driver.progress();
+    let mut reasons = Vec::new();
     if progress.stalled {
         let missing = progress.missing.join(", ");
         reasons.push(format!("secrets: a rotation waits for {missing}; the secret before goes on signing"));
     }
-    if let Some(failure) = progress.failure {
-        reasons.push(format!("secrets: {failure}"));
-    }
+    reasons.extend(progress.failure.map(|failure| format!("secrets: {failure}")));
+    reasons
+}
+
+fn of_keyring(state: &state::State) -> Vec<String> {
+    let mut reasons = Vec::new();
     for record in state.secrets.locked().filter(|record| record.state != SecretState::Expired) {
         let (kid, stage) = (&record.kid, record.state.label());
         reasons
@@ -50,22 +118,23 @@ fn reasons(app: &App) -> Vec<String> {
     if let Err(NoSigner::Locked | NoSigner::None) = state.secrets.signer() {
         reasons.push("secrets: the one that signs cannot be used here; no key can be issued".into());
     }
-    if !app.config.canary.proxies.is_empty() {
-        let health = canary::health(app);
-        if !matches!(health.status, "healthy" | "no_data") {
-            reasons.push(format!("canaries: {}, see /api/admin/canary/health", health.status));
-        }
-    }
-    let (total, behind) = app.fleet.counts(&state);
-    if behind > 0 {
-        reasons.push(format!("{behind} of {total} proxies do not enforce the newest version yet"));
-    }
     reasons
 }
 
+/// Whether nothing can be written any more.
+fn is_sealed(app: &App) -> bool {
+    app.metrics.journal_failures.get() > 0
+}
+
+/// What is wrong, if anything.
+fn reasons(checks: &[Check]) -> Vec<&str> {
+    checks.iter().flat_map(|check| check.reasons.iter().map(String::as_str)).collect()
+}
+
 pub async fn health(State(app): State<Arc<App>>) -> Response {
-    let reasons = reasons(&app);
-    let status = match (app.metrics.journal_failures.get() > 0, reasons.is_empty()) {
+    let checks = checks(&app);
+    let reasons = reasons(&checks);
+    let status = match (is_sealed(&app), reasons.is_empty()) {
         (true, _) => "unhealthy",
         (false, false) => "degraded",
         (false, true) => "healthy",
@@ -84,30 +153,59 @@ pub struct Verbose {
     verbose: Option<String>,
 }
 
-/// Whether it can be used. What does not keep it from its work makes it `degraded`, and is told with `?verbose`.
-pub async fn readyz(State(app): State<Arc<App>>, Query(Verbose { verbose }): Query<Verbose>) -> Response {
-    if app.metrics.journal_failures.get() > 0 {
-        return json(
-            StatusCode::SERVICE_UNAVAILABLE,
-            serde_json::json!({ "status": "not ready", "journal": "sealed" }),
-        );
+/// Whether it can be used. What does not keep it from its work makes it `degraded`, and is told with `?verbose`: as JSON,
+/// or as text with a line for each, as Kubernetes writes it, if that is accepted.
+pub async fn readyz(
+    State(app): State<Arc<App>>,
+    Query(Verbose { verbose }): Query<Verbose>,
+    headers: HeaderMap,
+) -> Response {
+    let is_verbose = verbose.is_some();
+    let checks = checks(&app);
+    let reasons = reasons(&checks);
+    let (code, status) = match (is_sealed(&app), reasons.is_empty()) {
+        (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+        (false, false) => (StatusCode::OK, "degraded"),
+        (false, true) => (StatusCode::OK, "ready"),
+    };
+    if is_verbose && wants_text(&headers) {
+        let outcome = match status {
+            "not ready" => "failed",
+            "degraded" => "passed, degraded",
+            _ => "passed",
+        };
+        let text = checks.iter().map(Check::line).chain([format!("readyz check {outcome}\n")]);
+        return (code, text.collect::<String>()).into_response();
     }
-    let reasons = reasons(&app);
-    let status = if reasons.is_empty() { "ready" } else { "degraded" };
-    let store = if app.mirror.is_some() { "redis" } else { "embedded" };
-    let mut answer = serde_json::json!({ "status": status, "journal": "ok", "store": store });
-    if let Some(mirror) = &app.mirror {
-        let connected = mirror.status().connected;
-        answer["redis"] = (if connected { "connected" } else { "unreachable" }).into();
+    let mut answer = serde_json::json!({ "status": status, "journal": "sealed" });
+    if code == StatusCode::OK {
+        answer["journal"] = "ok".into();
+        answer["store"] = (if app.mirror.is_some() { "redis" } else { "embedded" }).into();
+        if let Some(mirror) = &app.mirror {
+            let connected = mirror.status().connected;
+            answer["redis"] = (if connected { "connected" } else { "unreachable" }).into();
+        }
     }
-    if verbose.is_some() {
+    if is_verbose {
+        answer["checks"] = serde_json::json!(checks);
         answer["reasons"] = serde_json::json!(reasons);
         answer["version"] = serde_json::json!(app.state().version);
         if let Some(mirror) = &app.mirror {
             answer["redis"] = serde_json::json!(mirror.status());
         }
     }
-    json(StatusCode::OK, answer)
+    json(code, answer)
+}
+
+/// Whether text is asked for, and JSON is not.
+fn wants_text(headers: &HeaderMap) -> bool {
+    let accepts = |what: &str| {
+        let values = headers.get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+        values
+            .flat_map(|value| value.split(','))
+            .any(|one| one.split(';').next().map(str::trim) == Some(what))
+    };
+    accepts("text/plain") && !accepts("application/json")
 }
 
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
@@ -117,9 +215,9 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
             app.metrics.active_keys.with_label_values(&[role]).set(as_f64(live));
         }
     }
-    let (total, behind) = app.fleet.counts(&state);
-    app.metrics.fleet_proxies.set(as_f64(total as u64));
-    app.metrics.fleet_behind.set(as_f64(behind as u64));
+    app.metrics.show_fleet(app.fleet.summary(&state, &app.deltas));
+    app.metrics.snapshot_bytes.set(as_f64(state.snapshot_bytes() as u64));
+    app.metrics.snapshot_age.set(state.published.elapsed().as_secs_f64());
     app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();

@@ -28,12 +28,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
 use keygate_core::cache::Verified;
 use keygate_core::policy::Route;
+use tracing::Instrument as _;
 
 use crate::app::App;
 use crate::clock;
 use crate::key::{KeyRecord, KeyState};
 use crate::problem::Problem;
 use crate::secret::Ring;
+use crate::trace::{self, Trace};
 
 pub use auth::token;
 pub use request::{Caller, authenticate};
@@ -388,7 +390,14 @@ fn operations() -> Vec<Operation> {
         ),
         op("get", "/health", Needs::Nothing, "Whether all is well, and if not, why", get(health::health)),
         op("get", "/livez", Needs::Nothing, "Whether the process lives", get(health::livez)),
-        op("get", "/readyz", Needs::Nothing, "Whether changes are taken", get(health::readyz)),
+        Operation {
+            query: &[(
+                "verbose",
+                "whatever its value: each dependency under `checks`, `ok` or `failed` and why; with `Accept: text/plain` a \
+                 line for each, such as `[+]journal ok`",
+            )],
+            ..op("get", "/readyz", Needs::Nothing, "Whether changes are taken", get(health::readyz))
+        },
         op("get", "/metrics", Needs::Nothing, "Metrics, for Prometheus", get(health::metrics)),
         op("get", "/openapi.json", Needs::Nothing, "This description", get(openapi::document)),
         op("get", "/docs", Needs::Nothing, "This description, for people", get(openapi::page)),
@@ -440,14 +449,22 @@ async fn admitted(State(app): State<Arc<App>>, route: &Route, mut request: Reque
     }
 }
 
-/// One line a request: never a header, a body or a query, in all of which there may be keys.
+/// One line a request: never a header, a body or a query, in all of which there may be keys; but for the trace that it
+/// belongs to, which all lines have that come of it, and which the caller is told.
 async fn logged(path: Option<MatchedPath>, request: Request, next: Next) -> Response {
     let started = Instant::now();
     let method = request.method().clone();
-    let mut response = next.run(request).await;
+    let trace = Trace::of(request.headers());
+    let span = tracing::info_span!(target: "keygate::access", "request", trace_id = %trace);
+    let mut response = trace.with(next.run(request)).instrument(span.clone()).await;
     let path = path.as_ref().map_or("-", MatchedPath::as_str);
     let micros = started.elapsed().as_micros();
-    tracing::debug!(target: "keygate::access", %method, path, status = response.status().as_u16(), micros);
+    span.in_scope(|| {
+        tracing::debug!(target: "keygate::access", %method, path, status = response.status().as_u16(), micros);
+    });
+    if let Ok(part) = HeaderValue::try_from(trace.part()) {
+        response.headers_mut().insert(trace::HEADER, part);
+    }
     response.headers_mut().entry(header::CACHE_CONTROL).or_insert(HeaderValue::from_static("no-store"));
     response
 }

@@ -196,7 +196,9 @@ pub async fn finish(
     if let Some(limit) = waits.limit {
         let state = app.state();
         let propagation = app.fleet.wait_applied(committed.version, &state, waits.since, limit).await;
-        if propagation.missing.is_empty() && propagation.total > 0 {
+        if !propagation.missing.is_empty() {
+            app.metrics.propagation_timeouts.inc();
+        } else if propagation.total > 0 {
             app.metrics
                 .propagation_seconds
                 .observe(Duration::from_millis(propagation.max_lag_ms).as_secs_f64());

@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use super::Test;
 use super::target::Allowed;
+use crate::trace::{self, Trace};
 
 /// The most of a body that is read: enough for an answer about a key, and little for one that never ends.
 const MAX_BODY_BYTES: u64 = 64 * 1024;
@@ -69,6 +70,8 @@ pub struct Call<'c> {
     pub payload: Option<String>,
     /// How long it may take.
     pub timeout: Duration,
+    /// The trace that it belongs to.
+    pub trace: Trace,
 }
 
 /// What came back.
@@ -114,7 +117,7 @@ impl Caller {
     }
 
     /// Makes a test's call at a proxy and says whether all of it held. Blocks for as long as the test may take.
-    pub fn run(&self, test: &Test, proxy: &str, key: Option<&Zeroizing<String>>) -> Called {
+    pub fn run(&self, test: &Test, proxy: &str, key: Option<&Zeroizing<String>>, trace: Trace) -> Called {
         let is_path = test.endpoint.starts_with('/');
         let url = if is_path { format!("{proxy}{}", test.endpoint) } else { test.endpoint.clone() };
         let begun = Instant::now();
@@ -125,6 +128,7 @@ impl Caller {
             headers: &test.headers,
             payload: test.payload.as_ref().map(Value::to_string),
             timeout: Duration::from_millis(test.timeout_ms),
+            trace,
         });
         let took = begun.elapsed();
         let answer = match answered {
@@ -148,6 +152,9 @@ impl Caller {
         let mut request = ureq::http::Request::builder().method(call.method).uri(call.url);
         for (name, value) in call.headers {
             request = request.header(name, value);
+        }
+        if !call.headers.keys().any(|name| name.eq_ignore_ascii_case(trace::HEADER)) {
+            request = request.header(trace::HEADER, call.trace.part());
         }
         if let Some(key) = call.key {
             let bearer = Zeroizing::new(format!("Bearer {}", key.as_str()));

@@ -38,6 +38,8 @@ pub struct Outcome {
     pub failure: Option<String>,
     /// Whether somebody is told when it fails again and again.
     pub critical: bool,
+    /// The trace of its run, which its calls carry.
+    pub trace_id: String,
 }
 
 /// What they say together.
@@ -49,8 +51,11 @@ pub struct Health {
     pub pass_rate: Option<f64>,
     /// How many those are.
     pub recent_tests: usize,
-    /// How often in a row the test failed that did so most often.
+    /// How often in a row the critical test failed, at one proxy, that did so most often. Of tests that wake nobody
+    /// nothing counts here.
     pub consecutive_failures: u32,
+    /// Whether somebody was told that critical tests fail, and it is not over yet.
+    pub alerting: bool,
     /// Which tests fail, with what did not hold.
     pub failing: BTreeMap<String, String>,
     /// When tests were run last.
@@ -62,6 +67,30 @@ impl Health {
     pub const STATUSES: [&str; 5] = ["healthy", "degraded", "unhealthy", "no_data", "stale"];
 }
 
+/// When somebody is told: so many failures of a critical test among its last results at one proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Alert {
+    /// So many failures.
+    pub failures: u32,
+    /// Of so many results, at least as many as `failures`. The same number: so many in a row.
+    pub of: u32,
+}
+
+impl Alert {
+    /// How many results in a row must pass until it is over: then too few are left to be `failures`, whatever they were.
+    /// One, when failures in a row are asked for.
+    fn passes(self) -> usize {
+        usize::try_from(self.of.saturating_sub(self.failures)).unwrap_or(usize::MAX).saturating_add(1)
+    }
+}
+
+impl Default for Alert {
+    /// Three in a row.
+    fn default() -> Self {
+        Self { failures: 3, of: 3 }
+    }
+}
+
 /// Whether somebody is to be told.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Turn {
@@ -71,57 +100,88 @@ pub enum Turn {
     Recovers,
 }
 
+/// A test at a target.
+#[derive(Debug, Default)]
+struct Place {
+    /// Whether it failed, the last time last.
+    failed: VecDeque<bool>,
+    /// How often in a row.
+    in_a_row: u32,
+    /// What did not hold the last time that something did not.
+    said: String,
+    /// Whether somebody is told.
+    critical: bool,
+}
+
+impl Place {
+    fn add(&mut self, result: &Outcome, alert: Alert) {
+        self.critical = result.critical;
+        self.failed.push_back(result.failure.is_some());
+        let surplus = self.failed.len().saturating_sub(alert.of as usize);
+        self.failed.drain(..surplus);
+        match &result.failure {
+            None => self.in_a_row = 0,
+            Some(failure) => {
+                self.in_a_row = self.in_a_row.saturating_add(1);
+                self.said.clone_from(failure);
+            }
+        }
+    }
+
+    fn fires(&self, alert: Alert) -> bool {
+        self.critical && self.failed.iter().filter(|failed| **failed).count() >= alert.failures as usize
+    }
+
+    fn is_well(&self, alert: Alert) -> bool {
+        !self.critical || self.failed.iter().rev().take(alert.passes()).all(|failed| !failed)
+    }
+}
+
 /// The last results.
 #[derive(Debug, Default)]
 pub struct History {
     results: VecDeque<Outcome>,
-    /// How often each test failed in a row, at each target, and what did not hold last.
-    failing: BTreeMap<(String, String), (u32, String, bool)>,
+    /// By test and target.
+    places: BTreeMap<(String, String), Place>,
     last_run_ms: Option<u64>,
     /// Whether somebody was told.
     told: bool,
 }
 
 impl History {
-    /// Takes the results of a run; whether somebody is to be told, after `alert_after` failures in a row.
-    pub fn add(&mut self, results: Vec<Outcome>, at_ms: u64, alert_after: u32) -> Option<Turn> {
+    /// Takes the results of a run; whether somebody is to be told.
+    pub fn add(&mut self, results: Vec<Outcome>, at_ms: u64, alert: Alert) -> Option<Turn> {
         self.last_run_ms = Some(at_ms);
         for result in &results {
             let place = (result.test_id.clone(), result.target.clone());
-            match &result.failure {
-                None => drop(self.failing.remove(&place)),
-                Some(failure) => {
-                    let (count, said, critical) = self.failing.entry(place).or_default();
-                    *count = count.saturating_add(1);
-                    said.clone_from(failure);
-                    *critical = result.critical;
-                }
-            }
+            self.places.entry(place).or_default().add(result, alert);
         }
         self.results.extend(results);
         let surplus = self.results.len().saturating_sub(KEPT);
         self.results.drain(..surplus);
-        let critical = self.failing.iter().filter(|(_, (.., critical))| *critical);
-        let again = |(_, (count, ..)): &(&(String, String), &(u32, String, bool))| *count >= alert_after;
-        let fails: Vec<String> = critical
-            .clone()
-            .filter(again)
-            .map(|((test, target), (_, said, _))| format!("{test} at {target}: {said}"))
-            .collect();
-        if !fails.is_empty() && !self.told {
-            self.told = true;
-            return Some(Turn::Fails(fails.join("; ")));
+        if self.told {
+            let is_over = self.places.values().all(|place| place.is_well(alert));
+            self.told = !is_over;
+            return is_over.then_some(Turn::Recovers);
         }
-        if self.told && critical.count() == 0 {
-            self.told = false;
-            return Some(Turn::Recovers);
-        }
-        None
+        let fire = self.places.iter().filter(|(_, place)| place.fires(alert));
+        let fire: Vec<_> =
+            fire.map(|((test, target), place)| format!("{test} at {target}: {}", place.said)).collect();
+        self.told = !fire.is_empty();
+        self.told.then(|| Turn::Fails(fire.join("; ")))
     }
 
-    /// Forgets that tests fail which are not there any more.
+    /// Forgets how tests fare which are not there any more.
     pub fn keep_tests(&mut self, is_there: impl Fn(&str) -> bool) {
-        self.failing.retain(|(test, _), _| is_there(test));
+        self.places.retain(|(test, _), _| is_there(test));
+    }
+
+    /// Forgets how tests fare, and when they were run, since another control plane runs them from now on. Whether somebody
+    /// was told, and is to be told that this is not known any more.
+    pub fn leave(&mut self) -> bool {
+        self.places.clear();
+        self.last_run_ms = None;
+        std::mem::take(&mut self.told)
     }
 
     /// What they say at `now_ms`, Unix milliseconds, if tests are run every `interval_ms`.
@@ -141,16 +201,17 @@ impl History {
             Some(rate) if rate >= DEGRADED => "degraded",
             Some(_) => "unhealthy",
         };
-        let failing = self
-            .failing
-            .iter()
-            .map(|((test, target), (_, said, _))| (format!("{test} at {target}"), said.clone()));
+        let failing = self.places.iter().filter(|(_, place)| place.in_a_row > 0);
+        let critical = self.places.values().filter(|place| place.critical);
         Health {
             status,
             pass_rate: rate,
             recent_tests: count,
-            consecutive_failures: self.failing.values().map(|(count, ..)| *count).max().unwrap_or(0),
-            failing: failing.collect(),
+            consecutive_failures: critical.map(|place| place.in_a_row).max().unwrap_or(0),
+            alerting: self.told,
+            failing: failing
+                .map(|((test, target), place)| (format!("{test} at {target}"), place.said.clone()))
+                .collect(),
             last_run: self.last_run_ms.map(crate::clock::rfc3339_ms),
         }
     }
@@ -183,13 +244,16 @@ mod tests {
             latency_ms: 1.0,
             failure: failure.map(Into::into),
             critical: test != "minor",
+            trace_id: String::new(),
         }
     }
 
     #[test]
     fn three_failures_in_a_row_are_told_once_and_so_is_the_recovery() {
         let mut history = History::default();
-        let mut run = |at, failure| history.add(vec![result("a", at, failure), result("b", at, None)], at, 3);
+        let mut run = |at, failure| {
+            history.add(vec![result("a", at, failure), result("b", at, None)], at, Alert::default())
+        };
         assert_eq!((run(1, Some("x")), run(2, Some("x"))), (None, None));
         assert_eq!(run(3, None), None, "two are an accident");
         assert_eq!((run(4, Some("x")), run(5, Some("x"))), (None, None));
@@ -202,11 +266,59 @@ mod tests {
     fn what_is_not_critical_wakes_nobody() {
         let mut history = History::default();
         for at in 0..10 {
-            assert_eq!(history.add(vec![result("minor", at, Some("x"))], at, 3), None);
+            assert_eq!(history.add(vec![result("minor", at, Some("x"))], at, Alert::default()), None);
         }
-        assert_eq!(history.health(10, 60_000).consecutive_failures, 10);
+        let health = history.health(10, 60_000);
+        assert_eq!((health.consecutive_failures, health.alerting), (0, false));
+        assert_eq!(health.failing.len(), 1, "it is told all the same");
         history.keep_tests(|test| test != "minor");
-        assert_eq!(history.health(10, 60_000).consecutive_failures, 0);
+        assert!(history.health(10, 60_000).failing.is_empty());
+    }
+
+    /// What is told when a test comes to this: `x` is a failure, `.` a pass. `F` fires, `R` recovers, `-` says nothing.
+    fn told(alert: Alert, results: &str) -> String {
+        let mut history = History::default();
+        let mut told = String::new();
+        for (at, sign) in (0..).zip(results.chars()) {
+            let failure = (sign == 'x').then_some("x");
+            told.push(match history.add(vec![result("a", at, failure)], at, alert) {
+                None => '-',
+                Some(Turn::Fails(_)) => 'F',
+                Some(Turn::Recovers) => 'R',
+            });
+        }
+        told
+    }
+
+    #[test]
+    fn so_many_failures_of_so_many_are_told_once_and_over_when_they_cannot_be_any_more() {
+        let of = |failures, of| Alert { failures, of };
+        for (alert, results, wanted) in [
+            (of(3, 3), "xx.xxx.x.xxx.", "-----FR----FR"),
+            (of(1, 1), "x.xx.", "FRF-R"),
+            // Not in a row, which three in a row would never see.
+            (of(3, 3), "x.x.x.x.x.x.", "------------"),
+            (of(3, 5), "x.x.x.x.x.x.", "----F-------"),
+            (of(3, 5), "x.x.x...", "----F--R"),
+            (of(3, 5), "xxx..x...", "--F-----R"),
+            (of(3, 5), "x...x...x", "---------"),
+            (of(2, 10), "x.........x", "-----------"),
+            (of(2, 10), "x........x.........", "---------F--------R"),
+        ] {
+            assert_eq!(told(alert, results), wanted, "{alert:?}: {results}");
+        }
+    }
+
+    #[test]
+    fn who_does_not_run_them_any_more_knows_nothing_and_says_so_once() {
+        let mut history = History::default();
+        for at in 0..3 {
+            history.add(vec![result("a", at, Some("x"))], at, Alert::default());
+        }
+        assert!(history.health(3, 60_000).alerting);
+        assert_eq!((history.leave(), history.leave()), (true, false));
+        let health = history.health(1_000_000, 60_000);
+        assert_eq!((health.status, health.alerting, health.consecutive_failures), ("no_data", false, 0));
     }
 
     #[test]
@@ -217,18 +329,18 @@ mod tests {
         let mut failures = vec![None; 19];
         failures.push(Some("x"));
         let results = |at, failures: &[Option<&str>]| failures.iter().map(|f| result("a", at, *f)).collect();
-        history.add(results(0, &failures), 0, 3);
+        history.add(results(0, &failures), 0, Alert::default());
         assert_eq!((status(&history, 0), history.health(0, 1).pass_rate), ("healthy", Some(95.0)));
-        history.add(results(1, &[Some("x"), Some("x"), Some("x")]), 1, 3);
+        history.add(results(1, &[Some("x"), Some("x"), Some("x")]), 1, Alert::default());
         assert_eq!(status(&history, 1), "degraded");
-        history.add(results(2, &[Some("x"); 5]), 2, 3);
+        history.add(results(2, &[Some("x"); 5]), 2, Alert::default());
         assert_eq!(status(&history, 2), "unhealthy");
         assert_eq!(status(&history, 180_002), "unhealthy");
         assert_eq!(status(&history, 180_003), "stale", "three intervals without a run");
-        history.add(results(400_000, &[None]), 400_000, 3);
+        history.add(results(400_000, &[None]), 400_000, Alert::default());
         assert_eq!(history.health(400_000, 60_000).recent_tests, 1, "the others are long ago");
         for at in 0..KEPT as u64 + 10 {
-            history.add(results(500_000 + at, &[None]), 500_000 + at, 3);
+            history.add(results(500_000 + at, &[None]), 500_000 + at, Alert::default());
         }
         assert_eq!(history.results(None, usize::MAX).len(), KEPT);
     }

@@ -22,7 +22,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 pub use self::caller::Caller;
-pub use self::history::{Health, History, Outcome};
+pub use self::history::{Alert, Health, History, Outcome};
 pub use self::target::{Allowed, Url};
 
 /// The seed that needs a key which may not be renewed yet.

@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::time::MissedTickBehavior;
+use tracing::Instrument as _;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{History, Outcome, Turn};
-use super::{Allowed, Test, Url, seeds};
+use super::{Alert, Allowed, Test, Url, seeds};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
@@ -23,6 +23,8 @@ use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
 use crate::rotation::driver;
+use crate::state;
+use crate::trace::Trace;
 use crate::writer::View;
 
 /// In whose name the journal has what the canary does.
@@ -39,9 +41,18 @@ const PROBE_LIFE: &str = "5m";
 const REFUSED_WITHIN: Duration = Duration::from_secs(10);
 /// How often it asks meanwhile.
 const ASK_EVERY: Duration = Duration::from_millis(2);
-/// How long after the start tests are run first, at most.
-const FIRST_AFTER: Duration = Duration::from_secs(5);
+/// For how long a proxy may not be ready before tests are run for the first time all the same: as long as the interval,
+/// within these bounds.
+const READY_WITHIN: std::ops::RangeInclusive<Duration> = Duration::from_secs(5)..=Duration::from_secs(30);
+/// How often it is asked meanwhile, and how long that may take.
+const ASK_READY_EVERY: Duration = Duration::from_millis(200);
+const READY_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a control plane that does not lead looks whether it does now.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 const PROBE: &str = "revocation_probe";
+const HAS_KEY: &str = "canary_key";
+/// What the filter answers by itself: with 200 once it has a state.
+const READY_PATH: &str = "/.keygate/ready";
 
 /// How canaries are run.
 #[derive(Debug, Clone)]
@@ -58,8 +69,8 @@ pub struct Settings {
     pub role: String,
     /// What the tests of the application call.
     pub app_endpoint: String,
-    /// After how many failures in a row somebody is told.
-    pub alert_after: u32,
+    /// After how many failures somebody is told.
+    pub alert: Alert,
 }
 
 /// The canary's key.
@@ -105,48 +116,111 @@ pub fn tests(app: &App) -> Vec<Test> {
     tests.into_values().collect()
 }
 
-/// Runs them until the control plane stops.
+/// Runs them until the control plane stops: every interval, and at once when another secret signs, since what a proxy
+/// missed of a rotation shows then.
 pub async fn run(app: Arc<App>) {
     if app.config.canary.proxies.is_empty() {
         return;
     }
-    let mut stopping = app.stopping.clone();
-    let interval = app.config.canary.interval;
-    // A proxy that is started with this process takes a moment.
-    let first = tokio::time::Instant::now() + interval.min(FIRST_AFTER);
-    let mut ticks = tokio::time::interval_at(first, interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let (mut stopping, mut states) = (app.stopping.clone(), app.states.clone());
+    tokio::select! {
+        _ = stopping.wait_for(|stop| *stop) => return,
+        () = wait_ready(&app) => {}
+    }
+    let signs = |state: &state::State| state.secrets.active().map(|held| held.record.kid.clone());
+    let mut signed_by = signs(&states.borrow_and_update());
+    let (mut next, mut leads) = (tokio::time::Instant::now(), false);
     loop {
+        let is_rotated = tokio::select! {
+            _ = stopping.wait_for(|stop| *stop) => return,
+            () = tokio::time::sleep_until(next) => false,
+            changed = states.changed() => {
+                let signs_now = signs(&states.borrow_and_update());
+                match changed {
+                    Err(_) => return,
+                    Ok(()) if signs_now == signed_by => continue,
+                    Ok(()) => signed_by = signs_now,
+                }
+                true
+            }
+        };
+        let now = tokio::time::Instant::now();
+        let led = std::mem::replace(&mut leads, driver::leads(&app));
+        if led && !leads && app.canary.history().leave() {
+            app.notifier.resolve(Kind::CanaryFailing, "another control plane runs the canary tests now");
+        }
+        if !leads {
+            next = now + app.config.canary.interval.min(LOOK_EVERY);
+            continue;
+        }
+        next = now + app.config.canary.interval;
         tokio::select! {
             _ = stopping.wait_for(|stop| *stop) => return,
-            _ = ticks.tick() => {}
+            _ = run_once(&app, is_rotated) => {}
         }
-        if driver::leads(&app) {
-            tokio::select! {
-                _ = stopping.wait_for(|stop| *stop) => return,
-                _ = run_once(&app, false) => {}
-            }
+    }
+}
+
+/// Waits until every proxy says that it is ready. One that is started with this process takes a moment, and would be
+/// unhealthy for five minutes for a run in which it was not there; one that is not there in time is what the tests are
+/// for.
+async fn wait_ready(app: &Arc<App>) {
+    let trace = Trace::begin();
+    let patience = app.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
+    let deadline = tokio::time::Instant::now() + patience;
+    while tokio::time::Instant::now() < deadline {
+        let here = Arc::clone(app);
+        let asked = tokio::task::spawn_blocking(move || {
+            let (caller, none) = (Caller::new(Arc::clone(&here.config.canary.allowed)), BTreeMap::new());
+            here.config.canary.proxies.iter().all(|proxy| {
+                let answer = caller.call(Call {
+                    method: "GET",
+                    url: format!("{}{READY_PATH}", proxy.text),
+                    key: None,
+                    headers: &none,
+                    payload: None,
+                    timeout: READY_TIMEOUT,
+                    trace,
+                });
+                answer.is_ok_and(|answer| answer.status == 200)
+            })
+        });
+        if asked.await.unwrap_or(false) {
+            return;
         }
+        tokio::time::sleep(ASK_READY_EVERY).await;
     }
 }
 
 /// Runs all of them now, the probe too if it is due or `all` is asked for. What they came to.
 pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
+    if let Some(trace) = Trace::current() {
+        return run_within(app, all, trace).await;
+    }
+    let trace = Trace::begin();
+    let span = tracing::info_span!("canary", trace_id = %trace);
+    trace.with(run_within(app, all, trace)).instrument(span).await
+}
+
+async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
     let mut state = app.canary.running.lock().await;
     let mut results = Vec::new();
-    match own_key(app, &mut state).await {
+    let token = own_key(app, &mut state).await;
+    let has_key = token.is_ok();
+    match token.clone() {
         Ok(token) => {
             let (mut tests, here) = (tests(app), Arc::clone(app));
             // Where keys live for a day, each may be renewed at any time.
             let is_young =
                 state.key.as_ref().is_some_and(|key| app.clock.now_s() < key.record.refresh_after());
             tests.retain(|test| is_young || test.id != super::TOO_EARLY);
-            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token)).await;
+            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token, trace)).await;
             results.extend(ran.unwrap_or_default());
         }
         Err(problem) => results.push(outcome(
             app,
-            "canary_key",
+            trace,
+            HAS_KEY,
             "The canary has a key",
             "control plane",
             Instant::now(),
@@ -157,21 +231,22 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     }
     let is_due = state.probed.is_none_or(|probed| probed.elapsed() >= app.config.canary.probe_interval);
     if (all || is_due)
-        && let Some(key) = &state.key
+        && let Ok(token) = token
     {
-        let token = key.token.clone();
         state.probed = Some(Instant::now());
         for proxy in &app.config.canary.proxies {
-            results.push(probe(app, &token, proxy).await);
+            results.push(probe(app, &token, proxy, trace).await);
         }
     }
     let now_ms = app.clock.now_ms();
     let known = tests(app);
     let turn = {
         let mut history = app.canary.history();
-        history
-            .keep_tests(|id| [PROBE, "canary_key"].contains(&id) || known.iter().any(|test| test.id == id));
-        history.add(results.clone(), now_ms, app.config.canary.alert_after)
+        // That there is a key again is no result, so that there was none is forgotten.
+        history.keep_tests(|id| {
+            id == PROBE || (id == HAS_KEY && !has_key) || known.iter().any(|test| test.id == id)
+        });
+        history.add(results.clone(), now_ms, app.config.canary.alert)
     };
     for result in &results {
         let label = if result.passed { "pass" } else { "fail" };
@@ -193,15 +268,16 @@ pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
     results
 }
 
-fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>) -> Vec<Outcome> {
+fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
     let caller = Caller::new(Arc::clone(&app.config.canary.allowed));
     let mut results = Vec::new();
     for proxy in &app.config.canary.proxies {
         for test in tests {
             let begun = Instant::now();
-            let called = caller.run(test, &proxy.text, Some(token));
+            let called = caller.run(test, &proxy.text, Some(token), trace);
             results.push(outcome(
                 app,
+                trace,
                 &test.id,
                 &test.name,
                 &proxy.text,
@@ -218,6 +294,7 @@ fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>) -> Vec<Outcom
 #[allow(clippy::too_many_arguments)] // It is the one place where a result is made.
 fn outcome(
     app: &App,
+    trace: Trace,
     id: &str,
     name: &str,
     target: &str,
@@ -238,6 +315,7 @@ fn outcome(
         latency_ms: (begun.elapsed().as_secs_f64() * 1e6).round() / 1e3,
         failure,
         critical,
+        trace_id: trace.to_string(),
     }
 }
 
@@ -258,6 +336,9 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
             return Ok(key.token.clone());
         }
     }
+    // After an immediate rotation nothing signs until every live proxy knows the new secret.
+    driver::wait_for_signer(app).await;
+    let current = app.state();
     let signer =
         Arc::clone(current.secrets.signer().map_err(|error| format!("no key for the canary: {error}"))?);
     let role = app.config.canary.role.clone();
@@ -319,17 +400,22 @@ async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Outcome {
+async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
-    let result = probed(app, token, proxy).await;
+    let result = probed(app, token, proxy, trace).await;
     if let Ok(took) = result {
         app.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
     }
     let name = "A key is issued, passes, is revoked and refused";
-    outcome(app, PROBE, name, &proxy.text, begun, None, result.err(), true)
+    outcome(app, trace, PROBE, name, &proxy.text, begun, None, result.err(), true)
 }
 
-async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Result<Duration, String> {
+async fn probed(
+    app: &Arc<App>,
+    token: &Zeroizing<String>,
+    proxy: &Url,
+    trace: Trace,
+) -> Result<Duration, String> {
     let (allowed, url) = (Arc::clone(&app.config.canary.allowed), proxy.text.clone());
     let (role, endpoint) = (app.config.canary.role.clone(), app.config.canary.app_endpoint.clone());
     let token = token.clone();
@@ -344,6 +430,7 @@ async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Resul
             headers: &none,
             payload: Some(body.to_string()),
             timeout: REFUSED_WITHIN,
+            trace,
         })?;
         if answer.status != 201 {
             return Err(format!("registering a key: status {} in place of 201", answer.status));
@@ -370,6 +457,7 @@ async fn probed(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url) -> Resul
                     headers,
                     payload: None,
                     timeout,
+                    trace,
                 })?;
                 if answer.status == wanted {
                     return Ok(());

@@ -14,13 +14,13 @@ use keygate_core::token;
 use toml::Value;
 
 use self::value::{
-    address, alert_after, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway,
-    life, list, log_format, overlap, path, personal_data, realm, redis_timeout, requests_per_hour, retention,
-    retire, schedule, scopes, share, text, words,
+    address, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway, life, list,
+    log_format, overlap, path, personal_data, realm, redis_timeout, requests_per_hour, retention, retire,
+    schedule, scopes, share, text, up_to_100, words,
 };
 pub use self::value::{gate_timeout, http_url};
 use crate::canary::runner::Settings as CanarySettings;
-use crate::canary::{Allowed, Url};
+use crate::canary::{Alert, Allowed, Url};
 use crate::journal::PersonalData;
 use crate::master_key::Source;
 use crate::redis_store::{Durability, Target};
@@ -30,7 +30,7 @@ use crate::rotation::{Lives, Schedule};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 45] = [
+pub const SETTINGS: [(&str, &str); 46] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -106,7 +106,14 @@ pub const SETTINGS: [(&str, &str); 45] = [
     ),
     ("canary.app_endpoint", "What the tests of the application call [default: /api/chat]"),
     ("canary.role", "The role of the canary's key [default: basic]"),
-    ("canary.alert_after", "After how many failures in a row somebody is told, 1 to 100 [default: 3]"),
+    (
+        "canary.alert.failures",
+        "After how many failures of a critical test somebody is told, 1 to 100 [default: 3]",
+    ),
+    (
+        "canary.alert.of",
+        "Among how many of its last results, up to 100 [default: canary.alert.failures, so in a row]",
+    ),
     ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
     ("notify.source", "What this control plane is called in notifications [default: keygate]"),
     (
@@ -413,6 +420,7 @@ impl Typed {
             let text = text(value)?;
             allowed.check_endpoint(text).map(|()| text.to_owned())
         });
+        let alert = self.canary_alert();
         CanarySettings {
             interval: self.take("canary.interval", between(1, 3_600)).unwrap_or(Duration::from_secs(60)),
             probe_interval: self
@@ -420,10 +428,20 @@ impl Typed {
                 .unwrap_or(Duration::from_secs(300)),
             role: self.take("canary.role", identifier).unwrap_or_else(|| "basic".into()),
             app_endpoint: app_endpoint.unwrap_or_else(|| "/api/chat".into()),
-            alert_after: self.take("canary.alert_after", alert_after).unwrap_or(3),
+            alert,
             allowed: Arc::new(allowed),
             proxies,
         }
+    }
+
+    fn canary_alert(&mut self) -> Alert {
+        let failures = self.take("canary.alert.failures", up_to_100);
+        let of = self.take("canary.alert.of", up_to_100);
+        let failures = failures.unwrap_or(Alert::default().failures);
+        if let Some(of) = of.filter(|of| *of < failures) {
+            self.errors.push(format!("canary.alert.of: {of} results never have {failures} failures"));
+        }
+        Alert { failures, of: of.unwrap_or(failures) }
     }
 
     fn hsm(&mut self) -> Option<HsmSettings> {
@@ -590,6 +608,22 @@ mod tests {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
         assert_eq!(errors.len(), 18, "{errors:#?}");
+    }
+
+    #[test]
+    fn a_canarys_alert_is_so_many_failures_of_so_many() {
+        let typed = |toml: &str| read(&format!("[canary]\n{toml}"), &[]).map(|config| config.canary.alert);
+        let of = |failures, of| Alert { failures, of };
+        assert_eq!(typed("").unwrap(), of(3, 3));
+        assert_eq!(typed("alert = { failures = 3, of = 5 }").unwrap(), of(3, 5));
+        assert_eq!(typed("alert.failures = 2").unwrap(), of(2, 2));
+        assert_eq!(typed("alert.of = 4").unwrap(), of(3, 4));
+        let variable = ("canary.alert.of", "9".to_owned(), "KEYGATE_CANARY_ALERT_OF".to_owned());
+        assert_eq!(read("", &[variable]).unwrap().canary.alert, of(3, 9));
+        for wrong in ["alert.of = 2", "alert.failures = 0", "alert = { failures = 3, of = 101 }", "alert = 3"]
+        {
+            assert!(typed(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

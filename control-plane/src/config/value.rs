@@ -80,7 +80,7 @@ pub fn list(value: &Value) -> Result<Vec<String>, String> {
     }
 }
 
-pub fn alert_after(value: &Value) -> Result<u32, String> {
+pub fn up_to_100(value: &Value) -> Result<u32, String> {
     let wanted = count(value)?;
     u32::try_from(wanted).ok().filter(|n| (1..=100).contains(n)).ok_or_else(|| "must be from 1 to 100".into())
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::{Destination, Notice, Stopping, formats};
 use crate::metrics::Metrics;
+use crate::trace;
 
 /// How long a destination may take for one try.
 const TRY_WITHIN: Duration = Duration::from_secs(5);
@@ -98,6 +99,8 @@ impl Worker {
         if let Destination::Webhook { secret, .. } = &self.destination {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
             request = request.header(formats::SIGNATURE, formats::signature(&secret.0, now, body.as_bytes()));
+            // To nobody else: what does not belong to the operators gets what it asks for.
+            request = request.header(trace::HEADER, notice.trace.part());
         }
         match request.send(body.as_bytes()) {
             Ok(answer) if answer.status().is_success() => Answer::Taken,

@@ -84,6 +84,7 @@ pub fn pagerduty(notice: &Notice, source: &str, routing_key: &str) -> Value {
 mod tests {
     use super::super::Kind;
     use super::*;
+    use crate::trace::Trace;
 
     fn notice(kind: Kind, resolved: bool) -> Notice {
         Notice {
@@ -93,6 +94,7 @@ mod tests {
             resolved,
             summary: "proxies <@everyone> & <https://evil|more> wait".into(),
             details: vec![("missing", "envoy-1 <x>".into())],
+            trace: Trace::begin(),
         }
     }
 

@@ -19,6 +19,7 @@ use zeroize::Zeroizing;
 
 use crate::clock::{self, Clock};
 use crate::metrics::Metrics;
+use crate::trace::Trace;
 
 /// Notices that a destination may be behind.
 const QUEUE: usize = 64;
@@ -83,6 +84,8 @@ pub struct Notice {
     pub summary: String,
     /// More, by name.
     pub details: Vec<(&'static str, String)>,
+    /// The trace that it came of, or its own.
+    pub trace: Trace,
 }
 
 /// A secret part of the configuration: a URL with a token in it, or a key.
@@ -221,6 +224,7 @@ impl Notifier {
             resolved,
             summary: tame(&summary),
             details: details.into_iter().map(|(name, text)| (name, tame(&text))).collect(),
+            trace: Trace::current().unwrap_or_else(Trace::begin),
         });
         for (label, queue) in self.queues.lock().unwrap_or_else(PoisonError::into_inner).iter() {
             if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =

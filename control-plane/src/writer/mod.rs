@@ -545,9 +545,15 @@ impl Thread {
     /// The journal has these changes; what the store cannot take now is tried again with the next ones, or at the
     /// next start. Until then only plans know of them.
     fn store_what_waits(&mut self) {
-        if self.journal.uses_reserve() {
-            return; // The store would take the space that is left for the journal.
+        // With the disk full the store would take the space that is left for the journal.
+        if !self.journal.uses_reserve() {
+            self.try_to_store();
         }
+        #[allow(clippy::cast_precision_loss)] // Far below 2^53.
+        self.metrics.store_waiting.set(self.unstored.len() as f64);
+    }
+
+    fn try_to_store(&mut self) {
         let started = Instant::now();
         let stored = self.store.apply(&self.unstored);
         self.metrics.store_apply_seconds.observe(started.elapsed().as_secs_f64());
