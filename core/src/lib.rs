@@ -35,6 +35,7 @@ pub mod policy;
 pub mod refusal;
 pub mod replica;
 pub mod revocation;
+pub mod rollout;
 pub mod rules;
 pub mod shared;
 pub mod sync;
