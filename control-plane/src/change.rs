@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use crate::approval::Proposal;
 use crate::canary::Test;
 use crate::key::{Ended, KeyRecord, RevocationReason};
+use crate::rollout::Flags;
 use crate::secret::{SecretRecord, SecretState};
 use crate::state::Settings;
 
@@ -240,6 +241,11 @@ pub enum Change {
         /// The new one.
         policy: Policy,
     },
+    /// The rollout was changed.
+    RolloutChanged {
+        /// What is set from then on.
+        flags: Box<Flags>,
+    },
 }
 
 const fn never() -> u64 {
@@ -290,6 +296,7 @@ impl Change {
             Self::CanaryTestPut { .. } => "canary_test_put",
             Self::CanaryTestDeleted { .. } => "canary_test_deleted",
             Self::PolicyReplaced { .. } => "policy_replaced",
+            Self::RolloutChanged { .. } => "rollout_changed",
         }
     }
 
@@ -338,6 +345,7 @@ impl Change {
             Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
             Self::EditRefused { problem, .. } => Some(problem.clone()),
             Self::SecretCreated { secret, .. } => secret.why.clone(),
+            Self::RolloutChanged { flags } => flags.cause.clone(),
             Self::SecretMoved { justification, .. } | Self::SecretAnnounced { justification, .. } => {
                 justification.clone()
             }
@@ -382,6 +390,7 @@ impl Change {
                 | Self::CutoffLifted { .. }
                 | Self::LockdownChanged { .. }
                 | Self::PolicyReplaced { .. }
+                | Self::RolloutChanged { .. }
         )
     }
 
@@ -431,7 +440,8 @@ impl Change {
             | Self::LockdownChanged { .. }
             | Self::CanaryTestPut { .. }
             | Self::CanaryTestDeleted { .. }
-            | Self::PolicyReplaced { .. } => None,
+            | Self::PolicyReplaced { .. }
+            | Self::RolloutChanged { .. } => None,
         }
     }
 
@@ -471,7 +481,8 @@ impl Change {
             | Self::LockdownChanged { .. }
             | Self::CanaryTestPut { .. }
             | Self::CanaryTestDeleted { .. }
-            | Self::PolicyReplaced { .. } => None,
+            | Self::PolicyReplaced { .. }
+            | Self::RolloutChanged { .. } => None,
         }
     }
 

@@ -27,6 +27,7 @@ pub mod problem;
 pub mod random;
 pub mod redis_store;
 pub mod roles;
+pub mod rollout;
 pub mod rotation;
 pub mod secret;
 pub mod state;

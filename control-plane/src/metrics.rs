@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use keygate_core::decision::Reason;
 use keygate_core::policy::Policy;
+use keygate_core::telemetry::Trouble;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
     Registry, TextEncoder,
@@ -16,9 +17,12 @@ use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
 use crate::redis_store;
 use crate::roles::Roles;
+use crate::rollout::Flags;
 use crate::secret::{Ring, SecretState};
 use crate::telemetry::{self, Shown, Times};
 
+/// The version label: what was there before Keygate.
+pub const V1: &str = "v1";
 /// The version label: keys of Keygate.
 pub const V2: &str = "v2";
 /// Buckets from 10 µs to 100 ms, for what takes microseconds.
@@ -43,6 +47,16 @@ pub struct Metrics {
     pub revoked: IntCounterVec,
     /// Refused credentials by precise reason.
     pub auth_errors: IntCounterVec,
+    /// Requests that proxies refused, by precise reason.
+    pub refusals: IntCounterVec,
+    /// Answers of an upstream that tell of trouble, while a rollout is under way.
+    pub upstream_answers: IntCounterVec,
+    /// The share of subjects that goes to V2.
+    pub rollout_share: Gauge,
+    /// The rollout's strategy.
+    pub rollout_strategy: GaugeVec,
+    /// How often the guard rolled back.
+    pub rollbacks: IntCounter,
     /// Time to decide on a key, from the request's headers to the answer.
     pub validation_seconds: Times,
     /// Time to read and verify the token in that, or to find it remembered.
@@ -185,6 +199,16 @@ impl Metrics {
             "Requests to proxies and what was decided; endpoint is the route's name in the policy, 'none' when none matched.",
             &["version", "endpoint", "outcome"],
         );
+        let refusals = kept(
+            "keygate_refusals_total",
+            "Requests refused by proxies, by precise reason.",
+            &["error_type"],
+        );
+        let upstream_answers = kept(
+            "keygate_upstream_answers_total",
+            "Answers of an upstream that tell of trouble, while a rollout is under way: error (500 and more), denied (401, 403, 429).",
+            &["version", "endpoint", "kind"],
+        );
         let auth_errors = kept(
             "auth_errors_total",
             "Requests refused by proxies and by the control plane's own API, by precise reason.",
@@ -208,6 +232,8 @@ impl Metrics {
         let kept = Shown::new(vec![
             Box::new(validated.clone()),
             Box::new(requests.clone()),
+            Box::new(refusals.clone()),
+            Box::new(upstream_answers.clone()),
             Box::new(auth_errors.clone()),
             Box::new(rate_limit_exceeded.clone()),
             Box::new(validation_seconds.clone()),
@@ -255,6 +281,21 @@ impl Metrics {
             created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
             validated,
             requests,
+            refusals,
+            upstream_answers,
+            rollout_share: gauge(
+                "keygate_rollout_share",
+                "The share of subjects that goes to V2 at the moment, from 0 to 1, canary users and overrides apart.",
+            ),
+            rollout_strategy: gauges(
+                "keygate_rollout_strategy",
+                "1 for the strategy of the rollout.",
+                "strategy",
+            ),
+            rollbacks: counter(
+                "keygate_rollout_rollbacks_total",
+                "Times that the guard rolled the rollout back.",
+            ),
             refreshed: counters("api_key_refreshed_total", "Renewals asked for.", &["role", "success"]),
             revoked: counters("api_key_revoked_total", "Keys revoked.", &["role", "reason"]),
             auth_errors,
@@ -477,7 +518,9 @@ impl Metrics {
             self.secrets.with_label_values(&[state.label()]);
             self.secret_stage_seconds.with_label_values(&[state.label()]);
         }
+        self.show_rollout(&Flags::default(), 0);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
+            self.refusals.with_label_values(&[reason.label()]);
             self.auth_errors.with_label_values(&[reason.label(), V2]);
         }
     }
@@ -502,6 +545,18 @@ impl Metrics {
         self.canary_consecutive_failures.set(f64::from(health.consecutive_failures));
         self.canary_alerting.set(f64::from(u8::from(health.alerting)));
         self.canary_last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));
+    }
+
+    /// Shows how the rollout stands at `now`, Unix seconds.
+    pub fn show_rollout(&self, flags: &Flags, now: u64) {
+        use keygate_core::rollout::{FULL_SHARE, Strategy};
+        for strategy in
+            [Strategy::Off, Strategy::Canary, Strategy::Percentage, Strategy::Gradual, Strategy::Full]
+        {
+            let is_it = f64::from(u8::from(strategy == flags.rollout.strategy));
+            self.rollout_strategy.with_label_values(&[strategy.label()]).set(is_it);
+        }
+        self.rollout_share.set(f64::from(flags.share_at(now)) / f64::from(FULL_SHARE));
     }
 
     /// Shows how the secrets stand at `now`, and when the next rotation is due; both in Unix seconds.
@@ -530,8 +585,13 @@ impl Metrics {
     /// Makes the series of a policy's routes, with 0.
     pub fn begin_routes(&self, roles: &Roles, policy: &Policy) {
         for route in &policy.routes {
-            for outcome in telemetry::OUTCOMES {
-                self.requests.with_label_values(&[V2, &route.name, outcome]);
+            for version in [V1, V2] {
+                for outcome in telemetry::OUTCOMES {
+                    self.requests.with_label_values(&[version, &route.name, outcome]);
+                }
+                for kind in Trouble::ALL {
+                    self.upstream_answers.with_label_values(&[version, &route.name, kind.label()]);
+                }
             }
         }
         for role in roles.keys() {

@@ -8,6 +8,7 @@ use std::time::Instant;
 use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::policy::Policy;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
+use keygate_core::rollout::Rollout;
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
 use keygate_core::version::Version;
 use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
@@ -20,6 +21,7 @@ use crate::change::{Change, Entry, Mark, Origin};
 use crate::config::Config;
 use crate::expiry::Expiries;
 use crate::keyring::Keyring;
+use crate::rollout::{Flags, Past, Pasts};
 use crate::secret::{Ring, SecretError};
 
 /// How many changes back a proxy can follow by delta.
@@ -46,6 +48,14 @@ pub struct State {
     pub revocations: ExactSet,
     /// The version of the last change of the policy, for `If-Match`.
     pub policy_seq: u64,
+    /// The rollout that is set; of it proxies have what the rules say.
+    pub flags: Arc<Flags>,
+    /// Whether there is a V1, without which no rollout is in force.
+    pub has_v1: bool,
+    /// What the rollout was before.
+    pub pasts: Arc<Pasts>,
+    /// The stamp of the last change of the rollout. Not for proxies.
+    pub rollout_stamp: u64,
     /// The secrets.
     pub secrets: Arc<Ring>,
     /// Canary tests by their ids; `None`: removed. Not for proxies.
@@ -133,6 +143,9 @@ pub struct Model {
     policy: Arc<Policy>,
     policy_seq: u64,
     policy_mark: Mark,
+    flags: Arc<Flags>,
+    rollout_mark: Mark,
+    pasts: Arc<Pasts>,
     secrets: Arc<Ring>,
     canary_tests: Arc<CanaryTests>,
     /// The last change of each.
@@ -173,6 +186,8 @@ pub struct Settings {
     leeway_s: u64,
     max_life_s: u64,
     hard_age_s: u64,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    has_v1: bool,
 }
 
 impl Settings {
@@ -185,6 +200,7 @@ impl Settings {
             leeway_s: config.leeway.as_secs(),
             max_life_s: config.roles.values().map(|role| role.life.as_secs()).max().unwrap_or(1),
             hard_age_s: config.hard_age.as_secs(),
+            has_v1: config.rollout.v1_cluster.is_some(),
         }
     }
 
@@ -286,6 +302,7 @@ impl Model {
                 effect.superseded = true;
             }
             Change::LockdownChanged { .. } if mark < self.lockdown_mark => effect.superseded = true,
+            Change::RolloutChanged { .. } if mark < self.rollout_mark => effect.superseded = true,
             Change::PolicyReplaced { .. } if mark < self.policy_mark => effect.superseded = true,
             Change::KeySuspended { jti, .. } | Change::KeyResumed { jti, .. }
                 if self.suspension_marks.get(&Fingerprint::of(jti)).is_some_and(|last| mark < *last) =>
@@ -318,6 +335,14 @@ impl Model {
                 self.policy = Arc::new(policy.clone());
                 self.policy_seq = seq;
                 self.policy_mark = mark;
+                effect.rules = true;
+            }
+            Change::RolloutChanged { flags } => {
+                self.flags = Arc::from(flags.clone());
+                self.rollout_mark = mark;
+                let past =
+                    Past { at_ms: entry.stamp, seq, actor: entry.actor.clone(), flags: (**flags).clone() };
+                Arc::make_mut(&mut self.pasts).push(past);
                 effect.rules = true;
             }
             Change::KeyIssued { key, .. } => {
@@ -507,6 +532,21 @@ impl Model {
         Arc::make_mut(&mut self.secrets).open(keys, seq)
     }
 
+    /// The rollout that is set.
+    pub fn flags(&self) -> &Flags {
+        &self.flags
+    }
+
+    /// What the rollout was before, and is.
+    pub fn pasts(&self) -> &Pasts {
+        &self.pasts
+    }
+
+    /// Whether there is a V1.
+    pub fn has_v1(&self) -> bool {
+        self.settings.has_v1
+    }
+
     /// The `iss` and `aud` of keys.
     pub fn issuer(&self) -> (&str, Option<&str>) {
         (&self.settings.issuer, self.settings.audience.as_deref())
@@ -529,6 +569,8 @@ impl Model {
             policy: (*self.policy).clone(),
             cutoffs,
             lockdown: self.lockdown.clone(),
+            // Where there is no V1, nothing is sent there, whatever was set when there was one.
+            rollout: if settings.has_v1 { self.flags.rollout.clone() } else { Rollout::default() },
             expired_until: self.expired_until,
         }
     }
@@ -553,6 +595,10 @@ impl Model {
             rules_bytes,
             revocations: self.revocations.clone(),
             policy_seq: self.policy_seq,
+            flags: Arc::clone(&self.flags),
+            has_v1: self.settings.has_v1,
+            pasts: Arc::clone(&self.pasts),
+            rollout_stamp: self.rollout_mark.stamp,
             secrets: Arc::clone(&self.secrets),
             canary_tests: Arc::clone(&self.canary_tests),
             census: self.census.clone(),

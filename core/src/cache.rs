@@ -9,6 +9,7 @@ use std::sync::Arc;
 use ahash::RandomState;
 
 use crate::revocation::Fingerprint;
+use crate::rollout::Subject;
 use crate::token::Claims;
 
 /// Bytes that an entry takes besides the token and its claims: slot, map entry and allocations, about.
@@ -25,9 +26,18 @@ pub struct Verified {
     pub claims: Claims,
     /// What revocation knows it by.
     pub fingerprint: Fingerprint,
+    /// What a rollout draws it by, see [`Subject`].
+    pub subject: u64,
 }
 
 impl Verified {
+    /// Of a token that was read and whose signature was verified by the key with this tag.
+    pub fn new(kid: String, key_tag: u64, claims: Claims) -> Self {
+        let fingerprint = claims.fingerprint();
+        let subject = Subject::of_key(claims.own.as_deref(), &claims.sub).hash;
+        Self { kid, key_tag, claims, fingerprint, subject }
+    }
+
     fn bytes(&self) -> usize {
         let claims = &self.claims;
         [
@@ -112,6 +122,11 @@ impl TokenCache {
         Some(Arc::clone(&slot.verified))
     }
 
+    /// The same without its being counted or kept for longer.
+    pub fn peek(&self, token: &[u8]) -> Option<&Arc<Verified>> {
+        self.by_token.get(token).and_then(|position| self.slots.get(*position)).map(|slot| &slot.verified)
+    }
+
     /// How often a token was looked for since this was asked last.
     pub fn take_looks(&mut self) -> Looks {
         std::mem::take(&mut self.looks)
@@ -176,23 +191,19 @@ mod tests {
     use super::*;
 
     fn verified(jti: &str) -> Arc<Verified> {
-        Arc::new(Verified {
-            kid: "k1".into(),
-            key_tag: 1,
-            fingerprint: Fingerprint::of(jti),
-            claims: Claims {
-                iss: "keygate".into(),
-                sub: "key".into(),
-                jti: jti.into(),
-                iat: 0,
-                exp: 1,
-                nbf: None,
-                aud: None,
-                role: "basic".into(),
-                scope: String::new(),
-                own: None,
-            },
-        })
+        let claims = Claims {
+            iss: "keygate".into(),
+            sub: "key".into(),
+            jti: jti.into(),
+            iat: 0,
+            exp: 1,
+            nbf: None,
+            aud: None,
+            role: "basic".into(),
+            scope: String::new(),
+            own: None,
+        };
+        Arc::new(Verified::new("k1".into(), 1, claims))
     }
 
     #[test]

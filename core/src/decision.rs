@@ -1,7 +1,7 @@
 //! The decision on a request: one pure function, the same in Envoy, in the control plane's own API, in
 //! `/api/auth/validate`, in a dry run and in a test.
 //!
-//! It answers in this order, the cheapest refusal first: route, credential, age of the state, the token
+//! It answers in this order, the cheapest refusal first: route, rollout, credential, age of the state, the token
 //! (remembered, or read strictly, checked and verified), lockdown and revocation, scopes and roles.
 //! Removing the client's own `x-keygate-*` headers and adding ours is [`crate::forward`].
 
@@ -13,6 +13,7 @@ use crate::crypto;
 use crate::policy::{Access, Mode, Route, Stale};
 use crate::refusal::Refusal;
 use crate::revocation::{Revocations, Standing};
+use crate::rollout::{ApiVersion, Choice, Subject};
 use crate::rules::Ruleset;
 use crate::token;
 
@@ -25,6 +26,9 @@ pub struct Request<'r> {
     pub path: &'r [u8],
     /// The credential, from [`crate::credential::find`].
     pub credential: Credential<'r>,
+    /// The client's address, without the port; empty when it is not known. Only a rollout that is under way asks for
+    /// it, of who shows no credential.
+    pub client: &'r [u8],
 }
 
 /// The state that a decision is made with.
@@ -65,6 +69,8 @@ pub struct Decision<'s> {
     pub reason: Reason,
     /// The route that matched.
     pub route: Option<&'s Route>,
+    /// Which version of the upstream it is for, and why; V2, which is what Keygate enforces for, decides all the rest.
+    pub choice: Choice,
     /// Whose key it is, once its signature is verified, also when it is refused.
     pub key: Option<Arc<Verified>>,
     /// Whether it would have been refused, were the mode not `shadow`.
@@ -87,6 +93,8 @@ pub enum Reason {
     Allowed,
     /// The route is public.
     Public,
+    /// The rollout sends it to V1, which decides for itself.
+    V1,
     /// No route matches.
     NoRoute,
     /// No credential.
@@ -133,9 +141,10 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, for metrics that exist before they are needed.
-    pub const ALL: [Self; 23] = [
+    pub const ALL: [Self; 24] = [
         Self::Allowed,
         Self::Public,
+        Self::V1,
         Self::NoRoute,
         Self::MissingCredential,
         Self::TooManyCredentials,
@@ -164,6 +173,7 @@ impl Reason {
         match self {
             Self::Allowed => "allowed",
             Self::Public => "public",
+            Self::V1 => "v1",
             Self::NoRoute => "no_route",
             Self::MissingCredential => "missing_credential",
             Self::TooManyCredentials => "too_many_credentials",
@@ -209,7 +219,7 @@ impl Reason {
     /// What a client is told, `None` when it passes.
     pub const fn refusal(self) -> Option<Refusal> {
         Some(match self {
-            Self::Allowed | Self::Public => return None,
+            Self::Allowed | Self::Public | Self::V1 => return None,
             Self::NoRoute => Refusal::NoRoute,
             Self::MissingCredential => Refusal::MissingCredential,
             Self::TooManyCredentials => Refusal::TooManyCredentials,
@@ -276,7 +286,14 @@ pub fn decide<'s, R: Revocations, T: Trace>(
     });
     let mut decision = match route {
         None => Decision::new(Reason::NoRoute, None, None),
-        Some(route) => judge.on_route(rules, stale, route, request.credential),
+        Some(route) => {
+            let choice = judge.choose(rules, route, path, &request);
+            let decision = match choice.version {
+                ApiVersion::V1 => Decision::new(Reason::V1, Some(route), None),
+                ApiVersion::V2 => judge.on_route(rules, stale, route, request.credential),
+            };
+            Decision { choice, ..decision }
+        }
     };
     if rules.policy.mode == Mode::Shadow && decision.verdict != Verdict::Forward {
         judge.trace.step("mode", || "shadow: not carried out".into());
@@ -299,11 +316,38 @@ pub fn decide_on_route<'s, R: Revocations, T: Trace>(
 impl<'s> Decision<'s> {
     fn new(reason: Reason, route: Option<&'s Route>, key: Option<Arc<Verified>>) -> Self {
         let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
-        Self { verdict, reason, route, key, shadowed: false }
+        Self { verdict, reason, route, choice: Choice::SETTLED, key, shadowed: false }
     }
 }
 
 impl<R: Revocations, T: Trace> Judge<'_, R, T> {
+    /// Which version of the upstream a request is for. Whose a key is need not be verified for that: V1 judges by
+    /// itself, and V2 is decided here.
+    fn choose(&mut self, rules: &Ruleset, route: &Route, path: &[u8], request: &Request<'_>) -> Choice {
+        let plan = &rules.rollout;
+        if plan.is_settled() {
+            return Choice::SETTLED;
+        }
+        let name = Some(route.name.as_str());
+        let of = |subject: &Subject<'_>| plan.choose(subject, name, path, self.now);
+        let choice = match request.credential {
+            Credential::None => of(&Subject::of_address(request.client)),
+            Credential::Many => plan.for_legacy(name, path),
+            Credential::One(token) => match self.cache.peek(token) {
+                Some(known) => {
+                    let claims = &known.claims;
+                    of(&Subject::of_parts(claims.own.as_deref(), &claims.sub, known.subject))
+                }
+                None => match token::read(token).ok().filter(|read| read.claims.iss == rules.issuer) {
+                    Some(read) => of(&Subject::of_key(read.claims.own.as_deref(), &read.claims.sub)),
+                    None => plan.for_legacy(name, path),
+                },
+            },
+        };
+        self.trace.step("rollout", || format!("{} ({})", choice.version.label(), choice.why.label()));
+        choice
+    }
+
     fn on_route<'s>(
         &mut self,
         rules: &Ruleset,
@@ -372,12 +416,7 @@ impl<R: Revocations, T: Trace> Judge<'_, R, T> {
             return Err(Reason::BadSignature);
         }
         self.trace.step("token", || format!("{} signature of {} verified", read.alg.name(), read.kid));
-        let verified = Arc::new(Verified {
-            kid: read.kid,
-            key_tag: verifier.tag,
-            fingerprint: read.claims.fingerprint(),
-            claims: read.claims,
-        });
+        let verified = Arc::new(Verified::new(read.kid, verifier.tag, read.claims));
         self.cache.insert(token, Arc::clone(&verified));
         Ok(verified)
     }

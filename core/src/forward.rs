@@ -2,7 +2,7 @@
 
 use crate::decision::{Decision, Reason};
 
-/// The header that says which version of key enforcement let a request pass.
+/// The header that says which version of the upstream a request is for; Envoy's routes go by it.
 pub const VERSION_HEADER: &str = "x-keygate-version";
 
 /// Whether a header is ours to set, so that one from a client is removed: `x-keygate-*` in any case,
@@ -31,7 +31,7 @@ pub fn headers<'d>(decision: &'d Decision<'_>) -> impl Iterator<Item = (&'static
             ("x-keygate-owner", claims.own.as_deref().unwrap_or("")),
         ]
     });
-    std::iter::once((VERSION_HEADER, "v2")).chain(identity.into_iter().flatten())
+    std::iter::once((VERSION_HEADER, decision.choice.version.label())).chain(identity.into_iter().flatten())
 }
 
 #[cfg(test)]

@@ -161,6 +161,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            rollout: Default::default(),
             expired_until: 0,
         }
         .encode()

@@ -15,6 +15,7 @@ use zeroize::Zeroizing;
 use crate::crypto::Algorithm;
 use crate::cutoff::{Cutoff, Lockdown};
 use crate::policy::{Policy, PolicyError};
+use crate::rollout::{Plan, Rollout};
 use crate::token;
 
 /// The format of [`Rules`] that this code reads.
@@ -56,6 +57,9 @@ pub struct Rules {
     /// The lockdown, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lockdown: Option<Lockdown>,
+    /// Which requests go to which version of the upstream; when there is no migration, all to V2.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rollout: Rollout,
     /// A key whose `exp` is not later has expired, whatever any clock says: its revocation may have been
     /// forgotten. Unix seconds.
     #[serde(default, skip_serializing_if = "is_zero")]
@@ -66,6 +70,10 @@ pub struct Rules {
 #[allow(clippy::trivially_copy_pass_by_ref)]
 fn is_zero(number: &u64) -> bool {
     *number == 0
+}
+
+fn is_default(rollout: &Rollout) -> bool {
+    *rollout == Rollout::default()
 }
 
 /// What a signature is verified with.
@@ -137,6 +145,9 @@ pub enum RulesError {
     /// The policy.
     #[error("rules: policy has {} errors, first: {}", .0.len(), .0.first().map(ToString::to_string).unwrap_or_default())]
     Policy(Vec<PolicyError>),
+    /// The rollout.
+    #[error("rules: rollout has {} errors, first: {}", .0.len(), .0.first().map(String::as_str).unwrap_or_default())]
+    Rollout(Vec<String>),
 }
 
 impl Rules {
@@ -243,6 +254,8 @@ pub struct Ruleset {
     pub cutoffs: Vec<Cutoff>,
     /// The lockdown.
     pub lockdown: Option<Lockdown>,
+    /// Which requests go to which version of the upstream.
+    pub rollout: Plan,
     /// A key whose `exp` is not later has expired, whatever any clock says. Unix seconds.
     pub expired_until: u64,
     /// By their `kid`.
@@ -282,6 +295,8 @@ impl TryFrom<Rules> for Ruleset {
             return Err(RulesError::Invalid("more than 256 verification keys"));
         }
         rules.policy.validate().map_err(RulesError::Policy)?;
+        // Whether there is a V1 was for the control plane to know.
+        rules.rollout.validate(true).map_err(RulesError::Rollout)?;
         let mut verifiers: Vec<Verifier> = Vec::with_capacity(rules.keys.len());
         for key in rules.keys {
             let material = key.material.expose();
@@ -320,6 +335,7 @@ impl TryFrom<Rules> for Ruleset {
             policy: rules.policy,
             cutoffs: rules.cutoffs,
             lockdown: rules.lockdown,
+            rollout: Plan::new(&rules.rollout),
             expired_until: rules.expired_until,
             verifiers,
         })
@@ -350,6 +366,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            rollout: Default::default(),
             expired_until: 0,
         }
     }

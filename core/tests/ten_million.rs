@@ -64,6 +64,7 @@ fn rules() -> Vec<u8> {
         policy: Policy::default(),
         cutoffs: Vec::new(),
         lockdown: None,
+        rollout: Default::default(),
         expired_until: 0,
     }
     .encode()

@@ -74,6 +74,21 @@ pub fn replace_request_headers(headers: Vec<(&str, &[u8])>) -> bool {
     hostcalls::set_map_bytes(MapType::HttpRequestHeaders, headers).is_ok()
 }
 
+/// The status of the response.
+pub fn response_status() -> Option<u16> {
+    let status = hostcalls::get_map_value_bytes(MapType::HttpResponseHeaders, ":status").ok()??;
+    std::str::from_utf8(&status).ok()?.parse().ok()
+}
+
+/// The client's address, without its port.
+pub fn client_address() -> Option<String> {
+    let mut address = property(&["source", "address"])?;
+    if let Some(colon) = address.rfind(':') {
+        address.truncate(colon);
+    }
+    Some(address)
+}
+
 /// Answers the request here.
 pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
     if hostcalls::send_http_response(u32::from(status), headers, Some(body)).is_err() {

@@ -26,6 +26,7 @@ mod request;
 #[cfg(feature = "trap")]
 mod trap;
 
+use keygate_core::telemetry::Trouble;
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::{Action, ContextType};
 
@@ -95,7 +96,7 @@ impl RootContext for Root {
     }
 
     fn create_http_context(&self, _id: u32) -> Option<Box<dyn HttpContext>> {
-        Some(Box::new(Http { plugin: self.plugin.clone() }))
+        Some(Box::new(Http { plugin: self.plugin.clone(), awaited: None }))
     }
 
     fn get_type(&self) -> Option<ContextType> {
@@ -106,6 +107,7 @@ impl RootContext for Root {
 /// One request.
 struct Http {
     plugin: Option<plugin::Shared>,
+    awaited: Option<request::Awaited>,
 }
 
 impl Context for Http {}
@@ -117,6 +119,19 @@ impl HttpContext for Http {
             // Not configured, or called from within itself: nothing passes that was not decided on.
             _ => request::Outcome::unavailable(),
         };
-        request::carry_out(outcome)
+        let (action, awaited) = request::carry_out(outcome);
+        self.awaited = awaited;
+        action
+    }
+
+    fn on_http_response_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
+        // Only while a rollout is under way: what it costs is not for everybody to pay.
+        if let Some(awaited) = self.awaited.take()
+            && let Some(trouble) = host::response_status().and_then(Trouble::of)
+            && let Some(Ok(mut plugin)) = self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut())
+        {
+            plugin.tally.answered(&awaited.route, awaited.version, trouble);
+        }
+        Action::Continue
     }
 }

@@ -1,9 +1,10 @@
 //! What a worker does with a request: reads its headers once, has it decided, and carries that out.
 
-use keygate_core::credential;
+use keygate_core::credential::{self, Credential};
 use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
 use keygate_core::forward;
 use keygate_core::refusal::Refusal;
+use keygate_core::rollout::{ApiVersion, Choice};
 use keygate_core::telemetry::Stopwatch;
 use proxy_wasm::types::Action;
 
@@ -17,8 +18,13 @@ const DEFAULT_REALM: &str = "keygate";
 
 /// What is to be done with a request.
 pub enum Outcome {
-    /// Let it pass, with these headers.
-    Pass(Vec<(String, Vec<u8>)>),
+    /// Let it pass.
+    Pass {
+        /// Its headers.
+        headers: Vec<(String, Vec<u8>)>,
+        /// Of what the answer is to be counted, while a rollout is under way.
+        awaited: Option<Awaited>,
+    },
     /// Answer it.
     Respond {
         /// The HTTP status.
@@ -28,6 +34,14 @@ pub enum Outcome {
         /// The body.
         body: String,
     },
+}
+
+/// What passed and is to be answered.
+pub struct Awaited {
+    /// The name of its route.
+    pub route: String,
+    /// Which upstream it went to.
+    pub version: ApiVersion,
 }
 
 impl Outcome {
@@ -55,7 +69,11 @@ impl Plugin {
             return self.ready(now_ns);
         }
         let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));
-        let request = Request { method, path, credential: credential::find(pairs) };
+        let credential = credential::find(pairs);
+        let wants_client = credential == Credential::None && self.rolls_out();
+        let client = if wants_client { host::client_address() } else { None };
+        let client = client.as_deref().unwrap_or_default().as_bytes();
+        let request = Request { method, path, credential, client };
         let now_s = self.replica.now_s(host::unix_ms(), now_ns);
         self.decide(request, &headers, now_ns, now_s, false).unwrap_or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
@@ -75,6 +93,7 @@ impl Plugin {
         for_good: bool,
     ) -> Option<Outcome> {
         let mut data = host::Shared;
+        let rolls_out = self.rolls_out();
         let (state, revocations) = self.replica.view(&mut data, now_ns);
         let realm = match state {
             State::Missing => DEFAULT_REALM,
@@ -97,11 +116,22 @@ impl Plugin {
         }
         record(&decision);
         Some(match decision.verdict {
-            Verdict::Forward => Outcome::Pass(rewritten(headers, &decision)),
+            Verdict::Forward => {
+                let awaited = decision
+                    .route
+                    .filter(|_| rolls_out)
+                    .map(|route| Awaited { route: route.name.clone(), version: decision.choice.version });
+                Outcome::Pass { headers: rewritten(headers, &decision), awaited }
+            }
             Verdict::Refuse(refusal) => {
                 refuse(refusal, realm, decision.route.map_or(&[], |route| route.scopes.as_slice()))
             }
         })
+    }
+
+    /// Whether a rollout is under way.
+    fn rolls_out(&self) -> bool {
+        self.replica.rules().is_some_and(|rules| !rules.rollout.is_settled())
     }
 
     fn ready(&mut self, now_ns: u64) -> Outcome {
@@ -127,6 +157,9 @@ fn record(decision: &Decision<'_>) {
     host::set_filter_state("keygate.outcome", decision.reason.label());
     if let Some(route) = decision.route {
         host::set_filter_state("keygate.route", &route.name);
+    }
+    if decision.choice != Choice::SETTLED {
+        host::set_filter_state("keygate.version", decision.choice.version.label());
     }
     if decision.shadowed {
         host::set_filter_state("keygate.shadowed", "true");
@@ -154,13 +187,13 @@ fn refuse(refusal: Refusal, realm: &str, scopes: &[String]) -> Outcome {
     Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
 }
 
-/// Carries an outcome out. The only pause is that after a local reply.
-pub fn carry_out(outcome: Outcome) -> Action {
+/// Carries an outcome out, and says what answer is to be counted. The only pause is that after a local reply.
+pub fn carry_out(outcome: Outcome) -> (Action, Option<Awaited>) {
     match outcome {
-        Outcome::Pass(headers) => {
+        Outcome::Pass { headers, awaited } => {
             let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.as_slice())).collect();
             if host::replace_request_headers(pairs) {
-                return Action::Continue;
+                return (Action::Continue, awaited);
             }
             // A forged identity could be among those that were to be replaced.
             carry_out(Outcome::unavailable())
@@ -168,7 +201,7 @@ pub fn carry_out(outcome: Outcome) -> Action {
         Outcome::Respond { status, headers, body } => {
             let pairs = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
             host::respond(status, pairs, body.as_bytes());
-            Action::Pause
+            (Action::Pause, None)
         }
     }
 }

@@ -79,6 +79,7 @@ impl Core {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            rollout: Default::default(),
             expired_until: 0,
         };
         Self {

@@ -26,6 +26,7 @@ mod redis_link;
 mod redis_loss;
 mod requests;
 mod revocation;
+mod rollout;
 mod rotation;
 mod secrets;
 mod split;

@@ -22,6 +22,8 @@ pub struct Neighbours {
     pub sync_port: u16,
     /// The port of the upstream.
     pub upstream_port: u16,
+    /// The port of the V1 upstream.
+    pub upstream_v1_port: u16,
     /// What the filter presents to the control plane.
     pub fleet_token: String,
 }
@@ -115,6 +117,7 @@ impl Envoy {
             ("@API_PORT@", neighbours.api_port.to_string()),
             ("@SYNC_PORT@", neighbours.sync_port.to_string()),
             ("@UPSTREAM_PORT@", neighbours.upstream_port.to_string()),
+            ("@UPSTREAM_V1_PORT@", neighbours.upstream_v1_port.to_string()),
             ("@ACCESS_LOG@", self.access_log_file().display().to_string()),
             ("@FILTER_WASM@", self.filter.display().to_string()),
         ]

@@ -71,6 +71,7 @@ impl Builder {
             envoy: Envoy::new(directory.path(), "envoy-1", self.workers),
             control_plane: ControlPlane::new(directory.path()),
             upstream: Upstream::start("v2"),
+            upstream_v1: Upstream::start("v1"),
             directory,
         };
         if self.trap_filter {
@@ -105,6 +106,8 @@ pub struct Stack {
     pub control_plane: ControlPlane,
     /// The upstream.
     pub upstream: Upstream,
+    /// What was there before; nothing goes there unless a rollout says so.
+    pub upstream_v1: Upstream,
     directory: TempDir,
 }
 
@@ -173,6 +176,7 @@ impl Stack {
             api_port: self.control_plane.api_port(),
             sync_port: self.control_plane.sync_port(),
             upstream_port: self.upstream.port(),
+            upstream_v1_port: self.upstream_v1.port(),
             fleet_token: self.fleet_token(),
         }
     }

@@ -3,12 +3,13 @@
 use std::convert::Infallible;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
-use axum::response::IntoResponse;
+use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
 use hyper_util::service::TowerToHyperService;
 use serde_json::{Map, Value, json};
@@ -18,9 +19,27 @@ use tokio::sync::oneshot;
 /// More than any test sends; hyper's own default of 100 would refuse what the proxy let pass.
 const MAX_HEADERS: usize = 4096;
 
-/// Serves on `listener` for ever, as the upstream called `name`.
-pub async fn serve(listener: TcpListener, name: String, seen: Arc<AtomicU64>) -> Infallible {
-    let app = Router::new().fallback(echo).with_state((Arc::<str>::from(name), seen));
+/// What an upstream is, and does.
+#[derive(Debug, Default)]
+pub struct Behaviour {
+    /// What it is called. The one called `v1` checks keys by itself, as it did before there was Keygate.
+    pub name: String,
+    /// How many requests have reached it.
+    pub seen: AtomicU64,
+    /// Whether it answers 500.
+    pub fails: AtomicBool,
+}
+
+impl Behaviour {
+    /// That of the upstream called `name`.
+    pub fn of(name: &str) -> Arc<Self> {
+        Arc::new(Self { name: name.to_owned(), ..Self::default() })
+    }
+}
+
+/// Serves on `listener` for ever.
+pub async fn serve(listener: TcpListener, behaviour: Arc<Behaviour>) -> Infallible {
+    let app = Router::new().fallback(answer).with_state(behaviour);
     loop {
         // A connection that is gone before it is accepted is no reason to stop.
         let Ok((stream, _)) = listener.accept().await else { continue };
@@ -35,8 +54,29 @@ pub async fn serve(listener: TcpListener, name: String, seen: Arc<AtomicU64>) ->
     }
 }
 
-async fn echo(State((name, seen)): State<(Arc<str>, Arc<AtomicU64>)>, request: Request) -> impl IntoResponse {
-    seen.fetch_add(1, Ordering::Relaxed);
+async fn answer(State(behaviour): State<Arc<Behaviour>>, request: Request) -> Response {
+    behaviour.seen.fetch_add(1, Ordering::Relaxed);
+    let failed = |status: StatusCode| {
+        let body = json!({ "upstream": &behaviour.name, "status": status.as_u16() });
+        (status, [(CONTENT_TYPE, "application/json")], body.to_string()).into_response()
+    };
+    if behaviour.fails.load(Ordering::Relaxed) {
+        return failed(StatusCode::INTERNAL_SERVER_ERROR);
+    }
+    if behaviour.name == "v1" && request.uri().path() != "/" && !is_good_for_v1(request.headers()) {
+        return failed(StatusCode::UNAUTHORIZED);
+    }
+    echo(&behaviour.name, &request).into_response()
+}
+
+/// The old check: keys of before, and, as in a real migration, those of Keygate too, which it knows by their look.
+fn is_good_for_v1(headers: &HeaderMap) -> bool {
+    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
+    let key = text("authorization").and_then(|value| value.strip_prefix("Bearer ")).or_else(|| text("x-api-key"));
+    key.is_some_and(|key| key.starts_with("legacy-") || key.starts_with("ey") && key.matches('.').count() == 2)
+}
+
+fn echo(name: &str, request: &Request) -> impl IntoResponse + use<> {
     let mut headers = Map::new();
     for (name, value) in request.headers() {
         let value = String::from_utf8_lossy(value.as_bytes());
@@ -51,7 +91,7 @@ async fn echo(State((name, seen)): State<(Arc<str>, Arc<AtomicU64>)>, request: R
         }
     }
     let body = json!({
-        "upstream": &*name,
+        "upstream": name,
         "method": request.method().as_str(),
         "path": request.uri().to_string(),
         "headers": headers,
@@ -63,7 +103,7 @@ async fn echo(State((name, seen)): State<(Arc<str>, Arc<AtomicU64>)>, request: R
 #[derive(Debug)]
 pub struct Upstream {
     port: u16,
-    seen: Arc<AtomicU64>,
+    behaviour: Arc<Behaviour>,
     stop: Option<oneshot::Sender<()>>,
 }
 
@@ -72,9 +112,9 @@ impl Upstream {
     pub fn start(name: &str) -> Self {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
         let port = listener.local_addr().expect("a bound socket has an address").port();
-        let seen = Arc::new(AtomicU64::new(0));
+        let behaviour = Behaviour::of(name);
         let (stop, stopped) = oneshot::channel();
-        let (name, count) = (name.to_owned(), Arc::clone(&seen));
+        let served = Arc::clone(&behaviour);
         std::thread::spawn(move || {
             let runtime =
                 tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
@@ -82,12 +122,12 @@ impl Upstream {
                 listener.set_nonblocking(true).expect("a socket");
                 let listener = TcpListener::from_std(listener).expect("a socket");
                 tokio::select! {
-                    never = serve(listener, name, count) => match never {},
+                    never = serve(listener, served) => match never {},
                     _ = stopped => {}
                 }
             });
         });
-        Self { port, seen, stop: Some(stop) }
+        Self { port, behaviour, stop: Some(stop) }
     }
 
     /// Its port.
@@ -97,7 +137,12 @@ impl Upstream {
 
     /// How many requests have reached it.
     pub fn seen(&self) -> u64 {
-        self.seen.load(Ordering::Relaxed)
+        self.behaviour.seen.load(Ordering::Relaxed)
+    }
+
+    /// Has it answer 500, or not any more.
+    pub fn fail(&self, fails: bool) {
+        self.behaviour.fails.store(fails, Ordering::Relaxed);
     }
 }
 

@@ -12,19 +12,13 @@ use serde::Deserialize;
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
-use crate::canary::{Health, MAX_TESTS, Test, TestRequest, runner};
+use crate::canary::{MAX_TESTS, Test, TestRequest, runner};
 use crate::change::Change;
 use crate::problem::Problem;
 use crate::writer::View;
 
-/// What the results say now.
-pub fn health(app: &App) -> Health {
-    let interval = u64::try_from(app.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
-    app.canary.history().health(app.clock.now_ms(), interval)
-}
-
 pub async fn health_of(State(app): State<Arc<App>>) -> Response {
-    json(StatusCode::OK, serde_json::json!(health(&app)))
+    json(StatusCode::OK, serde_json::json!(runner::health(&app)))
 }
 
 pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
@@ -41,7 +35,8 @@ pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let rate = if total == 0 { 0.0 } else { (passed as f64 / total as f64 * 1_000.0).round() / 10.0 };
     let statistics =
         serde_json::json!({ "total": total, "passed": passed, "failed": total - passed, "pass_rate": rate });
-    let body = serde_json::json!({ "statistics": statistics, "results": results, "health": health(&app) });
+    let body =
+        serde_json::json!({ "statistics": statistics, "results": results, "health": runner::health(&app) });
     Ok(json(StatusCode::OK, body))
 }
 

@@ -22,6 +22,8 @@ struct Question {
     token: Option<String>,
     method: String,
     path: String,
+    /// The client's address: of who shows no key, a rollout goes by it.
+    client: Option<String>,
 }
 
 /// Collects the steps.
@@ -37,7 +39,9 @@ impl Trace for Steps {
 pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<Response, Problem> {
     // An error about this body must not repeat any of it: there is a key in it.
     let question: Question = request::body(&bytes).map_err(|_| {
-        Problem::bad_request("The body must be {\"method\", \"path\", \"token\"?}, all of them texts.")
+        Problem::bad_request(
+            "The body must be {\"method\", \"path\", \"token\"?, \"client\"?}, all of them texts.",
+        )
     })?;
     let state = app.state();
     let mut steps = Steps::default();
@@ -50,7 +54,9 @@ pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<R
     };
     let credential =
         question.token.as_ref().map_or(Credential::None, |token| Credential::One(token.as_bytes()));
-    let request = Request { method: question.method.as_bytes(), path: question.path.as_bytes(), credential };
+    let client = question.client.as_deref().unwrap_or_default().as_bytes();
+    let request =
+        Request { method: question.method.as_bytes(), path: question.path.as_bytes(), credential, client };
     let decision = decide(decision::State::Fresh(&state.rules), request, judge);
     let (verdict, status, code) = match decision.verdict {
         Verdict::Forward => ("forward", None, None),
@@ -72,6 +78,8 @@ pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<R
             "route": decision.route.map(|route| &route.name),
             "key_id": decision.key.as_ref().map(|key| &key.claims.sub),
             "shadowed": decision.shadowed,
+            "upstream": decision.choice.version.label(),
+            "rollout": decision.choice.why.label(),
             "forwarded_headers": headers,
             "version": state.version,
             "steps": steps.0,

@@ -8,8 +8,9 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
-use super::{canary, json};
+use super::json;
 use crate::app::App;
+use crate::canary::runner;
 use crate::redis_store::Status;
 use crate::rotation::driver;
 use crate::secret::SecretState;
@@ -52,7 +53,7 @@ fn checks(app: &App) -> Vec<Check> {
     checks.push(Check::new("rotation", of_rotation(app)));
     checks.push(Check::new("keyring", of_keyring(&state)));
     if !app.config.canary.proxies.is_empty() {
-        let status = canary::health(app).status;
+        let status = runner::health(app).status;
         let is_well = matches!(status, "healthy" | "no_data");
         let wrong = (!is_well).then(|| format!("canaries: {status}, see /api/admin/canary/health"));
         checks.push(Check::new("canary", wrong.into_iter().collect()));
@@ -222,7 +223,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
-    app.metrics.show_canary(&canary::health(&app), app.canary.history().last_run_ms());
+    app.metrics.show_canary(&runner::health(&app), app.canary.history().last_run_ms());
     app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
 }

@@ -8,6 +8,7 @@ mod auth;
 mod canary;
 mod emergency;
 mod explain;
+pub mod feature_flags;
 mod fleet;
 mod health;
 mod keys;
@@ -200,6 +201,44 @@ fn operations() -> Vec<Operation> {
                 put(policy::replace),
             ),
         )),
+        op(
+            "get",
+            "/api/admin/feature_flags",
+            READ,
+            "The rollout from V1 to V2; its version is the ETag",
+            get(feature_flags::show),
+        ),
+        waits(takes(
+            r#"{"strategy": "percentage", "percentage": 25, "reason": "week 2"}"#,
+            op(
+                "put",
+                "/api/admin/feature_flags",
+                WRITE,
+                "Change the members named of the rollout; honours If-Match. Strategies are off, canary, percentage, gradual, full",
+                put(feature_flags::replace),
+            ),
+        )),
+        op(
+            "get",
+            "/api/admin/feature_flags/history",
+            READ,
+            "Who changed the rollout, when and why, the last change first",
+            get(feature_flags::history),
+        ),
+        op(
+            "get",
+            "/api/admin/feature_flags/metrics",
+            READ,
+            "How many requests went to which version, and what became of them",
+            get(feature_flags::metrics),
+        ),
+        op(
+            "post",
+            "/api/admin/feature_flags/metrics/reset",
+            WRITE,
+            "Begin these counts anew; those for Prometheus go on",
+            post(feature_flags::reset),
+        ),
         waits(takes(
             r#"{"key_ids": ["key_…"], "jtis": ["…"], "reason": "compromised"}"#,
             op(

@@ -30,6 +30,7 @@ use crate::master_key::MasterKeyError;
 use crate::metrics::Metrics;
 use crate::notify::Notifier;
 use crate::redis_store::{self, Mirror, Sealer};
+use crate::rollout;
 use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
@@ -300,6 +301,7 @@ impl Serving {
         let telemetry = tokio::spawn(telemetry::run(Arc::clone(&app)));
         let canary = tokio::spawn(runner::run(Arc::clone(&app)));
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
+        let guard = tokio::spawn(rollout::guard::run(Arc::clone(&app)));
         let mirror =
             app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
         let notifier = Arc::clone(&app.notifier);
@@ -319,6 +321,7 @@ impl Serving {
         let _ended = upkeep.await;
         let _ended = telemetry.await;
         let _ended = rotation.await;
+        let _ended = guard.await;
         let _ended = canary.await;
         if let Some(mirror) = mirror {
             let _ended = mirror.await;

@@ -13,7 +13,7 @@ use tracing::Instrument as _;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
-use super::history::{History, Outcome, Turn};
+use super::history::{Health, History, Outcome, Turn};
 use super::{Alert, Allowed, Test, Url, seeds};
 use crate::app::App;
 use crate::change::Change;
@@ -488,4 +488,9 @@ async fn probed(
         .map_err(gone)?
         .map_err(|failure| format!("using a revoked key: {failure}"))?;
     Ok(revoked_at.elapsed())
+}
+/// What the results say now.
+pub fn health(app: &App) -> Health {
+    let interval = u64::try_from(app.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
+    app.canary.history().health(app.clock.now_ms(), interval)
 }

@@ -25,12 +25,14 @@ use crate::journal::PersonalData;
 use crate::master_key::Source;
 use crate::redis_store::{Durability, Target};
 use crate::roles::{self, Role, Roles};
+use crate::rollout::Settings as RolloutSettings;
+use crate::rollout::guard::Limits;
 use crate::rotation::schedule::QUARTERLY;
 use crate::rotation::{Lives, Schedule};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 46] = [
+pub const SETTINGS: [(&str, &str); 51] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -115,6 +117,14 @@ pub const SETTINGS: [(&str, &str); 46] = [
         "Among how many of its last results, up to 100 [default: canary.alert.failures, so in a row]",
     ),
     ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
+    ("rollout.v1_cluster", "The Envoy cluster of the V1 upstream; without it there is none [default: none]"),
+    ("rollout.guard.window", "Over how long the guard counts requests, 5s to 1h [default: 60s]"),
+    ("rollout.guard.min_requests", "Requests to V2 in it below which it says nothing [default: 50]"),
+    (
+        "rollout.guard.margin",
+        "By how much V2's share of bad requests may be greater than V1's, 0 to 1 [default: 0.05]",
+    ),
+    ("rollout.guard.good_after", "For how long a share must be in force to be gone back to [default: 10m]"),
     ("notify.source", "What this control plane is called in notifications [default: keygate]"),
     (
         "notify.slack_url_file",
@@ -230,6 +240,8 @@ pub struct Config {
     pub durability: Durability,
     /// How canaries are run.
     pub canary: CanarySettings,
+    /// The rollout from V1 to V2.
+    pub rollout: RolloutSettings,
     /// Who is told of what.
     pub notify: NotifySettings,
     /// How log lines look.
@@ -326,6 +338,7 @@ impl Typed {
         let previous_master_key = previous_in_hsm.or_else(|| previous_file.map(Source::File));
         let lives = self.lives();
         let canary = self.canary();
+        let rollout = self.rollout();
         let uses_hsm = [Some(&master_key), previous_master_key.as_ref()]
             .into_iter()
             .flatten()
@@ -354,6 +367,7 @@ impl Typed {
             redis: self.redis(),
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
             canary,
+            rollout,
             notify: NotifySettings {
                 source: self.take("notify.source", identifier).unwrap_or_else(|| "keygate".into()),
                 slack_url_file: self.take("notify.slack_url_file", path),
@@ -408,14 +422,6 @@ impl Typed {
             self.errors.push(format!("canary.allowed_hosts: {problem}"));
             Allowed::default()
         });
-        let between = |from: u64, to: u64| {
-            move |value: &Value| {
-                let wanted = duration(value)?;
-                let range = Duration::from_secs(from)..=Duration::from_secs(to);
-                let say = || format!("must be from {from}s to {}", humantime::format_duration(*range.end()));
-                if range.contains(&wanted) { Ok(wanted) } else { Err(say()) }
-            }
-        };
         let app_endpoint = self.take("canary.app_endpoint", |value| {
             let text = text(value)?;
             allowed.check_endpoint(text).map(|()| text.to_owned())
@@ -432,6 +438,19 @@ impl Typed {
             allowed: Arc::new(allowed),
             proxies,
         }
+    }
+
+    fn rollout(&mut self) -> RolloutSettings {
+        let usual = Limits::default();
+        let guard = Limits {
+            window: self.take("rollout.guard.window", between(5, 3_600)).unwrap_or(usual.window),
+            min_requests: self.take("rollout.guard.min_requests", count).unwrap_or(usual.min_requests),
+            margin: self.take("rollout.guard.margin", share).unwrap_or(usual.margin),
+            good_after: self
+                .take("rollout.guard.good_after", between(1, 30 * 86_400))
+                .unwrap_or(usual.good_after),
+        };
+        RolloutSettings { v1_cluster: self.take("rollout.v1_cluster", identifier), guard }
     }
 
     fn canary_alert(&mut self) -> Alert {
@@ -517,6 +536,16 @@ impl Typed {
             }
         }
         roles::expand(roles)
+    }
+}
+
+/// Reads a duration of so many seconds.
+fn between(from: u64, to: u64) -> impl Fn(&Value) -> Result<Duration, String> {
+    move |value| {
+        let wanted = duration(value)?;
+        let range = Duration::from_secs(from)..=Duration::from_secs(to);
+        let say = || format!("must be from {from}s to {}", humantime::format_duration(*range.end()));
+        if range.contains(&wanted) { Ok(wanted) } else { Err(say()) }
     }
 }
 

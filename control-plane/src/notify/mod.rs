@@ -39,6 +39,8 @@ pub enum Kind {
     MassRevocation,
     /// A cut-off did without the second approval that it needed.
     BreakGlass,
+    /// The guard rolled the rollout of V2 back.
+    RolledBack,
 }
 
 impl Kind {
@@ -50,15 +52,18 @@ impl Kind {
             Self::RotationForced => "rotation_forced",
             Self::MassRevocation => "mass_revocation",
             Self::BreakGlass => "break_glass",
+            Self::RolledBack => "rolled_back",
         }
     }
 
     /// How bad it is, in PagerDuty's words.
     pub const fn severity(self) -> &'static str {
         match self {
-            Self::RotationFailed | Self::CanaryFailing | Self::MassRevocation | Self::BreakGlass => {
-                "critical"
-            }
+            Self::RotationFailed
+            | Self::CanaryFailing
+            | Self::MassRevocation
+            | Self::BreakGlass
+            | Self::RolledBack => "critical",
             Self::RotationForced => "warning",
         }
     }

@@ -9,6 +9,7 @@ use super::session::{Session, SessionError};
 use super::{names, scripts};
 use crate::change::Change;
 use crate::problem::Problem;
+use crate::rollout::document::Surroundings;
 use crate::writer::{CommitError, View};
 
 /// For how long one control plane has an edit to itself.
@@ -23,6 +24,10 @@ impl Session<'_> {
             match seen.judge(&ours) {
                 Verdict::Same => self.note_standing(key),
                 Verdict::Newer => {}
+                // The counts in it are written by the one that leads.
+                Verdict::Write if key == names::FLAGS && !self.mirror.leads() && seen.is_of(&ours) => {
+                    self.note_standing(key);
+                }
                 Verdict::Write => drop(self.put(key, &seen, &ours).await?),
                 Verdict::Edited if seen.value == Value::None && self.was_evicted(key).await? => {
                     if self.put(key, &seen, &ours).await? {
@@ -58,7 +63,11 @@ impl Session<'_> {
                 state.lockdown_stamp,
                 self.app.clock.now_s(),
             ),
-            names::FLAGS => edits::ours_flags(),
+            names::FLAGS => {
+                let text = self.mirror.rollout_document(self.app, &state);
+                Ours { stamp: state.rollout_stamp, text: Some(text), until_ms: 0 }
+            }
+            names::CANARY_USERS => edits::ours_canary_users(&state.flags, state.rollout_stamp),
             _ => Ours { stamp: 0, text: None, until_ms: 0 },
         }
     }
@@ -80,6 +89,9 @@ impl Session<'_> {
             value: match kind.as_str() {
                 "none" => Value::None,
                 "string" => Value::Text(String::from_utf8_lossy(&text).into_owned()),
+                "set" if key == names::CANARY_USERS => {
+                    Value::Text(String::from_utf8_lossy(&text).into_owned())
+                }
                 _ => Value::Other(kind),
             },
             ttl_ms: u64::try_from(ttl).ok(),
@@ -99,6 +111,7 @@ impl Session<'_> {
         put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
         put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
         put.arg(format!("{:x}", self.app.state().version.source));
+        put.arg(if key == names::CANARY_USERS { "set" } else { "" });
         match self.reading.query::<u64>(&put).await {
             Ok(written) => Ok(written == 1),
             Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
@@ -136,27 +149,66 @@ impl Session<'_> {
                 edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
                     .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
             }
-            key => edits::refusal(key, &seen.value).map_or(Ok(None), Err),
+            names::FLAGS | names::CANARY_USERS => return self.honour_rollout(key, &seen.value).await,
+            _ => edits::refusal(&seen.value).map_or(Ok(None), Err),
         };
-        let (change, outcome) = match change {
-            Ok(None) => return Ok(()),
-            Ok(Some(change)) => {
-                tracing::warn!(key, "an edit in Redis is in force");
-                (change, "taken")
-            }
-            Err(problem) => {
-                tracing::error!(
-                    key,
-                    problem,
-                    "an edit in Redis is refused; the last good value stays in force"
-                );
-                (Change::EditRefused { key: key.to_owned(), problem }, "refused")
-            }
-        };
-        self.app.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
+        let Some(change) = change.transpose() else { return Ok(()) };
+        let is_taken = change.is_ok();
+        let problem = change.as_ref().err().cloned();
+        let refused = |problem| Change::EditRefused { key: key.to_owned(), problem };
+        let change = change.unwrap_or_else(refused);
         let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![change], ()));
         self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        self.note_edit(key, is_taken, problem);
         Ok(())
+    }
+
+    /// The same of the rollout: what an edit does not name stays as it is, so it is read against what stands.
+    async fn honour_rollout(&self, key: &str, value: &Value) -> Result<(), SessionError> {
+        let edit = match key {
+            names::FLAGS => edits::flags(value),
+            _ => edits::canary_users(value).map(Some),
+        };
+        if edit == Ok(None) {
+            return Ok(()); // It was deleted, and is written again.
+        }
+        let name = key.to_owned();
+        let plan = move |view: &View<'_>| {
+            let around =
+                Surroundings { has_v1: view.model.has_v1(), policy: view.model.policy().0, now_s: view.now };
+            let current = view.model.flags();
+            let edited = edit.and_then(|edit| match edit {
+                Some(edit) => edit.apply(current, around).map(Some).map_err(|errors| errors.join("; ")),
+                None => Ok(None),
+            });
+            Ok::<_, Problem>(match edited {
+                Ok(Some(flags)) if flags != *current => {
+                    (vec![Change::RolloutChanged { flags: Box::new(flags) }], Ok(true))
+                }
+                Ok(_) => (Vec::new(), Ok(false)),
+                Err(problem) => {
+                    (vec![Change::EditRefused { key: name, problem: problem.clone() }], Err(problem))
+                }
+            })
+        };
+        let (outcome, _) = self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        match outcome {
+            Ok(false) => {}
+            Ok(true) => self.note_edit(key, true, None),
+            Err(problem) => self.note_edit(key, false, Some(problem)),
+        }
+        Ok(())
+    }
+
+    fn note_edit(&self, key: &str, is_taken: bool, problem: Option<String>) {
+        if is_taken {
+            tracing::warn!(key, "an edit in Redis is in force");
+        } else {
+            let problem = problem.unwrap_or_default();
+            tracing::error!(key, problem, "an edit in Redis is refused; the last good value stays in force");
+        }
+        let outcome = if is_taken { "taken" } else { "refused" };
+        self.app.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
     }
 
     fn note_standing(&mut self, key: &'static str) {

@@ -5,11 +5,14 @@
 //! been emptied or restored meanwhile: then that record is missing or older than the state, and what stands there
 //! is written again rather than obeyed.
 
+use std::collections::BTreeSet;
+
 use keygate_core::cutoff::Lockdown;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::names;
+use crate::rollout::Flags;
+use crate::rollout::document::Edit;
 use crate::{clock, lockdown};
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
@@ -85,6 +88,12 @@ impl Seen {
         self.digest == written.digest && self.ends_at(written.until_ms)
     }
 
+    /// Whether it shows what ours does, but for what is counted.
+    pub fn is_of(&self, ours: &Ours) -> bool {
+        self.written.as_ref().is_some_and(|written| written.stamp == ours.stamp)
+            && matches!(self.value, Value::Text(_))
+    }
+
     fn ends_at(&self, until_ms: u64) -> bool {
         match (self.ttl_ms, until_ms) {
             (None, 0) => true,
@@ -119,7 +128,7 @@ struct LockdownEdit {
     exempt_roles: Option<Vec<String>>,
 }
 
-/// What an edit of [`names::LOCKDOWN`] says. Members that are not known are left alone: other tools write some.
+/// What an edit of [`super::names::LOCKDOWN`] says. Members that are not known are left alone: other tools write some.
 ///
 /// # Errors
 /// What is wrong with it, for operators.
@@ -153,7 +162,7 @@ pub fn lockdown(
     Ok(Some(Lockdown { until, exempt_roles }))
 }
 
-/// What stands under [`names::LOCKDOWN`] at `now`, Unix seconds.
+/// What stands under [`super::names::LOCKDOWN`] at `now`, Unix seconds.
 pub fn ours_lockdown(lockdown: Option<&Lockdown>, stamp: u64, now: u64) -> Ours {
     let Some(lockdown) = lockdown.filter(|lockdown| lockdown.is_active(now)) else {
         return Ours { stamp, text: None, until_ms: 0 };
@@ -166,30 +175,52 @@ pub fn ours_lockdown(lockdown: Option<&Lockdown>, stamp: u64, now: u64) -> Ours 
     Ours { stamp, text: Some(text.to_string()), until_ms: lockdown.until.saturating_mul(1_000) }
 }
 
-/// What stands under [`names::FLAGS`]: no V1 is configured, so everything goes to V2.
-pub fn ours_flags() -> Ours {
-    let text = serde_json::json!({ "strategy": "full", "percentage": 100, "canary_users": [] });
-    Ours { stamp: 0, text: Some(text.to_string()), until_ms: 0 }
+/// What stands under [`super::names::CANARY_USERS`].
+pub fn ours_canary_users(flags: &Flags, stamp: u64) -> Ours {
+    let users = &flags.rollout.canary_users;
+    // In the order in which Redis sorts: by bytes.
+    let text = (!users.is_empty()).then(|| serde_json::json!(users).to_string());
+    Ours { stamp, text, until_ms: 0 }
+}
+
+/// What an edit of [`super::names::FLAGS`] says; `None`: it was deleted, which says nothing.
+///
+/// # Errors
+/// What is wrong with it, for operators.
+pub fn flags(value: &Value) -> Result<Option<Edit>, String> {
+    let text = match value {
+        Value::None => return Ok(None),
+        Value::Text(text) => text,
+        Value::Other(kind) => return Err(is_of_type(kind)),
+    };
+    let document: serde_json::Value = serde_json::from_str(text)
+        .map_err(|error| format!("it is not a JSON object such as {{\"strategy\": \"off\"}}: {error}"))?;
+    Edit::read(&document).map(Some).map_err(|errors| errors.join("; "))
+}
+
+/// What an edit of [`super::names::CANARY_USERS`] says: a set that is not there has no members.
+///
+/// # Errors
+/// When it is no set.
+pub fn canary_users(value: &Value) -> Result<Edit, String> {
+    let users: BTreeSet<String> = match value {
+        Value::None => BTreeSet::new(),
+        Value::Text(text) => {
+            serde_json::from_str(text).map_err(|_| "it is not a Redis set of users".to_owned())?
+        }
+        Value::Other(kind) => return Err(format!("it is a Redis {kind}, not a set")),
+    };
+    Ok(Edit::of_canary_users(users))
 }
 
 /// Why an edit of another key cannot be honoured; `None`: it says what is so anyway.
-pub fn refusal(key: &str, value: &Value) -> Option<String> {
-    #[derive(Deserialize)]
-    struct Flags {
-        strategy: String,
-    }
-    match (key, value) {
-        (_, Value::None) => None,
-        (_, Value::Other(kind)) => Some(is_of_type(kind)),
-        (names::FLAGS, Value::Text(text)) => match object::<Flags>(text) {
-            Err(error) => Some(format!("it is not a JSON object with a 'strategy': {error}")),
-            Ok(flags) if flags.strategy == "full" => None,
-            Ok(flags) if ["off", "canary", "percentage", "gradual"].contains(&flags.strategy.as_str()) => {
-                Some("it would send traffic to V1, and no V1 upstream is configured".into())
-            }
-            Ok(_) => Some("'strategy' must be off, canary, percentage, gradual or full".into()),
-        },
-        _ => Some("this version of Keygate enforces no quotas, so there are no limits to change".into()),
+pub fn refusal(value: &Value) -> Option<String> {
+    match value {
+        Value::None => None,
+        Value::Other(kind) => Some(is_of_type(kind)),
+        Value::Text(_) => {
+            Some("this version of Keygate enforces no quotas, so there are no limits to change".into())
+        }
     }
 }
 
@@ -336,21 +367,28 @@ mod tests {
         let value = Value::Text(ours.text.unwrap());
         assert_eq!(lockdown(&value, None, 1_000, |_| true), Ok(Some(lockdown_.clone())));
         assert_eq!(ours_lockdown(Some(&lockdown_), 7, 2_000).text, None, "over");
-        assert_eq!(refusal(names::FLAGS, &Value::Text(ours_flags().text.unwrap())), None);
     }
 
     #[test]
-    fn flags_that_need_a_v1_are_refused() {
-        for bad in [
-            r#"{"strategy": "off"}"#,
-            r#"{"strategy":"percentage","percentage":5}"#,
-            "off",
-            r#"["full"]"#,
-            r#"{"strategy":"on"}"#,
-        ] {
-            assert!(refusal(names::FLAGS, &Value::Text(bad.into())).is_some(), "{bad}");
+    fn flags_by_hand_are_read_or_refused_with_a_reason() {
+        let read = |text: &str| flags(&Value::Text(text.into()));
+        assert!(read(r#"{"strategy": "off"}"#).unwrap().is_some());
+        assert_eq!(flags(&Value::None), Ok(None));
+        for bad in ["off", r#"["full"]"#, r#"{"strategy":"on"}"#, r#"{"percentage": "ten"}"#, "{"] {
+            assert!(read(bad).is_err(), "{bad}");
         }
-        assert!(refusal(names::LIMITS, &Value::Text("{}".into())).is_some());
-        assert_eq!(refusal(names::LIMITS, &Value::None), None);
+        assert!(flags(&Value::Other("list".into())).is_err());
+    }
+
+    #[test]
+    fn canary_users_are_a_set() {
+        let users = |value: &Value| canary_users(value);
+        let of = |users: &[&str]| Edit::of_canary_users(users.iter().map(ToString::to_string).collect());
+        assert_eq!(users(&Value::None), Ok(of(&[])));
+        assert_eq!(users(&Value::Text(r#"["a","b"]"#.into())), Ok(of(&["a", "b"])));
+        assert!(users(&Value::Text("x".into())).is_err());
+        assert!(users(&Value::Other("hash".into())).is_err());
+        assert!(refusal(&Value::Text("{}".into())).is_some());
+        assert_eq!(refusal(&Value::None), None);
     }
 }

@@ -22,6 +22,7 @@ mod pass_on;
 mod projection;
 mod recover;
 mod revoked;
+mod rollout;
 mod scripts;
 mod sealed;
 mod secrets;
@@ -171,6 +172,8 @@ pub struct Mirror {
     reported: Mutex<Option<(Report, Instant)>>,
     /// The connection for questions that callers ask, while there is one.
     asking: Mutex<Option<Link>>,
+    /// The rollout's document.
+    rollout: Mutex<rollout::Copy>,
     status: watch::Sender<Status>,
 }
 
@@ -188,6 +191,7 @@ impl Mirror {
             heard: Mutex::default(),
             reported: Mutex::default(),
             asking: Mutex::default(),
+            rollout: Mutex::default(),
             status,
         })
     }

@@ -2,6 +2,8 @@
 
 /// The rollout, JSON.
 pub const FLAGS: &str = "feature_flags:api_key_v2";
+/// The users that go to V2 before others, a set.
+pub const CANARY_USERS: &str = "feature_flags:canary_users";
 /// Limits in place of the roles' own, JSON with a TTL.
 pub const LIMITS: &str = "rate_limits:emergency";
 /// The lockdown, JSON with a TTL.
@@ -9,7 +11,7 @@ pub const LOCKDOWN: &str = "emergency_revocation";
 /// The set of the revoked tokens' ids.
 pub const REVOKED_SET: &str = "revoked_bloom";
 /// The keys that operators edit.
-pub const EDITED: [&str; 3] = [LOCKDOWN, FLAGS, LIMITS];
+pub const EDITED: [&str; 4] = [LOCKDOWN, FLAGS, CANARY_USERS, LIMITS];
 /// What [`revoked`] begins with.
 pub const REVOKED_PREFIX: &str = "revoked:";
 
@@ -62,6 +64,9 @@ pub fn log(source: u64) -> String {
 pub fn written(key: &str) -> String {
     format!("keygate:written:{{{key}}}")
 }
+
+/// The rollout's counts of each control plane, JSON: a hash by its source.
+pub const ROLLOUT_COUNTS: &str = "keygate:rollout-counts";
 
 /// Who deals with an edit of a key just now.
 pub fn claim(key: &str) -> String {

@@ -226,6 +226,7 @@ impl Session<'_> {
                 _ = checks.tick() => {
                     self.check().await?;
                     self.check_secrets().await?;
+                    self.share_counts().await?;
                 }
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {

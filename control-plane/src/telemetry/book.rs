@@ -9,6 +9,7 @@ use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
 use super::times::Observed;
+use crate::rollout::tally::Tally;
 
 /// JSON of [`Known`], by the proxy's incarnation and id.
 const PROXIES: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("proxies");
@@ -65,6 +66,9 @@ pub struct Totals {
     pub counters: BTreeMap<String, Vec<Counted>>,
     /// Times.
     pub times: BTreeMap<String, Observed>,
+    /// Where the rollout's counts for people begin, and since when, Unix milliseconds.
+    #[serde(default)]
+    pub reset: (Tally, u64),
 }
 
 /// The book.

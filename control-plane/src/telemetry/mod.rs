@@ -13,6 +13,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use keygate_core::decision::Reason;
 use keygate_core::policy::Policy;
 use keygate_core::refusal::Refusal;
 use keygate_core::telemetry::{MAX_REPORTED, MAX_SERIES_BYTES, Receipt, Report, Series, Timing};
@@ -26,7 +27,8 @@ pub use self::book::{BookError, Known};
 pub use self::shown::Shown;
 pub use self::times::Times;
 use crate::app::App;
-use crate::metrics::{Metrics, V2};
+use crate::metrics::{Metrics, V1, V2};
+use crate::rollout::tally::Tally;
 
 /// Proxies report again after so long, and later the more of them there are.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -87,6 +89,8 @@ struct Kept {
     /// Names of routes, now and before.
     routes: BTreeSet<String>,
     reports: u64,
+    /// Where the rollout's counts for people begin, and since when.
+    reset: (Tally, u64),
     on_disk: Totals,
 }
 
@@ -101,7 +105,14 @@ impl Telemetry {
         let routes = endpoints.filter_map(|(labels, _)| labels.get("endpoint").cloned()).collect();
         restore(&metrics, &totals);
         metrics.kept.show(metrics.kept.live());
-        let kept = Kept { known, unwritten: BTreeSet::new(), routes, reports: 0, on_disk: totals };
+        let kept = Kept {
+            known,
+            unwritten: BTreeSet::new(),
+            routes,
+            reports: 0,
+            reset: totals.reset,
+            on_disk: totals,
+        };
         Ok(Self {
             metrics,
             roles,
@@ -111,6 +122,16 @@ impl Telemetry {
             news: Notify::new(),
             written: watch::Sender::new(0),
         })
+    }
+
+    /// Where the rollout's counts for people begin, and since when, Unix milliseconds; 0: since ever.
+    pub fn rollout_reset(&self) -> (Tally, u64) {
+        self.lock().reset
+    }
+
+    /// Begins the rollout's counts for people anew.
+    pub fn reset_rollout(&self, tally: Tally, now_ms: u64) {
+        self.lock().reset = (tally, now_ms);
     }
 
     /// Counts what is new in a report and waits until it is on disk.
@@ -177,19 +198,17 @@ impl Telemetry {
         let metrics = &self.metrics;
         match series {
             Series::Decision { reason, route, role } => {
-                let endpoint = match route {
-                    "" => NONE,
-                    route if routes.contains(route) => route,
-                    _ => OTHER,
-                };
+                let endpoint = endpoint(route, routes);
                 let refusal = reason.refusal();
                 let outcome = match refusal {
                     None => "passed",
                     Some(Refusal::Unavailable) => "unavailable",
                     Some(_) => "refused",
                 };
-                metrics.requests.with_label_values(&[V2, endpoint, outcome]).inc_by(more);
+                let version = if reason == Reason::V1 { V1 } else { V2 };
+                metrics.requests.with_label_values(&[version, endpoint, outcome]).inc_by(more);
                 if refusal.is_some() {
+                    metrics.refusals.with_label_values(&[reason.label()]).inc_by(more);
                     metrics.auth_errors.with_label_values(&[reason.label(), V2]).inc_by(more);
                 }
                 if let Some(success) = reason.is_of_key() {
@@ -197,6 +216,10 @@ impl Telemetry {
                     let result = if success { "success" } else { "failure" };
                     metrics.validated.with_label_values(&[role, V2, result]).inc_by(more);
                 }
+            }
+            Series::Answer { version, trouble, route } => {
+                let labels = [version.label(), endpoint(route, routes), trouble.label()];
+                metrics.upstream_answers.with_label_values(&labels).inc_by(more);
             }
             Series::Bucket { timing, bucket } => times_of(metrics, timing).add(bucket, more),
             Series::TimeSum { timing } => times_of(metrics, timing).add_sum(more),
@@ -215,7 +238,7 @@ impl Telemetry {
                 .filter_map(|id| kept.known.get(&id).cloned().map(|known| (id, known)))
                 .collect();
             let families = self.metrics.kept.live();
-            let totals = totals_of(&families, &self.metrics);
+            let totals = Totals { reset: kept.reset, ..totals_of(&families, &self.metrics) };
             (kept.reports, families, totals, known, forgotten)
         };
         if known.is_empty() && forgotten.is_empty() && totals == self.lock().on_disk {
@@ -287,6 +310,14 @@ fn forget(kept: &mut Kept, now_s: u64) -> Vec<String> {
     forgotten
 }
 
+fn endpoint<'r>(route: &'r str, routes: &BTreeSet<String>) -> &'r str {
+    match route {
+        "" => NONE,
+        route if routes.contains(route) => route,
+        _ => OTHER,
+    }
+}
+
 fn times_of(metrics: &Metrics, timing: Timing) -> &Times {
     match timing {
         Timing::Validation => &metrics.validation_seconds,
@@ -295,8 +326,15 @@ fn times_of(metrics: &Metrics, timing: Timing) -> &Times {
 }
 
 /// The counters that outlive this process.
-fn counters(metrics: &Metrics) -> [&IntCounterVec; 4] {
-    [&metrics.validated, &metrics.auth_errors, &metrics.requests, &metrics.rate_limit_exceeded]
+fn counters(metrics: &Metrics) -> [&IntCounterVec; 6] {
+    [
+        &metrics.validated,
+        &metrics.auth_errors,
+        &metrics.requests,
+        &metrics.refusals,
+        &metrics.upstream_answers,
+        &metrics.rate_limit_exceeded,
+    ]
 }
 
 fn totals_of(families: &[MetricFamily], metrics: &Metrics) -> Totals {

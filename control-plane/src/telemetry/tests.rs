@@ -178,6 +178,7 @@ fn who_was_silent_for_a_month_is_forgotten() {
         unwritten: BTreeSet::new(),
         routes: BTreeSet::new(),
         reports: 0,
+        reset: Default::default(),
         on_disk: Totals::default(),
     };
     assert_eq!(forget(&mut kept, FORGET_AFTER_S + 5), ["old"]);

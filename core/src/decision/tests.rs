@@ -5,6 +5,7 @@ use crate::crypto::{Algorithm, native};
 use crate::cutoff::{Cutoff, Lockdown, Scope};
 use crate::policy::Policy;
 use crate::revocation::{ExactSet, Fingerprint, Op};
+use crate::rollout::Rollout;
 use crate::rules::{self, Material, Rules, VerificationKey};
 use crate::token::{Claims, TYPE};
 
@@ -51,6 +52,7 @@ fn world() -> World {
             policy,
             cutoffs: Vec::new(),
             lockdown: None,
+            rollout: Rollout::default(),
             expired_until: 0,
         },
         revoked: ExactSet::default(),
@@ -98,7 +100,7 @@ impl World {
     fn ask(&mut self, method: &str, path: &str, credential: Credential<'_>) -> (Reason, bool) {
         let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
-        let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential };
+        let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential, client: b"" };
         let judge =
             Judge { cache: &mut self.cache, revocations: &self.revoked, now: self.now, trace: &mut () };
         let decision = decide(state, request, judge);
@@ -141,7 +143,7 @@ fn the_cheapest_refusal_comes_first() {
 #[test]
 fn without_a_state_nothing_passes() {
     native::install();
-    let request = Request { method: b"GET", path: b"/", credential: Credential::None };
+    let request = Request { method: b"GET", path: b"/", credential: Credential::None, client: b"" };
     let mut cache = TokenCache::new(0);
     let revoked = ExactSet::default();
     let judge = Judge { cache: &mut cache, revocations: &revoked, now: 0, trace: &mut () };
@@ -324,7 +326,7 @@ fn ask_under_both(world: &mut World, pair: [&Rule; 2], keys: &[(Claims, &str, St
         let rules = Ruleset::try_from(world.rules.clone()).unwrap();
         for (claims, kid, token) in keys {
             let credential = Credential::One(token.as_bytes());
-            let request = Request { method: b"GET", path: b"/chat", credential };
+            let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
             let judge =
                 Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
             let reason = decide(State::Fresh(&rules), request, judge).reason;
@@ -404,7 +406,12 @@ fn what_revocation_cannot_answer_is_no_yes() {
     let rules = Ruleset::try_from(world.rules).unwrap();
     let token = es256(&claims());
     let judge = Judge { cache: &mut TokenCache::new(0), revocations: Unknown, now: NOW, trace: &mut () };
-    let request = Request { method: b"GET", path: b"/chat", credential: Credential::One(token.as_bytes()) };
+    let request = Request {
+        method: b"GET",
+        path: b"/chat",
+        credential: Credential::One(token.as_bytes()),
+        client: b"",
+    };
     let decision = decide(State::Fresh(&rules), request, judge);
     assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
 
@@ -460,8 +467,12 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
     let mut world = world();
     let mut headers = |path: &str, token: &str| {
         let rules = Ruleset::try_from(world.rules.clone()).unwrap();
-        let request =
-            Request { method: b"GET", path: path.as_bytes(), credential: Credential::One(token.as_bytes()) };
+        let request = Request {
+            method: b"GET",
+            path: path.as_bytes(),
+            credential: Credential::One(token.as_bytes()),
+            client: b"",
+        };
         let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
         let decision = decide(State::Fresh(&rules), request, judge);
         crate::forward::headers(&decision).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
@@ -481,8 +492,12 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
     let mut headers_shadow = || {
         let rules = Ruleset::try_from(world.rules.clone()).unwrap();
         let token = es256(&claims());
-        let request =
-            Request { method: b"GET", path: b"/both", credential: Credential::One(token.as_bytes()) };
+        let request = Request {
+            method: b"GET",
+            path: b"/both",
+            credential: Credential::One(token.as_bytes()),
+            client: b"",
+        };
         let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
         let decision = decide(State::Fresh(&rules), request, judge);
         crate::forward::headers(&decision).count()
@@ -497,4 +512,97 @@ fn labels_and_places_are_distinct() {
     for (index, reason) in Reason::ALL.iter().enumerate() {
         assert_eq!(reason.index(), index);
     }
+}
+
+fn rollout(document: serde_json::Value) -> Rollout {
+    serde_json::from_value(document).unwrap()
+}
+
+impl World {
+    /// Where a request goes, precisely why, and what becomes of it.
+    fn route(
+        &mut self,
+        path: &str,
+        credential: Credential<'_>,
+        client: &[u8],
+    ) -> (ApiVersion, &'static str, Reason) {
+        let rules = Ruleset::try_from(self.rules.clone()).unwrap();
+        let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
+        let request = Request { method: b"GET", path: path.as_bytes(), credential, client };
+        let judge =
+            Judge { cache: &mut self.cache, revocations: &self.revoked, now: self.now, trace: &mut () };
+        let decision = decide(state, request, judge);
+        (decision.choice.version, decision.choice.why.label(), decision.reason)
+    }
+}
+
+#[test]
+fn v1_gets_what_the_rollout_sends_there_untouched_and_v2_the_rest() {
+    use ApiVersion::{V1, V2};
+    let mut world = world();
+    let token = es256(&claims());
+    let forged = format!("{}A", &token[..token.len() - 1]);
+    let foreign = with(|claims| claims.iss = "other".into());
+    let revoked = with(|claims| claims.jti = "gone".into());
+    world.revoked.apply(Op::Revoke(Fingerprint::of("gone")));
+    let key = |token| Credential::One(str::as_bytes(token));
+    let off = serde_json::json!({ "strategy": "off", "v1_retired": false });
+    let canary = serde_json::json!({ "strategy": "canary", "canary_users": ["key_1"], "v1_retired": false });
+    let full = serde_json::json!({ "strategy": "full", "v1_retired": false });
+    for (document, path, credential, wanted) in [
+        (&off, "/chat", key(&token), (V1, "off", Reason::V1)),
+        (&off, "/chat", key(&revoked), (V1, "off", Reason::V1)),
+        (&off, "/chat", Credential::None, (V1, "off", Reason::V1)),
+        (&off, "/", Credential::None, (V1, "off", Reason::V1)),
+        (&off, "/chat", key("legacy-1"), (V1, "off", Reason::V1)),
+        (&off, "/nowhere", key(&token), (V2, "full", Reason::NoRoute)),
+        (&canary, "/chat", key(&token), (V2, "canary_user", Reason::Allowed)),
+        (&canary, "/chat", key(&forged), (V2, "canary_user", Reason::BadSignature)),
+        (&canary, "/chat", key(&foreign), (V1, "legacy", Reason::V1)),
+        (&canary, "/chat", Credential::Many, (V1, "legacy", Reason::V1)),
+        (&canary, "/chat", Credential::None, (V1, "no_canary_user", Reason::V1)),
+        (&full, "/chat", key(&token), (V2, "full", Reason::Allowed)),
+        (&full, "/chat", key(&revoked), (V2, "full", Reason::Revoked)),
+        (&full, "/chat", key("legacy-1"), (V1, "legacy", Reason::V1)),
+        (&full, "/chat", Credential::None, (V2, "full", Reason::MissingCredential)),
+    ] {
+        world.rules.rollout = rollout(document.clone());
+        let route = world.route(path, credential, b"10.0.0.1");
+        assert_eq!(route, wanted, "{document} {path} {credential:?}");
+    }
+}
+
+#[test]
+fn a_key_goes_the_same_way_remembered_or_not_and_by_its_owner() {
+    let mut world = world();
+    world.rules.rollout =
+        rollout(serde_json::json!({ "strategy": "percentage", "share": 5_000, "v1_retired": false }));
+    for number in 0..64 {
+        let mut claims = claims();
+        claims.sub = format!("key_{number}");
+        claims.jti = format!("jti-{number}");
+        claims.own = (number % 2 == 0).then(|| format!("owner-{}", number / 4));
+        let token = es256(&claims);
+        let mut ways: Vec<ApiVersion> = Vec::new();
+        // Before it is verified, after, and after V2 has refused it.
+        for _ in 0..3 {
+            ways.push(world.route("/chat", Credential::One(token.as_bytes()), b"").0);
+        }
+        assert!(ways.iter().all(|way| *way == ways[0]), "{number}");
+    }
+    let stable = |world: &mut World, client: &[u8]| world.route("/", Credential::None, client).0;
+    let clients: Vec<ApiVersion> = (0..64_u8).map(|number| stable(&mut world, &[10, 0, 0, number])).collect();
+    assert!(clients.contains(&ApiVersion::V1) && clients.contains(&ApiVersion::V2));
+    for (number, way) in (0..64_u8).zip(&clients) {
+        assert_eq!(stable(&mut world, &[10, 0, 0, number]), *way);
+    }
+}
+
+#[test]
+fn v1_does_not_wait_for_a_state_that_is_fresh() {
+    let mut world = world();
+    world.stale = true;
+    world.rules.rollout = rollout(serde_json::json!({ "strategy": "off", "v1_retired": false }));
+    let token = es256(&claims());
+    assert_eq!(world.route("/chat", Credential::One(token.as_bytes()), b"").2, Reason::V1);
 }

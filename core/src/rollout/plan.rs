@@ -163,6 +163,9 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// V2, since there is no migration.
+    pub const SETTLED: Self = Self::v2(Why::Full);
+
     const fn v1(why: Why) -> Self {
         Self { version: ApiVersion::V1, why }
     }

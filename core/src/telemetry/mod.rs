@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::tally::{Stopwatch, Tally};
 use crate::decision::Reason;
+use crate::rollout::ApiVersion;
 
 /// The upper bounds of the buckets of times, in nanoseconds: from what a token that was verified before takes to what
 /// nobody should wait for. What is above the last has a bucket of its own.
@@ -68,6 +69,37 @@ impl Timing {
     }
 }
 
+/// What an upstream answered, where that tells of trouble.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Trouble {
+    /// A status of 500 or more, also of Envoy itself when the upstream could not be reached.
+    Error,
+    /// 401, 403 or 429: V1 refuses a key.
+    Denied,
+}
+
+impl Trouble {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::Error, Self::Denied];
+
+    /// What a status is of.
+    pub const fn of(status: u16) -> Option<Self> {
+        match status {
+            500.. => Some(Self::Error),
+            401 | 403 | 429 => Some(Self::Denied),
+            _ => None,
+        }
+    }
+
+    /// Its name in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Error => "error",
+            Self::Denied => "denied",
+        }
+    }
+}
+
 /// How often something took how long.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Times {
@@ -105,6 +137,15 @@ pub enum Series<'s> {
         /// The key's role; empty when there is no key whose signature is verified.
         role: &'s str,
     },
+    /// Answers of an upstream to requests that passed.
+    Answer {
+        /// Which upstream.
+        version: ApiVersion,
+        /// What it answered.
+        trouble: Trouble,
+        /// The route's name.
+        route: &'s str,
+    },
     /// Times within one bucket.
     Bucket {
         /// Of what.
@@ -124,6 +165,9 @@ impl fmt::Display for Series<'_> {
         match self {
             Self::Decision { reason, route, role } => {
                 write!(f, "decision {} {} {}", reason.label(), word(route), word(role))
+            }
+            Self::Answer { version, trouble, route } => {
+                write!(f, "answer {} {} {}", version.label(), trouble.label(), word(route))
             }
             Self::Bucket { timing, bucket } => write!(f, "time {} {bucket}", timing.label()),
             Self::TimeSum { timing } => write!(f, "time {} sum", timing.label()),
@@ -148,6 +192,11 @@ impl<'s> Series<'s> {
             ("decision", Some(role)) => {
                 let reason = Reason::ALL.into_iter().find(|reason| reason.label() == first)?;
                 Some(Self::Decision { reason, route: second, role })
+            }
+            ("answer", Some(route)) => {
+                let version = [ApiVersion::V1, ApiVersion::V2].into_iter().find(|v| v.label() == first)?;
+                let trouble = Trouble::ALL.into_iter().find(|trouble| trouble.label() == second)?;
+                Some(Self::Answer { version, trouble, route })
             }
             ("time", None) => {
                 let timing = Timing::ALL.into_iter().find(|timing| timing.label() == first)?;
@@ -263,6 +312,8 @@ mod tests {
         let mut all = vec![
             Series::Decision { reason: Reason::Allowed, route: "chat", role: "basic" },
             Series::Decision { reason: Reason::NoRoute, route: "", role: "" },
+            Series::Answer { version: ApiVersion::V1, trouble: Trouble::Denied, route: "chat" },
+            Series::Answer { version: ApiVersion::V2, trouble: Trouble::Error, route: "" },
         ];
         for timing in Timing::ALL {
             all.push(Series::TimeSum { timing });
@@ -277,9 +328,16 @@ mod tests {
 
     #[test]
     fn what_is_no_name_is_none() {
-        for name in
-            ["", "decision", "decision allowed a", "decision well a b", "time validation 17", "time x 1"]
-        {
+        for name in [
+            "",
+            "decision",
+            "decision allowed a",
+            "decision well a b",
+            "time validation 17",
+            "time x 1",
+            "answer v3 error a",
+            "answer v1 well a",
+        ] {
             assert_eq!(Series::of(name), None, "{name}");
         }
         assert_eq!(Series::of("decision allowed a b c"), None);

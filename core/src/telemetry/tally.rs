@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 
-use super::{Counts, Series, Times, Timing};
+use super::{Counts, Series, Times, Timing, Trouble};
 use crate::decision::{Decision, Reason, Trace};
+use crate::rollout::ApiVersion;
 
 /// Of so many decisions the time of one is taken.
 const SAMPLE: u32 = 16;
@@ -11,6 +12,12 @@ const SAMPLE: u32 = 16;
 /// many changes of the policy add up to is not to grow for ever.
 const MAX_PAIRS: usize = 4_096;
 
+const ANSWERS: [(ApiVersion, Trouble); 4] = [
+    (ApiVersion::V1, Trouble::Error),
+    (ApiVersion::V1, Trouble::Denied),
+    (ApiVersion::V2, Trouble::Error),
+    (ApiVersion::V2, Trouble::Denied),
+];
 const REASONS: usize = Reason::ALL.len();
 
 /// Decisions of one route and role.
@@ -20,6 +27,8 @@ struct Cell {
     role: String,
     /// By [`Reason::index`].
     decisions: [u64; REASONS],
+    /// By version and trouble, in the order of `ANSWERS`.
+    answers: [u64; ANSWERS.len()],
 }
 
 type Map<V> = HashMap<String, V, ahash::RandomState>;
@@ -56,6 +65,17 @@ impl Tally {
         }
     }
 
+    /// Counts an answer of an upstream to a request that passed on this route.
+    pub fn answered(&mut self, route: &str, version: ApiVersion, trouble: Trouble) {
+        self.changed = true;
+        let place = self.place(route, "");
+        let cell = self.cells.get_mut(place);
+        let answer = ANSWERS.iter().position(|answer| *answer == (version, trouble));
+        if let Some(count) = cell.zip(answer).and_then(|(cell, answer)| cell.answers.get_mut(answer)) {
+            *count = count.saturating_add(1);
+        }
+    }
+
     /// Notes how long a decision took, nanoseconds, and the token's part in it, if there was one.
     pub fn took(&mut self, validation_ns: u64, decode_ns: Option<u64>) {
         self.validation.add(validation_ns);
@@ -72,7 +92,10 @@ impl Tally {
     /// All of it by name.
     pub fn counts(&self) -> Counts {
         let mut counts = Counts::default();
-        for Cell { route, role, decisions } in &self.cells {
+        for Cell { route, role, decisions, answers } in &self.cells {
+            for ((version, trouble), number) in ANSWERS.into_iter().zip(answers) {
+                counts.add(Series::Answer { version, trouble, route }.to_string(), *number);
+            }
             let decisions = Reason::ALL.into_iter().zip(decisions);
             for (reason, number) in decisions.filter(|(_, number)| **number > 0) {
                 counts.add(Series::Decision { reason, route, role }.to_string(), *number);
@@ -95,7 +118,12 @@ impl Tally {
         let roles = self.places.entry(route.to_owned()).or_default();
         let place = *roles.entry(role.to_owned()).or_insert(self.cells.len());
         if place == self.cells.len() {
-            self.cells.push(Cell { route: route.to_owned(), role: role.to_owned(), decisions: [0; REASONS] });
+            self.cells.push(Cell {
+                route: route.to_owned(),
+                role: role.to_owned(),
+                decisions: [0; REASONS],
+                answers: [0; ANSWERS.len()],
+            });
         }
         place
     }
@@ -138,6 +166,7 @@ mod tests {
     use crate::cache::Verified;
     use crate::decision::Verdict;
     use crate::policy::Route;
+    use crate::rollout::Choice;
     use crate::token::Claims;
 
     fn key(role: &str) -> Arc<Verified> {
@@ -153,13 +182,13 @@ mod tests {
             scope: String::new(),
             own: None,
         };
-        let fingerprint = claims.fingerprint();
-        Arc::new(Verified { kid: "k".into(), key_tag: 0, fingerprint, claims })
+        Arc::new(Verified::new("k".into(), 0, claims))
     }
 
     fn decision<'r>(reason: Reason, route: &'r Route, role: &str) -> Decision<'r> {
         let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
-        Decision { verdict, reason, route: Some(route), key: Some(key(role)), shadowed: false }
+        let choice = Choice::SETTLED;
+        Decision { verdict, reason, route: Some(route), choice, key: Some(key(role)), shadowed: false }
     }
 
     #[test]
@@ -184,6 +213,19 @@ mod tests {
         }
         assert_eq!(counts.iter().count(), 4);
         assert!(tally.take_changed() && !tally.take_changed());
+    }
+
+    #[test]
+    fn answers_are_counted_by_version_and_route() {
+        let mut tally = Tally::default();
+        tally.answered("chat", ApiVersion::V1, Trouble::Denied);
+        for _ in 0..2 {
+            tally.answered("chat", ApiVersion::V2, Trouble::Error);
+        }
+        let counts = tally.counts();
+        assert_eq!(counts.get("answer v1 denied chat"), 1);
+        assert_eq!(counts.get("answer v2 error chat"), 2);
+        assert_eq!(counts.iter().count(), 2);
     }
 
     #[test]
