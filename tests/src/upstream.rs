@@ -72,8 +72,11 @@ async fn answer(State(behaviour): State<Arc<Behaviour>>, request: Request) -> Re
 /// The old check: keys of before, and, as in a real migration, those of Keygate too, which it knows by their look.
 fn is_good_for_v1(headers: &HeaderMap) -> bool {
     let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok());
-    let key = text("authorization").and_then(|value| value.strip_prefix("Bearer ")).or_else(|| text("x-api-key"));
-    key.is_some_and(|key| key.starts_with("legacy-") || key.starts_with("ey") && key.matches('.').count() == 2)
+    let key =
+        text("authorization").and_then(|value| value.strip_prefix("Bearer ")).or_else(|| text("x-api-key"));
+    key.is_some_and(|key| {
+        key.starts_with("legacy-") || key.starts_with("ey") && key.matches('.').count() == 2
+    })
 }
 
 fn echo(name: &str, request: &Request) -> impl IntoResponse + use<> {
