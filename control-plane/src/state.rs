@@ -570,7 +570,7 @@ impl Model {
             cutoffs,
             lockdown: self.lockdown.clone(),
             // Where there is no V1, nothing is sent there, whatever was set when there was one.
-            rollout: if settings.has_v1 { self.flags.rollout.clone() } else { Rollout::default() },
+            rollout: if settings.has_v1 { self.flags.in_force() } else { Rollout::default() },
             expired_until: self.expired_until,
         }
     }

@@ -427,3 +427,32 @@ fn without_a_v1_nothing_is_sent_there() {
     }
     assert_eq!(api.get(FLAGS).expect(200).json()["strategy"], "full");
 }
+
+#[test]
+fn the_canary_tests_v2_whoever_else_goes_there() {
+    let mut stack = Stack::builder().without_control_plane().start();
+    let url = format!("http://127.0.0.1:{}", stack.envoy.port());
+    let config =
+        format!("[rollout]\nv1_cluster = \"upstream_v1\"\n[canary]\nurls = [\"{url}\"]\ninterval = \"1s\"\n");
+    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    stack.envoy.wait_ready();
+    let api = stack.api();
+    let run = || {
+        let results = api.post("/api/admin/canary/run", &json!({})).expect(200).json();
+        let health = api.get("/api/admin/canary/health").expect(200).json();
+        assert_eq!(health["failing"], json!({}), "{results}");
+    };
+    for document in [
+        json!({ "strategy": "percentage", "percentage": 0 }),
+        json!({ "strategy": "off" }),
+        json!({ "strategy": "full", "enabled_endpoints": ["home"] }),
+        json!({ "strategy": "canary", "enabled_endpoints": [], "override_users": { "keygate-canary": "v1" } }),
+    ] {
+        set(&api, &document);
+        run();
+    }
+    // Which is not shown as if somebody had set it.
+    set(&api, &json!({ "override_users": {} }));
+    assert_eq!(api.get(FLAGS).expect(200).json()["override_users"], json!({}));
+}

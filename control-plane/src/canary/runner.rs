@@ -8,13 +8,14 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use keygate_core::rollout::{ApiVersion, Subject};
 use serde_json::{Value, json};
 use tracing::Instrument as _;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
-use super::{Alert, Allowed, Test, Url, seeds};
+use super::{Alert, Allowed, NO_KEY, OWNER, Test, Url, seeds};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
@@ -105,8 +106,9 @@ impl Canary {
 /// The tests there are: those of the journal, and the seeds that it does not change.
 pub fn tests(app: &App) -> Vec<Test> {
     let state = app.state();
-    let mut tests: BTreeMap<String, Test> =
-        seeds(&app.config.canary.app_endpoint).into_iter().map(|test| (test.id.clone(), test)).collect();
+    let seeds = seeds(&app.config.canary.app_endpoint).into_iter();
+    let seeds = seeds.filter(|test| test.id != NO_KEY || state.rules.rollout.is_settled());
+    let mut tests: BTreeMap<String, Test> = seeds.map(|test| (test.id.clone(), test)).collect();
     for (id, test) in state.canary_tests.iter() {
         match test {
             Some(test) => drop(tests.insert(id.clone(), test.clone())),
@@ -235,7 +237,9 @@ async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
     {
         state.probed = Some(Instant::now());
         for proxy in &app.config.canary.proxies {
-            results.push(probe(app, &token, proxy, trace).await);
+            if is_decided_here(app) {
+                results.push(probe(app, &token, proxy, trace).await);
+            }
         }
     }
     let now_ms = app.clock.now_ms();
@@ -349,9 +353,10 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
         role,
         expires_in: Some(humantime::format_duration(life).to_string()),
         metadata: serde_json::Map::from_iter([("canary".into(), Value::Bool(true))]),
+        owner: Some(OWNER.into()),
         ..KeyRequest::default()
     };
-    let creator = Creator { role: "admin", scopes: &scopes, owner: None };
+    let creator = Creator { role: "admin", scopes: &scopes, owner: Some(OWNER) };
     let record = request
         .record(creator, &app.config.roles, random::identity(), &signer.kid, now)
         .map_err(|error| format!("no key for the canary: {error}"))?;
@@ -400,6 +405,16 @@ async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
+/// Whether what the probe calls is V2's: V1 knows of no revocation.
+fn is_decided_here(app: &App) -> bool {
+    let rules = &app.state().rules;
+    let path = app.config.canary.app_endpoint.as_bytes();
+    let path = path.split(|byte| *byte == b'?').next().unwrap_or_default();
+    let route = rules.policy.route(b"GET", path).map(|route| route.name.as_str());
+    let canary = Subject::of_key(Some(OWNER), "");
+    rules.rollout.choose(&canary, route, path, app.clock.now_s()).version == ApiVersion::V2
+}
+
 async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
     let result = probed(app, token, proxy, trace).await;

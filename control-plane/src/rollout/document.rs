@@ -103,8 +103,10 @@ impl Edit {
         // Where a migration begins, V1's own keys are still good.
         let begins = was_settled && strategy != Strategy::Full;
         rollout.v1_retired = self.v1_retired.unwrap_or(rollout.v1_retired && !begins);
+        let flags = Flags { rollout, guard: self.guard.unwrap_or(current.guard), cause: self.cause };
+        let rollout = &flags.rollout;
         if around.has_v1 {
-            errors.extend(rollout.validate(true).err().unwrap_or_default());
+            errors.extend(flags.in_force().validate(true).err().unwrap_or_default());
         } else if !rollout.is_settled() {
             errors.push(
                 "it would send traffic to V1, and no V1 upstream is configured: set rollout.v1_cluster"
@@ -117,7 +119,6 @@ impl Edit {
                 errors.push(format!("enabled_endpoints: the policy has no route {endpoint:?}"));
             }
         }
-        let flags = Flags { rollout, guard: self.guard.unwrap_or(current.guard), cause: self.cause };
         if errors.is_empty() { Ok(flags) } else { Err(errors) }
     }
 

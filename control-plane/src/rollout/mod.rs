@@ -8,8 +8,10 @@ pub mod tally;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use keygate_core::rollout::{FULL_SHARE, Plan, Rollout, Strategy};
+use keygate_core::rollout::{ApiVersion, FULL_SHARE, Plan, Rollout, Strategy};
 use serde::{Deserialize, Serialize};
+
+use crate::canary;
 
 /// How many changes of the rollout are remembered beside the journal.
 const REMEMBERED: usize = 100;
@@ -63,6 +65,15 @@ impl Flags {
     pub fn uses_v2(&self, now_s: u64) -> bool {
         let canaries = self.rollout.strategy != Strategy::Off && !self.rollout.canary_users.is_empty();
         canaries || self.share_at(now_s) > 0
+    }
+
+    /// What proxies get: the canary tests what Keygate enforces, so its keys go to V2 whoever else does.
+    pub fn in_force(&self) -> Rollout {
+        let mut rollout = self.rollout.clone();
+        if !rollout.is_settled() {
+            rollout.override_users.entry(canary::OWNER.into()).or_insert(ApiVersion::V2);
+        }
+        rollout
     }
 
     /// When the share changes next, Unix seconds, and to what.

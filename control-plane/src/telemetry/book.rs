@@ -2,9 +2,12 @@
 //! that its fsyncs hold up no change of keys.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use keygate_core::telemetry::Counts;
+use redb::backends::FileBackend;
 use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +27,9 @@ pub enum BookError {
     /// The database.
     #[error("the counts of proxies cannot be kept: {0}")]
     Database(#[from] redb::Error),
+    /// The file.
+    #[error("the counts of proxies cannot be kept: {0}")]
+    Io(#[from] std::io::Error),
     /// What stands there is none of ours.
     #[error("the counts of proxies cannot be read: {0}")]
     Json(#[from] serde_json::Error),
@@ -98,7 +104,9 @@ impl Book {
     }
 
     fn try_open(path: &Path) -> Result<(Self, Contents), BookError> {
-        let book = Self(Database::create(path)?);
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+        let book = Self(Database::builder().create_with_backend(FileBackend::new(file)?)?);
         let write = book.0.begin_write()?;
         write.open_table(PROXIES)?;
         write.open_table(TOTALS)?;
