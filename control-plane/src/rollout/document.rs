@@ -113,8 +113,9 @@ impl Edit {
                     .into(),
             );
         }
+        // Of those that are set already a route may have gone since: that must not stand in the way of `off`.
         let names: BTreeSet<&str> = around.policy.routes.iter().map(|route| route.name.as_str()).collect();
-        for endpoint in &rollout.enabled_endpoints {
+        for endpoint in rollout.enabled_endpoints.difference(&current.rollout.enabled_endpoints) {
             if !endpoint.starts_with('/') && !names.contains(endpoint.as_str()) {
                 errors.push(format!("enabled_endpoints: the policy has no route {endpoint:?}"));
             }
@@ -176,10 +177,12 @@ pub fn show(flags: &Flags, has_v1: bool, now_s: u64) -> Map<String, Value> {
     let next = flags
         .next_step(now_s)
         .map(|(at, share)| json!({ "at": clock::rfc3339(at), "percentage": percent(share) }));
+    // Where there is no V1, everything goes to V2, whatever was set when there was one.
+    let effective = if has_v1 { flags.share_at(now_s) } else { FULL_SHARE };
     let document = json!({
         "strategy": rollout.strategy.label(),
         "percentage": percent(percentage),
-        "effective_percentage": percent(flags.share_at(now_s)),
+        "effective_percentage": percent(effective),
         "canary_users": rollout.canary_users,
         "override_users": overrides,
         "enabled_endpoints": rollout.enabled_endpoints,
@@ -433,6 +436,18 @@ mod tests {
             assert!(apply(document.clone()).unwrap_err()[0].contains("no V1 upstream"), "{document}");
         }
         assert!(apply(json!({"strategy": "full", "canary_users": ["a"]})).is_ok());
+        let mut left = Flags::default();
+        left.rollout.strategy = Strategy::Off;
+        assert_eq!(show(&left, false, NOW)["effective_percentage"], 100, "what is left of one that is gone");
+    }
+
+    #[test]
+    fn a_route_that_is_gone_does_not_stand_in_the_way_of_off() {
+        let mut flags = apply(&Flags::default(), &json!({"enabled_endpoints": ["chat"]})).unwrap();
+        flags.rollout.enabled_endpoints = BTreeSet::from(["gone".to_owned()]);
+        assert!(apply(&flags, &json!({"strategy": "off"})).is_ok());
+        assert!(apply(&flags, &json!({"enabled_endpoints": ["gone", "chat"]})).is_ok());
+        assert!(apply(&flags, &json!({"enabled_endpoints": ["gone", "never"]})).is_err());
     }
 
     #[test]
