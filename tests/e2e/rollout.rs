@@ -327,6 +327,68 @@ fn a_v2_that_fails_is_rolled_back_by_itself() {
 }
 
 #[test]
+fn canaries_test_v2_alone_and_the_guard_rolls_back_when_they_are_unhealthy() {
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    // By requests alone nothing is ever found.
+    let config = format!(
+        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\nprobe_interval = \"1s\"\n\
+         [rollout]\nv1_cluster = \"upstream_v1\"\nguard = {{ min_requests = 1000000 }}\n",
+        stack.envoy.port()
+    );
+    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let api = stack.api();
+    let ran = |test: &str| {
+        let path = format!("/api/admin/canary/results?test_id={test}&limit=1000");
+        let results = api.get(&path).expect(200).json()["results"].clone();
+        results.as_array().expect("results").len()
+    };
+    let run = || api.post("/api/admin/canary/run", &json!({})).expect(200).json();
+    let names = |run: &Value| -> Vec<String> {
+        let results = run["results"].as_array().expect("results").iter();
+        results.map(|result| result["test_id"].as_str().expect("an id").to_owned()).collect()
+    };
+    wait_until(SOON, "the probe", || ran("revocation_probe") >= 1);
+    let all = ["seed_app", "seed_no_key", "seed_refresh_too_early", "seed_validate", "revocation_probe"];
+    assert_eq!(names(&run()), all);
+
+    // V1 would let a revoked key pass, and answers differently to who has none.
+    let of_v2 = vec![all[0], all[2], all[3], all[4]];
+    let to_v1 = json!({ "strategy": "off", "override_users": { "keygate-canary": "v1" } });
+    for (document, wanted) in [
+        (to_v1.clone(), vec![all[2], all[3]]),
+        (json!({ "strategy": "full", "override_users": {} }), all.to_vec()),
+        (json!({ "enabled_endpoints": ["home"] }), vec![all[2], all[3]]),
+        (json!({ "strategy": "off", "enabled_endpoints": [] }), of_v2.clone()),
+        (json!({ "strategy": "percentage", "percentage": 5, "canary_users": ["acme"] }), of_v2),
+    ] {
+        set(&api, &document);
+        let run = run();
+        assert_eq!(names(&run), wanted, "{document}");
+        assert_eq!(run["statistics"]["failed"], 0, "{run}");
+    }
+    assert_eq!(
+        api.get(FLAGS).expect(200).json()["last_change"]["by"].as_str().map(|by| by == "guard"),
+        Some(false)
+    );
+
+    stack.upstream.fail(true);
+    let flags = || api.get(FLAGS).expect(200).json();
+    wait_until(3 * SOON, "the guard", || flags()["strategy"] == "off");
+    let last = flags()["last_change"].clone();
+    assert_eq!((&last["by"], &last["reason"]), (&json!("guard"), &json!("the canary tests are unhealthy")));
+    assert_eq!(flags()["canary_users"], json!(["acme"]), "for when it is well again");
+    // What failed and goes to V1 now is forgotten.
+    assert_ne!(api.get("/api/admin/canary/health").expect(200).json()["failing"], json!({}));
+    set(&api, &to_v1);
+    wait_until(SOON, "nothing to fail", || {
+        api.get("/api/admin/canary/health").expect(200).json()["failing"] == json!({})
+    });
+}
+
+#[test]
 fn counts_add_up_over_restarts_and_can_be_begun_anew() {
     let mut stack = start("");
     let mut api = stack.api();
@@ -374,7 +436,7 @@ fn counts_add_up_over_restarts_and_can_be_begun_anew() {
     api = stack.api();
     assert_eq!(counted(&api), (0, 0), "also after a restart");
     send(&stack, &mut v1, &mut v2);
-    assert_eq!(Metrics::of(&api).sum("keygate_requests_total{", &["version=\"v1\""]) > 0, true);
+    assert!(Metrics::of(&api).sum("keygate_requests_total{", &["version=\"v1\""]) > 0);
 }
 
 #[test]

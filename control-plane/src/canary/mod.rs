@@ -12,6 +12,7 @@
 
 mod caller;
 mod history;
+mod reach;
 pub mod runner;
 mod target;
 
@@ -27,11 +28,9 @@ pub use self::target::{Allowed, Url};
 
 /// The seed that needs a key which may not be renewed yet.
 const TOO_EARLY: &str = "seed_refresh_too_early";
-/// The most definitions.
-/// The test without a key. Who shows none may be V1's while a rollout is under way, so then it says nothing.
-pub const NO_KEY: &str = "seed_no_key";
 /// The owner of the canary's keys. A rollout sends them to V2 unless somebody fixes another version for it.
 pub const OWNER: &str = "keygate-canary";
+/// The most definitions.
 pub const MAX_TESTS: usize = 100;
 const MAX_ID_BYTES: usize = 64;
 const MAX_NAME_CHARS: usize = 200;
@@ -302,7 +301,7 @@ pub fn seeds(app_endpoint: &str) -> Vec<Test> {
         ),
         test("seed_app", "The application answers", app_endpoint, "GET", 200, Vec::new()),
         without_key(test(
-            NO_KEY,
+            "seed_no_key",
             "Without a key nobody passes",
             app_endpoint,
             "GET",

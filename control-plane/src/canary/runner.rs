@@ -8,14 +8,13 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use keygate_core::rollout::{ApiVersion, Subject};
 use serde_json::{Value, json};
 use tracing::Instrument as _;
 use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
-use super::{Alert, Allowed, NO_KEY, OWNER, Test, Url, seeds};
+use super::{Alert, Allowed, OWNER, Test, Url, reach, seeds};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
@@ -106,9 +105,8 @@ impl Canary {
 /// The tests there are: those of the journal, and the seeds that it does not change.
 pub fn tests(app: &App) -> Vec<Test> {
     let state = app.state();
-    let seeds = seeds(&app.config.canary.app_endpoint).into_iter();
-    let seeds = seeds.filter(|test| test.id != NO_KEY || state.rules.rollout.is_settled());
-    let mut tests: BTreeMap<String, Test> = seeds.map(|test| (test.id.clone(), test)).collect();
+    let mut tests: BTreeMap<String, Test> =
+        seeds(&app.config.canary.app_endpoint).into_iter().map(|test| (test.id.clone(), test)).collect();
     for (id, test) in state.canary_tests.iter() {
         match test {
             Some(test) => drop(tests.insert(id.clone(), test.clone())),
@@ -209,9 +207,12 @@ async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
     let mut results = Vec::new();
     let token = own_key(app, &mut state).await;
     let has_key = token.is_ok();
+    let (rules, now_s) = (app.state(), app.clock.now_s());
+    let (reach_v2, to_v1): (Vec<Test>, Vec<Test>) =
+        tests(app).into_iter().partition(|test| reach::reaches_v2(&rules.rules, test, now_s));
     match token.clone() {
         Ok(token) => {
-            let (mut tests, here) = (tests(app), Arc::clone(app));
+            let (mut tests, here) = (reach_v2, Arc::clone(app));
             // Where keys live for a day, each may be renewed at any time.
             let is_young =
                 state.key.as_ref().is_some_and(|key| app.clock.now_s() < key.record.refresh_after());
@@ -232,23 +233,27 @@ async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
         )),
     }
     let is_due = state.probed.is_none_or(|probed| probed.elapsed() >= app.config.canary.probe_interval);
+    let endpoint = &app.config.canary.app_endpoint;
+    let probes_v2 = reach::path_reaches_v2(&rules.rules, "GET", endpoint, true, now_s);
     if (all || is_due)
+        && probes_v2
         && let Ok(token) = token
     {
         state.probed = Some(Instant::now());
         for proxy in &app.config.canary.proxies {
-            if is_decided_here(app) {
-                results.push(probe(app, &token, proxy, trace).await);
-            }
+            results.push(probe(app, &token, proxy, trace).await);
         }
     }
     let now_ms = app.clock.now_ms();
     let known = tests(app);
     let turn = {
         let mut history = app.canary.history();
-        // That there is a key again is no result, so that there was none is forgotten.
-        history.keep_tests(|id| {
-            id == PROBE || (id == HAS_KEY && !has_key) || known.iter().any(|test| test.id == id)
+        // That there is a key again is no result, so that there was none is forgotten; and so is what the rollout sends
+        // to V1 now.
+        history.keep_tests(|id| match id {
+            PROBE => probes_v2,
+            HAS_KEY => !has_key,
+            id => known.iter().any(|test| test.id == id) && !to_v1.iter().any(|test| test.id == id),
         });
         history.add(results.clone(), now_ms, app.config.canary.alert)
     };
@@ -405,16 +410,6 @@ async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-/// Whether what the probe calls is V2's: V1 knows of no revocation.
-fn is_decided_here(app: &App) -> bool {
-    let rules = &app.state().rules;
-    let path = app.config.canary.app_endpoint.as_bytes();
-    let path = path.split(|byte| *byte == b'?').next().unwrap_or_default();
-    let route = rules.policy.route(b"GET", path).map(|route| route.name.as_str());
-    let canary = Subject::of_key(Some(OWNER), "");
-    rules.rollout.choose(&canary, route, path, app.clock.now_s()).version == ApiVersion::V2
-}
-
 async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
     let result = probed(app, token, proxy, trace).await;
@@ -437,7 +432,8 @@ async fn probed(
     let none = BTreeMap::new();
     let issue = move || {
         let caller = Caller::new(allowed);
-        let body = json!({ "name": "keygate canary probe", "role": role, "expires_in": PROBE_LIFE });
+        let body =
+            json!({ "name": "keygate canary probe", "role": role, "owner": OWNER, "expires_in": PROBE_LIFE });
         let answer = caller.call(Call {
             method: "POST",
             url: format!("{url}/api/auth/register"),
@@ -504,6 +500,7 @@ async fn probed(
         .map_err(|failure| format!("using a revoked key: {failure}"))?;
     Ok(revoked_at.elapsed())
 }
+
 /// What the results say now.
 pub fn health(app: &App) -> Health {
     let interval = u64::try_from(app.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
