@@ -2,8 +2,8 @@
 
 use std::process::Command;
 
-use keygate_e2e::{Request, Stack, binaries};
-use serde_json::Value;
+use keygate_e2e::{Request, SOON, Stack, binaries, wait_until};
+use serde_json::{Value, json};
 
 /// `keygate ARGUMENTS…` with the bootstrap admin's key: its status, and what it prints.
 fn keygate(stack: &Stack, arguments: &[&str]) -> (Option<i32>, String) {
@@ -26,6 +26,60 @@ fn said(stack: &Stack, arguments: &[&str], wanted: &[&str]) -> String {
         assert!(text.contains(wanted), "no {wanted:?} in {text}");
     }
     text
+}
+
+#[test]
+fn a_rollout_from_the_command_line() {
+    let stack = Stack::builder().workers(1).config("[rollout]\nv1_cluster = \"upstream_v1\"\n").start();
+    let key = stack.api().issue("basic");
+    let upstream = || {
+        let answer = stack.call(&Request::get("/api/chat").bearer(&key.token)).expect(200).json();
+        answer["upstream"].as_str().expect("an upstream").to_owned()
+    };
+    let rollout =
+        |arguments: &[&str], wanted: &[&str]| said(&stack, &[&["rollout"], arguments].concat(), wanted);
+
+    rollout(&["status"], &["strategy      full  (V1 is retired)", "100 % of all users", "guard         on"]);
+    rollout(&["off", "--reason", "INC-7", "--wait"], &["strategy      off", "INC-7", "enforced by 1 of 1"]);
+    assert_eq!(upstream(), "v1");
+    let canary = ["set", "--strategy", "canary", "--canary-user", "acme", "--canary-user", &key.id, "--wait"];
+    rollout(&canary, &["strategy      canary", "0 % of all users", &format!("acme {}", key.id)]);
+    assert_eq!(upstream(), "v2");
+    rollout(&["set", "--canary-user", "", "--wait"], &["strategy      canary"]);
+    assert_eq!(upstream(), "v1");
+    let share = ["set", "--strategy", "percentage", "--percentage", "12.5", "--guard", "off"];
+    rollout(&share, &["12.5 % of all users", "guard         off"]);
+    rollout(
+        &["set", "--strategy", "gradual", "--weekly"],
+        &["strategy      gradual", "next          25 % at 20"],
+    );
+    let paused = rollout(&["pause"], &["strategy      gradual, paused", "5 % of all users"]);
+    assert!(!paused.contains("next"), "{paused}");
+    rollout(&["resume"], &["next          25 % at"]);
+    rollout(&["set", "--ramp-hours", "0.001", "--endpoint", "chat_read"], &["endpoints     chat_read"]);
+    wait_until(SOON, "the ramp to end", || upstream() == "v2");
+
+    let shown = rollout(&["status", "--json"], &[]);
+    let shown: Value = serde_json::from_str(&shown).expect("JSON");
+    assert_eq!((&shown["strategy"], &shown["guard"]), (&json!("gradual"), &json!(false)), "{shown}");
+    let history = rollout(&["history"], &["INC-7", "12.5 %"]);
+    assert_eq!(history.lines().count(), 1 + 8, "{history}");
+    wait_until(SOON, "requests to be counted", || {
+        let counts: Value = serde_json::from_str(&rollout(&["metrics", "--json"], &[])).expect("JSON");
+        counts["v1_requests"].as_u64() >= Some(2) && counts["v2_requests"].as_u64() >= Some(2)
+    });
+    rollout(&["metrics"], &["VERSION", "v1 chat_read: passed ", "v2 chat_read: passed "]);
+
+    for (arguments, says) in [
+        (&["set"][..], "say what to change"),
+        (&["set", "--percentage", "101"], "percentage: must be a number from 0 to 100"),
+        (&["set", "--endpoint", "nowhere", "--percentage", "0.001"], "percentage"),
+        (&["set", "--strategy", "on"], "invalid value 'on'"),
+        (&["set", "--weekly", "--ramp-hours", "1"], "cannot be used with"),
+    ] {
+        let (status, text) = keygate(&stack, &[&["rollout"], arguments].concat());
+        assert!(status != Some(0) && text.contains(says), "{arguments:?}: {text}");
+    }
 }
 
 #[test]

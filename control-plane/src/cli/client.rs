@@ -329,6 +329,9 @@ pub fn call(
     let sent = match (method, body) {
         ("GET", _) => agent.get(&target).query_pairs(query).header("authorization", bearer).call(),
         ("DELETE", _) => agent.delete(&target).query_pairs(query).header("authorization", bearer).call(),
+        ("PUT", Some(body)) => {
+            agent.put(&target).query_pairs(query).header("authorization", bearer).send_json(body)
+        }
         (_, body) => agent
             .post(&target)
             .query_pairs(query)
@@ -346,6 +349,11 @@ pub fn call(
         match code.as_str() {
             "invalid_token" | "missing_credential" => {
                 bail!("the key in KEYGATE_ADMIN_KEY is not accepted ({code})")
+            }
+            _ if answer["errors"].as_array().is_some_and(|errors| errors.len() > 1) => {
+                let errors = answer["errors"].as_array().into_iter().flatten();
+                let errors: Vec<String> = errors.filter_map(Value::as_str).map(ToOwned::to_owned).collect();
+                bail!("{detail} ({status}, {code})\n  {}", errors.join("\n  "))
             }
             _ => bail!("{detail} ({status}, {code})"),
         }

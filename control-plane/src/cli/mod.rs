@@ -4,6 +4,7 @@ mod audit;
 mod client;
 mod emergency;
 mod recovery;
+mod rollout;
 mod secrets;
 mod serve;
 
@@ -35,6 +36,9 @@ enum Command {
     /// Show and rotate the signing secrets
     #[command(subcommand)]
     Secrets(secrets::Secrets),
+    /// Show and change which requests go to V1 and which to V2
+    #[command(subcommand)]
+    Rollout(rollout::Rollout),
     /// Show the proxies and what they enforce
     Fleet(Output),
     /// Check the audit log
@@ -64,6 +68,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Emergency(emergency) => emergency.run(),
         Command::Revocations(revocations) => revocations.run(),
         Command::Secrets(secrets) => secrets.run(),
+        Command::Rollout(rollout) => rollout.run(),
         Command::Fleet(output) => client::fleet(&output),
         Command::Audit(audit) => audit.run(),
         Command::Backup(backup) => backup.run(),
