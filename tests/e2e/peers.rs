@@ -1,12 +1,15 @@
 //! Several control planes over one Redis, each with a proxy: what one decides holds at the other, proxies change over
 //! between them, and one at a time does what is to be done once.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::envoy::{Envoy, Neighbours};
 use keygate_e2e::metrics::Metrics;
-use keygate_e2e::{Api, Cluster, Key, Line, Redis, Request, SOON, Stack, Times, wait_for, wait_until};
+use keygate_e2e::{
+    Api, Cluster, Key, Line, Redis, Request, Response, SOON, Stack, Times, wait_for, wait_until,
+};
 use serde_json::json;
 
 use crate::redis_loss::{chat, hammer, redis_of, revoke, revoke_unseen};
@@ -107,6 +110,67 @@ fn whatever_one_decides_the_proxies_of_the_other_enforce_within_a_second() {
     println!("answered by one control plane to enforced by the other's proxy: {times}");
     assert!(times.at(50) < Duration::from_millis(500), "{times}");
     assert!(times.worst() < Duration::from_secs(3), "{times}");
+    envoy.assert_no_vm_died();
+}
+
+#[test]
+fn a_rollout_set_at_one_is_in_force_at_the_proxies_of_the_other() {
+    const FLAGS: &str = "/api/admin/feature_flags";
+    const CONFIG: &str = "[rollout]\nv1_cluster = \"upstream_v1\"\n";
+
+    let redis = Redis::start();
+    let stack = Stack::builder().without_envoy().config(CONFIG).redis(&redis.url()).start();
+    let mut other = ControlPlane::beside(&stack.control_plane, &stack.directory().join("b"));
+    other.use_redis(&redis.url());
+    std::fs::write(other.config_file(), CONFIG).expect("the configuration");
+    other.start();
+    let (api, there) = (stack.api(), other.api());
+    let envoy = envoy_of(&stack, &other, "envoy-b");
+    let keys: Vec<Key> = (0..40).map(|_| api.issue("basic")).collect();
+    let mut workers = envoy.connect_to_all_workers();
+    let mut at_v2 = || -> BTreeSet<String> {
+        let mut goes = |key: &Key| {
+            let to = |answer: Response| answer.expect(200).json()["upstream"] == "v2";
+            let ways: Vec<bool> = workers.iter_mut().map(|worker| to(worker.send(&chat(key)))).collect();
+            ways.iter().all(|v2| *v2)
+        };
+        keys.iter().filter(|key| goes(key)).map(|key| key.id.clone()).collect()
+    };
+    let put = |api: &Api, document: &serde_json::Value| {
+        api.send(Request::new("PUT", FLAGS).json(document)).expect(200);
+    };
+    wait_until(SOON, "the other one to be connected", || redis_of(&there)["connected"] == true);
+
+    put(&api, &json!({ "strategy": "percentage", "percentage": 50, "reason": "week 3" }));
+    let shown = || there.get(FLAGS).expect(200).json();
+    wait_until(SOON, "the other one to know it", || shown()["last_change"]["reason"] == "week 3");
+    wait_until(SOON, "half of them at V2", || (1..keys.len()).contains(&at_v2().len()));
+    let half = at_v2();
+    assert_eq!(shown()["percentage"], 50);
+
+    // Set at the other, with what was set here kept; and the last change of all by hand.
+    put(&there, &json!({ "strategy": "off" }));
+    wait_until(SOON, "nobody at V2", || at_v2().is_empty());
+    wait_until(SOON, "the first to know it", || api.get(FLAGS).expect(200).json()["strategy"] == "off");
+    put(&api, &json!({ "strategy": "percentage" }));
+    wait_until(SOON, "the same half", || at_v2() == half);
+    redis.cli(&["SET", "feature_flags:api_key_v2", "{\"strategy\": \"full\"}"]);
+    wait_until(SOON, "all of them at V2", || at_v2().len() == keys.len());
+    // One honours an edit, and not both.
+    let by_hand = |api: &Api| {
+        let taken = ["feature_flags:api_key_v2", "taken"];
+        Metrics::of(api).sum("keygate_redis_edits_total{", &taken)
+    };
+    assert_eq!(by_hand(&api) + by_hand(&there), 1);
+
+    // What both count is in Redis, and as much at either.
+    let counted = |api: &Api| {
+        let counts = api.get(&format!("{FLAGS}/metrics")).expect(200).json();
+        (counts["v1_requests"].as_u64(), counts["v2_requests"].as_u64())
+    };
+    wait_until(SOON, "both to show the same", || {
+        counted(&api) == counted(&there) && counted(&api).1 > Some(0)
+    });
     envoy.assert_no_vm_died();
 }
 

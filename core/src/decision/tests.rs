@@ -7,6 +7,7 @@ use crate::policy::Policy;
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::rollout::Rollout;
 use crate::rules::{self, Material, Rules, VerificationKey};
+use crate::telemetry::Tally;
 use crate::token::{Claims, TYPE};
 
 const NOW: u64 = 10_000;
@@ -596,6 +597,47 @@ fn a_key_goes_the_same_way_remembered_or_not_and_by_its_owner() {
     for (number, way) in (0..64_u8).zip(&clients) {
         assert_eq!(stable(&mut world, &[10, 0, 0, number]), *way);
     }
+}
+
+#[test]
+fn shadow_mode_lets_v2_pass_what_it_refuses_and_leaves_v1_alone() {
+    use ApiVersion::{V1, V2};
+    let mut world = world();
+    world.rules.policy.mode = Mode::Shadow;
+    world.revoked.apply(Op::Revoke(Fingerprint::of("gone")));
+    let canary = with(|claims| claims.jti = "gone".into());
+    let other = with(|claims| {
+        claims.sub = "key_2".into();
+        claims.jti = "gone".into();
+    });
+    world.rules.rollout =
+        rollout(serde_json::json!({ "strategy": "canary", "canary_users": ["key_1"], "v1_retired": false }));
+    let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+    let mut tally = Tally::default();
+    for (credential, version, reason, shadowed) in [
+        (Credential::One(canary.as_bytes()), V2, Reason::Revoked, true),
+        (Credential::One(other.as_bytes()), V1, Reason::V1, false),
+        (Credential::One(b"legacy-1"), V1, Reason::V1, false),
+    ] {
+        let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
+        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let decision = decide(State::Fresh(&rules), request, judge);
+        assert_eq!(decision.verdict, Verdict::Forward, "{credential:?}");
+        assert_eq!(
+            (decision.choice.version, decision.reason, decision.shadowed),
+            (version, reason, shadowed)
+        );
+        let sent: Vec<_> = crate::forward::headers(&decision).collect();
+        assert_eq!(
+            sent,
+            [("x-keygate-version", version.label())],
+            "who is refused, or V1's, has no identity"
+        );
+        tally.decided(&decision);
+    }
+    let counts = tally.counts();
+    let counted: Vec<_> = counts.iter().collect();
+    assert_eq!(counted, [("decision revoked read basic", 1), ("decision v1 read ", 2)]);
 }
 
 #[test]
