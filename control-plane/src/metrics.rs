@@ -518,7 +518,7 @@ impl Metrics {
             self.secrets.with_label_values(&[state.label()]);
             self.secret_stage_seconds.with_label_values(&[state.label()]);
         }
-        self.show_rollout(&Flags::default(), 0);
+        self.show_rollout(&Flags::default(), false, 0);
         for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
             self.refusals.with_label_values(&[reason.label()]);
             self.auth_errors.with_label_values(&[reason.label(), V2]);
@@ -547,16 +547,18 @@ impl Metrics {
         self.canary_last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));
     }
 
-    /// Shows how the rollout stands at `now`, Unix seconds.
-    pub fn show_rollout(&self, flags: &Flags, now: u64) {
+    /// Shows how the rollout stands at `now`, Unix seconds. Where there is no V1 everything goes to V2, whatever is set.
+    pub fn show_rollout(&self, flags: &Flags, has_v1: bool, now: u64) {
         use keygate_core::rollout::{FULL_SHARE, Strategy};
         for strategy in
             [Strategy::Off, Strategy::Canary, Strategy::Percentage, Strategy::Gradual, Strategy::Full]
         {
-            let is_it = f64::from(u8::from(strategy == flags.rollout.strategy));
+            let in_force = if has_v1 { flags.rollout.strategy } else { Strategy::Full };
+            let is_it = f64::from(u8::from(strategy == in_force));
             self.rollout_strategy.with_label_values(&[strategy.label()]).set(is_it);
         }
-        self.rollout_share.set(f64::from(flags.share_at(now)) / f64::from(FULL_SHARE));
+        let share = if has_v1 { flags.share_at(now) } else { FULL_SHARE };
+        self.rollout_share.set(f64::from(share) / f64::from(FULL_SHARE));
     }
 
     /// Shows how the secrets stand at `now`, and when the next rotation is due; both in Unix seconds.
@@ -619,6 +621,18 @@ impl Metrics {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_of_a_rollout_without_a_v1_is_not_shown_as_in_force() {
+        let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
+        let mut flags = Flags::default();
+        flags.rollout.strategy = keygate_core::rollout::Strategy::Off;
+        metrics.show_rollout(&flags, true, 0);
+        let off = "keygate_rollout_strategy{strategy=\"off\"} 1";
+        assert!(metrics.text().contains(off) && metrics.text().contains("keygate_rollout_share 0\n"));
+        metrics.show_rollout(&flags, false, 0);
+        assert!(!metrics.text().contains(off) && metrics.text().contains("keygate_rollout_share 1\n"));
+    }
 
     #[test]
     fn every_series_is_there_before_anything_happened() {

@@ -125,7 +125,7 @@ pub async fn run(app: Arc<App>) {
         }
         let state = app.state();
         let now_s = app.clock.now_s();
-        app.metrics.show_rollout(&state.flags, now_s);
+        app.metrics.show_rollout(&state.flags, state.has_v1, now_s);
         let is_watched = state.flags.guard
             && state.has_v1
             && !state.flags.rollout.is_settled()
