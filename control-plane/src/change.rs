@@ -8,12 +8,14 @@
 use std::cmp::Reverse;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
+use keygate_core::limits::Override;
 use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::approval::Proposal;
 use crate::canary::Test;
 use crate::key::{Ended, KeyRecord, RevocationReason};
+use crate::limits;
 use crate::rollout::Flags;
 use crate::secret::{SecretRecord, SecretState};
 use crate::state::Settings;
@@ -241,6 +243,17 @@ pub enum Change {
         /// The new one.
         policy: Policy,
     },
+    /// The limits of keys were changed.
+    LimitsChanged {
+        /// What is set in place of the configuration's from then on.
+        limits: Box<limits::Set>,
+    },
+    /// Limits were overridden for a time, or that was lifted.
+    LimitsOverridden {
+        /// By what; `None`: lifted.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        emergency: Option<Override>,
+    },
     /// The rollout was changed.
     RolloutChanged {
         /// What is set from then on.
@@ -296,6 +309,8 @@ impl Change {
             Self::CanaryTestPut { .. } => "canary_test_put",
             Self::CanaryTestDeleted { .. } => "canary_test_deleted",
             Self::PolicyReplaced { .. } => "policy_replaced",
+            Self::LimitsChanged { .. } => "limits_changed",
+            Self::LimitsOverridden { .. } => "limits_overridden",
             Self::RolloutChanged { .. } => "rollout_changed",
         }
     }
@@ -390,6 +405,8 @@ impl Change {
                 | Self::CutoffLifted { .. }
                 | Self::LockdownChanged { .. }
                 | Self::PolicyReplaced { .. }
+                | Self::LimitsChanged { .. }
+                | Self::LimitsOverridden { .. }
                 | Self::RolloutChanged { .. }
         )
     }
@@ -441,6 +458,8 @@ impl Change {
             | Self::CanaryTestPut { .. }
             | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. }
+            | Self::LimitsChanged { .. }
+            | Self::LimitsOverridden { .. }
             | Self::RolloutChanged { .. } => None,
         }
     }
@@ -482,6 +501,8 @@ impl Change {
             | Self::CanaryTestPut { .. }
             | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. }
+            | Self::LimitsChanged { .. }
+            | Self::LimitsOverridden { .. }
             | Self::RolloutChanged { .. } => None,
         }
     }

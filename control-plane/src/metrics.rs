@@ -55,6 +55,10 @@ pub struct Metrics {
     pub rollout_share: Gauge,
     /// The rollout's strategy.
     pub rollout_strategy: GaugeVec,
+    /// Questions of proxies for units of limits.
+    pub quota_questions: IntCounter,
+    /// Whether nothing is leased of limits, since what was leased before is not known.
+    pub quota_in_doubt: Gauge,
     /// How often the guard rolled back.
     pub rollbacks: IntCounter,
     /// Time to decide on a key, from the request's headers to the answer.
@@ -291,6 +295,14 @@ impl Metrics {
                 "keygate_rollout_strategy",
                 "1 for the strategy of the rollout.",
                 "strategy",
+            ),
+            quota_questions: counter(
+                "keygate_quota_questions_total",
+                "Questions of proxies for units of limits that were answered.",
+            ),
+            quota_in_doubt: gauge(
+                "keygate_quota_in_doubt",
+                "1: nothing more is leased of limits until all has ended that may have been leased before.",
             ),
             rollbacks: counter(
                 "keygate_rollout_rollbacks_total",

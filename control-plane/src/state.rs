@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
+use keygate_core::limits::{Limits, MAX_UNITS, Override};
 use keygate_core::policy::Policy;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
 use keygate_core::rollout::Rollout;
@@ -21,6 +22,8 @@ use crate::change::{Change, Entry, Mark, Origin};
 use crate::config::Config;
 use crate::expiry::Expiries;
 use crate::keyring::Keyring;
+use crate::limits;
+use crate::roles::Role;
 use crate::rollout::{Flags, Past, Pasts};
 use crate::secret::{Ring, SecretError};
 
@@ -56,6 +59,10 @@ pub struct State {
     pub pasts: Arc<Pasts>,
     /// The stamp of the last change of the rollout. Not for proxies.
     pub rollout_stamp: u64,
+    /// The override of limits, also one that has ended.
+    pub limits_override: Option<Override>,
+    /// The stamp of its last change. Not for proxies.
+    pub override_stamp: u64,
     /// The secrets.
     pub secrets: Arc<Ring>,
     /// Canary tests by their ids; `None`: removed. Not for proxies.
@@ -143,6 +150,10 @@ pub struct Model {
     policy: Arc<Policy>,
     policy_seq: u64,
     policy_mark: Mark,
+    limits: Arc<limits::Set>,
+    limits_mark: Mark,
+    limits_override: Option<Override>,
+    override_mark: Mark,
     flags: Arc<Flags>,
     rollout_mark: Mark,
     pasts: Arc<Pasts>,
@@ -188,6 +199,12 @@ pub struct Settings {
     hard_age_s: u64,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     has_v1: bool,
+    /// Requests an hour of each role that has a limit.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    role_limits: BTreeMap<String, u32>,
+    /// Whether nobody's limits are enforced.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    without_limits: bool,
 }
 
 impl Settings {
@@ -201,6 +218,12 @@ impl Settings {
             max_life_s: config.roles.values().map(|role| role.life.as_secs()).max().unwrap_or(1),
             hard_age_s: config.hard_age.as_secs(),
             has_v1: config.rollout.v1_cluster.is_some(),
+            without_limits: !config.enforces_limits,
+            role_limits: config
+                .roles
+                .iter()
+                .filter_map(|(name, role)| Some((name.clone(), limit_of(role)?)))
+                .collect(),
         }
     }
 
@@ -208,6 +231,11 @@ impl Settings {
     pub const fn max_life_s(&self) -> u64 {
         self.max_life_s
     }
+}
+
+/// More than that is no limit.
+fn limit_of(role: &Role) -> Option<u32> {
+    role.requests_per_hour.and_then(|limit| u32::try_from(limit).ok()).filter(|limit| *limit <= MAX_UNITS)
 }
 
 /// What a change means for proxies.
@@ -303,6 +331,8 @@ impl Model {
             }
             Change::LockdownChanged { .. } if mark < self.lockdown_mark => effect.superseded = true,
             Change::RolloutChanged { .. } if mark < self.rollout_mark => effect.superseded = true,
+            Change::LimitsChanged { .. } if mark < self.limits_mark => effect.superseded = true,
+            Change::LimitsOverridden { .. } if mark < self.override_mark => effect.superseded = true,
             Change::PolicyReplaced { .. } if mark < self.policy_mark => effect.superseded = true,
             Change::KeySuspended { jti, .. } | Change::KeyResumed { jti, .. }
                 if self.suspension_marks.get(&Fingerprint::of(jti)).is_some_and(|last| mark < *last) =>
@@ -335,6 +365,16 @@ impl Model {
                 self.policy = Arc::new(policy.clone());
                 self.policy_seq = seq;
                 self.policy_mark = mark;
+                effect.rules = true;
+            }
+            Change::LimitsChanged { limits } => {
+                self.limits = Arc::from(limits.clone());
+                self.limits_mark = mark;
+                effect.rules = true;
+            }
+            Change::LimitsOverridden { emergency } => {
+                self.limits_override.clone_from(emergency);
+                self.override_mark = mark;
                 effect.rules = true;
             }
             Change::RolloutChanged { flags } => {
@@ -532,6 +572,16 @@ impl Model {
         Arc::make_mut(&mut self.secrets).open(keys, seq)
     }
 
+    /// The limits that are set in place of the configuration's.
+    pub fn limits(&self) -> &limits::Set {
+        &self.limits
+    }
+
+    /// The override of limits, also one that has ended.
+    pub fn limits_override(&self) -> Option<&Override> {
+        self.limits_override.as_ref()
+    }
+
     /// The rollout that is set.
     pub fn flags(&self) -> &Flags {
         &self.flags
@@ -569,6 +619,11 @@ impl Model {
             policy: (*self.policy).clone(),
             cutoffs,
             lockdown: self.lockdown.clone(),
+            limits: if settings.without_limits {
+                Limits::default()
+            } else {
+                self.limits.in_force(&settings.role_limits, self.limits_override.as_ref())
+            },
             // Where there is no V1, nothing is sent there, whatever was set when there was one.
             rollout: if settings.has_v1 { self.flags.in_force() } else { Rollout::default() },
             expired_until: self.expired_until,
@@ -599,6 +654,8 @@ impl Model {
             has_v1: self.settings.has_v1,
             pasts: Arc::clone(&self.pasts),
             rollout_stamp: self.rollout_mark.stamp,
+            limits_override: self.limits_override.clone(),
+            override_stamp: self.override_mark.stamp,
             secrets: Arc::clone(&self.secrets),
             canary_tests: Arc::clone(&self.canary_tests),
             census: self.census.clone(),

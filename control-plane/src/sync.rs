@@ -10,6 +10,7 @@ use axum::extract::{DefaultBodyLimit, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use keygate_core::quota::{MAX_BYTES, Question};
 use keygate_core::telemetry::Report;
 use keygate_core::version::Version;
 use keygate_core::wire::{
@@ -20,6 +21,7 @@ use sha2::{Digest, Sha256};
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
+use crate::quota::QuotaError;
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -61,6 +63,7 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
+        .route("/sync/v1/quota", post(quota).layer(DefaultBodyLimit::max(MAX_BYTES)))
         .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
@@ -145,6 +148,20 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
             Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
         }
     })
+}
+
+async fn quota(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
+    app.quotas.go_by(app.config.hard_age, &app.state().rules.limits);
+    let answer = app.quotas.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
+        QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
+        QuotaError::NotKept => {
+            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+        }
+    })?;
+    app.metrics.quota_questions.inc();
+    Ok(json(StatusCode::OK, serde_json::json!(answer)))
 }
 
 /// Whether a question is in a format that is read here, and of a proxy that has names.

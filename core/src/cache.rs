@@ -28,6 +28,8 @@ pub struct Verified {
     pub fingerprint: Fingerprint,
     /// What a rollout draws it by, see [`Subject`].
     pub subject: u64,
+    /// What its requests are counted by: the fingerprint of the key's id.
+    pub account: u64,
 }
 
 impl Verified {
@@ -35,7 +37,8 @@ impl Verified {
     pub fn new(kid: String, key_tag: u64, claims: Claims) -> Self {
         let fingerprint = claims.fingerprint();
         let subject = Subject::of_key(claims.own.as_deref(), &claims.sub).hash;
-        Self { kid, key_tag, claims, fingerprint, subject }
+        let account = Fingerprint::of(&claims.sub).0;
+        Self { kid, key_tag, claims, fingerprint, subject, account }
     }
 
     fn bytes(&self) -> usize {

@@ -2,7 +2,7 @@
 //! `/api/auth/validate`, in a dry run and in a test.
 //!
 //! It answers in this order, the cheapest refusal first: route, rollout, credential, age of the state, the token
-//! (remembered, or read strictly, checked and verified), lockdown and revocation, scopes and roles.
+//! (remembered, or read strictly, checked and verified), lockdown and revocation, scopes and roles, limits.
 //! Removing the client's own `x-keygate-*` headers and adding ours is [`crate::forward`].
 
 use std::sync::Arc;
@@ -10,6 +10,7 @@ use std::sync::Arc;
 use crate::cache::{TokenCache, Verified};
 use crate::credential::Credential;
 use crate::crypto;
+use crate::limits::{Left, Limit, Meter, Metered};
 use crate::policy::{Access, Mode, Route, Stale};
 use crate::refusal::Refusal;
 use crate::revocation::{Revocations, Standing};
@@ -73,6 +74,8 @@ pub struct Decision<'s> {
     pub choice: Choice,
     /// Whose key it is, once its signature is verified, also when it is refused.
     pub key: Option<Arc<Verified>>,
+    /// What is left of the limit that it was counted for, if there is one.
+    pub left: Option<Left>,
     /// Whether it would have been refused, were the mode not `shadow`.
     pub shadowed: bool,
 }
@@ -137,11 +140,15 @@ pub enum Reason {
     MissingScope,
     /// The role is none of the route's.
     WrongRole,
+    /// The key has done as much as it may.
+    RateLimited,
+    /// How much it has done is not known at the moment.
+    LimitUnknown,
 }
 
 impl Reason {
     /// All of them, for metrics that exist before they are needed.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 26] = [
         Self::Allowed,
         Self::Public,
         Self::V1,
@@ -166,6 +173,8 @@ impl Reason {
         Self::Cutoff,
         Self::MissingScope,
         Self::WrongRole,
+        Self::RateLimited,
+        Self::LimitUnknown,
     ];
 
     /// Its name in metrics and logs.
@@ -195,6 +204,8 @@ impl Reason {
             Self::Cutoff => "cutoff",
             Self::MissingScope => "missing_scope",
             Self::WrongRole => "wrong_role",
+            Self::RateLimited => "rate_limited",
+            Self::LimitUnknown => "limit_unknown",
         }
     }
 
@@ -223,7 +234,9 @@ impl Reason {
             Self::NoRoute => Refusal::NoRoute,
             Self::MissingCredential => Refusal::MissingCredential,
             Self::TooManyCredentials => Refusal::TooManyCredentials,
-            Self::NoState | Self::StaleState | Self::RevocationUnknown => Refusal::Unavailable,
+            Self::NoState | Self::StaleState | Self::RevocationUnknown | Self::LimitUnknown => {
+                Refusal::Unavailable
+            }
             Self::Malformed
             | Self::UnknownKid
             | Self::AlgorithmMismatch
@@ -238,6 +251,7 @@ impl Reason {
             | Self::Suspended
             | Self::Cutoff => Refusal::InvalidToken,
             Self::MissingScope | Self::WrongRole => Refusal::InsufficientScope,
+            Self::RateLimited => Refusal::RateLimited,
         })
     }
 }
@@ -253,9 +267,11 @@ impl Trace for () {
 }
 
 /// Who decides: what is remembered, who is revoked, and at what time.
-pub struct Judge<'a, R, T> {
+pub struct Judge<'a, R, T, M = ()> {
     /// Tokens verified before.
     pub cache: &'a mut TokenCache,
+    /// Counts what is done.
+    pub meter: M,
     /// Who is revoked.
     pub revocations: R,
     /// Now, Unix seconds.
@@ -265,10 +281,10 @@ pub struct Judge<'a, R, T> {
 }
 
 /// Decides on a request.
-pub fn decide<'s, R: Revocations, T: Trace>(
+pub fn decide<'s, R: Revocations, T: Trace, M: Meter>(
     state: State<'s>,
     request: Request<'_>,
-    mut judge: Judge<'_, R, T>,
+    mut judge: Judge<'_, R, T, M>,
 ) -> Decision<'s> {
     let (rules, stale) = match state {
         State::Missing => {
@@ -290,7 +306,7 @@ pub fn decide<'s, R: Revocations, T: Trace>(
             let choice = judge.choose(rules, route, path, &request);
             let decision = match choice.version {
                 ApiVersion::V1 => Decision::new(Reason::V1, Some(route), None),
-                ApiVersion::V2 => judge.on_route(rules, stale, route, request.credential),
+                ApiVersion::V2 => judge.on_route(rules, stale, route, &request),
             };
             Decision { choice, ..decision }
         }
@@ -304,23 +320,23 @@ pub fn decide<'s, R: Revocations, T: Trace>(
 }
 
 /// Decides on a credential for one route, whatever the policy says of others. Shadow mode does not apply.
-pub fn decide_on_route<'s, R: Revocations, T: Trace>(
+pub fn decide_on_route<'s, R: Revocations, T: Trace, M: Meter>(
     rules: &Ruleset,
     route: &'s Route,
     credential: Credential<'_>,
-    mut judge: Judge<'_, R, T>,
+    mut judge: Judge<'_, R, T, M>,
 ) -> Decision<'s> {
-    judge.on_route(rules, false, route, credential)
+    judge.on_route(rules, false, route, &Request { method: b"", path: b"", credential, client: b"" })
 }
 
 impl<'s> Decision<'s> {
     fn new(reason: Reason, route: Option<&'s Route>, key: Option<Arc<Verified>>) -> Self {
         let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
-        Self { verdict, reason, route, choice: Choice::SETTLED, key, shadowed: false }
+        Self { verdict, reason, route, choice: Choice::SETTLED, key, left: None, shadowed: false }
     }
 }
 
-impl<R: Revocations, T: Trace> Judge<'_, R, T> {
+impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
     /// Which version of the upstream a request is for. Whose a key is need not be verified for that: V1 judges by
     /// itself, and V2 is decided here.
     fn choose(&mut self, rules: &Ruleset, route: &Route, path: &[u8], request: &Request<'_>) -> Choice {
@@ -353,15 +369,18 @@ impl<R: Revocations, T: Trace> Judge<'_, R, T> {
         rules: &Ruleset,
         stale: bool,
         route: &'s Route,
-        credential: Credential<'_>,
+        request: &Request<'_>,
     ) -> Decision<'s> {
         let refuse = |reason, key| Decision::new(reason, Some(route), key);
         let too_old = stale && route.stale == Stale::Deny;
         if route.access == Access::Public {
-            let reason = if too_old { Reason::StaleState } else { Reason::Public };
-            return refuse(reason, None);
+            if too_old {
+                return refuse(Reason::StaleState, None);
+            }
+            let account = rules.limits.public.map(|limit| (Subject::of_address(request.client).hash, limit));
+            return self.meter(account, refuse(Reason::Public, None));
         }
-        let token = match credential {
+        let token = match request.credential {
             Credential::None => return refuse(Reason::MissingCredential, None),
             Credential::Many => return refuse(Reason::TooManyCredentials, None),
             Credential::One(token) => token,
@@ -385,7 +404,35 @@ impl<R: Revocations, T: Trace> Judge<'_, R, T> {
         };
         let reason = self.standing(rules, &key).and_then(|()| permits(route, &key));
         self.trace.step("permission", || reason.err().map_or("granted", Reason::label).into());
-        refuse(reason.err().unwrap_or(Reason::Allowed), Some(key))
+        if let Err(reason) = reason {
+            return refuse(reason, Some(key));
+        }
+        let limit =
+            rules.limits.of_key(&key.claims.sub, &key.claims.role, key.claims.own.as_deref(), self.now);
+        let account = limit.map(|limit| (key.account, limit));
+        self.meter(account, refuse(Reason::Allowed, Some(key)))
+    }
+
+    /// Counts a request that may pass, if there is a limit; it may not if it is beyond that.
+    fn meter<'s>(&mut self, account: Option<(u64, Limit)>, decision: Decision<'s>) -> Decision<'s> {
+        let Some((account, limit)) = account else { return decision };
+        let cost = decision.route.map_or(1, |route| route.cost);
+        let metered = self.meter.spend(account, limit, cost);
+        self.trace.step("limit", || match metered {
+            Metered::Within(left) => format!("{} of {} left", left.remaining, limit.units),
+            Metered::Beyond(_) => format!("{} in {} s are reached", limit.units, limit.window_s),
+            Metered::Unknown => "not known".into(),
+            Metered::Not => format!("{} in {} s, not counted here", limit.units, limit.window_s),
+        });
+        match metered {
+            Metered::Not => decision,
+            Metered::Unknown => Decision::new(Reason::LimitUnknown, decision.route, decision.key),
+            Metered::Within(left) => Decision { left: Some(left), ..decision },
+            Metered::Beyond(left) => {
+                let refused = Decision::new(Reason::RateLimited, decision.route, decision.key);
+                Decision { left: Some(left), ..refused }
+            }
+        }
     }
 
     /// The token behind the bytes, if it is one of ours that counts now.

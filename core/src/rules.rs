@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::crypto::Algorithm;
 use crate::cutoff::{Cutoff, Lockdown};
+use crate::limits::Limits;
 use crate::policy::{Policy, PolicyError};
 use crate::rollout::{Plan, Rollout};
 use crate::token;
@@ -57,6 +58,9 @@ pub struct Rules {
     /// The lockdown, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lockdown: Option<Lockdown>,
+    /// How much keys may do.
+    #[serde(default, skip_serializing_if = "Limits::is_empty")]
+    pub limits: Limits,
     /// Which requests go to which version of the upstream; when there is no migration, all to V2.
     #[serde(default, skip_serializing_if = "is_default")]
     pub rollout: Rollout,
@@ -254,6 +258,8 @@ pub struct Ruleset {
     pub cutoffs: Vec<Cutoff>,
     /// The lockdown.
     pub lockdown: Option<Lockdown>,
+    /// How much keys may do.
+    pub limits: Limits,
     /// Which requests go to which version of the upstream.
     pub rollout: Plan,
     /// A key whose `exp` is not later has expired, whatever any clock says. Unix seconds.
@@ -295,6 +301,7 @@ impl TryFrom<Rules> for Ruleset {
             return Err(RulesError::Invalid("more than 256 verification keys"));
         }
         rules.policy.validate().map_err(RulesError::Policy)?;
+        rules.limits.check().map_err(RulesError::Invalid)?;
         // Whether there is a V1 was for the control plane to know.
         rules.rollout.validate(true).map_err(RulesError::Rollout)?;
         let mut verifiers: Vec<Verifier> = Vec::with_capacity(rules.keys.len());
@@ -335,6 +342,7 @@ impl TryFrom<Rules> for Ruleset {
             policy: rules.policy,
             cutoffs: rules.cutoffs,
             lockdown: rules.lockdown,
+            limits: rules.limits,
             rollout: Plan::new(&rules.rollout),
             expired_until: rules.expired_until,
             verifiers,
@@ -366,6 +374,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            limits: Default::default(),
             rollout: Default::default(),
             expired_until: 0,
         }

@@ -398,6 +398,7 @@ mod tests {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            limits: Default::default(),
             rollout: Default::default(),
             expired_until: 0,
         }

@@ -64,6 +64,7 @@ fn rules() -> Vec<u8> {
         policy: Policy::default(),
         cutoffs: Vec::new(),
         lockdown: None,
+        limits: Default::default(),
         rollout: Default::default(),
         expired_until: 0,
     }

@@ -80,6 +80,14 @@ pub fn response_status() -> Option<u16> {
     std::str::from_utf8(&status).ok()?.parse().ok()
 }
 
+/// Sets headers of the response, in place of what the upstream said of the same.
+pub fn add_response_headers(headers: &[(&str, String)]) {
+    for (name, value) in headers {
+        let _best_effort =
+            hostcalls::set_map_value_bytes(MapType::HttpResponseHeaders, name, Some(value.as_bytes()));
+    }
+}
+
 /// The client's address, without its port.
 pub fn client_address() -> Option<String> {
     let mut address = property(&["source", "address"])?;

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use keygate_core::replica::{LOOK_EVERY_NS, Shards};
+use keygate_core::revocation::Fingerprint;
 use keygate_core::shared::{self, Census, Contact, PublishError, Publisher, Publishing};
 use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
 use keygate_core::wire::{FORMAT, Poll, Proxy};
@@ -13,6 +14,7 @@ use crate::host::{self, Answer, Shared};
 use crate::metrics::Metrics;
 use crate::plugin::Configuration;
 use crate::reporter::{REPORT_PATH, Reporter};
+use crate::till::{QUOTA_PATH, Teller};
 
 const POLL_PATH: &str = "/sync/v1/poll";
 const SHARDS_PATH: &str = "/sync/v1/shards";
@@ -25,6 +27,10 @@ const FIRST_PAUSE_NS: u64 = 50_000_000;
 const LONGEST_PAUSE_NS: u64 = 1_000_000_000;
 /// How long the leader works at one go; its worker serves requests in between.
 const SLICE_NS: u64 = 1_000_000;
+/// Between two looks whether there is anything to ask for of limits: a key that is new here waits for it.
+const BETWEEN_QUESTIONS: Duration = Duration::from_millis(10);
+/// What a question for units may take: it is held back for 3 s when there is no news.
+const QUOTA_TIMEOUT: Duration = Duration::from_secs(5);
 /// The pause between two slices.
 const BETWEEN_SLICES: Duration = Duration::from_millis(1);
 /// How long after a set was replaced the old one is dropped: workers look every 2 ms.
@@ -52,6 +58,7 @@ struct Leading {
     sweep: Option<Sweep>,
     call: Option<u32>,
     reporter: Reporter,
+    teller: Teller,
     /// Of the last poll that was answered: what is then published is as new as that.
     contact: Contact,
     asked_ns: u64,
@@ -74,6 +81,8 @@ pub struct Now<'m> {
     pub census: Census,
     /// How old the state may become; `None` when there is none.
     pub hard_age: Option<Duration>,
+    /// Whether there are limits.
+    pub limits: bool,
     /// What is counted.
     pub metrics: &'m Metrics,
 }
@@ -138,18 +147,28 @@ impl Leader {
         if self.leading.is_none() {
             let publisher = Publisher::take_over(&mut Shared, self.vm).ok()?;
             now.metrics.takeovers.increment();
-            self.leading = Some(Leading::new(publisher, now.ns));
+            let (id, incarnation) = self.identity();
+            let teller = Teller::new(Fingerprint::of(&id).0, incarnation);
+            self.leading = Some(Leading::new(publisher, teller, now.ns));
         }
         #[cfg(feature = "trap")]
         crate::trap::on_leader_tick();
         let wanted = self.go_on(now);
         self.report_if_due(now);
-        wanted
+        if !now.limits {
+            return wanted;
+        }
+        self.ask_for_units(now);
+        Some(wanted.unwrap_or(BETWEEN_QUESTIONS).min(BETWEEN_QUESTIONS))
     }
 
     /// Takes an answer; how soon it wants to be called again.
     pub fn on_answer(&mut self, token: u32, answer: Option<Answer>, now: Now<'_>) -> Option<Duration> {
         let leading = self.leading.as_mut()?;
+        if leading.teller.on_answer(token, answer.as_ref(), now.ns) {
+            self.ask_for_units(now);
+            return Some(BETWEEN_QUESTIONS);
+        }
         if leading.reporter.on_answer(token, answer.as_ref(), now.ns) || leading.call != Some(token) {
             return None;
         }
@@ -231,6 +250,16 @@ impl Leader {
         (id, incarnation)
     }
 
+    /// Asks for units of limits, when it is time.
+    fn ask_for_units(&mut self, now: Now<'_>) {
+        let (cluster, token) = (&self.configuration.sync_cluster, self.token.as_deref());
+        if let Some(leading) = self.leading.as_mut() {
+            leading
+                .teller
+                .on_tick(now.ns, |body| host::post(cluster, QUOTA_PATH, token, body, QUOTA_TIMEOUT));
+        }
+    }
+
     fn report_if_due(&mut self, now: Now<'_>) {
         let (id, incarnation) = self.identity();
         let Some(leading) = self.leading.as_mut() else { return };
@@ -289,7 +318,7 @@ impl Leader {
 }
 
 impl Leading {
-    fn new(publisher: Publisher, now_ns: u64) -> Self {
+    fn new(publisher: Publisher, teller: Teller, now_ns: u64) -> Self {
         let beacon = publisher.beacon();
         let follower = Follower::from(beacon.has_state().then_some(beacon.version));
         Self {
@@ -300,6 +329,7 @@ impl Leading {
             sweep: Some(Sweep { from_ns: now_ns.saturating_add(SWEEP_AFTER_NS), next: 0 }),
             call: None,
             reporter: Reporter::default(),
+            teller,
             contact: Contact::default(),
             asked_ns: 0,
             // The leader before may have published a moment ago; workers look every 2 ms.

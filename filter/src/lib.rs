@@ -23,6 +23,7 @@ mod metrics;
 mod plugin;
 mod reporter;
 mod request;
+mod till;
 #[cfg(feature = "trap")]
 mod trap;
 
@@ -125,12 +126,16 @@ impl HttpContext for Http {
     }
 
     fn on_http_response_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
+        let Some(awaited) = self.awaited.take() else { return Action::Continue };
+        if let Some(left) = awaited.left {
+            host::add_response_headers(&request::limit_headers(left));
+        }
         // Only while a rollout is under way: what it costs is not for everybody to pay.
-        if let Some(awaited) = self.awaited.take()
+        if let Some((route, version)) = awaited.counted
             && let Some(trouble) = host::response_status().and_then(Trouble::of)
             && let Some(Ok(mut plugin)) = self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut())
         {
-            plugin.tally.answered(&awaited.route, awaited.version, trouble);
+            plugin.tally.answered(&route, version, trouble);
         }
         Action::Continue
     }

@@ -11,6 +11,8 @@ pub struct Metrics {
     decisions: Vec<Counter>,
     /// Requests that shadow mode let pass.
     pub shadowed: Counter,
+    /// Limited requests that were decided on by this proxy's own fair share, since the control plane is silent.
+    pub fair_share: Counter,
     /// Questions to the control plane that had no usable answer.
     pub sync_failures: Counter,
     /// Answers of the control plane that were refused.
@@ -44,6 +46,7 @@ impl Metrics {
                 .map(|reason| Counter::define(&format!("keygate_decisions.reason.{}", reason.label())))
                 .collect(),
             shadowed: Counter::define("keygate_shadowed"),
+            fair_share: Counter::define("keygate_fair_share"),
             sync_failures: Counter::define("keygate_sync_failures"),
             sync_refusals: Counter::define("keygate_sync_refusals"),
             publications: Counter::define("keygate_publications"),

@@ -6,6 +6,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use keygate_core::cache::TokenCache;
+use keygate_core::quota::Worker;
 use keygate_core::replica::Replica;
 use keygate_core::shared::{self, Census};
 use keygate_core::telemetry::Tally;
@@ -23,6 +24,8 @@ const TICK: Duration = Duration::from_millis(100);
 const EAGER_TICK: Duration = Duration::from_millis(10);
 /// How often a VM says that it lives, in nanoseconds.
 const ROLL_CALL_NS: u64 = 1_000_000_000;
+/// How often a VM tells the others what it spent of limits, in nanoseconds.
+const TELL_UNITS_NS: u64 = 90_000_000;
 /// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
 /// it traps.
 const WRITE_DOWN_NS: u64 = 200_000_000;
@@ -66,6 +69,8 @@ pub struct Plugin {
     pub cache: TokenCache,
     /// What is counted.
     pub metrics: Metrics,
+    /// What this VM spends of limits.
+    pub units: Worker,
     /// What this VM has counted for the control plane.
     pub tally: Tally,
     /// Whether a request ever came to this VM.
@@ -74,6 +79,7 @@ pub struct Plugin {
     counted: bool,
     roll_called_ns: u64,
     ledger: Ledger,
+    units_told_ns: u64,
     written_down_ns: u64,
     unwritten: bool,
     census: Census,
@@ -110,8 +116,10 @@ impl Plugin {
             serves: false,
             counted: false,
             roll_called_ns: 0,
+            units: Worker::new(vm),
             tally: Tally::default(),
             ledger: Ledger::new(vm),
+            units_told_ns: 0,
             written_down_ns: 0,
             unwritten: false,
             census: Census::default(),
@@ -135,6 +143,10 @@ impl Plugin {
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
             self.roll_called_ns = now_ns;
             self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
+        }
+        if now_ns.saturating_sub(self.units_told_ns) >= TELL_UNITS_NS {
+            self.units_told_ns = now_ns;
+            self.units.on_tick(&mut host::Shared, now_ns);
         }
         if now_ns.saturating_sub(self.written_down_ns) >= WRITE_DOWN_NS {
             self.write_down(now_ns);
@@ -199,7 +211,8 @@ impl Plugin {
 
 fn now<'m>(ns: u64, census: Census, replica: &Replica, metrics: &'m Metrics) -> Now<'m> {
     let hard_age = replica.rules().map(|rules| Duration::from_secs(rules.hard_age_s));
-    Now { ns, census, hard_age, metrics }
+    let limits = replica.rules().is_some_and(|rules| !rules.limits.is_empty());
+    Now { ns, census, hard_age, limits, metrics }
 }
 
 fn micros_since(then_ns: u64) -> u64 {

@@ -3,6 +3,8 @@
 use keygate_core::credential::{self, Credential};
 use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
 use keygate_core::forward;
+use keygate_core::limits::Left;
+use keygate_core::quota;
 use keygate_core::refusal::Refusal;
 use keygate_core::rollout::{ApiVersion, Choice};
 use keygate_core::telemetry::Stopwatch;
@@ -10,6 +12,7 @@ use proxy_wasm::types::Action;
 
 use crate::host;
 use crate::plugin::Plugin;
+use crate::till::Till;
 
 /// Where a worker says whether it is ready, for load balancers.
 const READY_PATH: &[u8] = b"/.keygate/ready";
@@ -22,7 +25,7 @@ pub enum Outcome {
     Pass {
         /// Its headers.
         headers: Vec<(String, Vec<u8>)>,
-        /// Of what the answer is to be counted, while a rollout is under way.
+        /// What is to be done when it is answered.
         awaited: Option<Awaited>,
     },
     /// Answer it.
@@ -38,16 +41,16 @@ pub enum Outcome {
 
 /// What passed and is to be answered.
 pub struct Awaited {
-    /// The name of its route.
-    pub route: String,
-    /// Which upstream it went to.
-    pub version: ApiVersion,
+    /// While a rollout is under way, the name of its route and the upstream that it went to: the answer is counted.
+    pub counted: Option<(String, ApiVersion)>,
+    /// What is left of its limit: the client is told.
+    pub left: Option<Left>,
 }
 
 impl Outcome {
     /// The refusal where nothing can be decided.
     pub fn unavailable() -> Self {
-        refuse(Refusal::Unavailable, DEFAULT_REALM, &[])
+        refuse(Refusal::Unavailable, DEFAULT_REALM, &[], None)
     }
 }
 
@@ -70,7 +73,7 @@ impl Plugin {
         }
         let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));
         let credential = credential::find(pairs);
-        let wants_client = credential == Credential::None && self.rolls_out();
+        let wants_client = self.limits_clients() || credential == Credential::None && self.rolls_out();
         let client = if wants_client { host::client_address() } else { None };
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
@@ -101,7 +104,13 @@ impl Plugin {
         };
         let sampled = self.tally.samples();
         let mut watch = Stopwatch::new(sampled.then_some(host::monotonic_ns));
-        let judge = Judge { cache: &mut self.cache, revocations, now: now_s, trace: &mut watch };
+        let judge = Judge {
+            cache: &mut self.cache,
+            meter: Till { worker: &mut self.units, now_ns, metrics: &self.metrics },
+            revocations,
+            now: now_s,
+            trace: &mut watch,
+        };
         let decision = decide(state, request, judge);
         if decision.reason == Reason::RevocationUnknown && !for_good {
             return None;
@@ -117,14 +126,15 @@ impl Plugin {
         record(&decision);
         Some(match decision.verdict {
             Verdict::Forward => {
-                let awaited = decision
-                    .route
-                    .filter(|_| rolls_out)
-                    .map(|route| Awaited { route: route.name.clone(), version: decision.choice.version });
+                let route = decision.route.filter(|_| rolls_out);
+                let counted = route.map(|route| (route.name.clone(), decision.choice.version));
+                let left = decision.left;
+                let awaited = (counted.is_some() || left.is_some()).then_some(Awaited { counted, left });
                 Outcome::Pass { headers: rewritten(headers, &decision), awaited }
             }
             Verdict::Refuse(refusal) => {
-                refuse(refusal, realm, decision.route.map_or(&[], |route| route.scopes.as_slice()))
+                let scopes = decision.route.map_or(&[][..], |route| route.scopes.as_slice());
+                refuse(refusal, realm, scopes, decision.left)
             }
         })
     }
@@ -134,10 +144,17 @@ impl Plugin {
         self.replica.rules().is_some_and(|rules| !rules.rollout.is_settled())
     }
 
+    /// Whether clients without a key have a limit.
+    fn limits_clients(&self) -> bool {
+        self.replica.rules().is_some_and(|rules| rules.limits.public.is_some())
+    }
+
     fn ready(&mut self, now_ns: u64) -> Outcome {
         let version = self.replica.version();
         let mut data = host::Shared;
-        let ready = self.replica.view(&mut data, now_ns).0.serves();
+        let limits = self.replica.rules().is_some_and(|rules| !rules.limits.is_empty());
+        let ready = self.replica.view(&mut data, now_ns).0.serves()
+            && (!limits || quota::has_share(&mut host::Shared, now_ns));
         match version.filter(|_| ready) {
             Some(version) => Outcome::Respond {
                 status: 200,
@@ -173,7 +190,16 @@ fn rewritten(headers: &[(String, Vec<u8>)], decision: &Decision<'_>) -> Vec<(Str
     kept.chain(ours).collect()
 }
 
-fn refuse(refusal: Refusal, realm: &str, scopes: &[String]) -> Outcome {
+/// What a client is told of its limit: draft-ietf-httpapi-ratelimit-headers in its widespread form.
+pub fn limit_headers(left: Left) -> [(&'static str, String); 3] {
+    [
+        ("x-ratelimit-limit", left.limit.units.to_string()),
+        ("x-ratelimit-remaining", left.remaining.to_string()),
+        ("x-ratelimit-reset", left.reset_s.to_string()),
+    ]
+}
+
+fn refuse(refusal: Refusal, realm: &str, scopes: &[String], left: Option<Left>) -> Outcome {
     let mut headers = vec![
         ("content-type", "application/problem+json".to_owned()),
         ("cache-control", "no-store".to_owned()),
@@ -181,9 +207,11 @@ fn refuse(refusal: Refusal, realm: &str, scopes: &[String]) -> Outcome {
     if let Some(challenge) = refusal.challenge(realm, scopes) {
         headers.push(("www-authenticate", challenge));
     }
-    if let Some(seconds) = refusal.retry_after() {
+    let wait = left.filter(|_| refusal == Refusal::RateLimited).map(|left| left.reset_s);
+    if let Some(seconds) = wait.or(refusal.retry_after().map(u64::from)) {
         headers.push(("retry-after", seconds.to_string()));
     }
+    headers.extend(left.map(limit_headers).into_iter().flatten());
     Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
 }
 

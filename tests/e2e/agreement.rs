@@ -79,6 +79,7 @@ impl Core {
             policy: Policy::default(),
             cutoffs: Vec::new(),
             lockdown: None,
+            limits: Default::default(),
             rollout: Default::default(),
             expired_until: 0,
         };
@@ -92,7 +93,7 @@ impl Core {
     fn verdict(&self, header: &[u8]) -> (u16, String) {
         let now = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
         let mut cache = TokenCache::new(0);
-        let judge = Judge { cache: &mut cache, revocations: &self.ended, now, trace: &mut () };
+        let judge = Judge { cache: &mut cache, meter: (), revocations: &self.ended, now, trace: &mut () };
         let credential = credential::find([(b"authorization".as_slice(), header)]);
         match decide_on_route(&self.rules, &self.route, credential, judge).verdict {
             Verdict::Forward => (200, String::new()),

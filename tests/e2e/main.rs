@@ -19,6 +19,7 @@ mod monitoring;
 mod notify;
 mod outage;
 mod peers;
+mod quotas;
 mod recovery;
 mod redis_edits;
 mod redis_faults;

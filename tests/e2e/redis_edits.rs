@@ -311,9 +311,11 @@ fn each_line_of_the_playbook_does_what_it_says_or_says_why_not() {
 
     let line = r#"redis-cli SETEX "rate_limits:emergency" 3600 '{"basic": 1000, "node_operator": -1}'"#;
     assert_eq!(shared.typed(line), "OK");
-    wait_until(WITHIN, "the limits to be gone", || redis.cli(&["EXISTS", LIMITS]) == "0");
-    assert_eq!(records(&api, "actor=redis&action=edit_refused")[0]["target"], LIMITS);
-    assert!((edits(&api, LIMITS, "refused") - 1.0).abs() < 0.1);
+    wait_until(WITHIN, "the limits to be taken", || (edits(&api, LIMITS, "taken") - 1.0).abs() < 0.1);
+    assert_eq!(records(&api, "actor=redis&action=limits_overridden").len(), 1);
+    let ttl: i64 = redis.cli(&["TTL", LIMITS]).parse().expect("a number");
+    assert!((3_590..=3_600).contains(&ttl), "{ttl}");
+    assert_eq!(redis.cli(&["GET", LIMITS]), r#"{"basic":1000,"node_operator":-1}"#);
 
     // What it looks at.
     let ttls =

@@ -39,7 +39,7 @@ impl ControlPlane {
             clock: None,
             moved_clock: None,
             new_admin_key: false,
-            environment: Vec::new(),
+            environment: vec![("KEYGATE_LIMITS_ENFORCE".to_owned(), "false".to_owned())],
             extra: Vec::new(),
             process: None,
         }

@@ -261,6 +261,18 @@ impl Envoy {
         kib.map_or(0, |kib: u64| kib * 1024)
     }
 
+    /// The CPU time that its process has taken, seconds.
+    #[track_caller]
+    pub fn cpu_seconds(&self) -> f64 {
+        let pid = self.process.as_ref().expect("it runs").id();
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("its figures");
+        // After the name, which ends with the last parenthesis: utime is the 12th, stime the 13th.
+        let after = stat.rsplit_once(") ").map_or("", |(_, after)| after);
+        let ticks: Vec<f64> =
+            after.split(' ').skip(11).take(2).filter_map(|tick| tick.parse().ok()).collect();
+        ticks.iter().sum::<f64>() / 100.0
+    }
+
     /// Its own log, whole.
     pub fn log_text(&self) -> String {
         String::from_utf8_lossy(&fs::read(self.log()).unwrap_or_default()).into_owned()

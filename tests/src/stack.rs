@@ -23,6 +23,7 @@ pub struct Builder {
     control_plane: bool,
     envoy: bool,
     trap_filter: bool,
+    limits: bool,
     redis: Option<String>,
 }
 
@@ -57,6 +58,12 @@ impl Builder {
         self
     }
 
+    /// Enforces limits; other tests send more than a key may.
+    pub fn limits(mut self) -> Self {
+        self.limits = true;
+        self
+    }
+
     /// Uses the filter that a test can make trap.
     pub fn trap_filter(mut self) -> Self {
         self.trap_filter = true;
@@ -74,6 +81,9 @@ impl Builder {
             upstream_v1: Upstream::start("v1"),
             directory,
         };
+        if self.limits {
+            stack.control_plane.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
+        }
         if self.trap_filter {
             stack.envoy.use_trap_filter();
         }
@@ -120,6 +130,7 @@ impl Stack {
             control_plane: true,
             envoy: true,
             trap_filter: false,
+            limits: false,
             redis: None,
         }
     }

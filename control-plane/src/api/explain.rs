@@ -48,6 +48,7 @@ pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<R
     let mut cache = TokenCache::new(0);
     let judge = Judge {
         cache: &mut cache,
+        meter: (),
         revocations: &state.revocations,
         now: app.clock.now_s(),
         trace: &mut steps,

@@ -223,6 +223,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
+    app.metrics.quota_in_doubt.set(f64::from(u8::from(app.quotas.is_in_doubt())));
     app.metrics.show_canary(&runner::health(&app), app.canary.history().last_run_ms());
     app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()

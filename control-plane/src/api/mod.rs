@@ -14,6 +14,7 @@ mod health;
 mod keys;
 mod openapi;
 mod policy;
+mod rate_limits;
 mod request;
 mod revocations;
 mod secrets;
@@ -200,6 +201,47 @@ fn operations() -> Vec<Operation> {
                 "Replace the members named of the route policy; honours If-Match",
                 put(policy::replace),
             ),
+        )),
+        op(
+            "get",
+            "/api/admin/rate_limits",
+            READ,
+            "How much keys may do, by role and by key",
+            get(rate_limits::show),
+        ),
+        op(
+            "get",
+            "/api/admin/rate_limits/usage",
+            READ,
+            "The keys that use the greatest part of their limits, as far as proxies have told",
+            get(rate_limits::usage),
+        ),
+        waits(takes(
+            r#"{"roles": {"basic": 200, "contributor": {"requests": 50, "window": "1s"}}, "keys": {"key_…": -1}}"#,
+            op(
+                "put",
+                "/api/admin/rate_limits",
+                WRITE,
+                "Set the limits that are named: a number an hour, or with a window; -1 is unlimited, null as configured",
+                put(rate_limits::replace),
+            ),
+        )),
+        waits(takes(
+            r#"{"limits": {"basic": 1000, "node_operator": -1}, "ttl": "1h"}"#,
+            op(
+                "post",
+                "/api/admin/rate_limits/emergency",
+                MANAGE,
+                "Override limits of roles for a time, an hour unless told; they come back by themselves",
+                post(rate_limits::override_for_a_time),
+            ),
+        )),
+        waits(op(
+            "delete",
+            "/api/admin/rate_limits/emergency",
+            MANAGE,
+            "Lift that before its end",
+            delete(rate_limits::lift_override),
         )),
         op(
             "get",

@@ -61,6 +61,7 @@ pub fn authenticate_or(
         let begun = Instant::now();
         let judge = Judge {
             cache: &mut cache,
+            meter: (),
             revocations: &state.revocations,
             now: app.clock.now_s(),
             trace: &mut (),

@@ -29,6 +29,7 @@ use crate::keyring::{Keyring, KeyringError};
 use crate::master_key::MasterKeyError;
 use crate::metrics::Metrics;
 use crate::notify::Notifier;
+use crate::quota::{self, Quotas};
 use crate::redis_store::{self, Mirror, Sealer};
 use crate::rollout;
 use crate::rotation::{self, Driver};
@@ -86,6 +87,9 @@ pub enum RunError {
     /// What proxies count.
     #[error(transparent)]
     Telemetry(#[from] BookError),
+    /// Who may do how much.
+    #[error(transparent)]
+    Quota(#[from] quota::BookError),
     /// The first change.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -117,6 +121,8 @@ pub struct App {
     pub snapshots: sync::Snapshots,
     /// Metrics.
     pub metrics: Arc<Metrics>,
+    /// Who may do how much.
+    pub quotas: Quotas,
     /// What proxies count.
     pub telemetry: Telemetry,
     /// Tokens of callers that were verified before.
@@ -235,6 +241,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
+    let quotas = Quotas::open(dir, config.hard_age, &states.borrow().rules.limits, clock.now_ms())?;
     let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
@@ -262,6 +269,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         snapshots: sync::Snapshots::default(),
         metrics,
         telemetry,
+        quotas,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
         notifier,

@@ -32,7 +32,7 @@ use crate::rotation::{Lives, Schedule};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 51] = [
+pub const SETTINGS: [(&str, &str); 52] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -117,6 +117,7 @@ pub const SETTINGS: [(&str, &str); 51] = [
         "Among how many of its last results, up to 100 [default: canary.alert.failures, so in a row]",
     ),
     ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
+    ("limits.enforce", "Whether limits of keys are counted and enforced: true or false [default: true]"),
     ("rollout.v1_cluster", "The Envoy cluster of the V1 upstream; without it there is none [default: none]"),
     ("rollout.guard.window", "Over how long the guard counts requests, 5s to 1h [default: 60s]"),
     ("rollout.guard.min_requests", "Requests to V2 in it below which it says nothing [default: 50]"),
@@ -240,6 +241,8 @@ pub struct Config {
     pub durability: Durability,
     /// How canaries are run.
     pub canary: CanarySettings,
+    /// Whether limits are enforced.
+    pub enforces_limits: bool,
     /// The rollout from V1 to V2.
     pub rollout: RolloutSettings,
     /// Who is told of what.
@@ -367,6 +370,7 @@ impl Typed {
             redis: self.redis(),
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
             canary,
+            enforces_limits: self.take("limits.enforce", flag).unwrap_or(true),
             rollout,
             notify: NotifySettings {
                 source: self.take("notify.source", identifier).unwrap_or_else(|| "keygate".into()),

@@ -259,6 +259,8 @@ impl Carrier {
             Change::CanaryTestDeleted { id } => self.keep_one(&format!("canary {id}"), mark, seq, line),
             Change::LockdownChanged { .. } => self.keep_one("lockdown", mark, seq, line),
             Change::PolicyReplaced { .. } => self.keep_one("policy", mark, seq, line),
+            Change::LimitsChanged { .. } => self.keep_one("limits", mark, seq, line),
+            Change::LimitsOverridden { .. } => self.keep_one("limits override", mark, seq, line),
             Change::RolloutChanged { .. } => self.keep_one("rollout", mark, seq, line),
             Change::ExpiredForgotten { .. } => self.keep_one("expired", mark, seq, line),
             // Over within the hour, or of no effect on what comes.

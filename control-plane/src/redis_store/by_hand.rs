@@ -68,7 +68,11 @@ impl Session<'_> {
                 Ours { stamp: state.rollout_stamp, text: Some(text), until_ms: 0 }
             }
             names::CANARY_USERS => edits::ours_canary_users(&state.flags, state.rollout_stamp),
-            _ => Ours { stamp: 0, text: None, until_ms: 0 },
+            _ => edits::ours_limits(
+                state.limits_override.as_ref(),
+                state.override_stamp,
+                self.app.clock.now_s(),
+            ),
         }
     }
 
@@ -150,7 +154,8 @@ impl Session<'_> {
                     .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
             }
             names::FLAGS | names::CANARY_USERS => return self.honour_rollout(key, &seen.value).await,
-            _ => edits::refusal(&seen.value).map_or(Ok(None), Err),
+            _ => edits::limits(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
+                .map(|emergency| Some(Change::LimitsOverridden { emergency })),
         };
         let Some(change) = change.transpose() else { return Ok(()) };
         let is_taken = change.is_ok();

@@ -8,12 +8,13 @@
 use std::collections::BTreeSet;
 
 use keygate_core::cutoff::Lockdown;
+use keygate_core::limits::Override;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use crate::rollout::Flags;
 use crate::rollout::document::Edit;
-use crate::{clock, lockdown};
+use crate::{clock, limits, lockdown};
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
 const END_TOLERANCE_MS: u64 = 1_500;
@@ -213,15 +214,37 @@ pub fn canary_users(value: &Value) -> Result<Edit, String> {
     Ok(Edit::of_canary_users(users))
 }
 
-/// Why an edit of another key cannot be honoured; `None`: it says what is so anyway.
-pub fn refusal(value: &Value) -> Option<String> {
-    match value {
-        Value::None => None,
-        Value::Other(kind) => Some(is_of_type(kind)),
-        Value::Text(_) => {
-            Some("this version of Keygate enforces no quotas, so there are no limits to change".into())
-        }
+/// What an edit of [`super::names::LIMITS`] says.
+///
+/// # Errors
+/// What is wrong with it, for operators.
+pub fn limits(
+    value: &Value,
+    ttl_ms: Option<u64>,
+    now: u64,
+    is_role: impl Fn(&str) -> bool,
+) -> Result<Option<Override>, String> {
+    let text = match value {
+        Value::None => return Ok(None),
+        Value::Text(text) => text,
+        Value::Other(kind) => return Err(is_of_type(kind)),
+    };
+    let document: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
+    let roles = limits::override_roles(&document, is_role)?;
+    let ttl_s = ttl_ms.map_or(limits::DEFAULT_TTL.as_secs(), |ttl| ttl.div_ceil(1_000));
+    if ttl_s > limits::TTL.end().as_secs() {
+        return Err("it must end within 30 days".into());
     }
+    Ok(Some(Override { until: now.saturating_add(ttl_s.max(1)), roles }))
+}
+
+/// What stands under [`super::names::LIMITS`] at `now`, Unix seconds.
+pub fn ours_limits(emergency: Option<&Override>, stamp: u64, now: u64) -> Ours {
+    let Some(emergency) = emergency.filter(|emergency| now < emergency.until) else {
+        return Ours { stamp, text: None, until_ms: 0 };
+    };
+    let text = limits::show_override_roles(&emergency.roles).to_string();
+    Ours { stamp, text: Some(text), until_ms: emergency.until.saturating_mul(1_000) }
 }
 
 /// Reads a JSON object. Without this an array would do, with its members in the order of the fields.
@@ -388,7 +411,26 @@ mod tests {
         assert_eq!(users(&Value::Text(r#"["a","b"]"#.into())), Ok(of(&["a", "b"])));
         assert!(users(&Value::Text("x".into())).is_err());
         assert!(users(&Value::Other("hash".into())).is_err());
-        assert!(refusal(&Value::Text("{}".into())).is_some());
-        assert_eq!(refusal(&Value::None), None);
+    }
+
+    #[test]
+    fn limits_by_hand_are_read_or_refused_with_a_reason() {
+        let read = |text: &str, ttl_ms| {
+            super::limits(&Value::Text(text.into()), ttl_ms, 1_000, |role| role == "basic")
+        };
+        let roles = std::collections::BTreeMap::from([("basic".to_owned(), Some(1_000))]);
+        let of = |until| Ok(Some(Override { until, roles: roles.clone() }));
+        assert_eq!(read(r#"{"basic": 1000}"#, Some(3_599_500)), of(4_600));
+        assert_eq!(read(r#"{"basic": 1000}"#, None), of(4_600));
+        assert_eq!(super::limits(&Value::None, None, 0, |_| true), Ok(None));
+        for bad in ["", "1", "{}", "[]", r#"{"nobody": 1}"#, r#"{"basic": "many"}"#] {
+            assert!(read(bad, None).is_err(), "{bad}");
+        }
+        let ours = ours_limits(of(4_600).unwrap().as_ref(), 7, 1_000);
+        assert_eq!(
+            super::limits(&Value::Text(ours.text.unwrap()), Some(3_600_000), 1_000, |_| true),
+            of(4_600)
+        );
+        assert_eq!(ours_limits(of(4_600).unwrap().as_ref(), 7, 4_600).text, None, "over");
     }
 }

@@ -211,8 +211,11 @@ impl Telemetry {
                     metrics.refusals.with_label_values(&[reason.label()]).inc_by(more);
                     metrics.auth_errors.with_label_values(&[reason.label(), V2]).inc_by(more);
                 }
+                let role = if self.roles.contains(role) { role } else { UNKNOWN };
+                if reason == Reason::RateLimited {
+                    metrics.rate_limit_exceeded.with_label_values(&[role, endpoint]).inc_by(more);
+                }
                 if let Some(success) = reason.is_of_key() {
-                    let role = if self.roles.contains(role) { role } else { UNKNOWN };
                     let result = if success { "success" } else { "failure" };
                     metrics.validated.with_label_values(&[role, V2, result]).inc_by(more);
                 }

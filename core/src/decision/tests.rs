@@ -53,6 +53,7 @@ fn world() -> World {
             policy,
             cutoffs: Vec::new(),
             lockdown: None,
+            limits: Default::default(),
             rollout: Rollout::default(),
             expired_until: 0,
         },
@@ -102,8 +103,13 @@ impl World {
         let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
         let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential, client: b"" };
-        let judge =
-            Judge { cache: &mut self.cache, revocations: &self.revoked, now: self.now, trace: &mut () };
+        let judge = Judge {
+            cache: &mut self.cache,
+            meter: (),
+            revocations: &self.revoked,
+            now: self.now,
+            trace: &mut (),
+        };
         let decision = decide(state, request, judge);
         let forwarded = decision.verdict == Verdict::Forward;
         assert_eq!(forwarded, decision.reason.refusal().is_none() || decision.shadowed);
@@ -147,7 +153,7 @@ fn without_a_state_nothing_passes() {
     let request = Request { method: b"GET", path: b"/", credential: Credential::None, client: b"" };
     let mut cache = TokenCache::new(0);
     let revoked = ExactSet::default();
-    let judge = Judge { cache: &mut cache, revocations: &revoked, now: 0, trace: &mut () };
+    let judge = Judge { cache: &mut cache, meter: (), revocations: &revoked, now: 0, trace: &mut () };
     let decision = decide(State::Missing, request, judge);
     assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
 }
@@ -328,8 +334,13 @@ fn ask_under_both(world: &mut World, pair: [&Rule; 2], keys: &[(Claims, &str, St
         for (claims, kid, token) in keys {
             let credential = Credential::One(token.as_bytes());
             let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
-            let judge =
-                Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+            let judge = Judge {
+                cache: &mut world.cache,
+                meter: (),
+                revocations: &world.revoked,
+                now: NOW,
+                trace: &mut (),
+            };
             let reason = decide(State::Fresh(&rules), request, judge).reason;
             let ended = first.ends(claims, kid) || second.ends(claims, kid);
             let wanted = if ended { Reason::Cutoff } else { Reason::Allowed };
@@ -406,7 +417,8 @@ fn what_revocation_cannot_answer_is_no_yes() {
     let world = world();
     let rules = Ruleset::try_from(world.rules).unwrap();
     let token = es256(&claims());
-    let judge = Judge { cache: &mut TokenCache::new(0), revocations: Unknown, now: NOW, trace: &mut () };
+    let judge =
+        Judge { cache: &mut TokenCache::new(0), meter: (), revocations: Unknown, now: NOW, trace: &mut () };
     let request = Request {
         method: b"GET",
         path: b"/chat",
@@ -418,7 +430,8 @@ fn what_revocation_cannot_answer_is_no_yes() {
 
     let mut shadow = rules.clone();
     shadow.policy.mode = Mode::Shadow;
-    let judge = Judge { cache: &mut TokenCache::new(0), revocations: Unknown, now: NOW, trace: &mut () };
+    let judge =
+        Judge { cache: &mut TokenCache::new(0), meter: (), revocations: Unknown, now: NOW, trace: &mut () };
     let decision = decide(State::Fresh(&shadow), request, judge);
     assert_eq!((decision.verdict, decision.shadowed), (Verdict::Forward, true));
 }
@@ -474,7 +487,13 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             credential: Credential::One(token.as_bytes()),
             client: b"",
         };
-        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let judge = Judge {
+            cache: &mut world.cache,
+            meter: (),
+            revocations: &world.revoked,
+            now: NOW,
+            trace: &mut (),
+        };
         let decision = decide(State::Fresh(&rules), request, judge);
         crate::forward::headers(&decision).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
     };
@@ -499,7 +518,13 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             credential: Credential::One(token.as_bytes()),
             client: b"",
         };
-        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let judge = Judge {
+            cache: &mut world.cache,
+            meter: (),
+            revocations: &world.revoked,
+            now: NOW,
+            trace: &mut (),
+        };
         let decision = decide(State::Fresh(&rules), request, judge);
         crate::forward::headers(&decision).count()
     };
@@ -530,8 +555,13 @@ impl World {
         let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
         let request = Request { method: b"GET", path: path.as_bytes(), credential, client };
-        let judge =
-            Judge { cache: &mut self.cache, revocations: &self.revoked, now: self.now, trace: &mut () };
+        let judge = Judge {
+            cache: &mut self.cache,
+            meter: (),
+            revocations: &self.revoked,
+            now: self.now,
+            trace: &mut (),
+        };
         let decision = decide(state, request, judge);
         (decision.choice.version, decision.choice.why.label(), decision.reason)
     }
@@ -620,7 +650,13 @@ fn shadow_mode_lets_v2_pass_what_it_refuses_and_leaves_v1_alone() {
         (Credential::One(b"legacy-1"), V1, Reason::V1, false),
     ] {
         let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
-        let judge = Judge { cache: &mut world.cache, revocations: &world.revoked, now: NOW, trace: &mut () };
+        let judge = Judge {
+            cache: &mut world.cache,
+            meter: (),
+            revocations: &world.revoked,
+            now: NOW,
+            trace: &mut (),
+        };
         let decision = decide(State::Fresh(&rules), request, judge);
         assert_eq!(decision.verdict, Verdict::Forward, "{credential:?}");
         assert_eq!(
@@ -647,4 +683,50 @@ fn v1_does_not_wait_for_a_state_that_is_fresh() {
     world.rules.rollout = rollout(serde_json::json!({ "strategy": "off", "v1_retired": false }));
     let token = es256(&claims());
     assert_eq!(world.route("/chat", Credential::One(token.as_bytes()), b"").2, Reason::V1);
+}
+
+/// Lets so many pass of each account.
+struct Purse(std::collections::HashMap<u64, u32>);
+
+impl Meter for &mut Purse {
+    fn spend(&mut self, account: u64, limit: Limit, cost: u32) -> Metered {
+        let spent = self.0.entry(account).or_default();
+        let left = |remaining| Left { limit, remaining, reset_s: 1 };
+        if *spent + cost > limit.units {
+            return Metered::Beyond(left(0));
+        }
+        *spent += cost;
+        Metered::Within(left(limit.units - *spent))
+    }
+}
+
+#[test]
+fn what_is_beyond_a_limit_is_refused_and_only_what_passes_is_counted() {
+    let mut world = world();
+    world.rules.limits.roles.insert("basic".into(), Limit { units: 3, window_s: 60 });
+    world.rules.limits.public = Some(Limit { units: 2, window_s: 60 });
+    world.rules.policy.routes[1].cost = 2;
+    let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+    let mut purse = Purse(std::collections::HashMap::new());
+    let mut ask = |path: &str, credential: Credential<'_>, client: &[u8]| {
+        let request = Request { method: b"GET", path: path.as_bytes(), credential, client };
+        let (cache, revocations) = (&mut world.cache, &world.revoked);
+        let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
+        let decision = decide(State::Fresh(&rules), request, judge);
+        (decision.reason, decision.left.map(|left| left.remaining))
+    };
+    let (one, other) = (es256(&claims()), with(|claims| claims.sub = "key_2".into()));
+    let admin = with(|claims| claims.role = "admin".into());
+    let key = |token| Credential::One(str::as_bytes(token));
+    assert_eq!(ask("/chat", key(&one), b""), (Reason::Allowed, Some(1)));
+    assert_eq!(ask("/both", key(&one), b""), (Reason::MissingScope, None), "that is not counted");
+    assert_eq!(ask("/chat", key(&one), b""), (Reason::RateLimited, Some(0)), "it costs two");
+    assert_eq!(ask("/lax", key(&one), b""), (Reason::Allowed, Some(0)));
+    assert_eq!(ask("/lax", key(&one), b""), (Reason::RateLimited, Some(0)));
+    assert_eq!(ask("/chat", key(&other), b""), (Reason::Allowed, Some(1)), "each key for itself");
+    assert_eq!(ask("/chat", key(&admin), b""), (Reason::Allowed, None), "unlimited");
+    assert_eq!(ask("/", Credential::None, b"10.0.0.1"), (Reason::Public, Some(1)));
+    assert_eq!(ask("/", Credential::None, b"10.0.0.1"), (Reason::Public, Some(0)));
+    assert_eq!(ask("/", Credential::None, b"10.0.0.1"), (Reason::RateLimited, Some(0)));
+    assert_eq!(ask("/", Credential::None, b"10.0.0.2"), (Reason::Public, Some(1)));
 }

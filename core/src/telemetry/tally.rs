@@ -188,7 +188,15 @@ mod tests {
     fn decision<'r>(reason: Reason, route: &'r Route, role: &str) -> Decision<'r> {
         let verdict = reason.refusal().map_or(Verdict::Forward, Verdict::Refuse);
         let choice = Choice::SETTLED;
-        Decision { verdict, reason, route: Some(route), choice, key: Some(key(role)), shadowed: false }
+        Decision {
+            verdict,
+            reason,
+            route: Some(route),
+            choice,
+            key: Some(key(role)),
+            left: None,
+            shadowed: false,
+        }
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! `target/bench/NAME.json`.
 
 mod durability;
+mod quota;
 mod revocation;
 mod rotation;
 
@@ -12,10 +13,13 @@ use serde_json::Value;
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("durability") => durability::run(),
+        Some("quota") => quota::run(),
         Some("revocation") => revocation::run(),
         Some("rotation") => rotation::run(),
         other => {
-            eprintln!("error: there is no benchmark {other:?}; there are: durability, revocation, rotation");
+            eprintln!(
+                "error: there is no benchmark {other:?}; there are: durability, quota, revocation, rotation"
+            );
             return ExitCode::FAILURE;
         }
     }

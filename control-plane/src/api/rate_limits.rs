@@ -1,0 +1,143 @@
+//! `/api/admin/rate_limits`: how much keys may do.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use axum::Extension;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::Response;
+use keygate_core::limits::Override;
+use keygate_core::revocation::Fingerprint;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::request::{self, Body, Waits};
+use super::{Caller, actor, json};
+use crate::app::App;
+use crate::change::Change;
+use crate::limits::{self, DEFAULT_TTL, TTL};
+use crate::problem::Problem;
+use crate::store::StoreError;
+use crate::writer::View;
+
+pub async fn show(State(app): State<Arc<App>>) -> Response {
+    json(StatusCode::OK, shown(&app))
+}
+
+fn shown(app: &App) -> Value {
+    limits::show(&app.state().rules.limits, app.config.roles.keys(), app.clock.now_s())
+}
+
+pub async fn replace(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let document: Value = request::body(&bytes)?;
+    let roles = app.config.roles.clone();
+    let plan = move |view: &View<'_>| {
+        let current = view.model.limits();
+        let set = current.edited(&document, |role| roles.contains_key(role)).map_err(|errors| {
+            let detail = match errors.as_slice() {
+                [only] => format!("{only}; nothing was changed."),
+                all => format!("The limits have {} errors; nothing was changed.", all.len()),
+            };
+            Problem::bad_request(detail).with("errors", serde_json::json!(errors))
+        })?;
+        let changes =
+            if set == *current { Vec::new() } else { vec![Change::LimitsChanged { limits: Box::new(set) }] };
+        Ok::<_, Problem>((changes, ()))
+    };
+    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, shown(&app)).await)
+}
+
+/// How many keys are shown that use most of their limits.
+const BUSIEST: usize = 20;
+
+pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+    let busiest = app.quotas.busiest(BUSIEST);
+    let wanted: HashMap<u64, usize> =
+        busiest.iter().enumerate().map(|(place, (account, ..))| (account.key, place)).collect();
+    let store = Arc::clone(&app.store);
+    // Proxies know keys by fingerprints; of a key that has left the store there is no more.
+    let names = request::read(move || {
+        let mut names = HashMap::new();
+        store.each_key(|key| {
+            if let Some(place) = wanted.get(&Fingerprint::of(&key.key_id).0) {
+                names.insert(*place, (key.key_id, key.role, key.owner));
+            }
+        })?;
+        Ok::<_, StoreError>(names)
+    })
+    .await??;
+    let keys: Vec<Value> = busiest
+        .iter()
+        .enumerate()
+        .map(|(place, (account, used, limit))| {
+            let named = names.get(&place);
+            serde_json::json!({
+                "key_id": named.map(|(id, ..)| id),
+                "role": named.map(|(_, role, _)| role),
+                "owner": named.and_then(|(.., owner)| owner.as_ref()),
+                "used": used,
+                "limit": limit,
+                "window_s": account.window_s,
+            })
+        })
+        .collect();
+    Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "in_doubt": app.quotas.is_in_doubt() })))
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OverrideBody {
+    limits: Value,
+    ttl: Option<String>,
+}
+
+pub async fn override_for_a_time(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+    Body(bytes): Body,
+) -> Result<Response, Problem> {
+    let body: OverrideBody = request::body(&bytes)?;
+    let ttl = match &body.ttl {
+        None => DEFAULT_TTL,
+        Some(text) => humantime::parse_duration(text)
+            .ok()
+            .filter(|ttl| TTL.contains(ttl))
+            .ok_or_else(|| Problem::bad_request("'ttl' must be a duration such as 1h, at most 30 days."))?,
+    };
+    let roles = limits::override_roles(&body.limits, |role| app.config.roles.contains_key(role))
+        .map_err(|problem| Problem::bad_request(format!("'limits': {problem}; nothing was changed.")))?;
+    let until = app.clock.now_s().saturating_add(ttl.as_secs().max(1));
+    let change = Change::LimitsOverridden { emergency: Some(Override { until, roles }) };
+    submit(&app, &caller, waits, move |_| vec![change]).await
+}
+
+pub async fn lift_override(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let lift = |view: &View<'_>| match view.model.limits_override() {
+        Some(_) => vec![Change::LimitsOverridden { emergency: None }],
+        None => Vec::new(),
+    };
+    submit(&app, &caller, waits, lift).await
+}
+
+async fn submit(
+    app: &Arc<App>,
+    caller: &Caller,
+    waits: Waits,
+    changes: impl FnOnce(&View<'_>) -> Vec<Change> + Send + 'static,
+) -> Result<Response, Problem> {
+    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view), ()));
+    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    Ok(request::finish(app, committed, waits, StatusCode::OK, shown(app)).await)
+}

@@ -1,0 +1,531 @@
+//! A fleet in which everything goes wrong, and one in which nothing does.
+
+use super::*;
+
+/// Another VM gets in between a read and a write.
+struct Racing<'m> {
+    memory: &'m mut Memory,
+    other: &'m mut Worker,
+    turn: (Account, u32, u64),
+    left: u32,
+    admitted: u32,
+}
+
+impl SharedData for Racing<'_> {
+    fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
+        let value = self.memory.get(key);
+        if self.left > 0 {
+            self.left -= 1;
+            let (account, limit, now) = self.turn;
+            if self.other.spend(self.memory, account, limit, 1, now).is_admitted() {
+                self.admitted += 1;
+            }
+        }
+        value
+    }
+
+    fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
+        self.memory.set(key, value, cas)
+    }
+}
+
+/// A VM that traps: after some writes, none is made any more.
+struct Dying<'m> {
+    memory: &'m mut Memory,
+    writes: u64,
+}
+
+impl SharedData for Dying<'_> {
+    fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
+        self.memory.get(key)
+    }
+
+    fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
+        self.writes = self.writes.checked_sub(1).ok_or(Conflict)?;
+        self.memory.set(key, value, cas)
+    }
+}
+
+struct Proxy {
+    memory: Memory,
+    workers: Vec<Worker>,
+    leader: Leader,
+    id: u64,
+    incarnation: u64,
+    /// What is added to the time: clocks of proxies do not agree.
+    clock_ns: u64,
+    limit: u32,
+    cut_off_until: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Message {
+    Question(usize, Vec<u8>),
+    Answer(usize, u64, u64, Vec<u8>),
+}
+
+/// How bad it gets, in thousandths.
+#[derive(Debug, Clone, Copy, Default)]
+struct Faults {
+    lost: u64,
+    slow: u64,
+    /// For each tick.
+    trap: u64,
+    leader: u64,
+    proxy: u64,
+    restart: u64,
+    loss: u64,
+    away: u64,
+    cut_off: u64,
+    limit: u64,
+    race: u64,
+    pause: u64,
+}
+
+struct Fleet {
+    now: u64,
+    dice: Dice,
+    faults: Faults,
+    terms: Terms,
+    account: Account,
+    limits: Vec<u32>,
+    proxies: Vec<Proxy>,
+    ledger: Ledger,
+    saved: Saved,
+    away_until: u64,
+    parked: BTreeMap<usize, (u64, Question)>,
+    mail: BTreeMap<(u64, u64), Message>,
+    next: u64,
+    spends: Vec<(u64, u32)>,
+    /// Of a second account, which is used now and then.
+    other_spends: Vec<(u64, u32)>,
+    /// Which limits were gone by, and when last.
+    used_limits: Vec<(u64, u32)>,
+    refused: u64,
+    early: u64,
+    cost: u32,
+    quiet_until: Vec<u64>,
+    /// Requests that come, in thousandths.
+    due: u64,
+}
+
+impl Fleet {
+    fn new(seed: u64, faults: Faults, terms: Terms, window_s: u32, limit: u32, proxies: usize) -> Self {
+        let ledger = Ledger::new(terms, 1);
+        let mut fleet = Self {
+            now: S,
+            dice: Dice(seed),
+            faults,
+            terms,
+            account: account(window_s),
+            limits: vec![limit],
+            proxies: Vec::new(),
+            saved: ledger.saved(),
+            ledger,
+            away_until: 0,
+            parked: BTreeMap::new(),
+            mail: BTreeMap::new(),
+            next: 0,
+            spends: Vec::new(),
+            other_spends: Vec::new(),
+            used_limits: Vec::new(),
+            refused: 0,
+            early: 0,
+            cost: 1,
+            quiet_until: vec![0; proxies],
+            due: 0,
+        };
+        for id in 0..proxies {
+            let proxy = fleet.start(u64::try_from(id).unwrap(), limit);
+            fleet.proxies.push(proxy);
+        }
+        fleet
+    }
+
+    fn start(&mut self, id: u64, limit: u32) -> Proxy {
+        let incarnation = self.dice.roll();
+        Proxy {
+            memory: Memory::default(),
+            workers: (0..4).map(|_| Worker::new(self.dice.roll())).collect(),
+            leader: Leader::new(id, incarnation),
+            id,
+            incarnation,
+            clock_ns: self.dice.below(1_000_000 * S),
+            limit,
+            cut_off_until: 0,
+        }
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.dice.chance(self.faults.lost) {
+            return;
+        }
+        let slow = self.dice.chance(self.faults.slow);
+        // Sometimes so late that it must not count any more.
+        let delay = if slow { self.dice.below(2_500) * if self.dice.chance(100) { 8 } else { 1 } } else { 0 };
+        self.next += 1;
+        let at = self.now + (1 + self.dice.below(3) + delay) * MS;
+        self.mail.insert((at, self.next), message);
+    }
+
+    fn deliver(&mut self, until: u64) {
+        while let Some(entry) = self.mail.first_entry()
+            && entry.key().0 <= until
+        {
+            let ((at, _), message) = entry.remove_entry();
+            self.now = self.now.max(at);
+            match message {
+                Message::Question(from, bytes) => {
+                    if self.now < self.away_until {
+                        continue;
+                    }
+                    let question = Question::decode(&bytes).unwrap();
+                    if question.reports.is_empty() && !self.ledger.has_news(&question.member, self.now) {
+                        self.parked.insert(from, (self.now, question));
+                    } else {
+                        self.answer(from, &question);
+                    }
+                    self.unpark();
+                }
+                Message::Answer(to, incarnation, number, bytes) => {
+                    let proxy = &mut self.proxies[to];
+                    if proxy.incarnation != incarnation {
+                        continue;
+                    }
+                    let answer = Answer::decode(&bytes).unwrap();
+                    assert_eq!(answer.number, number);
+                    let now = self.now + proxy.clock_ns;
+                    if self.dice.chance(self.faults.leader * 10) {
+                        let writes = self.dice.below(4);
+                        let mut dying = Dying { memory: &mut proxy.memory, writes };
+                        proxy.leader.on_answer(&mut dying, &answer, now);
+                        proxy.leader = Leader::new(proxy.id, proxy.incarnation);
+                    } else {
+                        proxy.leader.on_answer(&mut proxy.memory, &answer, now);
+                    }
+                }
+            }
+        }
+        self.now = self.now.max(until);
+    }
+
+    fn answer(&mut self, to: usize, question: &Question) {
+        self.parked.remove(&to);
+        let Ok(exchange) = self.ledger.exchange(question, self.now) else { return };
+        // What is said to have changed is all that is kept.
+        for member in exchange.members_changed {
+            self.saved.members.retain(|saved| saved.member != member);
+            self.saved.members.extend(self.ledger.member(&member));
+        }
+        for account in exchange.pools_changed {
+            self.saved.pools.retain(|saved| saved.account != account);
+            self.saved.pools.extend(self.ledger.pool(account));
+        }
+        let answer = exchange.answer;
+        let incarnation = question.member.incarnation;
+        self.send(Message::Answer(to, incarnation, answer.number, answer.encode()));
+    }
+
+    fn unpark(&mut self) {
+        let due: Vec<_> = self
+            .parked
+            .iter()
+            .filter(|(_, (since, question))| {
+                self.now >= since + HOLD_NS || self.ledger.has_news(&question.member, self.now)
+            })
+            .map(|(from, (_, question))| (*from, question.clone()))
+            .collect();
+        for (from, question) in due {
+            self.answer(from, &question);
+        }
+    }
+
+    fn request(&mut self, at: usize, worker: usize) {
+        let Fleet { proxies, dice, .. } = self;
+        let proxy = &mut proxies[at];
+        let now = self.now + proxy.clock_ns;
+        let limit = proxy.limit;
+        if self.faults.proxy > 0 && dice.chance(200) {
+            // Seldom much, so that little is said of it, and all of a sudden.
+            let other = Account { key: !KEY, ..self.account };
+            for _ in 0..1 + dice.below(3) * dice.below(20) {
+                let verdict = proxy.workers[worker].spend(&mut proxy.memory, other, limit, self.cost, now);
+                self.used_limits.push((self.now, limit));
+                if verdict.is_admitted() {
+                    self.other_spends.push((self.now, self.cost));
+                }
+            }
+        }
+        let race = dice.chance(self.faults.race);
+        self.used_limits.push((self.now, limit));
+        let verdict = if race {
+            let mut other = proxy.workers.remove((worker + 1) % 4);
+            let place = if worker == 3 { 2 } else { worker };
+            let left = 1 + u32::try_from(dice.below(2)).unwrap();
+            let turn = (self.account, limit, now);
+            let mut racing = Racing { memory: &mut proxy.memory, other: &mut other, turn, left, admitted: 0 };
+            let verdict = proxy.workers[place].spend(&mut racing, self.account, limit, self.cost, now);
+            let admitted = racing.admitted;
+            proxy.workers.insert((worker + 1) % 4, other);
+            if admitted > 0 {
+                self.spends.push((self.now, admitted));
+            }
+            verdict
+        } else {
+            proxy.workers[worker].spend(&mut proxy.memory, self.account, limit, self.cost, now)
+        };
+        match verdict {
+            Verdict::Admitted(_) => self.spends.push((self.now, self.cost)),
+            Verdict::Refused(..) => {
+                self.refused += 1;
+                self.early += u64::from(self.in_use() + self.cost <= limit);
+            }
+        }
+    }
+
+    /// Units in use over the fleet, exactly.
+    fn in_use(&self) -> u32 {
+        let from = self.now.saturating_sub(self.account.window_ns());
+        self.spends.iter().rev().take_while(|(at, _)| *at > from).map(|(_, units)| units).sum()
+    }
+
+    /// A tick of all VMs.
+    fn tick(&mut self) {
+        for at in 0..self.proxies.len() {
+            let Fleet { proxies, dice, faults, .. } = self;
+            let proxy = &mut proxies[at];
+            let now = self.now + proxy.clock_ns;
+            for worker in &mut proxy.workers {
+                worker.on_tick(&mut proxy.memory, now);
+            }
+            if dice.chance(faults.trap) {
+                let place = usize::try_from(dice.below(4)).unwrap();
+                proxy.workers[place] = Worker::new(dice.roll());
+            }
+            if dice.chance(faults.leader) {
+                let mut dying = Dying { memory: &mut proxy.memory, writes: dice.below(6) };
+                if let Some(question) = proxy.leader.on_tick(&mut dying, now)
+                    && dice.chance(500)
+                {
+                    self.next += 1;
+                    self.mail.insert((self.now + MS, self.next), Message::Question(at, question.encode()));
+                }
+                proxy.leader = Leader::new(proxy.id, proxy.incarnation);
+            }
+            let cut_off = self.now < proxy.cut_off_until;
+            // While the leader goes through pages, workers serve.
+            let left = if dice.chance(faults.race) { u32::try_from(dice.below(40)).unwrap() } else { 0 };
+            let turn = (self.account, proxy.limit, now);
+            let other = &mut proxy.workers[3];
+            let mut racing = Racing { memory: &mut proxy.memory, other, turn, left, admitted: 0 };
+            let question = proxy.leader.on_tick(&mut racing, now);
+            if racing.admitted > 0 {
+                self.spends.push((self.now, racing.admitted));
+                self.used_limits.push((self.now, proxy.limit));
+            }
+            if let Some(question) = question
+                && !cut_off
+            {
+                self.send(Message::Question(at, question.encode()));
+            }
+        }
+        if self.now >= self.away_until {
+            self.unpark();
+        }
+    }
+
+    /// Something goes wrong, or not.
+    fn misfortune(&mut self) {
+        let Faults { proxy, restart, loss, away, cut_off, limit, pause, .. } = self.faults;
+        for at in 0..self.proxies.len() {
+            if self.dice.chance(proxy) {
+                let limit = *self.limits.last().unwrap();
+                let id = self.proxies[at].id;
+                self.proxies[at] = self.start(id, limit);
+            }
+            if self.dice.chance(cut_off) {
+                self.proxies[at].cut_off_until = self.now + self.dice.below(90) * S;
+            }
+            if self.dice.chance(limit * 20) {
+                // Rules reach proxies one by one.
+                self.proxies[at].limit = *self.limits.last().unwrap();
+            }
+            if self.dice.chance(pause) {
+                self.quiet_until[at] = self.now + self.dice.below(30) * S;
+            }
+        }
+        if self.dice.chance(limit) {
+            let next = [10, 50, 64, 200, 1_000][usize::try_from(self.dice.below(5)).unwrap()];
+            self.limits.push(next);
+        }
+        if self.dice.chance(restart) {
+            let same_clock = self.dice.chance(700);
+            self.ledger = Ledger::resume(self.terms, &self.saved, same_clock, self.now);
+            self.parked.clear();
+        }
+        if self.dice.chance(loss) {
+            self.ledger = Ledger::in_doubt(self.terms, self.dice.roll(), self.now);
+            self.saved = self.ledger.saved();
+            self.parked.clear();
+        }
+        if self.dice.chance(away) {
+            self.away_until = self.now + self.dice.below(90) * S;
+        }
+    }
+
+    /// Lets requests come: so many in a tick, spread over proxies and workers by weights.
+    fn run(&mut self, ticks: u64, tick_ns: u64, requests_per_1000_ticks: u64, weights: &[u64]) {
+        let total: u64 = weights.iter().sum();
+        for _ in 0..ticks {
+            let end = self.now + tick_ns;
+            self.due += requests_per_1000_ticks;
+            let mut times = Vec::new();
+            while self.due >= 1_000 {
+                self.due -= 1_000;
+                times.push(self.now + self.dice.below(tick_ns));
+            }
+            times.sort_unstable();
+            for time in times {
+                self.deliver(time);
+                let mut draw = self.dice.below(total);
+                let at = weights
+                    .iter()
+                    .position(|weight| {
+                        let here = draw < *weight;
+                        draw = draw.saturating_sub(*weight);
+                        here
+                    })
+                    .unwrap();
+                // Connections are not spread evenly over workers either.
+                let worker = [0, 0, 0, 0, 1, 1, 2, 3][usize::try_from(self.dice.below(8)).unwrap()];
+                if self.now >= self.quiet_until[at] {
+                    self.request(at, worker);
+                }
+            }
+            self.deliver(end);
+            self.tick();
+            self.misfortune();
+        }
+    }
+
+    fn excess(&self) -> i64 {
+        self.excess_of(&self.spends).max(self.excess_of(&self.other_spends))
+    }
+
+    fn excess_of(&self, spends: &[(u64, u32)]) -> i64 {
+        let window = self.account.window_ns();
+        worst_excess(spends, window, |at| {
+            let end = self.used_limits.partition_point(|(when, _)| *when <= at);
+            let begin = self.used_limits.partition_point(|(when, _)| when + window <= at);
+            // A proxy goes by a limit from one request to the next.
+            let before = begin.saturating_sub(50);
+            self.used_limits[before..end].iter().map(|(_, limit)| *limit).max().unwrap_or(0)
+        })
+    }
+}
+
+/// Five times as much is asked for as is allowed, unevenly. What is admitted of the limit, in 10,000ths, and which
+/// part of what was refused was so although units were unused somewhere.
+fn steady(window_s: u32, limit: u32, weights: &[u64], seed: u64) -> (u64, u64) {
+    let terms = Terms { longest_window_s: window_s, ..Terms::default() };
+    let mut fleet = Fleet::new(seed, Faults::default(), terms, window_s, limit, weights.len());
+    let tick_ns = (u64::from(window_s) * S / 3_600).clamp(100 * MS, S);
+    let ticks_per_window = u64::from(window_s) * S / tick_ns;
+    fleet.run(20 * S / tick_ns.min(S), tick_ns, 0, weights);
+    let rate = u64::from(limit) * 5 * 1_000 / ticks_per_window;
+    // Not measured: what it takes to find the division.
+    let windows = if window_s < 60 { 40 } else { 2 };
+    fleet.run(ticks_per_window * if window_s < 60 { 10 } else { 1 }, tick_ns, rate, weights);
+    let first: u64 = fleet.spends.iter().map(|(_, units)| u64::from(*units)).sum();
+    if window_s >= 60 {
+        assert!(first * 100 >= u64::from(limit) * 95, "{first} of {limit} in the first window");
+    }
+    let before = fleet.spends.len();
+    let (refused, early) = (fleet.refused, fleet.early);
+    fleet.run(ticks_per_window * windows, tick_ns, rate, weights);
+    assert!(fleet.excess() <= 0, "{} too many", fleet.excess());
+    let admitted: u64 = fleet.spends[before..].iter().map(|(_, units)| u64::from(*units)).sum();
+    let early = (fleet.early - early) * 10_000 / (fleet.refused - refused).max(1);
+    (admitted * 10_000 / (u64::from(limit) * windows), early)
+}
+
+#[test]
+fn under_overload_what_is_allowed_is_admitted() {
+    for (name, window_s, limit, least) in [
+        ("100 an hour", 3_600, 100, 9_500),
+        ("1,000 an hour", 3_600, 1_000, 9_800),
+        ("10,000 an hour", 3_600, 10_000, 9_800),
+        ("50 a second", 1, 50, 9_500),
+    ] {
+        for weights in [&[1, 1, 1][..], &[80, 15, 5], &[100, 0, 0]] {
+            let (admitted, early) = steady(window_s, limit, weights, 7);
+            println!(
+                "{name}, {weights:?}: {}.{:02} % admitted; of refusals {}.{:02} % with units unused elsewhere",
+                admitted / 100,
+                admitted % 100,
+                early / 100,
+                early % 100
+            );
+            assert!(admitted >= least, "{name} {weights:?}: {admitted}");
+        }
+    }
+}
+
+const HARSH: Faults = Faults {
+    lost: 100,
+    slow: 200,
+    trap: 5,
+    leader: 10,
+    proxy: 1,
+    restart: 2,
+    loss: 0,
+    away: 2,
+    cut_off: 2,
+    limit: 0,
+    race: 200,
+    pause: 3,
+};
+
+fn survives(seed: u64, faults: Faults, window_s: u32, limit: u32, cost: u32) -> Result<(), TestCaseError> {
+    let terms = Terms { lease_s: 15, keep_s: 55, longest_window_s: window_s, hot_restart: false };
+    let mut fleet = Fleet::new(seed, faults, terms, window_s, limit, 3);
+    fleet.cost = cost;
+    let rate = u64::from(limit) * 3_000 / 10 / u64::from(window_s);
+    for _ in 0..6 {
+        let weights: [u64; 3] =
+            std::array::from_fn(|_| [0, 1, 1, 20][usize::try_from(fleet.dice.below(4)).unwrap()]);
+        let weights = if weights == [0; 3] { [1, 0, 0] } else { weights };
+        fleet.run(400, 100 * MS, rate.max(1_000), &weights);
+    }
+    prop_assert!(fleet.excess() <= 0, "{} too many", fleet.excess());
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Whatever is lost, late or restarted: never above the limit, in any window.
+    #[test]
+    fn never_above_the_limit(seed: u64, window_s in 1_u32..6, limit in 1_u32..120, cost in 1_u32..4) {
+        survives(seed, HARSH, window_s, limit, cost)?;
+    }
+
+    /// The same if the control plane forgets.
+    #[test]
+    fn never_above_the_limit_when_all_is_forgotten(seed: u64, window_s in 1_u32..6, limit in 1_u32..120) {
+        survives(seed, Faults { loss: 3, ..HARSH }, window_s, limit, 1)?;
+    }
+
+    /// The same if limits change.
+    #[test]
+    fn never_above_the_largest_limit_in_force(seed: u64, window_s in 1_u32..6) {
+        survives(seed, Faults { limit: 5, ..HARSH }, window_s, 64, 1)?;
+    }
+
+    /// The same if nothing but silence goes wrong: proxies are often alone for long.
+    #[test]
+    fn never_above_the_limit_alone(seed: u64, window_s in 1_u32..3, limit in 10_u32..120) {
+        let faults = Faults { cut_off: 6, pause: 10, race: 0, ..Faults::default() };
+        survives(seed, faults, window_s, limit, 1)?;
+    }
+}

@@ -1,0 +1,258 @@
+//! Limits over the whole fleet: never more than the limit in any window, hardly ever less, and no hop per request.
+
+use std::collections::VecDeque;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use keygate_e2e::metrics::Metrics;
+use keygate_e2e::{Api, Connection, Envoy, Key, Redis, Request, SOON, Stack, wait_until};
+use serde_json::{Value, json};
+
+const LIMITS: &str = "/api/admin/rate_limits";
+
+fn chat(key: &Key) -> Request {
+    Request::get("/api/chat").bearer(&key.token)
+}
+
+#[track_caller]
+fn put(api: &Api, document: &Value) -> Value {
+    api.send(Request::new("PUT", format!("{LIMITS}?wait=applied&timeout=10s")).json(document))
+        .expect(200)
+        .json()
+}
+
+/// When each request was admitted, of what was sent as often as answers came, over connections to all workers; `skew`
+/// has the first proxies get more than the last.
+fn admitted(envoys: &[&Envoy], request: &Request, during: Duration, per_second: u32) -> Admitted {
+    let (times, stop) = (Mutex::new(Vec::new()), AtomicBool::new(false));
+    let refused = Mutex::new(0_u64);
+    let begun = Instant::now();
+    std::thread::scope(|scope| {
+        for (place, envoy) in envoys.iter().enumerate() {
+            // Skewed: half of the load to the first, a third to the second, and so on.
+            let share = [6, 3, 1][place.min(2)];
+            let (times, stop, refused) = (&times, &stop, &refused);
+            scope.spawn(move || {
+                let mut connections: Vec<Connection> =
+                    (0..envoy.workers()).map(|_| envoy.connect()).collect();
+                let pause = Duration::from_secs(10) / (per_second * share);
+                let mut next = Instant::now();
+                for turn in 0.. {
+                    if stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let count = connections.len();
+                    let sent = Instant::now();
+                    let answer = connections[turn % count].send(request);
+                    match answer.status {
+                        200 => times.lock().expect("times").push((sent, Instant::now())),
+                        429 => *refused.lock().expect("a count") += 1,
+                        other => panic!("{other}: {}", answer.text()),
+                    }
+                    next += pause;
+                    if let Some(left) = next.checked_duration_since(Instant::now()) {
+                        keygate_e2e::wait::pass(left);
+                    }
+                }
+            });
+        }
+        keygate_e2e::wait::pass(during);
+        stop.store(true, Ordering::Relaxed);
+    });
+    let mut times = times.into_inner().expect("times");
+    times.sort();
+    Admitted { times, refused: refused.into_inner().expect("a count"), took: begun.elapsed() }
+}
+
+struct Admitted {
+    /// When each was sent and answered: it was decided on between.
+    times: Vec<(Instant, Instant)>,
+    refused: u64,
+    took: Duration,
+}
+
+impl Admitted {
+    /// The most that were surely decided on within one window.
+    fn most_in(&self, window: Duration) -> usize {
+        let (mut within, mut most) = (VecDeque::new(), 0);
+        let mut by_end: Vec<_> = self.times.clone();
+        by_end.sort_by_key(|(_, answered)| *answered);
+        for (sent, answered) in by_end {
+            within.push_back((sent, answered));
+            // What was sent more than a window before this one was answered may be outside.
+            within.retain(|(before, _)| answered.duration_since(*before) < window);
+            most = most.max(within.len());
+        }
+        most
+    }
+}
+
+#[test]
+fn a_key_is_told_what_is_left_and_refused_beyond_its_limit() {
+    let stack = Stack::builder().limits().start();
+    let api = stack.api();
+    put(&api, &json!({ "roles": { "basic": { "requests": 20, "window": "1h" } } }));
+    let (key, admin) = (api.issue("basic"), api.issue("admin"));
+    let mut workers = stack.envoy.connect_to_all_workers();
+    let (mut passed, mut early, mut turn) = (0, 0, 0);
+    let mut ask = || {
+        turn += 1;
+        let count = workers.len();
+        workers[turn % count].send(&chat(&key))
+    };
+    // Faster than the proxy can ask for more, the first are refused a few milliseconds too early.
+    wait_until(SOON, "the limit to be spent", || {
+        let answer = ask();
+        if answer.status == 429 {
+            early += 1;
+        } else {
+            let answer = answer.expect(200);
+            assert_eq!(answer.header("x-ratelimit-limit"), Some("20"));
+            let left = answer.header("x-ratelimit-remaining").and_then(|left| left.parse::<u32>().ok());
+            assert!(left.is_some_and(|left| left < 20), "{left:?}");
+            passed += 1;
+        }
+        passed >= 20
+    });
+    println!("20 of 20 were admitted at one proxy; {early} were refused early in a burst");
+    let mut refused = ask().expect_problem(429, "rate_limited");
+    for _ in 0..50 {
+        refused = ask().expect_problem(429, "rate_limited");
+    }
+    let header = |name: &str| refused.header(name).and_then(|value| value.parse::<u64>().ok());
+    assert_eq!((header("x-ratelimit-limit"), header("x-ratelimit-remaining")), (Some(20), Some(0)));
+    let wait = header("retry-after").expect("when to retry");
+    assert!((1..=3_600).contains(&wait), "{wait}");
+    assert_eq!(header("x-ratelimit-reset"), Some(wait));
+
+    // Another key of the same role has its own, and who has no limit is told of none.
+    let other = api.issue("basic");
+    workers[0].send(&chat(&other)).expect(200);
+    let unlimited = workers[0].send(&Request::get("/api/chat").bearer(&admin.token)).expect(200);
+    assert_eq!(unlimited.header("x-ratelimit-limit"), None);
+    wait_until(SOON, "it to be counted", || {
+        Metrics::of(&api).sum("rate_limit_exceeded_total{", &["role=\"basic\"", "endpoint=\"chat_read\""]) > 0
+    });
+
+    wait_until(SOON, "it to be among the busiest", || {
+        let usage = api.get(&format!("{LIMITS}/usage")).expect(200).json();
+        usage["keys"][0]["key_id"] == key.id.as_str() && usage["keys"][0]["used"] == 20
+    });
+
+    // By key, and as a whole of its own.
+    put(&api, &json!({ "keys": { &key.id: -1 } }));
+    workers[0].send(&chat(&key)).expect(200);
+    put(&api, &json!({ "keys": { &key.id: null } }));
+    workers[0].send(&chat(&key)).expect_problem(429, "rate_limited");
+}
+
+/// What must be admitted of a limit, at least: 95 % of small ones, 98 % of others.
+fn least(limit: u32) -> usize {
+    limit as usize * if limit < 500 { 95 } else { 98 } / 100
+}
+
+#[test]
+fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
+    let stack = Stack::builder().limits().start();
+    let others = [stack.another_envoy("envoy-2", 4), stack.another_envoy("envoy-3", 4)];
+    let envoys = [&stack.envoy, &others[0], &others[1]];
+    let api = stack.api();
+    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
+    let questions = || Metrics::of(&api).value("keygate_quota_questions_total");
+
+    for (limit, window_s, during_s, per_second) in
+        [(100, 3_600, 4, 250), (1_000, 3_600, 5, 1_000), (10_000, 3_600, 20, 2_500), (50, 1, 10, 250)]
+    {
+        let key = api.issue("contributor");
+        let window = format!("{window_s}s");
+        put(&api, &json!({ "keys": { &key.id: { "requests": limit, "window": window } } }));
+        let before = questions();
+        let during = Duration::from_secs(during_s);
+        let admitted = admitted(&envoys, &chat(&key), during, per_second);
+        let most = admitted.most_in(Duration::from_secs(window_s));
+        let windows = (admitted.took.as_secs_f64() / window_s as f64).max(1.0);
+        let share = admitted.times.len() as f64 / (f64::from(limit) * windows);
+        let all = admitted.times.len() as u64 + admitted.refused;
+        let calls = (questions() - before) * 1_000.0 / all as f64;
+        println!(
+            "{limit} in {window}: {} of {all} requests admitted, {:.1} % of the limit, at most {most} in a window; {calls:.1} calls for 1,000 requests",
+            admitted.times.len(),
+            share * 100.0,
+        );
+        assert!(most <= limit as usize, "{most} of {limit} within a window");
+        assert!(share * f64::from(limit) >= least(limit) as f64, "{share}");
+    }
+}
+
+#[test]
+fn never_more_when_proxies_and_the_control_plane_are_killed() {
+    let mut stack = Stack::builder().limits().start();
+    let mut other = stack.another_envoy("envoy-2", 2);
+    let api = stack.api();
+    wait_until(SOON, "both proxies in the fleet", || api.fleet().len() == 2);
+    let limit = 300;
+    let key = api.issue("contributor");
+    put(&api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
+    let mut all = 0;
+    let mut send = |envoys: &[&Envoy]| {
+        let admitted = admitted(envoys, &chat(&key), Duration::from_millis(600), 150);
+        all += admitted.times.len();
+        assert!(all <= limit, "{all} of {limit}");
+        all
+    };
+    send(&[&stack.envoy, &other]);
+    stack.control_plane.kill();
+    send(&[&stack.envoy, &other]);
+    stack.control_plane.start();
+    send(&[&stack.envoy, &other]);
+    other.kill();
+    other.start(&stack.neighbours());
+    other.wait_ready();
+    send(&[&stack.envoy, &other]);
+    stack.control_plane.kill();
+    other.kill();
+    stack.control_plane.start();
+    other.start(&stack.neighbours());
+    other.wait_ready();
+    for _ in 0..4 {
+        send(&[&stack.envoy, &other]);
+    }
+    println!("{all} of {limit} were admitted over two kills of a proxy and two of the control plane");
+    // A proxy that is killed takes along what it may have spent unseen; most of the limit is used all the same.
+    assert!(all >= limit / 2, "{all}");
+}
+
+#[test]
+fn an_override_holds_at_once_and_ends_by_itself() {
+    let mut redis = Redis::new();
+    redis.run();
+    let stack = Stack::builder().limits().redis(&redis.url()).start();
+    let api = stack.api();
+    put(&api, &json!({ "roles": { "basic": 5 } }));
+    let key = api.issue("basic");
+    let mut worker = stack.envoy.connect();
+    let mut limit = || {
+        let answer = worker.send(&chat(&key));
+        answer.header("x-ratelimit-limit").and_then(|limit| limit.parse::<u32>().ok())
+    };
+    assert_eq!(limit(), Some(5));
+    let body = json!({ "limits": { "basic": 50 }, "ttl": "3s" });
+    let answer = api.post(&format!("{LIMITS}/emergency?wait=applied&timeout=5s"), &body).expect(200).json();
+    assert_eq!(answer["emergency"]["limits"], json!({ "basic": 50 }), "{answer}");
+    assert_eq!(limit(), Some(50));
+    wait_until(Duration::from_secs(5), "its end", || limit() == Some(5));
+
+    let key_of = "rate_limits:emergency";
+    redis.cli(&["SETEX", key_of, "3", r#"{"basic": 70, "node_operator": -1}"#]);
+    wait_until(Duration::from_secs(1), "the edit", || limit() == Some(70));
+    wait_until(Duration::from_secs(5), "its end", || limit() == Some(5));
+    redis.cli(&["SETEX", key_of, "3600", r#"{"basic": 70}"#]);
+    wait_until(Duration::from_secs(1), "the edit", || limit() == Some(70));
+    redis.cli(&["DEL", key_of]);
+    wait_until(Duration::from_secs(1), "it to be lifted", || limit() == Some(5));
+    api.post(&format!("{LIMITS}/emergency"), &json!({ "limits": { "nobody": 1 } }))
+        .expect_problem(400, "bad_request");
+    api.send(Request::new("PUT", LIMITS).json(&json!({ "roles": { "basic": "many" } })))
+        .expect_problem(400, "bad_request");
+}
