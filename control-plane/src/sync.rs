@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
-use crate::quota::QuotaError;
+use crate::quota::{self, QuotaError};
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -63,7 +63,7 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
-        .route("/sync/v1/quota", post(quota).layer(DefaultBodyLimit::max(MAX_BYTES)))
+        .route("/sync/v1/quota", post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
         .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
@@ -150,16 +150,23 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     })
 }
 
-async fn quota(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
-    app.quotas.go_by(app.config.hard_age, &app.state().rules.limits);
-    let answer = app.quotas.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
-        QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
-        QuotaError::NotKept => {
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
-        }
-    })?;
+    let state = app.state();
+    let basis = quota::Basis {
+        hard_age: app.config.hard_age,
+        limits: &state.rules.limits,
+        allows_stale: state.rules.policy.allows_stale(),
+        hot_restart: app.config.hot_restart,
+    };
+    let answer =
+        app.quotas.answer(&question, basis, app.stopping.clone()).await.map_err(|error| match error {
+            QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
+            QuotaError::NotKept => {
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+            }
+        })?;
     app.metrics.quota_questions.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
 }

@@ -167,10 +167,10 @@ impl Leader {
         let leading = self.leading.as_mut()?;
         if leading.teller.on_answer(token, answer.as_ref(), now.ns) {
             self.ask_for_units(now);
-            return Some(BETWEEN_QUESTIONS);
+            return self.pace(now);
         }
         if leading.reporter.on_answer(token, answer.as_ref(), now.ns) || leading.call != Some(token) {
-            return None;
+            return self.pace(now);
         }
         leading.call = None;
         leading.ask_at_ns = now.ns;
@@ -248,6 +248,12 @@ impl Leader {
             self.proxy_id.clone()
         };
         (id, incarnation)
+    }
+
+    /// How soon it is to be called again, whatever has just come.
+    fn pace(&self, now: Now<'_>) -> Option<Duration> {
+        let publishes = self.leading.as_ref().is_some_and(|leading| leading.publishing.is_some());
+        if publishes { Some(BETWEEN_SLICES) } else { now.limits.then_some(BETWEEN_QUESTIONS) }
     }
 
     /// Asks for units of limits, when it is time.

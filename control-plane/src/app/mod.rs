@@ -241,7 +241,14 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
-    let quotas = Quotas::open(dir, config.hard_age, &states.borrow().rules.limits, clock.now_ms())?;
+    let rules = states.borrow().rules.clone();
+    let basis = quota::Basis {
+        hard_age: config.hard_age,
+        limits: &rules.limits,
+        allows_stale: rules.policy.allows_stale(),
+        hot_restart: config.hot_restart,
+    };
+    let quotas = Quotas::open(dir, basis, clock.now_ms())?;
     let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {

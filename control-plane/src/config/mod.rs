@@ -32,7 +32,7 @@ use crate::rotation::{Lives, Schedule};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 52] = [
+pub const SETTINGS: [(&str, &str); 53] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -118,6 +118,10 @@ pub const SETTINGS: [(&str, &str); 52] = [
     ),
     ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
     ("limits.enforce", "Whether limits of keys are counted and enforced: true or false [default: true]"),
+    (
+        "limits.hot_restart",
+        "Whether proxies restart hot, so that two processes of one serve for a while: true or false [default: false]",
+    ),
     ("rollout.v1_cluster", "The Envoy cluster of the V1 upstream; without it there is none [default: none]"),
     ("rollout.guard.window", "Over how long the guard counts requests, 5s to 1h [default: 60s]"),
     ("rollout.guard.min_requests", "Requests to V2 in it below which it says nothing [default: 50]"),
@@ -243,6 +247,8 @@ pub struct Config {
     pub canary: CanarySettings,
     /// Whether limits are enforced.
     pub enforces_limits: bool,
+    /// Whether two processes of one proxy may serve at a time.
+    pub hot_restart: bool,
     /// The rollout from V1 to V2.
     pub rollout: RolloutSettings,
     /// Who is told of what.
@@ -371,6 +377,7 @@ impl Typed {
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
             canary,
             enforces_limits: self.take("limits.enforce", flag).unwrap_or(true),
+            hot_restart: self.take("limits.hot_restart", flag).unwrap_or(false),
             rollout,
             notify: NotifySettings {
                 source: self.take("notify.source", identifier).unwrap_or_else(|| "keygate".into()),

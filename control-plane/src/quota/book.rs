@@ -18,6 +18,8 @@ const POOLS: TableDefinition<'_, (u64, u32), &[u8]> = TableDefinition::new("pool
 const HEAD: TableDefinition<'_, (), &[u8]> = TableDefinition::new("head");
 
 const FILE: &str = "quota.redb";
+/// There once a book was begun.
+const BEGAN: &str = "quota.began";
 
 /// Why the book cannot be read or written.
 #[derive(Debug, thiserror::Error)]
@@ -106,6 +108,26 @@ impl Book {
             saved.pools.push(serde_json::from_slice(entry?.1.value())?);
         }
         Ok((book, Some((head, saved))))
+    }
+
+    /// Whether there ever was one here.
+    pub fn began(dir: &Path) -> bool {
+        dir.join(BEGAN).exists()
+    }
+
+    /// Notes that there is one, so that it is missed when it is lost.
+    ///
+    /// # Errors
+    /// When the disk does not take it.
+    pub fn note_begin(dir: &Path) -> Result<(), BookError> {
+        File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(dir.join(BEGAN))?
+            .sync_all()?;
+        Ok(())
     }
 
     /// Puts a damaged one aside.

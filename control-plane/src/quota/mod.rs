@@ -8,7 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use keygate_core::limits::Limits;
-use keygate_core::quota::{Account, Answer, ExchangeError, HOLD_NS, Ledger, Question, Terms};
+use keygate_core::quota::{
+    Account, Answer, ExchangeError, HOLD_NS, Ledger, MAX_KEEP_S, Question, Saved, Terms,
+};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::watch;
 
@@ -32,13 +34,36 @@ pub enum QuotaError {
 /// Who may do how much.
 #[derive(Debug)]
 pub struct Quotas {
-    ledger: Mutex<Ledger>,
-    terms: Mutex<Terms>,
+    ledger: Arc<Mutex<Ledger>>,
     book: Arc<Book>,
-    /// One exchange at a time: what is written is in the order in which it was agreed.
-    exchanging: tokio::sync::Mutex<()>,
+    kept: Mutex<Kept>,
+    /// One exchange at a time: what is written is in the order in which it was agreed. Whoever gave up holds it until
+    /// what they agreed on is written.
+    exchanging: Arc<tokio::sync::Mutex<()>>,
     /// Changes with each exchange.
     exchanges: watch::Sender<u64>,
+}
+
+/// What the book has besides members and pools.
+#[derive(Debug, Clone, Copy)]
+struct Kept {
+    terms: Terms,
+    in_doubt: bool,
+    /// A write failed: what was agreed since then is not in it.
+    behind: bool,
+}
+
+/// What the terms follow from.
+#[derive(Debug, Clone, Copy)]
+pub struct Basis<'b> {
+    /// How long proxies go on without news.
+    pub hard_age: Duration,
+    /// The limits.
+    pub limits: &'b Limits,
+    /// Whether some routes are served beyond the hard age.
+    pub allows_stale: bool,
+    /// Whether two processes of one proxy may serve at a time.
+    pub hot_restart: bool,
 }
 
 impl Quotas {
@@ -46,31 +71,39 @@ impl Quotas {
     ///
     /// # Errors
     /// When it cannot be kept.
-    pub fn open(dir: &Path, hard_age: Duration, limits: &Limits, era: u64) -> Result<Self, BookError> {
-        let terms = terms(hard_age, limits);
+    pub fn open(dir: &Path, basis: Basis<'_>, era: u64) -> Result<Self, BookError> {
+        let terms = basis.terms();
         let (boot, now_ns) = (boot(), monotonic_ns());
+        let had_one = Book::began(dir);
         let (book, ledger) = match Book::open(dir) {
-            Ok((book, None)) => (book, Ledger::new(terms, era)),
             Ok((book, Some((head, saved)))) => {
                 (book, Ledger::resume(terms, &saved, !boot.is_empty() && head.boot == boot, now_ns))
+            }
+            Ok((book, None)) if !had_one => (book, Ledger::new(terms, era)),
+            Ok((book, None)) => {
+                tracing::error!(
+                    "what was leased of limits is lost: nothing more is until all of it has ended"
+                );
+                (book, Ledger::in_doubt(terms, era, now_ns))
             }
             Err(error) => {
                 tracing::error!(
                     %error,
-                    "what was leased of limits cannot be read: nothing is handed out until all of it has ended"
+                    "what was leased of limits cannot be read: nothing more is until all of it has ended"
                 );
                 Book::put_aside(dir);
                 (Book::open(dir)?.0, Ledger::in_doubt(terms, era, now_ns))
             }
         };
         let saved = ledger.saved();
-        let head = Head { era: saved.era, terms: saved.terms, in_doubt: saved.in_doubt, boot };
-        book.begin(&head, &saved)?;
+        book.begin(&head_of(&saved), &saved)?;
+        Book::note_begin(dir)?;
+        let kept = Kept { terms: saved.terms, in_doubt: saved.in_doubt, behind: false };
         Ok(Self {
-            ledger: Mutex::new(ledger),
-            terms: Mutex::new(saved.terms),
+            ledger: Arc::new(Mutex::new(ledger)),
             book: Arc::new(book),
-            exchanging: tokio::sync::Mutex::new(()),
+            kept: Mutex::new(kept),
+            exchanging: Arc::default(),
             exchanges: watch::Sender::new(0),
         })
     }
@@ -82,12 +115,14 @@ impl Quotas {
     pub async fn answer(
         &self,
         question: &Question,
+        basis: Basis<'_>,
         mut stopping: watch::Receiver<bool>,
     ) -> Result<Answer, QuotaError> {
+        let wanted = basis.terms();
         if question.reports.is_empty() {
             let mut exchanges = self.exchanges.subscribe();
             let news = async {
-                while !self.ledger().has_news(&question.member, monotonic_ns()) {
+                while !self.is_to_be_answered(question) {
                     if exchanges.changed().await.is_err() {
                         return;
                     }
@@ -99,26 +134,26 @@ impl Quotas {
                 _ = stopping.wait_for(|stop| *stop) => {}
             }
         }
-        let _one_at_a_time = self.exchanging.lock().await;
-        let (answer, page) = {
-            let mut ledger = self.ledger();
-            let exchange = ledger.exchange(question, monotonic_ns()).map_err(|error| match error {
-                ExchangeError::Superseded => QuotaError::Superseded,
-            })?;
-            let mut page = Page::default();
-            for member in exchange.members_changed {
-                let saved = ledger.member(&member);
-                page.members.push((member, saved));
-            }
-            for account in exchange.pools_changed {
-                page.pools.push((account, ledger.pool(account)));
-            }
-            (exchange.answer, page)
-        };
-        if !page.members.is_empty() || !page.pools.is_empty() {
+        let one_at_a_time = Arc::clone(&self.exchanging).lock_owned().await;
+        let (answer, write) = self.exchange(question, wanted)?;
+        if let Some(write) = write {
             let book = Arc::clone(&self.book);
-            match tokio::task::spawn_blocking(move || book.write(&page)).await {
-                Ok(Ok(())) => {}
+            // Nobody else exchanges before it is written, also when who asked is gone.
+            let written = tokio::task::spawn_blocking(move || {
+                let _one_at_a_time = one_at_a_time;
+                match &write {
+                    Write::Page(page) => book.write(page),
+                    Write::Whole(saved) => book.begin(&head_of(saved), saved),
+                }
+                .map(|()| write)
+            });
+            // Should this be cut short, the next one writes the whole.
+            self.kept().behind = true;
+            match written.await {
+                Ok(Ok(Write::Page(_))) => self.kept().behind = false,
+                Ok(Ok(Write::Whole(saved))) => {
+                    *self.kept() = Kept { terms: saved.terms, in_doubt: saved.in_doubt, behind: false };
+                }
                 Ok(Err(error)) => {
                     tracing::error!(%error, "nothing more is leased of limits");
                     return Err(QuotaError::NotKept);
@@ -128,6 +163,41 @@ impl Quotas {
         }
         self.exchanges.send_modify(|count| *count = count.wrapping_add(1));
         Ok(answer)
+    }
+
+    /// What is answered, and what has to be written before.
+    fn exchange(&self, question: &Question, wanted: Terms) -> Result<(Answer, Option<Write>), QuotaError> {
+        let (mut ledger, kept) = (self.ledger(), *self.kept());
+        let now_ns = monotonic_ns();
+        let is_longer = |of: fn(&Terms) -> u32| of(&wanted) > of(&kept.terms);
+        let is_other = is_longer(|terms| terms.longest_window_s) || is_longer(|terms| terms.keep_s);
+        if is_other {
+            *ledger = Ledger::resume(wanted, &ledger.saved(), true, now_ns);
+        }
+        let exchange = ledger.exchange(question, now_ns).map_err(|error| match error {
+            ExchangeError::Superseded => QuotaError::Superseded,
+        })?;
+        let is_over = kept.in_doubt && !ledger.is_in_doubt(now_ns);
+        if is_other || is_over || kept.behind {
+            return Ok((exchange.answer, Some(Write::Whole(Box::new(ledger.saved())))));
+        }
+        let mut page = Page::default();
+        for member in exchange.members_changed {
+            let saved = ledger.member(&member);
+            page.members.push((member, saved));
+        }
+        for account in exchange.pools_changed {
+            page.pools.push((account, ledger.pool(account)));
+        }
+        let is_empty = page.members.is_empty() && page.pools.is_empty();
+        Ok((exchange.answer, (!is_empty).then_some(Write::Page(page))))
+    }
+
+    /// Whether there is news for who asks, or a later question of theirs was answered.
+    fn is_to_be_answered(&self, question: &Question) -> bool {
+        let ledger = self.ledger();
+        let is_over = ledger.member(&question.member).is_some_and(|known| known.number >= question.number);
+        is_over || ledger.has_news(&question.member, monotonic_ns())
     }
 
     /// The accounts of which the greatest part of their limit is in use, with that and the limit.
@@ -146,21 +216,8 @@ impl Quotas {
         self.ledger().is_in_doubt(monotonic_ns())
     }
 
-    /// Goes by limits with longer windows, or another hard age, from now on.
-    pub fn go_by(&self, hard_age: Duration, limits: &Limits) {
-        let wanted = terms(hard_age, limits);
-        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        if wanted.longest_window_s > terms.longest_window_s || wanted.keep_s > terms.keep_s {
-            let mut ledger = self.ledger();
-            let now_ns = monotonic_ns();
-            *ledger = Ledger::resume(wanted, &ledger.saved(), true, now_ns);
-            let saved = ledger.saved();
-            *terms = saved.terms;
-            let head = Head { era: saved.era, terms: saved.terms, in_doubt: saved.in_doubt, boot: boot() };
-            if let Err(error) = self.book.begin(&head, &saved) {
-                tracing::error!(%error, "that limits have longer windows could not be kept");
-            }
-        }
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -168,10 +225,34 @@ impl Quotas {
     }
 }
 
-/// A proxy that hears nothing for the hard age serves no keys, so its share need not last longer.
-fn terms(hard_age: Duration, limits: &Limits) -> Terms {
-    let keep_s = u32::try_from(hard_age.as_secs()).unwrap_or(u32::MAX).clamp(LEASE_S, 31 * 86_400);
-    Terms { lease_s: LEASE_S, keep_s, longest_window_s: limits.longest_window_s(), hot_restart: false }
+/// What is to be written.
+enum Write {
+    /// What an exchange changed.
+    Page(Page),
+    /// Everything.
+    Whole(Box<Saved>),
+}
+
+/// How long proxies that serve some routes beyond the hard age have something of limits.
+const STALE_KEEP_S: u32 = 24 * 3_600;
+
+impl Basis<'_> {
+    /// A proxy that hears nothing for the hard age serves no limited keys, so its share need not last longer, unless a
+    /// route goes on without news.
+    fn terms(&self) -> Terms {
+        let hard_age_s = u32::try_from(self.hard_age.as_secs()).unwrap_or(u32::MAX);
+        let keep_s = hard_age_s.max(if self.allows_stale { STALE_KEEP_S } else { LEASE_S });
+        Terms {
+            lease_s: LEASE_S,
+            keep_s: keep_s.min(MAX_KEEP_S),
+            longest_window_s: self.limits.longest_window_s(),
+            hot_restart: self.hot_restart,
+        }
+    }
+}
+
+fn head_of(saved: &Saved) -> Head {
+    Head { era: saved.era, terms: saved.terms, in_doubt: saved.in_doubt, boot: boot() }
 }
 
 /// Nanoseconds of a clock that nobody sets, since the machine started.
@@ -184,4 +265,36 @@ fn monotonic_ns() -> u64 {
 /// Which start of the machine that is; empty when it cannot be told.
 fn boot() -> String {
     std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(dir: &Path) -> Quotas {
+        let limits = Limits::default();
+        let basis = Basis {
+            hard_age: Duration::from_secs(300),
+            limits: &limits,
+            allows_stale: false,
+            hot_restart: false,
+        };
+        Quotas::open(dir, basis, 7).unwrap()
+    }
+
+    #[test]
+    fn a_ledger_that_is_lost_or_damaged_leases_nothing_for_a_while() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(!open(dir.path()).is_in_doubt(), "there was none before");
+        assert!(!open(dir.path()).is_in_doubt(), "it goes on from what was kept");
+        std::fs::remove_file(dir.path().join("quota.redb")).unwrap();
+        assert!(open(dir.path()).is_in_doubt(), "lost");
+        assert!(open(dir.path()).is_in_doubt(), "that is kept, too");
+
+        let dir = tempfile::tempdir().unwrap();
+        drop(open(dir.path()));
+        std::fs::write(dir.path().join("quota.redb"), b"none of ours").unwrap();
+        assert!(open(dir.path()).is_in_doubt(), "damaged");
+        assert!(dir.path().join("quota.redb.broken").exists());
+    }
 }

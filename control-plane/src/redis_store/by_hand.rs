@@ -1,5 +1,6 @@
 //! The keys that operators edit by hand: looked at, and what was edited put in force or refused.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use super::edits::{self, Ours, Seen, Value, Verdict, Written};
@@ -9,6 +10,7 @@ use super::session::{Session, SessionError};
 use super::{names, scripts};
 use crate::change::Change;
 use crate::problem::Problem;
+use crate::rollout::Flags;
 use crate::rollout::document::Surroundings;
 use crate::writer::{CommitError, View};
 
@@ -93,8 +95,10 @@ impl Session<'_> {
             value: match kind.as_str() {
                 "none" => Value::None,
                 "string" => Value::Text(String::from_utf8_lossy(&text).into_owned()),
+                // Redis writes some characters in another way, and may sort in another.
                 "set" if key == names::CANARY_USERS => {
-                    Value::Text(String::from_utf8_lossy(&text).into_owned())
+                    let users: BTreeSet<String> = serde_json::from_slice(&text).unwrap_or_default();
+                    Value::Text(serde_json::json!(users).to_string())
                 }
                 _ => Value::Other(kind),
             },
@@ -187,7 +191,8 @@ impl Session<'_> {
                 None => Ok(None),
             });
             Ok::<_, Problem>(match edited {
-                Ok(Some(flags)) if flags != *current => {
+                // That nobody says why is no change.
+                Ok(Some(flags)) if Flags { cause: current.cause.clone(), ..flags.clone() } != *current => {
                     (vec![Change::RolloutChanged { flags: Box::new(flags) }], Ok(true))
                 }
                 Ok(_) => (Vec::new(), Ok(false)),
