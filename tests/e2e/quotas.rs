@@ -224,6 +224,30 @@ fn never_more_when_proxies_and_the_control_plane_are_killed() {
 }
 
 #[test]
+fn never_more_when_answers_come_two_seconds_late() {
+    let stack = Stack::builder().limits().start();
+    let other = stack.another_envoy("envoy-2", 2);
+    let envoys = [&stack.envoy, &other];
+    let api = stack.api();
+    wait_until(SOON, "both proxies in the fleet", || api.fleet().len() == 2);
+    let limit = 400;
+    let key = api.issue("contributor");
+    put(&api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
+    let mut all = 0;
+    for _ in 0..3 {
+        // It stands still for two seconds, and then answers what was asked meanwhile.
+        stack.control_plane.pause();
+        all += admitted(&envoys, &chat(&key), Duration::from_secs(2), 150).times.len();
+        stack.control_plane.resume();
+        all += admitted(&envoys, &chat(&key), Duration::from_millis(500), 150).times.len();
+        assert!(all <= limit, "{all} of {limit}");
+    }
+    println!("{all} of {limit} were admitted with answers up to 2 s late");
+    // What could not be asked for in time is admitted later; a share of its own each proxy has without a word.
+    assert!(all >= limit / 8, "{all}");
+}
+
+#[test]
 fn an_override_holds_at_once_and_ends_by_itself() {
     let mut redis = Redis::new();
     redis.run();

@@ -226,6 +226,16 @@ impl ControlPlane {
         self.process.take().expect("it runs").wait(SOON)
     }
 
+    /// Stops its time: it keeps its connections, accepts new ones and answers nothing.
+    pub fn pause(&self) {
+        self.process.as_ref().expect("it runs").pause();
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) {
+        self.process.as_ref().expect("it runs").resume();
+    }
+
     /// Whether it was started and not stopped since.
     pub fn is_running(&self) -> bool {
         self.process.is_some()
