@@ -48,23 +48,29 @@ const KEEP_EXPIRED_S: u64 = 30 * 24 * 60 * 60;
 #[error("store: {0}")]
 pub struct StoreError(#[from] redb::Error);
 
+/// Makes an error that can be made of `redb::Error` of each of the errors that redb has besides.
 macro_rules! from_redb {
-    ($($error:ty),*) => {$(
-        impl From<$error> for StoreError {
+    ($target:ty) => {
+        $crate::store::from_redb!(
+            $target,
+            redb::DatabaseError,
+            redb::TransactionError,
+            redb::TableError,
+            redb::StorageError,
+            redb::CommitError,
+            redb::SetDurabilityError
+        );
+    };
+    ($target:ty, $($error:ty),*) => {
+        $(impl From<$error> for $target {
             fn from(error: $error) -> Self {
-                Self(error.into())
+                Self::from(redb::Error::from(error))
             }
-        }
-    )*};
+        })*
+    };
 }
-from_redb!(
-    redb::DatabaseError,
-    redb::TransactionError,
-    redb::TableError,
-    redb::StorageError,
-    redb::CommitError,
-    redb::SetDurabilityError
-);
+pub(crate) use from_redb;
+from_redb!(StoreError);
 
 /// The store.
 #[derive(Debug)]

@@ -35,23 +35,7 @@ pub enum BookError {
     Json(#[from] serde_json::Error),
 }
 
-macro_rules! from_redb {
-    ($($error:ty),*) => {
-        $(impl From<$error> for BookError {
-            fn from(error: $error) -> Self {
-                Self::Database(error.into())
-            }
-        })*
-    };
-}
-
-from_redb!(
-    redb::DatabaseError,
-    redb::TransactionError,
-    redb::TableError,
-    redb::StorageError,
-    redb::CommitError
-);
+crate::store::from_redb!(BookError);
 
 /// What is kept beside members and pools.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
