@@ -17,7 +17,8 @@ pub enum Audit {
         /// The data directory, or the journal's directory in it or in a backup
         dir: PathBuf,
         /// The public key that must have signed the checkpoints, as GET /api/admin/audit/verify shows it (signed_by)
-        #[arg(long)]
+        // In base64url one key in 64 begins with a hyphen.
+        #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
         /// Print JSON
         #[arg(long)]
