@@ -4,6 +4,7 @@
 //! one out. What is remembered is that these bytes were signed by that key; whether the key still counts
 //! is asked on every request.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use ahash::RandomState;
@@ -14,6 +15,9 @@ use crate::token::Claims;
 
 /// Bytes that an entry takes besides the token and its claims: slot, map entry and allocations, about.
 const ENTRY_OVERHEAD_BYTES: usize = 256;
+
+/// So many bytes at the end of a token are hashed to look it up: 24 of its signature. All of it is compared then.
+const MARKED_BYTES: usize = 32;
 
 /// A token whose signature was verified.
 #[derive(Debug, PartialEq, Eq)]
@@ -62,7 +66,10 @@ impl Verified {
 #[derive(Debug)]
 pub struct TokenCache {
     slots: Vec<Slot>,
-    by_token: std::collections::HashMap<Arc<[u8]>, usize, RandomState>,
+    /// The place of each in `slots`, by its mark.
+    places: HashMap<u64, usize, RandomState>,
+    /// Random keys per process: tokens are chosen by clients.
+    hasher: RandomState,
     hand: usize,
     bytes: usize,
     max_bytes: usize,
@@ -80,7 +87,8 @@ pub struct Looks {
 
 #[derive(Debug)]
 struct Slot {
-    token: Arc<[u8]>,
+    mark: u64,
+    token: Box<[u8]>,
     verified: Arc<Verified>,
     bytes: usize,
     used: bool,
@@ -91,8 +99,8 @@ impl TokenCache {
     pub fn new(max_bytes: usize) -> Self {
         Self {
             slots: Vec::new(),
-            // Random keys per process: tokens are chosen by clients.
-            by_token: std::collections::HashMap::with_hasher(RandomState::new()),
+            places: HashMap::default(),
+            hasher: RandomState::new(),
             hand: 0,
             bytes: 0,
             max_bytes,
@@ -117,7 +125,7 @@ impl TokenCache {
 
     /// The token of exactly these bytes, if it was verified before.
     pub fn get(&mut self, token: &[u8]) -> Option<Arc<Verified>> {
-        let found = self.by_token.get(token).and_then(|position| self.slots.get_mut(*position));
+        let found = self.place(token).and_then(|place| self.slots.get_mut(place));
         let count = if found.is_some() { &mut self.looks.hits } else { &mut self.looks.misses };
         *count = count.saturating_add(1);
         let slot = found?;
@@ -127,7 +135,7 @@ impl TokenCache {
 
     /// The same without its being counted or kept for longer.
     pub fn peek(&self, token: &[u8]) -> Option<&Arc<Verified>> {
-        self.by_token.get(token).and_then(|position| self.slots.get(*position)).map(|slot| &slot.verified)
+        self.place(token).and_then(|place| self.slots.get(place)).map(|slot| &slot.verified)
     }
 
     /// How often a token was looked for since this was asked last.
@@ -138,23 +146,35 @@ impl TokenCache {
     /// Remembers a verified token.
     pub fn insert(&mut self, token: &[u8], verified: Arc<Verified>) {
         let bytes = token.len().saturating_add(verified.bytes()).saturating_add(ENTRY_OVERHEAD_BYTES);
-        if bytes > self.max_bytes || self.by_token.contains_key(token) {
+        let mark = self.mark(token);
+        // Of two with the same mark the first one stays: there are no two signatures that end alike but by forgery.
+        if bytes > self.max_bytes || self.places.contains_key(&mark) {
             return;
         }
         while self.bytes.saturating_add(bytes) > self.max_bytes {
             self.evict();
         }
-        let token: Arc<[u8]> = token.into();
-        self.by_token.insert(Arc::clone(&token), self.slots.len());
-        self.slots.push(Slot { token, verified, bytes, used: false });
+        self.places.insert(mark, self.slots.len());
+        self.slots.push(Slot { mark, token: token.into(), verified, bytes, used: false });
         self.bytes = self.bytes.saturating_add(bytes);
     }
 
     /// Forgets a token, for instance since it has expired.
     pub fn remove(&mut self, token: &[u8]) {
-        if let Some(position) = self.by_token.get(token).copied() {
-            self.remove_slot(position);
+        if let Some(place) = self.place(token) {
+            self.remove_slot(place);
         }
+    }
+
+    fn place(&self, token: &[u8]) -> Option<usize> {
+        let place = *self.places.get(&self.mark(token))?;
+        self.slots.get(place).filter(|slot| same(&slot.token, token)).map(|_| place)
+    }
+
+    /// What a token is looked up by: the hash of its end, which is of its signature, and differs where anything does.
+    fn mark(&self, token: &[u8]) -> u64 {
+        let end = token.len().saturating_sub(MARKED_BYTES);
+        self.hasher.hash_one(token.get(end..))
     }
 
     fn evict(&mut self) {
@@ -179,12 +199,22 @@ impl TokenCache {
             return;
         }
         let slot = self.slots.swap_remove(position);
-        self.by_token.remove(&slot.token);
+        self.places.remove(&slot.mark);
         self.bytes = self.bytes.saturating_sub(slot.bytes);
         if let Some(moved) = self.slots.get(position) {
-            self.by_token.insert(Arc::clone(&moved.token), position);
+            self.places.insert(moved.mark, position);
         }
     }
+}
+
+/// Whether both are the same bytes; by words, since there is no `memcmp` in WebAssembly that would.
+fn same(one: &[u8], other: &[u8]) -> bool {
+    let (ones, one_rest) = one.as_chunks::<8>();
+    let (others, other_rest) = other.as_chunks::<8>();
+    let word = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
+    one.len() == other.len()
+        && ones.iter().zip(others).all(|(one, other)| word(one) == word(other))
+        && one_rest == other_rest
 }
 
 #[cfg(test)]
@@ -230,7 +260,28 @@ mod tests {
         assert!(cache.is_empty() && cache.get(b"a").is_none());
     }
 
+    #[test]
+    fn a_token_that_ends_like_another_is_not_taken_for_it() {
+        let end = "s".repeat(MARKED_BYTES);
+        let token = |head: &str| format!("{head}.{end}").into_bytes();
+        let mut cache = TokenCache::new(10_000);
+        cache.insert(&token("one"), verified("one"));
+        cache.insert(&token("two"), verified("two"));
+        assert_eq!(cache.get(&token("one")).unwrap().claims.jti, "one");
+        for other in [token("two"), token("onf"), end.into_bytes(), Vec::new()] {
+            assert!(cache.get(&other).is_none() && cache.peek(&other).is_none());
+            cache.remove(&other);
+        }
+        assert_eq!(cache.len(), 1);
+    }
+
     proptest! {
+        #[test]
+        fn two_are_the_same_as_slices_are(one in prop::collection::vec(0u8..2, 0..20), other in prop::collection::vec(0u8..2, 0..20)) {
+            prop_assert_eq!(same(&one, &other), one == other);
+            prop_assert!(same(&one, &one.clone()));
+        }
+
         #[test]
         fn a_token_finds_itself_or_nothing(steps in prop::collection::vec((0u8..3, 0u8..40), 0..400)) {
             let mut cache = TokenCache::new(6_000);
@@ -246,7 +297,7 @@ mod tests {
                     }
                 }
                 prop_assert!(cache.bytes() <= 6_000);
-                prop_assert_eq!(cache.by_token.len(), cache.slots.len());
+                prop_assert_eq!(cache.places.len(), cache.slots.len());
                 prop_assert_eq!(cache.bytes, cache.slots.iter().map(|s| s.bytes).sum::<usize>());
             }
         }

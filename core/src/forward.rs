@@ -1,6 +1,10 @@
 //! What the upstream is told, and what a client may not tell it.
 
+use std::sync::Arc;
+
+use crate::cache::Verified;
 use crate::decision::{Decision, Reason};
+use crate::rollout::ApiVersion;
 
 /// The header that says which version of the upstream a request is for; Envoy's routes go by it.
 pub const VERSION_HEADER: &str = "x-keygate-version";
@@ -17,21 +21,35 @@ pub fn is_reserved(name: &[u8]) -> bool {
     })
 }
 
-/// The headers for the upstream of a request that passes: the version always, the identity when a key
-/// was checked and counts. An owner that is not there is an empty header, so that an upstream can tell
-/// "no owner" from "not through Keygate".
-pub fn headers<'d>(decision: &'d Decision<'_>) -> impl Iterator<Item = (&'static str, &'d str)> {
-    let key = decision.key.as_deref().filter(|_| decision.reason == Reason::Allowed);
-    let identity = key.map(|key| {
-        let claims = &key.claims;
-        [
-            ("x-keygate-key-id", claims.sub.as_str()),
-            ("x-keygate-role", claims.role.as_str()),
-            ("x-keygate-scopes", claims.scope.as_str()),
-            ("x-keygate-owner", claims.own.as_deref().unwrap_or("")),
-        ]
-    });
-    std::iter::once((VERSION_HEADER, decision.choice.version.label())).chain(identity.into_iter().flatten())
+/// What the upstream of a request that passes is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Forwarded {
+    version: ApiVersion,
+    /// The key, when one was checked and counts.
+    key: Option<Arc<Verified>>,
+}
+
+impl Forwarded {
+    /// After this decision.
+    pub fn of(decision: &Decision<'_>) -> Self {
+        let key = decision.key.clone().filter(|_| decision.reason == Reason::Allowed);
+        Self { version: decision.choice.version, key }
+    }
+
+    /// Its headers: the version always, the identity where there is one. An owner that is not there is an empty
+    /// header, so that an upstream can tell "no owner" from "not through Keygate".
+    pub fn headers(&self) -> impl Iterator<Item = (&'static str, &str)> {
+        let identity = self.key.as_deref().map(|key| {
+            let claims = &key.claims;
+            [
+                ("x-keygate-key-id", claims.sub.as_str()),
+                ("x-keygate-role", claims.role.as_str()),
+                ("x-keygate-scopes", claims.scope.as_str()),
+                ("x-keygate-owner", claims.own.as_deref().unwrap_or("")),
+            ]
+        });
+        std::iter::once((VERSION_HEADER, self.version.label())).chain(identity.into_iter().flatten())
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,7 @@ pub mod cutoff;
 pub mod decision;
 pub mod forward;
 pub mod gate;
+pub mod header_map;
 pub mod json;
 pub mod limits;
 pub mod policy;

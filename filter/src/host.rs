@@ -3,8 +3,11 @@
 //! Every value is taken as bytes: the SDK's text getters panic on a byte above 0x7f, which any client
 //! can send.
 
+mod raw;
+
 use std::time::Duration;
 
+use keygate_core::header_map::HeaderMap;
 use keygate_core::shared::{Conflict, SharedData};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType};
@@ -43,30 +46,19 @@ pub fn unix_ms() -> u64 {
 }
 
 /// The monotonic clock of the process, nanoseconds: the same for all its VMs.
-#[cfg(target_arch = "wasm32")]
-#[allow(unsafe_code)]
 pub fn monotonic_ns() -> u64 {
-    #[link(wasm_import_module = "wasi_snapshot_preview1")]
-    unsafe extern "C" {
-        fn clock_time_get(clock: u32, precision: u64, time: *mut u64) -> u32;
-    }
-    const MONOTONIC: u32 = 1;
-    let mut now = 0;
-    // SAFETY: the host writes eight bytes to `now`, which outlives the call.
-    let status = unsafe { clock_time_get(MONOTONIC, 1, &raw mut now) };
     // The end of time makes every state too old, so a clock that fails is answered with 503.
-    if status == 0 { now } else { u64::MAX }
-}
-
-/// For `cargo check` on the build machine; the filter runs nowhere but in a proxy.
-#[cfg(not(target_arch = "wasm32"))]
-pub fn monotonic_ns() -> u64 {
-    u64::MAX
+    raw::monotonic_ns().unwrap_or(u64::MAX)
 }
 
 /// All headers of the request, in order, as they came.
-pub fn request_headers() -> Option<Vec<(String, Vec<u8>)>> {
-    hostcalls::get_map_bytes(MapType::HttpRequestHeaders).ok()
+pub fn request_headers() -> Option<HeaderMap> {
+    raw::request_headers().and_then(HeaderMap::new)
+}
+
+/// Adds a header to the request; whether that worked.
+pub fn add_request_header(name: &str, value: &str) -> bool {
+    hostcalls::add_map_value_bytes(MapType::HttpRequestHeaders, name, value.as_bytes()).is_ok()
 }
 
 /// Replaces all headers of the request; whether that worked.

@@ -52,16 +52,19 @@ struct Root {
     plugin: Option<plugin::Shared>,
 }
 
-impl Context for Root {
-    fn on_done(&mut self) -> bool {
+/// The VM ends in peace, as when its configuration is replaced. Not by `on_done`, which the proxy would call for every
+/// request too.
+impl Drop for Root {
+    fn drop(&mut self) {
         if let Some(plugin) = &self.plugin
             && let Ok(mut plugin) = plugin.try_borrow_mut()
         {
-            plugin.on_done();
+            plugin.on_end();
         }
-        true
     }
+}
 
+impl Context for Root {
     fn on_http_call_response(&mut self, token: u32, headers: usize, body_bytes: usize, _trailers: usize) {
         if let Some(plugin) = &self.plugin
             && let Ok(mut plugin) = plugin.try_borrow_mut()

@@ -2,11 +2,12 @@
 
 use keygate_core::credential::{self, Credential};
 use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
-use keygate_core::forward;
+use keygate_core::forward::{self, Forwarded};
+use keygate_core::header_map::HeaderMap;
 use keygate_core::limits::Left;
 use keygate_core::quota;
 use keygate_core::refusal::Refusal;
-use keygate_core::rollout::{ApiVersion, Choice};
+use keygate_core::rollout::ApiVersion;
 use keygate_core::telemetry::Stopwatch;
 use proxy_wasm::types::Action;
 
@@ -23,8 +24,10 @@ const DEFAULT_REALM: &str = "keygate";
 pub enum Outcome {
     /// Let it pass.
     Pass {
-        /// Its headers.
-        headers: Vec<(String, Vec<u8>)>,
+        /// Its headers, as they came.
+        headers: HeaderMap,
+        /// What the upstream is told.
+        forwarded: Forwarded,
         /// What is to be done when it is answered.
         awaited: Option<Awaited>,
     },
@@ -47,6 +50,12 @@ pub struct Awaited {
     pub left: Option<Left>,
 }
 
+/// The same without the headers, which are still being read.
+enum Decided {
+    Pass { forwarded: Forwarded, awaited: Option<Awaited> },
+    Refuse(Outcome),
+}
+
 impl Outcome {
     /// The refusal where nothing can be decided.
     pub fn unavailable() -> Self {
@@ -63,38 +72,31 @@ impl Plugin {
         let Some(headers) = host::request_headers() else { return Outcome::unavailable() };
         #[cfg(feature = "trap")]
         crate::trap::on_request(&headers);
-        let value = |wanted: &str| {
-            headers.iter().find(|(name, _)| name == wanted).map_or(b"".as_slice(), |(_, value)| value)
-        };
-        let (method, path) = (value(":method"), value(":path"));
+        let (method, path) = (headers.value(":method"), headers.value(":path"));
         let asks_readiness = matches!(method, b"GET" | b"HEAD");
         if asks_readiness && path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
             return self.ready(now_ns);
         }
-        let pairs = headers.iter().map(|(name, value)| (name.as_bytes(), value.as_slice()));
-        let credential = credential::find(pairs);
+        let credential = credential::find(headers.iter());
         let wants_client = self.limits_clients() || credential == Credential::None && self.rolls_out();
         let client = if wants_client { host::client_address() } else { None };
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
-        let now_s = self.replica.now_s(host::unix_ms(), now_ns);
-        self.decide(request, &headers, now_ns, now_s, false).unwrap_or_else(|| {
+        let now_s = self.replica.now_s(self.wall_clock.unix_ms(now_ns), now_ns);
+        let decided = self.decide(request, now_ns, now_s, false).or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
-            let decided = self.decide(request, &headers, now_ns, now_s, true);
-            decided.unwrap_or_else(Outcome::unavailable)
-        })
+            self.decide(request, now_ns, now_s, true)
+        });
+        match decided {
+            Some(Decided::Pass { forwarded, awaited }) => Outcome::Pass { headers, forwarded, awaited },
+            Some(Decided::Refuse(refusal)) => refusal,
+            None => Outcome::unavailable(),
+        }
     }
 
     /// `None` when the revocation set could not be read and this is not `for_good`.
-    fn decide(
-        &mut self,
-        request: Request<'_>,
-        headers: &[(String, Vec<u8>)],
-        now_ns: u64,
-        now_s: u64,
-        for_good: bool,
-    ) -> Option<Outcome> {
+    fn decide(&mut self, request: Request<'_>, now_ns: u64, now_s: u64, for_good: bool) -> Option<Decided> {
         let mut data = host::Shared;
         let rolls_out = self.rolls_out();
         let (state, revocations) = self.replica.view(&mut data, now_ns);
@@ -130,11 +132,11 @@ impl Plugin {
                 let counted = route.map(|route| (route.name.clone(), decision.choice.version));
                 let left = decision.left;
                 let awaited = (counted.is_some() || left.is_some()).then_some(Awaited { counted, left });
-                Outcome::Pass { headers: rewritten(headers, &decision), awaited }
+                Decided::Pass { forwarded: Forwarded::of(&decision), awaited }
             }
             Verdict::Refuse(refusal) => {
                 let scopes = decision.route.map_or(&[][..], |route| route.scopes.as_slice());
-                refuse(refusal, realm, scopes, decision.left)
+                Decided::Refuse(refuse(refusal, realm, scopes, decision.left))
             }
         })
     }
@@ -172,22 +174,22 @@ fn record(decision: &Decision<'_>) {
         host::set_filter_state("keygate.key_id", &key.claims.sub);
     }
     host::set_filter_state("keygate.outcome", decision.reason.label());
-    if let Some(route) = decision.route {
-        host::set_filter_state("keygate.route", &route.name);
-    }
-    if decision.choice != Choice::SETTLED {
-        host::set_filter_state("keygate.version", decision.choice.version.label());
-    }
     if decision.shadowed {
         host::set_filter_state("keygate.shadowed", "true");
     }
 }
 
-/// The headers for the upstream: the client's without those that are ours to set, then ours.
-fn rewritten(headers: &[(String, Vec<u8>)], decision: &Decision<'_>) -> Vec<(String, Vec<u8>)> {
-    let kept = headers.iter().filter(|(name, _)| !forward::is_reserved(name.as_bytes())).cloned();
-    let ours = forward::headers(decision).map(|(name, value)| (name.to_owned(), value.as_bytes().to_vec()));
-    kept.chain(ours).collect()
+/// Gives the upstream the client's headers without those that are ours to set, then ours; whether that worked.
+fn forward(headers: &HeaderMap, forwarded: &Forwarded) -> bool {
+    if !headers.iter().any(|(name, _)| forward::is_reserved(name)) {
+        // As nearly always: nothing is to be taken away.
+        return forwarded.headers().all(|(name, value)| host::add_request_header(name, value));
+    }
+    let kept = headers.iter().filter(|(name, _)| !forward::is_reserved(name));
+    // A proxy lets no other names pass.
+    let kept = kept.map(|(name, value)| std::str::from_utf8(name).ok().zip(Some(value)));
+    let ours = forwarded.headers().map(|(name, value)| Some((name, value.as_bytes())));
+    kept.chain(ours).collect::<Option<Vec<_>>>().is_some_and(host::replace_request_headers)
 }
 
 /// What a client is told of its limit: draft-ietf-httpapi-ratelimit-headers in its widespread form.
@@ -218,12 +220,11 @@ fn refuse(refusal: Refusal, realm: &str, scopes: &[String], left: Option<Left>) 
 /// Carries an outcome out, and says what answer is to be counted. The only pause is that after a local reply.
 pub fn carry_out(outcome: Outcome) -> (Action, Option<Awaited>) {
     match outcome {
-        Outcome::Pass { headers, awaited } => {
-            let pairs = headers.iter().map(|(name, value)| (name.as_str(), value.as_slice())).collect();
-            if host::replace_request_headers(pairs) {
+        Outcome::Pass { headers, forwarded, awaited } => {
+            if forward(&headers, &forwarded) {
                 return (Action::Continue, awaited);
             }
-            // A forged identity could be among those that were to be replaced.
+            // A forged identity could be among those that were to be removed.
             carry_out(Outcome::unavailable())
         }
         Outcome::Respond { status, headers, body } => {

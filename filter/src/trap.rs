@@ -1,6 +1,7 @@
 //! Only with feature `trap`: lets a test make a VM trap, to see that the others go on and that nothing gets
 //! through meanwhile.
 
+use keygate_core::header_map::HeaderMap;
 use keygate_core::shared::SharedData as _;
 
 use crate::host;
@@ -12,10 +13,10 @@ const HEADER: &str = "x-trap";
 const LEADER: &str = "keygate/trap-leader";
 
 /// A request with `x-trap: worker` traps its worker; one with `x-trap: leader` whichever VM leads.
-pub fn on_request(headers: &[(String, Vec<u8>)]) {
-    match headers.iter().find(|(name, _)| name == HEADER).map(|(_, value)| value.as_slice()) {
-        Some(b"worker") => trap(),
-        Some(b"leader") => {
+pub fn on_request(headers: &HeaderMap) {
+    match headers.value(HEADER) {
+        b"worker" => trap(),
+        b"leader" => {
             let _raced = host::Shared.set(LEADER, &[1], None);
         }
         _ => {}

@@ -8,7 +8,7 @@ use axum::response::Response;
 use keygate_core::cache::TokenCache;
 use keygate_core::credential::Credential;
 use keygate_core::decision::{self, Judge, Request, Trace, Verdict, decide};
-use keygate_core::forward;
+use keygate_core::forward::Forwarded;
 use serde::Deserialize;
 
 use super::json;
@@ -65,7 +65,8 @@ pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<R
     };
     let headers: serde_json::Map<String, serde_json::Value> = match decision.verdict {
         Verdict::Forward => {
-            forward::headers(&decision).map(|(name, value)| (name.to_owned(), value.into())).collect()
+            let forwarded = Forwarded::of(&decision);
+            forwarded.headers().map(|(name, value)| (name.to_owned(), value.into())).collect()
         }
         Verdict::Refuse(_) => serde_json::Map::new(),
     };

@@ -3,6 +3,7 @@ use jsonwebtoken::EncodingKey;
 use super::*;
 use crate::crypto::{Algorithm, native};
 use crate::cutoff::{Cutoff, Lockdown, Scope};
+use crate::forward::Forwarded;
 use crate::policy::Policy;
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::rollout::Rollout;
@@ -495,7 +496,7 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             trace: &mut (),
         };
         let decision = decide(State::Fresh(&rules), request, judge);
-        crate::forward::headers(&decision).map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
+        Forwarded::of(&decision).headers().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
     };
     assert_eq!(
         headers("/chat", &with(|c| c.own = Some("acme".into()))),
@@ -526,7 +527,7 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             trace: &mut (),
         };
         let decision = decide(State::Fresh(&rules), request, judge);
-        crate::forward::headers(&decision).count()
+        Forwarded::of(&decision).headers().count()
     };
     assert_eq!(headers_shadow(), 1, "a key that would be refused identifies nobody");
 }
@@ -663,7 +664,8 @@ fn shadow_mode_lets_v2_pass_what_it_refuses_and_leaves_v1_alone() {
             (decision.choice.version, decision.reason, decision.shadowed),
             (version, reason, shadowed)
         );
-        let sent: Vec<_> = crate::forward::headers(&decision).collect();
+        let forwarded = Forwarded::of(&decision);
+        let sent: Vec<_> = forwarded.headers().collect();
         assert_eq!(
             sent,
             [("x-keygate-version", version.label())],

@@ -15,8 +15,9 @@ use crate::shared::SharedData;
 const DRAW_NS: u64 = 2_000_000_000;
 /// What would have to be given back sooner is not drawn: it might not be given back in time.
 const MIN_DRAW_NS: u64 = 500_000_000;
-/// The most units that a VM draws beyond what a request needs.
+/// The most units that a VM draws beyond what a request needs; of a large limit, this part of it.
 const MAX_DRAW: u32 = 64;
+const MAX_DRAW_PART: u32 = 256;
 /// A VM draws this part of what is free.
 const DRAW_PART: u32 = 8;
 /// The most accounts that a VM keeps in mind; others are looked up for every request.
@@ -343,7 +344,8 @@ fn look(vm: u64, record: &mut Record, standing: &Standing, cost: u32, now_ns: u6
     let mut drawn = 0;
     if let Some(rest) = rest {
         record.spends.add(now_ns, cost, window_ns);
-        drawn = rest.checked_div(DRAW_PART).unwrap_or(0).min(MAX_DRAW);
+        let most = record.limit.checked_div(MAX_DRAW_PART).unwrap_or(0).max(MAX_DRAW);
+        drawn = rest.checked_div(DRAW_PART).unwrap_or(0).min(most);
         if drawn > 0 && is_worth_it(until_ns, now_ns) && record.has_room() {
             record.draws.push(Draw { vm, units: drawn, until_ns });
         } else {
