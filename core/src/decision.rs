@@ -16,7 +16,7 @@ use crate::refusal::Refusal;
 use crate::revocation::{Revocations, Standing};
 use crate::rollout::{ApiVersion, Choice, Subject};
 use crate::rules::Ruleset;
-use crate::token;
+use crate::token::{self, Malformed, Token};
 
 /// What is asked.
 #[derive(Debug, Clone, Copy)]
@@ -280,6 +280,20 @@ pub struct Judge<'a, R, T, M = ()> {
     pub trace: &'a mut T,
 }
 
+/// What the token of a request says, read at most once.
+#[derive(Default)]
+struct Reading<'r>(Option<Result<Token<'r>, Malformed>>);
+
+impl<'r> Reading<'r> {
+    fn of(&mut self, token: &'r [u8]) -> &Result<Token<'r>, Malformed> {
+        self.0.get_or_insert_with(|| token::read(token))
+    }
+
+    fn take(self, token: &'r [u8]) -> Result<Token<'r>, Malformed> {
+        self.0.unwrap_or_else(|| token::read(token))
+    }
+}
+
 /// Decides on a request.
 pub fn decide<'s, R: Revocations, T: Trace, M: Meter>(
     state: State<'s>,
@@ -303,10 +317,11 @@ pub fn decide<'s, R: Revocations, T: Trace, M: Meter>(
     let mut decision = match route {
         None => Decision::new(Reason::NoRoute, None, None),
         Some(route) => {
-            let choice = judge.choose(rules, route, path, &request);
+            let mut reading = Reading::default();
+            let choice = judge.choose(rules, route, path, &request, &mut reading);
             let decision = match choice.version {
                 ApiVersion::V1 => Decision::new(Reason::V1, Some(route), None),
-                ApiVersion::V2 => judge.on_route(rules, stale, route, &request),
+                ApiVersion::V2 => judge.on_route(rules, stale, route, &request, reading),
             };
             Decision { choice, ..decision }
         }
@@ -326,7 +341,8 @@ pub fn decide_on_route<'s, R: Revocations, T: Trace, M: Meter>(
     credential: Credential<'_>,
     mut judge: Judge<'_, R, T, M>,
 ) -> Decision<'s> {
-    judge.on_route(rules, false, route, &Request { method: b"", path: b"", credential, client: b"" })
+    let request = Request { method: b"", path: b"", credential, client: b"" };
+    judge.on_route(rules, false, route, &request, Reading::default())
 }
 
 impl<'s> Decision<'s> {
@@ -339,7 +355,14 @@ impl<'s> Decision<'s> {
 impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
     /// Which version of the upstream a request is for. Whose a key is need not be verified for that: V1 judges by
     /// itself, and V2 is decided here.
-    fn choose(&mut self, rules: &Ruleset, route: &Route, path: &[u8], request: &Request<'_>) -> Choice {
+    fn choose<'r>(
+        &mut self,
+        rules: &Ruleset,
+        route: &Route,
+        path: &[u8],
+        request: &Request<'r>,
+        reading: &mut Reading<'r>,
+    ) -> Choice {
         let plan = &rules.rollout;
         if plan.is_settled() {
             return Choice::SETTLED;
@@ -354,22 +377,25 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
                     let claims = &known.claims;
                     of(&Subject::of_parts(claims.own.as_deref(), &claims.sub, known.subject))
                 }
-                None => match token::read(token).ok().filter(|read| read.claims.iss == rules.issuer) {
-                    Some(read) => of(&Subject::of_key(read.claims.own.as_deref(), &read.claims.sub)),
-                    None => plan.for_legacy(name, path),
-                },
+                None => {
+                    match reading.of(token).as_ref().ok().filter(|read| read.claims.iss == rules.issuer) {
+                        Some(read) => of(&Subject::of_key(read.claims.own.as_deref(), &read.claims.sub)),
+                        None => plan.for_legacy(name, path),
+                    }
+                }
             },
         };
         self.trace.step("rollout", || format!("{} ({})", choice.version.label(), choice.why.label()));
         choice
     }
 
-    fn on_route<'s>(
+    fn on_route<'s, 'r>(
         &mut self,
         rules: &Ruleset,
         stale: bool,
         route: &'s Route,
-        request: &Request<'_>,
+        request: &Request<'r>,
+        reading: Reading<'r>,
     ) -> Decision<'s> {
         let refuse = |reason, key| Decision::new(reason, Some(route), key);
         let too_old = stale && route.stale == Stale::Deny;
@@ -390,7 +416,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             self.trace.step("state", || "older than the hard age".into());
             return refuse(Reason::StaleState, None);
         }
-        let key = match self.verify(rules, token) {
+        let key = match self.verify(rules, token, reading) {
             Ok(key) => key,
             // A secret may have been made since: that is not for the client to be told of as a bad key.
             Err(Reason::UnknownKid) if stale && !has_ended(rules, token) => {
@@ -436,7 +462,12 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
     }
 
     /// The token behind the bytes, if it is one of ours that counts now.
-    fn verify(&mut self, rules: &Ruleset, token: &[u8]) -> Result<Arc<Verified>, Reason> {
+    fn verify<'r>(
+        &mut self,
+        rules: &Ruleset,
+        token: &'r [u8],
+        reading: Reading<'r>,
+    ) -> Result<Arc<Verified>, Reason> {
         if let Some(known) = self.cache.get(token) {
             let verifier = rules.verifier(&known.kid).filter(|verifier| verifier.tag == known.key_tag);
             if let Some(verifier) = verifier {
@@ -450,7 +481,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             // Verified by a secret that is gone, or that now means another key: from the beginning.
             self.cache.remove(token);
         }
-        let read = token::read(token).map_err(|malformed| {
+        let read = reading.take(token).map_err(|malformed| {
             self.trace.step("token", || malformed.to_string());
             Reason::Malformed
         })?;

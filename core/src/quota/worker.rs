@@ -13,6 +13,16 @@ use crate::shared::SharedData;
 
 /// How long a VM may keep units without a word. A VM that traps takes them with it for so long, and for a window.
 const DRAW_NS: u64 = 2_000_000_000;
+/// The same for a [`is_roomy`] limit, of which a VM holds so little that nobody misses it meanwhile: a key that comes
+/// now and then would cost a look at the record each time.
+const LONG_DRAW_NS: u64 = 20_000_000_000;
+/// It is given back when the key has not come for so long,
+const IDLE_NS: u64 = 5_000_000_000;
+/// and so long before its end at the latest.
+const MARGIN_NS: u64 = 1_000_000_000;
+/// A limit of so many units, in a window so long, has room.
+const ROOMY_UNITS: u32 = 8_192;
+const ROOMY_WINDOW_S: u32 = 60;
 /// What would have to be given back sooner is not drawn: it might not be given back in time.
 const MIN_DRAW_NS: u64 = 500_000_000;
 /// The most units that a VM draws beyond what a request needs; of a large limit, this part of it.
@@ -135,6 +145,8 @@ struct Purse {
     alone_from_ns: u64,
     /// The latest time that was seen: a clock that goes backwards stands still.
     now_ns: u64,
+    /// When the key came last.
+    came_ns: u64,
     touched: bool,
 }
 
@@ -190,6 +202,13 @@ impl Purse {
     fn is_empty(&self) -> bool {
         self.units == 0 && self.spent.is_empty()
     }
+
+    /// Whether what it holds may stay as it is for now.
+    fn may_wait(&self, account: Account, now_ns: u64) -> bool {
+        is_roomy(account, self.limit)
+            && now_ns.saturating_sub(self.came_ns) < IDLE_NS
+            && now_ns.saturating_add(MARGIN_NS) < self.until_ns
+    }
 }
 
 /// What came of looking at a record.
@@ -222,8 +241,11 @@ impl Worker {
     ) -> Verdict {
         let cost = cost.max(1);
         let purse = self.purses.entry(account).or_default();
+        // Of a key that comes rarely nothing is drawn: it would only have to be given back.
+        let draws = purse.came_ns > 0 || is_roomy(account, limit);
         let now_ns = now_ns.max(purse.now_ns);
         purse.now_ns = now_ns;
+        purse.came_ns = now_ns;
         purse.touched = true;
         purse.asked_for = purse.asked_for.saturating_add(cost);
         if purse.limit == limit
@@ -239,7 +261,7 @@ impl Worker {
             purse.settle(vm, record, now_ns);
             record.limit = limit;
             record.roll(standing, now_ns);
-            Ok((look(vm, record, standing, cost, now_ns), Write::Yes))
+            Ok((look(vm, record, standing, cost, draws, now_ns), Write::Yes))
         });
         purse.limit = limit;
         purse.refusal = None;
@@ -271,6 +293,9 @@ impl Worker {
         let vm = self.vm;
         self.purses.retain(|account, purse| {
             let now_ns = now_ns.max(purse.now_ns);
+            if purse.may_wait(*account, now_ns) {
+                return true;
+            }
             let keep = if purse.touched { purse.units } else { 0 };
             let active = purse.touched || now_ns < purse.refused_until_ns;
             purse.touched = false;
@@ -327,15 +352,21 @@ impl Purse {
 }
 
 fn draw_until(record: &Record, standing: &Standing, now_ns: u64) -> u64 {
-    now_ns.saturating_add(DRAW_NS).min(record.holds_until(standing, now_ns))
+    let long = if is_roomy(record.account, record.limit) { LONG_DRAW_NS } else { DRAW_NS };
+    now_ns.saturating_add(long).min(record.holds_until(standing, now_ns))
+}
+
+/// Whether a limit is so large that what a VM holds of it is next to nothing.
+fn is_roomy(account: Account, limit: u32) -> bool {
+    limit >= ROOMY_UNITS && account.window_s >= ROOMY_WINDOW_S
 }
 
 fn is_worth_it(until_ns: u64, now_ns: u64) -> bool {
     now_ns.saturating_add(MIN_DRAW_NS) <= until_ns
 }
 
-/// Pays for a request from a record, and draws some more.
-fn look(vm: u64, record: &mut Record, standing: &Standing, cost: u32, now_ns: u64) -> Look {
+/// Pays for a request from a record, and `draws` some more.
+fn look(vm: u64, record: &mut Record, standing: &Standing, cost: u32, draws: bool, now_ns: u64) -> Look {
     let window_ns = record.account.window_ns();
     let cap = record.cap(standing, now_ns);
     let free = cap.saturating_sub(record.in_use());
@@ -346,7 +377,7 @@ fn look(vm: u64, record: &mut Record, standing: &Standing, cost: u32, now_ns: u6
         record.spends.add(now_ns, cost, window_ns);
         let most = record.limit.checked_div(MAX_DRAW_PART).unwrap_or(0).max(MAX_DRAW);
         drawn = rest.checked_div(DRAW_PART).unwrap_or(0).min(most);
-        if drawn > 0 && is_worth_it(until_ns, now_ns) && record.has_room() {
+        if draws && drawn > 0 && is_worth_it(until_ns, now_ns) && record.has_room() {
             record.draws.push(Draw { vm, units: drawn, until_ns });
         } else {
             drawn = 0;

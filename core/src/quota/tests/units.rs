@@ -163,6 +163,37 @@ fn a_vm_that_traps_takes_its_units_for_a_window() {
 }
 
 #[test]
+fn of_a_key_that_comes_rarely_nothing_is_drawn() {
+    let (_, mut sites) = fleet(1, 1_000);
+    let site = &mut sites[0];
+    for now in [2 * S, 3 * S, 4 * S] {
+        assert!(site.spend(1, now).is_admitted());
+        assert_eq!(site.record(|record, _| record.draws.len()), Some(0));
+        site.ask(now + 100 * MS);
+        site.ask(now + 200 * MS);
+    }
+    assert_eq!(site.record(|record, _| record.in_use()), Some(3));
+}
+
+#[test]
+fn of_a_large_limit_a_vm_keeps_units_while_the_key_comes_and_gives_them_back_when_not() {
+    let (mut ledger, mut sites) = fleet(1, 100_000);
+    let drawn = |site: &mut Site| site.record(|record, _| record.draws.first().map(|draw| draw.units));
+    assert!(sites[0].spend(1, 2 * S).is_admitted());
+    let units = drawn(&mut sites[0]).flatten().expect("the first request draws");
+    for second in 3..40 {
+        assert!(sites[0].spend(1, second * S).is_admitted());
+        pass(&mut ledger, &mut sites, second * S + 1, second * S + S);
+        assert!(drawn(&mut sites[0]).flatten().is_some(), "kept at {second} s");
+    }
+    let used = sites[0].record(|record, _| record.spends.used()).unwrap();
+    assert!((10..38).contains(&used), "{used} of 38 were told so far");
+    pass(&mut ledger, &mut sites, 40 * S, 46 * S);
+    assert_eq!(drawn(&mut sites[0]), Some(None), "given back");
+    assert_eq!(sites[0].record(|record, _| record.in_use()), Some(38), "{units} were drawn each time");
+}
+
+#[test]
 fn what_a_vm_drew_it_does_not_spend_when_it_holds_no_more() {
     let (mut ledger, mut sites) = fleet(3, 1_000);
     let mut now = 2 * S;
@@ -177,7 +208,7 @@ fn what_a_vm_drew_it_does_not_spend_when_it_holds_no_more() {
     let end = site.record(|record, standing| record.holds_until(standing, now)).unwrap();
     let lease = site.record(|record, standing| record.leased_ns + standing.lease_ns).unwrap();
     assert_eq!(end, lease);
-    site.spend(1, lease - S);
+    site.burst(2, lease - S);
     let until = site.record(|record, _| record.draws.iter().map(|draw| draw.until_ns).max()).unwrap();
     assert_eq!(until, Some(lease));
     site.spend(1, lease - 100 * MS);
