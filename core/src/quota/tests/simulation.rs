@@ -528,4 +528,10 @@ proptest! {
         let faults = Faults { cut_off: 6, pause: 10, race: 0, ..Faults::default() };
         survives(seed, faults, window_s, limit, 1)?;
     }
+
+    /// The same of a limit of which VMs hold units for long.
+    #[test]
+    fn never_above_a_large_limit(seed: u64) {
+        survives(seed, HARSH, 60, 8_192, 100)?;
+    }
 }
