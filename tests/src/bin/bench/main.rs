@@ -2,6 +2,7 @@
 //! `target/bench/NAME.json`.
 
 mod durability;
+mod filter;
 mod quota;
 mod revocation;
 mod rotation;
@@ -13,12 +14,15 @@ use serde_json::Value;
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("durability") => durability::run(),
+        Some("filter") => filter::run(),
+        // What `filter` starts beside itself.
+        Some(filter::server::COMMAND) => filter::server::run(),
         Some("quota") => quota::run(),
         Some("revocation") => revocation::run(),
         Some("rotation") => rotation::run(),
         other => {
             eprintln!(
-                "error: there is no benchmark {other:?}; there are: durability, quota, revocation, rotation"
+                "error: there is no benchmark {other:?}; there are: durability, filter, quota, revocation, rotation"
             );
             return ExitCode::FAILURE;
         }

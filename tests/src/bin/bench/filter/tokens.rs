@@ -1,0 +1,252 @@
+//! The keys that requests show: of 400 to 900 bytes, as Keygate issues them, spread by owners and scopes of different
+//! lengths.
+
+use base64::Engine as _;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
+use hmac::{Hmac, KeyInit as _, Mac as _};
+use keygate_e2e::durability::Dice;
+use keygate_e2e::forge::Parts;
+use keygate_e2e::{Api, Connection, Request};
+use serde_json::{Value, json};
+use sha2::Sha256;
+
+use super::client::{Expected, Shot};
+use super::server::V2;
+use super::variant::Load;
+use super::zipf::Zipf;
+
+/// How many keys a load is of.
+pub const KEYS: usize = 10_000;
+/// How many forged tokens there are. No proxy remembers one, so they can come again.
+const FORGED: usize = 2_000;
+/// The longest owner that the control plane takes.
+const OWNER_BYTES: std::ops::RangeInclusive<usize> = 8..=128;
+/// How many keys are issued at a time.
+const AT_A_TIME: usize = 16;
+
+/// All keys, as requests.
+#[derive(Debug)]
+pub struct Tokens {
+    dice: Dice,
+    zipf: Zipf,
+    /// Owners that the rollout sends to V2, so that every request is decided on.
+    owners: Vec<String>,
+    known: Vec<Vec<u8>>,
+    es256: Vec<Vec<u8>>,
+    eddsa: Vec<Vec<u8>>,
+    forged: Vec<Vec<u8>>,
+    /// ES256, in the order in which they are shown for the first time.
+    new: Vec<Vec<u8>>,
+    shown: usize,
+}
+
+impl Tokens {
+    /// Those of some owners.
+    pub fn new(api: &Api, dice: Dice, owners: Vec<String>, signer: &Hs256, eddsa: &[String]) -> Self {
+        let mut tokens = Self {
+            dice,
+            zipf: Zipf::new(KEYS),
+            owners,
+            known: Vec::new(),
+            es256: Vec::new(),
+            eddsa: eddsa.iter().map(|token| request(token)).collect(),
+            forged: Vec::new(),
+            new: Vec::new(),
+            shown: 0,
+        };
+        tokens.known = (0..KEYS)
+            .map(|number| {
+                let grant = Grant::draw(&mut tokens.dice, &tokens.owners);
+                request(&signer.token(&format!("key_of-the-benchmark-{number:05}"), &grant))
+            })
+            .collect();
+        let issued = issue(api, tokens.grants(FORGED + 1));
+        tokens.forged = issued.windows(2).map(|pair| request(&with_signature_of(&pair[0], &pair[1]))).collect();
+        tokens.have_new(api, KEYS);
+        tokens.es256 = tokens.new.clone();
+        tokens
+    }
+
+    /// Has at least so many more that nobody has shown.
+    pub fn have_new(&mut self, api: &Api, count: usize) {
+        let missing = count.saturating_sub(self.new.len() - self.shown);
+        let issued = issue(api, self.grants(missing));
+        self.new.extend(issued.iter().map(|token| request(token)));
+    }
+
+    fn grants(&mut self, count: usize) -> Vec<Grant> {
+        Grant::draw_many(&mut self.dice, &self.owners, count)
+    }
+
+    /// The next requests of a load. When those that nobody has shown run out, there are fewer.
+    pub fn draw(&mut self, load: Load, count: usize) -> Vec<Shot<'_>> {
+        let Self { dice, zipf, known, es256, eddsa, forged, new, shown, .. } = self;
+        let ok = |request| Shot { request, expected: Expected::Upstream(V2), timed: true };
+        let mut next = |of_hundred: usize| {
+            if dice.below(100) >= of_hundred {
+                return Some(ok(&known[zipf.draw(dice)]));
+            }
+            let request = new.get(*shown)?;
+            *shown += 1;
+            Some(ok(request))
+        };
+        match load {
+            Load::New(of_hundred) => (0..count).map_while(|_| next(of_hundred)).collect(),
+            Load::Known => (0..count).map(|_| ok(&known[zipf.draw(dice)])).collect(),
+            Load::Es256 => (0..count).map(|_| ok(&es256[zipf.draw(dice)])).collect(),
+            Load::EdDsa => (0..count).map(|_| ok(&eddsa[zipf.draw(dice)])).collect(),
+            Load::Forged => {
+                let of = |request| Shot { request, expected: Expected::Status(401), timed: true };
+                (0..count).map(|_| of(&forged[dice.below(forged.len())])).collect()
+            }
+        }
+    }
+
+    /// How many requests of a load can be drawn.
+    pub fn left(&self, load: Load) -> usize {
+        match load {
+            Load::New(of_hundred) => (self.new.len() - self.shown) * 100 / of_hundred,
+            _ => usize::MAX,
+        }
+    }
+
+    /// Each known key once.
+    pub fn every_known(&self) -> impl Iterator<Item = Shot<'_>> {
+        self.known.iter().map(|request| Shot { request, expected: Expected::Upstream(V2), timed: false })
+    }
+
+    /// The shortest, mean and longest token of those that are known.
+    pub fn sizes(&self) -> (usize, usize, usize) {
+        let overhead = request("").len();
+        let sizes = || self.known.iter().map(|request| request.len() - overhead);
+        (
+            sizes().min().unwrap_or_default(),
+            sizes().sum::<usize>() / KEYS,
+            sizes().max().unwrap_or_default(),
+        )
+    }
+}
+
+/// What a key is given.
+#[derive(Debug)]
+pub struct Grant {
+    owner: String,
+    role: &'static str,
+    scopes: Vec<&'static str>,
+}
+
+impl Grant {
+    /// So many, of owners and roles at random.
+    pub fn draw_many(dice: &mut Dice, owners: &[String], count: usize) -> Vec<Self> {
+        (0..count).map(|_| Self::draw(dice, owners)).collect()
+    }
+
+    fn draw(dice: &mut Dice, owners: &[String]) -> Self {
+        const ROLES: [(&str, &[&str]); 3] = [
+            ("basic", &["chat:write"]),
+            ("contributor", &["chat:history", "chat:write", "dataset:read", "dataset:write"]),
+            ("node_operator", &["chat:history", "chat:write", "node:manage", "node:register"]),
+        ];
+        let (role, more) = ROLES[dice.below(ROLES.len())];
+        let mut scopes = vec!["chat:read"];
+        scopes.extend(&more[..dice.below(more.len() + 1)]);
+        scopes.sort_unstable();
+        Self { owner: owners[dice.below(owners.len())].clone(), role, scopes }
+    }
+
+    /// One for each owner.
+    pub fn of_each(owners: &[String]) -> impl Iterator<Item = Self> {
+        owners.iter().map(|owner| Self { owner: owner.clone(), role: "basic", scopes: vec!["chat:read"] })
+    }
+}
+
+/// So many ids of organisations, of different lengths.
+pub fn owners(dice: &mut Dice, count: usize) -> Vec<String> {
+    let (shortest, longest) = OWNER_BYTES.into_inner();
+    let owner = |number| {
+        let length = shortest + dice.below(longest - shortest + 1);
+        format!("{number:03}-{}", "organisation-".repeat(10))[..length].to_owned()
+    };
+    (0..count).map(owner).collect()
+}
+
+/// A request with a token, as a small client sends it.
+pub fn request(token: &str) -> Vec<u8> {
+    format!(
+        "GET /api/chat HTTP/1.1\r\nhost: localhost\r\nuser-agent: keygate-bench/1\r\naccept: */*\r\n\
+         authorization: Bearer {token}\r\n\r\n"
+    )
+    .into_bytes()
+}
+
+/// Signs tokens with a secret that the control plane imported.
+pub struct Hs256 {
+    /// Its id there.
+    pub kid: String,
+    /// Whose tokens they are.
+    pub issuer: String,
+    /// The secret, base64url.
+    pub secret: String,
+    /// Unix seconds.
+    pub issued_at: u64,
+}
+
+impl Hs256 {
+    /// For tokens like those that the control plane signs with the secret, which signs now.
+    pub fn like(api: &Api, kid: String, secret: String) -> Self {
+        let key = Parts::of(&api.issue("basic").token);
+        let issuer = key.claim("iss").as_str().expect("an issuer").to_owned();
+        let issued_at = key.claim("iat").as_u64().expect("a time");
+        assert!(key.header.contains(&kid), "the imported secret signs");
+        Self { kid, issuer, secret, issued_at }
+    }
+
+    /// The token of a key that is registered nowhere: proxies ask nobody whether it is.
+    pub fn token(&self, key_id: &str, grant: &Grant) -> String {
+        let header = format!(r#"{{"alg":"HS256","kid":"{}","typ":"apikey+jwt"}}"#, self.kid);
+        let claims = format!(
+            r#"{{"iss":"{}","sub":"{key_id}","jti":"{}","iat":{},"exp":{},"role":"{}","scope":"{}","own":"{}"}}"#,
+            self.issuer,
+            key_id.replace("key_of-", "id-in-"),
+            self.issued_at,
+            self.issued_at + 24 * 60 * 60,
+            grant.role,
+            grant.scopes.join(" "),
+            grant.owner,
+        );
+        let signed = format!("{}.{}", BASE64URL.encode(header), BASE64URL.encode(claims));
+        let secret = BASE64URL.decode(&self.secret).expect("it was encoded here");
+        let mut mac = Hmac::<Sha256>::new_from_slice(&secret).expect("any length will do");
+        mac.update(signed.as_bytes());
+        format!("{signed}.{}", BASE64URL.encode(mac.finalize().into_bytes()))
+    }
+}
+
+/// Issues keys over several connections, with whatever secret signs now.
+pub fn issue(api: &Api, grants: Vec<Grant>) -> Vec<String> {
+    let (port, admin) = (api.port(), api.key());
+    let some = |grants: &[Grant]| -> Vec<String> {
+        let mut connection = Connection::open(port).expect("the control plane listens");
+        let mut one = |grant: &Grant| {
+            let Grant { owner, role, scopes } = grant;
+            let body = json!({ "name": "bench", "role": role, "owner": owner, "scopes": scopes });
+            let request = Request::post("/api/auth/register", &body).bearer(&admin);
+            let answer = connection.send(&request);
+            assert_eq!(answer.status, 201, "a key is not issued");
+            let answer: Value = answer.json();
+            answer["api_key"].as_str().expect("a key").to_owned()
+        };
+        grants.iter().map(&mut one).collect()
+    };
+    let each = grants.len().div_ceil(AT_A_TIME).max(1);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = grants.chunks(each).map(|chunk| scope.spawn(|| some(chunk))).collect();
+        threads.into_iter().flat_map(|thread| thread.join().expect("keys")).collect()
+    })
+}
+
+fn with_signature_of(token: &str, other: &str) -> String {
+    let (signed, _) = token.rsplit_once('.').expect("a token");
+    let (_, signature) = other.rsplit_once('.').expect("a token");
+    format!("{signed}.{signature}")
+}
