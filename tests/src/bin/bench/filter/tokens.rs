@@ -1,6 +1,8 @@
 //! The keys that requests show: of 400 to 900 bytes, as Keygate issues them, spread by owners and scopes of different
 //! lengths.
 
+use std::cell::{Cell, RefCell};
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
@@ -27,7 +29,7 @@ const AT_A_TIME: usize = 16;
 /// All keys, as requests.
 #[derive(Debug)]
 pub struct Tokens {
-    dice: Dice,
+    dice: RefCell<Dice>,
     zipf: Zipf,
     /// Owners that the rollout sends to V2, so that every request is decided on.
     owners: Vec<String>,
@@ -37,14 +39,14 @@ pub struct Tokens {
     forged: Vec<Vec<u8>>,
     /// ES256, in the order in which they are shown for the first time.
     new: Vec<Vec<u8>>,
-    shown: usize,
+    shown: Cell<usize>,
 }
 
 impl Tokens {
     /// Those of some owners.
     pub fn new(api: &Api, dice: Dice, owners: Vec<String>, signer: &Hs256, eddsa: &[String]) -> Self {
         let mut tokens = Self {
-            dice,
+            dice: RefCell::new(dice),
             zipf: Zipf::new(KEYS),
             owners,
             known: Vec::new(),
@@ -52,14 +54,11 @@ impl Tokens {
             eddsa: eddsa.iter().map(|token| request(token)).collect(),
             forged: Vec::new(),
             new: Vec::new(),
-            shown: 0,
+            shown: Cell::new(0),
         };
-        tokens.known = (0..KEYS)
-            .map(|number| {
-                let grant = Grant::draw(&mut tokens.dice, &tokens.owners);
-                request(&signer.token(&format!("key_of-the-benchmark-{number:05}"), &grant))
-            })
-            .collect();
+        let key_id = |number| format!("key_of-the-benchmark-{number:05}");
+        let known = tokens.grants(KEYS).into_iter().enumerate();
+        tokens.known = known.map(|(number, grant)| request(&signer.token(&key_id(number), &grant))).collect();
         let issued = issue(api, tokens.grants(FORGED + 1));
         tokens.forged = issued.windows(2).map(|pair| request(&with_signature_of(&pair[0], &pair[1]))).collect();
         tokens.have_new(api, KEYS);
@@ -69,44 +68,37 @@ impl Tokens {
 
     /// Has at least so many more that nobody has shown.
     pub fn have_new(&mut self, api: &Api, count: usize) {
-        let missing = count.saturating_sub(self.new.len() - self.shown);
+        let missing = count.saturating_sub(self.new.len() - self.shown.get());
         let issued = issue(api, self.grants(missing));
         self.new.extend(issued.iter().map(|token| request(token)));
     }
 
-    fn grants(&mut self, count: usize) -> Vec<Grant> {
-        Grant::draw_many(&mut self.dice, &self.owners, count)
+    fn grants(&self, count: usize) -> Vec<Grant> {
+        Grant::draw_many(&mut self.dice.borrow_mut(), &self.owners, count)
     }
 
     /// The next requests of a load. When those that nobody has shown run out, there are fewer.
-    pub fn draw(&mut self, load: Load, count: usize) -> Vec<Shot<'_>> {
-        let Self { dice, zipf, known, es256, eddsa, forged, new, shown, .. } = self;
+    pub fn draw(&self, load: Load, count: usize) -> Vec<Shot<'_>> {
+        let mut dice = self.dice.borrow_mut();
         let ok = |request| Shot { request, expected: Expected::Upstream(V2), timed: true };
-        let mut next = |of_hundred: usize| {
-            if dice.below(100) >= of_hundred {
-                return Some(ok(&known[zipf.draw(dice)]));
-            }
-            let request = new.get(*shown)?;
-            *shown += 1;
-            Some(ok(request))
-        };
         match load {
-            Load::New(of_hundred) => (0..count).map_while(|_| next(of_hundred)).collect(),
-            Load::Known => (0..count).map(|_| ok(&known[zipf.draw(dice)])).collect(),
-            Load::Es256 => (0..count).map(|_| ok(&es256[zipf.draw(dice)])).collect(),
-            Load::EdDsa => (0..count).map(|_| ok(&eddsa[zipf.draw(dice)])).collect(),
+            Load::Known => (0..count).map(|_| ok(&self.known[self.zipf.draw(&mut dice)])).collect(),
+            Load::Es256 => (0..count).map(|_| ok(&self.es256[self.zipf.draw(&mut dice)])).collect(),
+            Load::EdDsa => (0..count).map(|_| ok(&self.eddsa[self.zipf.draw(&mut dice)])).collect(),
             Load::Forged => {
                 let of = |request| Shot { request, expected: Expected::Status(401), timed: true };
-                (0..count).map(|_| of(&forged[dice.below(forged.len())])).collect()
+                (0..count).map(|_| of(&self.forged[dice.below(self.forged.len())])).collect()
             }
-        }
-    }
-
-    /// How many requests of a load can be drawn.
-    pub fn left(&self, load: Load) -> usize {
-        match load {
-            Load::New(of_hundred) => (self.new.len() - self.shown) * 100 / of_hundred,
-            _ => usize::MAX,
+            Load::New(of_hundred) => (0..count)
+                .map_while(|_| {
+                    if dice.below(100) >= of_hundred {
+                        return Some(ok(&self.known[self.zipf.draw(&mut dice)]));
+                    }
+                    let request = self.new.get(self.shown.get())?;
+                    self.shown.set(self.shown.get() + 1);
+                    Some(ok(request))
+                })
+                .collect(),
         }
     }
 
