@@ -31,9 +31,13 @@ fn main() -> ExitCode {
 }
 
 fn write(name: &str, figures: &Value) {
+    write_text(&format!("{name}.json"), &format!("{figures:#}\n"));
+}
+
+fn write_text(name: &str, text: &str) {
     let directory = keygate_e2e::binaries::root().join("target/bench");
     std::fs::create_dir_all(&directory).expect("a directory for figures");
-    let file = directory.join(format!("{name}.json"));
-    std::fs::write(&file, format!("{figures:#}\n")).expect("the figures");
+    let file = directory.join(name);
+    std::fs::write(&file, text).expect("the figures");
     println!("\nwritten to {}", file.strip_prefix(keygate_e2e::binaries::root()).unwrap_or(&file).display());
 }

@@ -8,6 +8,7 @@ use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::durability::Dice;
 use keygate_e2e::ports::Port;
 use keygate_e2e::process::{Process, tail};
+use keygate_e2e::wait::pass;
 use keygate_e2e::{Api, Connection, Request, SOON, binaries, http, wait_for, wait_until};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -15,7 +16,7 @@ use tempfile::TempDir;
 use super::config::{self, Places};
 use super::cpu::{self, Cpus, Taken};
 use super::server::{self, V1, V2};
-use super::tokens::{self, Grant, Hs256, KEYS};
+use super::tokens::{self, Grant, Hs256, INTEGRATION, INTEGRATION_SCOPES, KEYS};
 use super::variant::Listener;
 
 /// To load a million revocations, or to take them over, on a slow machine.
@@ -51,8 +52,7 @@ impl Bed {
         let directory = tempfile::Builder::new().prefix("keygate-e2e.").tempdir().expect("a directory");
         let mut control_plane = ControlPlane::new(directory.path());
         control_plane.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
-        std::fs::write(control_plane.config_file(), "[rollout]\nv1_cluster = \"upstream_v1\"\n")
-            .expect("the configuration");
+        std::fs::write(control_plane.config_file(), configuration()).expect("the configuration");
         control_plane.start();
         let api = control_plane.api();
         println!("  a million revocations");
@@ -70,7 +70,8 @@ impl Bed {
         let es256_kid = rotate(&api, &json!({ "reason": "bench", "algorithm": "ES256" }));
 
         let services = [Port::reserve(), Port::reserve(), Port::reserve()];
-        let [upstream_port, upstream_v1_port, ext_authz_port] = [0, 1, 2].map(|n: usize| services[n].number());
+        let [upstream_port, upstream_v1_port, ext_authz_port] =
+            [0, 1, 2].map(|n: usize| services[n].number());
         let serve = |name: &'static str, bodies: &[(u16, &[u8])]| answering(name, directory.path(), bodies);
         let upstream = serve("upstream", &[(upstream_port, V2), (upstream_v1_port, V1)]);
         let ext_authz = serve("ext_authz", &[(ext_authz_port, b"")]);
@@ -121,9 +122,8 @@ impl Bed {
 
     fn wait_ready(&mut self) {
         let port = self.port(Listener::Keygate);
-        let is_ready = |path: &str| {
-            http::try_call(port, &Request::get(path)).is_ok_and(|answer| answer.status == 200)
-        };
+        let is_ready =
+            |path: &str| http::try_call(port, &Request::get(path)).is_ok_and(|answer| answer.status == 200);
         wait_until(LONG, "Envoy to be ready", || {
             self.envoy.assert_runs();
             is_ready("/.keygate/ready")
@@ -150,8 +150,11 @@ impl Bed {
             answer.body == V2
         };
         let count = owners.len();
-        let of_v2: Vec<String> =
-            owners.into_iter().zip(&tokens).filter_map(|(owner, token)| goes_to_v2(token).then_some(owner)).collect();
+        let of_v2: Vec<String> = owners
+            .into_iter()
+            .zip(&tokens)
+            .filter_map(|(owner, token)| goes_to_v2(token).then_some(owner))
+            .collect();
         assert!(
             (count / 4..=count * 3 / 4).contains(&of_v2.len()),
             "the rollout is not at half: {} of {count} owners go to V2",
@@ -184,9 +187,21 @@ impl Bed {
         Taken::now(&[self.envoy.id()])
     }
 
+    /// What Envoy and the control plane take of a CPU while there are no requests.
+    pub fn background(&self) -> (f64, f64) {
+        const WATCHED: Duration = Duration::from_secs(2);
+        let now = || [Taken::now(&[self.envoy.id()]), Taken::now(&[self.control_plane.id()])];
+        let before = now();
+        pass(WATCHED);
+        let [envoy, control_plane] = now();
+        let share = |taken: u64| taken as f64 / WATCHED.as_nanos() as f64;
+        (share(envoy.since(&before[0])), share(control_plane.since(&before[1])))
+    }
+
     /// A counter or gauge of Envoy.
     pub fn stat(&self, name: &str) -> u64 {
-        let text = http::call(self.admin_port.number(), &Request::get(format!("/stats?filter={name}"))).text();
+        let text =
+            http::call(self.admin_port.number(), &Request::get(format!("/stats?filter={name}"))).text();
         text.lines().filter_map(|line| line.split_once(": ")?.1.parse::<u64>().ok()).sum()
     }
 
@@ -210,10 +225,19 @@ impl Drop for Bed {
     }
 }
 
+/// There is a V1, and a role whose keys have many scopes.
+fn configuration() -> String {
+    let scopes = [&["chat:read"], INTEGRATION_SCOPES.as_slice()].concat();
+    format!(
+        "[rollout]\nv1_cluster = \"upstream_v1\"\n[roles.{INTEGRATION}]\nlife = \"30d\"\nscopes = {}\n",
+        json!(scopes)
+    )
+}
+
 /// Limits that nobody reaches, and a rollout at half.
 fn configure(api: &Api) {
     let limit = json!({ "requests": 1_000_000_000, "window": "1h" });
-    let limits = json!({ "roles": { "basic": limit, "contributor": limit, "node_operator": limit } });
+    let limits = json!({ "roles": { "basic": limit, "contributor": limit, INTEGRATION: limit } });
     api.send(Request::new("PUT", "/api/admin/rate_limits").json(&limits)).expect(200);
     let rollout = json!({ "strategy": "percentage", "percentage": 50 });
     api.send(Request::new("PUT", "/api/admin/feature_flags").json(&rollout)).expect(200);

@@ -59,7 +59,12 @@ impl Answers {
     /// Panics unless all are right.
     #[track_caller]
     pub fn expect_right(self, what: &str) -> Self {
-        assert!(self.wrong.is_empty(), "{what}: {} right, and wrong answers by status: {:?}", self.right, self.wrong);
+        assert!(
+            self.wrong.is_empty(),
+            "{what}: {} right, and wrong answers by status: {:?}",
+            self.right,
+            self.wrong
+        );
         assert!(self.right > 0, "{what}: there was not one answer");
         self
     }

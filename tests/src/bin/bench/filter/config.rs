@@ -181,10 +181,15 @@ mod tests {
         assert!(!bare.contains("access_log") && !bare.contains("wasm.v3"));
 
         let keygate = of(Listener::Keygate).replace("/filter.wasm", "@FILTER_WASM@");
-        let section = template.split("http_filters:\n").nth(1).and_then(|rest| rest.split("route_config").next());
+        let section =
+            template.split("http_filters:\n").nth(1).and_then(|rest| rest.split("route_config").next());
         assert!(keygate.contains(section.expect("the filters")));
         let empty = of(Listener::WasmEmpty);
-        assert!(empty.contains("vm_id: empty") && empty.contains("/empty.wasm") && !empty.contains("/filter.wasm"));
+        assert!(
+            empty.contains("vm_id: empty")
+                && empty.contains("/empty.wasm")
+                && !empty.contains("/filter.wasm")
+        );
         assert_eq!(of(Listener::JwtCached).matches("jwt_cache_size").count(), 1);
         assert!(!of(Listener::JwtHs256).contains("jwt_cache_size"));
     }

@@ -52,7 +52,8 @@ pub fn pin(process: u32, cpu: usize) {
 pub fn pin_this_thread(cpu: usize) {
     let mut set = CpuSet::new();
     set.set(cpu);
-    sched_setaffinity(None, &set).unwrap_or_else(|error| panic!("this thread cannot go to CPU {cpu}: {error}"));
+    sched_setaffinity(None, &set)
+        .unwrap_or_else(|error| panic!("this thread cannot go to CPU {cpu}: {error}"));
 }
 
 fn id(number: u32) -> Option<Pid> {
@@ -95,8 +96,7 @@ impl Taken {
 /// The first of the three numbers of `/proc/PID/task/TID/schedstat` (Documentation/scheduler/sched-stats.rst of Linux):
 /// nanoseconds on a CPU.
 fn on_cpu_ns(schedstat: &str) -> Option<u64> {
-    let numbers: Vec<u64> =
-        schedstat.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
+    let numbers: Vec<u64> = schedstat.split_whitespace().map(str::parse).collect::<Result<_, _>>().ok()?;
     (numbers.len() == 3).then(|| numbers[0])
 }
 

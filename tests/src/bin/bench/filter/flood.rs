@@ -9,6 +9,8 @@ use super::speed::{self, Latency, STEADY_CONNECTIONS};
 use super::tokens::Tokens;
 use super::variant::{ALL, Load, named};
 
+/// Good requests, of what Keygate can do at saturation.
+pub const SHARE: f64 = 0.3;
 /// Each time first alone, then beside forged ones.
 const REPETITIONS: usize = 5;
 const EACH_FOR: Duration = Duration::from_millis(2_500);

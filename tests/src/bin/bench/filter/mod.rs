@@ -2,12 +2,14 @@
 //! and latency, side by side in one Envoy on one CPU.
 
 mod bed;
+mod chart;
 mod client;
 mod config;
 mod cost;
 mod cpu;
 mod estimate;
 mod flood;
+mod report;
 pub mod server;
 mod speed;
 mod tokens;
@@ -17,10 +19,10 @@ mod zipf;
 use std::time::Instant;
 
 use keygate_e2e::durability::Dice;
-use serde_json::json;
 
 use bed::Bed;
 use cpu::Cpus;
+use report::Report;
 use tokens::Tokens;
 
 const ROUNDS: usize = 12;
@@ -41,18 +43,44 @@ pub fn run() {
     }
     println!("setting up");
     let (bed, prepared) = Bed::start(cpus, &mut dice);
-    let mut tokens = Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
+    let mut tokens =
+        Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
     println!("  {:.0} s", begun.elapsed().as_secs_f64());
     cpu::pin_this_thread(cpus.rest);
-    println!("CPU time");
+    let background = bed.background();
+
+    println!(
+        "CPU time: {rounds} rounds of up to {requests} requests of each of {} variants",
+        variant::ALL.len()
+    );
     let costs = cost::measure(&bed, &mut tokens, &mut dice, rounds, requests);
-    for (place, variant) in variant::ALL.iter().enumerate() {
-        let (cost, added) = (costs.of(place), costs.added(place));
-        println!("{:<18} {:8.2} ± {:5.2} {:8.2} ± {:5.2}", variant.name, cost.mean, cost.ci95, added.mean, added.ci95);
-    }
-    println!("{:?} {:?} {:.4} {}", tokens.sizes(), begun.elapsed(), costs.known_share, costs.requests);
-    crate::write("filter", &json!({}));
+    println!("requests per second");
+    let saturations = speed::saturation(&bed, &mut tokens);
+    let slowest = saturations.iter().flatten().map(|of| of.rate).fold(f64::INFINITY, f64::min);
+    println!("latency at {} % of {slowest:.0} requests a second", speed::RATES[speed::QUOTED]);
+    let latencies = speed::latencies(&bed, &mut tokens, slowest);
+    println!("forged keys beside good ones");
+    let known = saturations[variant::named("keygate_known")].expect("it was measured").rate;
+    let flood = flood::measure(&bed, &mut tokens, known * flood::SHARE);
+
     bed.assert_no_vm_died();
+    let report = Report {
+        costs,
+        saturations,
+        latencies,
+        flood,
+        background,
+        slowest,
+        token_bytes: tokens.sizes(),
+        one_cpu: cpus.is_one(),
+        rounds,
+        requests,
+        seed,
+        took: begun.elapsed(),
+    };
+    report.print();
+    crate::write("filter", &report.json());
+    crate::write_text("filter.svg", &report.chart());
 }
 
 fn number(variable: &str) -> Option<usize> {

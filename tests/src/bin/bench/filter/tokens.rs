@@ -21,8 +21,29 @@ use super::zipf::Zipf;
 pub const KEYS: usize = 10_000;
 /// How many forged tokens there are. No proxy remembers one, so they can come again.
 const FORGED: usize = 2_000;
-/// The longest owner that the control plane takes.
-const OWNER_BYTES: std::ops::RangeInclusive<usize> = 8..=128;
+/// Of an owner's id. A longer one the control plane does not take.
+const OWNER_BYTES: std::ops::RangeInclusive<usize> = 32..=128;
+/// Of a token.
+const TOKEN_BYTES: std::ops::RangeInclusive<usize> = 400..=900;
+/// A role of the benchmark's own, whose keys have many scopes.
+pub const INTEGRATION: &str = "integration";
+pub const INTEGRATION_SCOPES: [&str; 15] = [
+    "analytics:read",
+    "billing:read",
+    "billing:write",
+    "catalog:read",
+    "catalog:write",
+    "customers:read",
+    "inventory:read",
+    "invoices:read",
+    "orders:read",
+    "orders:write",
+    "payments:read",
+    "refunds:write",
+    "reports:read",
+    "shipments:read",
+    "webhooks:manage",
+];
 /// How many keys are issued at a time.
 const AT_A_TIME: usize = 16;
 
@@ -59,8 +80,14 @@ impl Tokens {
         let key_id = |number| format!("key_of-the-benchmark-{number:05}");
         let known = tokens.grants(KEYS).into_iter().enumerate();
         tokens.known = known.map(|(number, grant)| request(&signer.token(&key_id(number), &grant))).collect();
+        let (shortest, _, longest) = tokens.sizes();
+        assert!(
+            TOKEN_BYTES.contains(&shortest) && TOKEN_BYTES.contains(&longest),
+            "tokens have {shortest} to {longest} bytes"
+        );
         let issued = issue(api, tokens.grants(FORGED + 1));
-        tokens.forged = issued.windows(2).map(|pair| request(&with_signature_of(&pair[0], &pair[1]))).collect();
+        tokens.forged =
+            issued.windows(2).map(|pair| request(&with_signature_of(&pair[0], &pair[1]))).collect();
         tokens.have_new(api, KEYS);
         tokens.es256 = tokens.new.clone();
         tokens
@@ -111,11 +138,7 @@ impl Tokens {
     pub fn sizes(&self) -> (usize, usize, usize) {
         let overhead = request("").len();
         let sizes = || self.known.iter().map(|request| request.len() - overhead);
-        (
-            sizes().min().unwrap_or_default(),
-            sizes().sum::<usize>() / KEYS,
-            sizes().max().unwrap_or_default(),
-        )
+        (sizes().min().unwrap_or_default(), sizes().sum::<usize>() / KEYS, sizes().max().unwrap_or_default())
     }
 }
 
@@ -137,7 +160,7 @@ impl Grant {
         const ROLES: [(&str, &[&str]); 3] = [
             ("basic", &["chat:write"]),
             ("contributor", &["chat:history", "chat:write", "dataset:read", "dataset:write"]),
-            ("node_operator", &["chat:history", "chat:write", "node:manage", "node:register"]),
+            (INTEGRATION, &INTEGRATION_SCOPES),
         ];
         let (role, more) = ROLES[dice.below(ROLES.len())];
         let mut scopes = vec!["chat:read"];
