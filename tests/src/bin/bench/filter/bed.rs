@@ -239,7 +239,8 @@ fn configure(api: &Api) {
     let limit = json!({ "requests": 1_000_000_000, "window": "1h" });
     let limits = json!({ "roles": { "basic": limit, "contributor": limit, INTEGRATION: limit } });
     api.send(Request::new("PUT", "/api/admin/rate_limits").json(&limits)).expect(200);
-    let rollout = json!({ "strategy": "percentage", "percentage": 50 });
+    // The guard would take forged keys for a V2 that does worse than V1, and roll back.
+    let rollout = json!({ "strategy": "percentage", "percentage": 50, "guard": false });
     api.send(Request::new("PUT", "/api/admin/feature_flags").json(&rollout)).expect(200);
 }
 

@@ -1,9 +1,11 @@
 //! The main figure: CPU time that a request takes, in rounds in which the variants take turns.
 
+use std::collections::HashSet;
+
 use keygate_e2e::durability::Dice;
 
 use super::bed::Bed;
-use super::client::Client;
+use super::client::{Client, Shot};
 use super::estimate::Estimate;
 use super::tokens::Tokens;
 use super::variant::{ALL, Listener, Load, Variant};
@@ -18,6 +20,8 @@ const WARM_UP: usize = 500;
 pub struct Costs {
     /// Microseconds a request, by variant and round.
     taken: Vec<Vec<f64>>,
+    /// Of these, of Envoy alone.
+    of_envoy: Vec<Vec<f64>>,
     /// Of how many requests of `keygate_known` the key was known.
     pub known_share: f64,
     pub requests: u64,
@@ -27,6 +31,11 @@ impl Costs {
     /// Microseconds of CPU time a request, of all that takes part in it.
     pub fn of(&self, variant: usize) -> Estimate {
         Estimate::of(&self.taken[variant])
+    }
+
+    /// The same of Envoy alone.
+    pub fn of_envoy(&self, variant: usize) -> Estimate {
+        Estimate::of(&self.of_envoy[variant])
     }
 
     /// How much more that is than of the first variant in the same round.
@@ -49,18 +58,20 @@ pub fn measure(bed: &Bed, tokens: &mut Tokens, dice: &mut Dice, rounds: usize, r
             client.closed(tokens.every_known()).expect_right(variant.name);
         }
     }
-    let mut costs = Costs { taken: vec![Vec::new(); ALL.len()], known_share: 0.0, requests: 0 };
+    let none = vec![Vec::new(); ALL.len()];
+    let mut costs = Costs { taken: none.clone(), of_envoy: none, known_share: 0.0, requests: 0 };
     let (mut hits, mut looks) = (0, 0);
     for round in 1..=rounds {
         for place in shuffled(dice) {
             let (variant, client) = (&ALL[place], &mut clients[place]);
-            warm_up(client, variant, tokens);
-            let before = bed.looks();
             let shots = tokens.draw(variant.load, turn(variant, requests));
-            let taken = bed.taken(variant.listener);
+            warm_up(client, variant, tokens, &shots);
+            let before = bed.looks();
+            let (all, envoy) = (bed.taken(variant.listener), bed.taken_by_envoy());
             let answers = client.closed(shots.into_iter()).expect_right(variant.name);
-            let taken = bed.taken(variant.listener).since(&taken);
-            costs.taken[place].push(taken as f64 / 1e3 / answers.right as f64);
+            let (envoy, all) = (bed.taken_by_envoy().since(&envoy), bed.taken(variant.listener).since(&all));
+            costs.taken[place].push(all as f64 / 1e3 / answers.right as f64);
+            costs.of_envoy[place].push(envoy as f64 / 1e3 / answers.right as f64);
             costs.requests += answers.right;
             if variant.name == "keygate_known" {
                 let after = bed.looks();
@@ -79,11 +90,13 @@ fn turn(variant: &Variant, requests: usize) -> usize {
     requests * variant.share / 100
 }
 
-/// Has known keys known, whatever new ones pushed out of the filter's memory.
-fn warm_up(client: &mut Client, variant: &Variant, tokens: &mut Tokens) {
-    let knows = matches!(variant.load, Load::Known | Load::New(1..100));
-    if knows && variant.listener == Listener::Keygate {
-        client.closed(tokens.every_known()).expect_right(variant.name);
+/// Has those keys known that are to be, whatever others pushed out of the filter's memory.
+fn warm_up(client: &mut Client, variant: &Variant, tokens: &Tokens, next: &[Shot<'_>]) {
+    if variant.listener == Listener::Keygate {
+        let of = |shot: &Shot<'_>| shot.request.as_ptr();
+        let wanted: HashSet<*const u8> = next.iter().map(of).collect();
+        let known = tokens.every_known().filter(|shot| wanted.contains(&of(shot)));
+        client.closed(known).check(variant.name);
     }
     let shots = tokens.draw(variant.load, WARM_UP);
     client.closed(shots.into_iter()).expect_right(variant.name);

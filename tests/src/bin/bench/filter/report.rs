@@ -156,6 +156,7 @@ impl Report {
             let mut figures = json!({
                 "cpu_us_per_request": cost.mean,
                 "ci95": cost.ci95,
+                "of_which_envoy_us": self.costs.of_envoy(place).mean,
                 "added_us": added.mean,
                 "added_ci95": added.ci95,
             });
