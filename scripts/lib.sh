@@ -14,7 +14,6 @@ WASM_TARGET=wasm32-wasip1
 KEYGATE=$TARGET/debug/keygate
 UPSTREAM=$TARGET/debug/demo-upstream
 FILTER=$TARGET/$WASM_TARGET/filter/keygate_filter.wasm
-EMPTY_FILTER=$TARGET/$WASM_TARGET/filter/examples/empty.wasm
 
 # Which compiler makes the filter: `rustup`, or `debian` where rustup cannot fetch the target.
 WASM_TOOLCHAIN_FILE=$CACHE/wasm-toolchain
