@@ -11,7 +11,9 @@ use super::variant::{ALL, Listener, Load, Variant};
 
 /// Enough to keep Envoy busy.
 const BUSY_CONNECTIONS: usize = 64;
-const BUSY_FOR: Duration = Duration::from_secs(3);
+/// How long and how often: the variants take turns, so that what changes on the machine meanwhile hurts all.
+const BUSY_FOR: Duration = Duration::from_secs(1);
+const PASSES: usize = 3;
 /// So that a request that is late delays no other: at ten thousand a second they last for 25 ms without an answer.
 pub const STEADY_CONNECTIONS: usize = 256;
 const STEADY_FOR: Duration = Duration::from_millis(2_500);
@@ -51,35 +53,60 @@ impl Latency {
 
 /// Measures requests per second of each variant but those aside.
 pub fn saturation(bed: &Bed, tokens: &mut Tokens) -> Vec<Option<Saturation>> {
-    ALL.iter()
-        .map(|variant| {
-            if variant.aside {
-                return None;
+    let mut seen = [Busy::default(); ALL.len()];
+    for _ in 0..PASSES {
+        for (variant, seen) in ALL.iter().zip(&mut seen) {
+            if !variant.aside {
+                seen.add(bed, tokens, variant);
             }
-            let mut client = Client::connect(bed.port(variant.listener), BUSY_CONNECTIONS);
-            let most = supply(bed, tokens, variant, &mut client);
-            let shots = tokens.draw(variant.load, most);
-            let (taken, begun) = (bed.taken_by_envoy(), Instant::now());
-            let shots = shots.into_iter().take_while(|_| begun.elapsed() < BUSY_FOR);
-            let answers = client.closed(shots).expect_right(variant.name);
-            let busy = bed.taken_by_envoy().since(&taken) as f64 / 1e9 / begun.elapsed().as_secs_f64();
-            let found = Saturation { rate: answers.rate(), envoy_busy: busy };
+        }
+    }
+    ALL.iter()
+        .zip(seen)
+        .map(|(variant, seen)| {
+            let found = (!variant.aside).then(|| seen.saturation())?;
             println!("  {:<18} {:6.0} a second", variant.name, found.rate);
             Some(found)
         })
         .collect()
 }
 
+/// What was seen of one variant at saturation.
+#[derive(Debug, Clone, Copy, Default)]
+struct Busy {
+    answers: u64,
+    seconds: f64,
+    envoy_seconds: f64,
+}
+
+impl Busy {
+    fn add(&mut self, bed: &Bed, tokens: &mut Tokens, variant: &Variant) {
+        let mut client = Client::connect(bed.port(variant.listener), BUSY_CONNECTIONS);
+        let most = supply(bed, tokens, variant, &mut client);
+        let shots = tokens.draw(variant.load, most);
+        let (taken, begun) = (bed.taken_by_envoy(), Instant::now());
+        let shots = shots.into_iter().take_while(|_| begun.elapsed() < BUSY_FOR);
+        let answers = client.closed(shots).expect_right(variant.name);
+        self.envoy_seconds += bed.taken_by_envoy().since(&taken) as f64 / 1e9;
+        self.answers += answers.right;
+        self.seconds += answers.took.as_secs_f64();
+    }
+
+    fn saturation(self) -> Saturation {
+        Saturation { rate: self.answers as f64 / self.seconds, envoy_busy: self.envoy_seconds / self.seconds }
+    }
+}
+
 /// Has more requests than a variant can answer, and says how many. Warms up, too.
 fn supply(bed: &Bed, tokens: &mut Tokens, variant: &Variant, client: &mut Client) -> usize {
-    const TRIED: usize = 2_000;
+    const TRIED: usize = 1_000;
     warm(bed, tokens, variant, client);
     if matches!(variant.load, Load::New(_)) {
         tokens.have_new(&bed.api(), TRIED);
     }
     let shots = tokens.draw(variant.load, TRIED);
     let answers = client.closed(shots.into_iter()).expect_right(variant.name);
-    let most = (answers.rate() * BUSY_FOR.as_secs_f64() * 1.3) as usize;
+    let most = (answers.rate() * BUSY_FOR.as_secs_f64() * 1.5) as usize;
     if matches!(variant.load, Load::New(_)) {
         tokens.have_new(&bed.api(), most);
     }

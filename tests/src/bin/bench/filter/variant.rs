@@ -96,7 +96,7 @@ pub const ALL: [Variant; 13] = [
     of("keygate_known", Listener::Keygate, Load::Known, 100),
     aside("keygate_new_1", Listener::Keygate, Load::New(1), 100),
     aside("keygate_new_10", Listener::Keygate, Load::New(10), 50),
-    of("keygate_new", Listener::Keygate, Load::New(100), 15),
+    of("keygate_new", Listener::Keygate, Load::New(100), 20),
     of("keygate_forged", Listener::Keygate, Load::Forged, 25),
 ];
 
