@@ -13,7 +13,7 @@ use super::variant::{ALL, Load, named};
 pub const SHARE: f64 = 0.3;
 /// Each time first alone, then beside forged ones.
 const REPETITIONS: usize = 5;
-const EACH_FOR: Duration = Duration::from_millis(2_500);
+const EACH_FOR: Duration = Duration::from_secs(2);
 
 /// What they notice.
 #[derive(Debug)]
