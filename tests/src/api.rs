@@ -84,6 +84,11 @@ impl Api {
         self.key.clone()
     }
 
+    /// Its port.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     /// The API at `port`, called with `key`.
     pub fn new(port: u16, key: &str) -> Self {
         Self { port, key: key.to_owned() }

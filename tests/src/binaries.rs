@@ -22,6 +22,11 @@ pub fn trap_filter() -> PathBuf {
     existing("KEYGATE_TRAP_WASM", target().join("wasm32-wasip1/filter-trap/keygate_filter.wasm"))
 }
 
+/// The filter that does nothing.
+pub fn empty_filter() -> PathBuf {
+    existing("KEYGATE_EMPTY_WASM", target().join("wasm32-wasip1/filter/examples/empty.wasm"))
+}
+
 /// Envoy: the one named, else one on `PATH`, else the one that `scripts/setup` downloads.
 pub fn envoy() -> PathBuf {
     existing(

@@ -2,6 +2,7 @@
 //! `target/bench/NAME.json`.
 
 mod durability;
+mod filter;
 mod quota;
 mod revocation;
 mod rotation;
@@ -13,12 +14,15 @@ use serde_json::Value;
 fn main() -> ExitCode {
     match std::env::args().nth(1).as_deref() {
         Some("durability") => durability::run(),
+        Some("filter") => filter::run(),
+        // What `filter` starts beside itself.
+        Some(filter::server::COMMAND) => filter::server::run(),
         Some("quota") => quota::run(),
         Some("revocation") => revocation::run(),
         Some("rotation") => rotation::run(),
         other => {
             eprintln!(
-                "error: there is no benchmark {other:?}; there are: durability, quota, revocation, rotation"
+                "error: there is no benchmark {other:?}; there are: durability, filter, quota, revocation, rotation"
             );
             return ExitCode::FAILURE;
         }
@@ -27,9 +31,13 @@ fn main() -> ExitCode {
 }
 
 fn write(name: &str, figures: &Value) {
+    write_text(&format!("{name}.json"), &format!("{figures:#}\n"));
+}
+
+fn write_text(name: &str, text: &str) {
     let directory = keygate_e2e::binaries::root().join("target/bench");
     std::fs::create_dir_all(&directory).expect("a directory for figures");
-    let file = directory.join(format!("{name}.json"));
-    std::fs::write(&file, format!("{figures:#}\n")).expect("the figures");
+    let file = directory.join(name);
+    std::fs::write(&file, text).expect("the figures");
     println!("\nwritten to {}", file.strip_prefix(keygate_e2e::binaries::root()).unwrap_or(&file).display());
 }
