@@ -30,6 +30,8 @@ const MAX_DRAW: u32 = 64;
 const MAX_DRAW_PART: u32 = 256;
 /// A VM draws this part of what is free.
 const DRAW_PART: u32 = 8;
+/// Of so many accounts a VM tells at one go: a millisecond's work, at most.
+const MAX_SETTLED: usize = 64;
 /// The most accounts that a VM keeps in mind; others are looked up for every request.
 const MAX_PURSES: usize = 65_536;
 
@@ -288,50 +290,78 @@ impl Worker {
         verdict
     }
 
-    /// Tells the other VMs what was spent, and gives back what is not needed. To be called several times a second.
+    /// Tells the other VMs what was spent, and gives back what is not needed, of so many accounts as do not keep
+    /// requests waiting. To be called several times a second.
     pub fn on_tick(&mut self, data: &mut impl SharedData, now_ns: u64) {
-        let vm = self.vm;
+        let mut due = Vec::new();
         self.purses.retain(|account, purse| {
             let now_ns = now_ns.max(purse.now_ns);
             if purse.may_wait(*account, now_ns) {
                 return true;
             }
-            let keep = if purse.touched { purse.units } else { 0 };
-            let active = purse.touched || now_ns < purse.refused_until_ns;
-            purse.touched = false;
-            if purse.is_empty() && (active || purse.asked_for == 0) {
-                return active;
+            if purse.is_empty() && (purse.is_active(now_ns) || purse.asked_for == 0) {
+                let keep = purse.is_active(now_ns);
+                purse.touched = false;
+                return keep;
             }
-            let settled = page::change(data, Page::index(*account), false, |page, standing| {
-                let Some(record) = page.find(*account) else { return Ok((None, Write::No)) };
-                purse.settle(vm, record, now_ns);
-                record.roll(standing, now_ns);
-                let until_ns = draw_until(record, standing, now_ns);
-                let free = record.cap(standing, now_ns).saturating_sub(record.in_use());
-                let kept =
-                    if is_worth_it(until_ns, now_ns) && record.has_room() { keep.min(free) } else { 0 };
-                if kept > 0 {
-                    record.draws.push(Draw { vm, units: kept, until_ns });
-                }
-                Ok((Some((kept, until_ns)), Write::Yes))
-            });
-            match settled {
-                Ok(Some(Some((kept, until_ns)))) => {
-                    purse.settled();
-                    purse.units = kept;
-                    purse.until_ns = until_ns;
-                    active || kept > 0
-                }
-                // The record holds the draw until its end, so it may be spent until then.
-                Err(PageError::Contended) => true,
-                // A record with a draw is never forgotten.
-                Ok(_) | Err(PageError::Damaged | PageError::Crowded) => false,
-            }
+            due.push((purse.until_ns, *account));
+            true
         });
+        if due.len() > MAX_SETTLED {
+            // Those whose time is nearly over. Of one that is late, all that was drawn counts as spent.
+            due.select_nth_unstable(MAX_SETTLED);
+            due.truncate(MAX_SETTLED);
+        }
+        for (_, account) in due {
+            let vm = self.vm;
+            if let Some(purse) = self.purses.get_mut(&account)
+                && !purse.settle_now(data, vm, account, now_ns)
+            {
+                self.purses.remove(&account);
+            }
+        }
     }
 }
 
 impl Purse {
+    fn is_active(&self, now_ns: u64) -> bool {
+        self.touched || now_ns < self.refused_until_ns
+    }
+
+    /// Tells what was spent, and keeps what was drawn if the key came since the last time; whether the purse is still
+    /// of use.
+    fn settle_now(&mut self, data: &mut impl SharedData, vm: u64, account: Account, now_ns: u64) -> bool {
+        let now_ns = now_ns.max(self.now_ns);
+        let active = self.is_active(now_ns);
+        let comes = self.touched && now_ns.saturating_sub(self.came_ns) < IDLE_NS;
+        let keep = if comes { self.units } else { 0 };
+        self.touched = false;
+        let settled = page::change(data, Page::index(account), false, |page, standing| {
+            let Some(record) = page.find(account) else { return Ok((None, Write::No)) };
+            self.settle(vm, record, now_ns);
+            record.roll(standing, now_ns);
+            let until_ns = draw_until(record, standing, now_ns);
+            let free = record.cap(standing, now_ns).saturating_sub(record.in_use());
+            let kept = if is_worth_it(until_ns, now_ns) && record.has_room() { keep.min(free) } else { 0 };
+            if kept > 0 {
+                record.draws.push(Draw { vm, units: kept, until_ns });
+            }
+            Ok((Some((kept, until_ns)), Write::Yes))
+        });
+        match settled {
+            Ok(Some(Some((kept, until_ns)))) => {
+                self.settled();
+                self.units = kept;
+                self.until_ns = until_ns;
+                active || kept > 0
+            }
+            // The record holds the draw until its end, so it may be spent until then.
+            Err(PageError::Contended) => true,
+            // A record with a draw is never forgotten.
+            Ok(_) | Err(PageError::Damaged | PageError::Crowded) => false,
+        }
+    }
+
     fn take(&mut self, account: Account, seen: &Look, cost: u32, now_ns: u64) -> Verdict {
         self.settled();
         self.units = seen.drawn;

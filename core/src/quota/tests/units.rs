@@ -194,6 +194,29 @@ fn of_a_large_limit_a_vm_keeps_units_while_the_key_comes_and_gives_them_back_whe
 }
 
 #[test]
+fn a_tick_settles_so_many_accounts_that_nobody_waits_for_it() {
+    let (_, mut sites) = fleet(1, 100_000);
+    let Site { memory, workers: [worker, _], .. } = &mut sites[0];
+    let accounts: Vec<Account> =
+        (1..=150).map(|n| Account { key: KEY.wrapping_mul(n), ..account(HOUR_S) }).collect();
+    for account in &accounts {
+        assert!(worker.spend(memory, *account, 100_000, 1, 2 * S).is_admitted());
+    }
+    let mut holding = Vec::new();
+    for tick in 0..4 {
+        worker.on_tick(memory, 8 * S + tick * 90 * MS);
+        let held = accounts.iter().filter(|account| {
+            let draws = |page: &mut Page, _: &_| {
+                Ok((page.find(**account).map(|record| record.draws.len()), Write::No))
+            };
+            page::change(memory, Page::index(**account), false, draws).unwrap().flatten() != Some(0)
+        });
+        holding.push(held.count());
+    }
+    assert_eq!(holding, [86, 22, 0, 0]);
+}
+
+#[test]
 fn what_a_vm_drew_it_does_not_spend_when_it_holds_no_more() {
     let (mut ledger, mut sites) = fleet(3, 1_000);
     let mut now = 2 * S;
