@@ -13,10 +13,11 @@ use operations::{OPERATIONS, Operation, Proxy};
 use serde::{Deserialize, Serialize};
 
 /// Operations may take so many hundredths more than in the budget. All runs give the same numbers, whatever keys `ahash`
-/// draws; it is for what an unrelated change moves between functions, and for other versions of the C library.
-const TOLERANCE: f64 = 2.0;
+/// draws; it is for what an unrelated change moves between functions (4 % were seen, one instruction of a short loop), and
+/// for other versions of the C library.
+const TOLERANCE: f64 = 6.0;
 /// When they take so much less than in the budget, it is worth lowering.
-const BARGAIN: f64 = 5.0;
+const BARGAIN: f64 = 10.0;
 /// The C library copies and compares by what the CPU has. This leaves what each x86-64 has, in loops: callgrind counts
 /// `rep movsb` once for each byte.
 const TUNABLES: &str = "glibc.cpu.hwcaps=-AVX2,-AVX_Fast_Unaligned_Load,-ERMS";

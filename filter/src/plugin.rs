@@ -29,8 +29,6 @@ const TELL_UNITS_NS: u64 = 90_000_000;
 /// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
 /// it traps.
 const WRITE_DOWN_NS: u64 = 200_000_000;
-/// How often the wall clock is read, in nanoseconds.
-const WALL_CLOCK_NS: u64 = 100_000_000;
 
 /// The plugin's configuration. It shows in Envoy's `/config_dump`, so nothing secret stands in it: the
 /// fleet token comes by the environment variable [`FLEET_TOKEN`].
@@ -58,27 +56,6 @@ fn default_token_cache_bytes() -> usize {
 /// The environment variable with the fleet token.
 pub const FLEET_TOKEN: &str = "KEYGATE_FLEET_TOKEN";
 
-/// The wall clock, read now and then and carried on by the monotonic one: a read for every request would be time lost.
-#[derive(Debug, Default)]
-pub struct WallClock {
-    unix_ms: u64,
-    read_ns: Option<u64>,
-}
-
-impl WallClock {
-    /// Unix milliseconds. A clock that is set is noticed after [`WALL_CLOCK_NS`].
-    pub fn unix_ms(&mut self, now_ns: u64) -> u64 {
-        let since =
-            self.read_ns.and_then(|read| now_ns.checked_sub(read)).filter(|since| *since < WALL_CLOCK_NS);
-        if let Some(since) = since {
-            return self.unix_ms.saturating_add(since / 1_000_000);
-        }
-        self.unix_ms = host::unix_ms();
-        self.read_ns = Some(now_ns);
-        self.unix_ms
-    }
-}
-
 /// One VM's state, for its root context and the requests of its worker.
 pub type Shared = Rc<RefCell<Plugin>>;
 
@@ -86,8 +63,6 @@ pub type Shared = Rc<RefCell<Plugin>>;
 pub struct Plugin {
     /// Tells this VM from the others of the process.
     pub vm: u64,
-    /// What time it is for everybody.
-    pub wall_clock: WallClock,
     /// The copy of the published state.
     pub replica: Replica,
     /// Tokens verified by this worker.
@@ -134,7 +109,6 @@ impl Plugin {
         metrics.starts.increment();
         let mut plugin = Self {
             vm,
-            wall_clock: WallClock::default(),
             replica: Replica::default(),
             cache: TokenCache::new(configuration.token_cache_bytes),
             metrics,
