@@ -2,6 +2,7 @@
 //! `target/bench/NAME.json`.
 
 mod durability;
+mod estimate;
 mod filter;
 mod quota;
 mod revocation;

@@ -4,6 +4,8 @@
 use keygate_e2e::{Connection, Key, Request, Stack};
 use serde_json::json;
 
+use crate::estimate::Estimate;
+
 const ROUNDS: usize = 20;
 const REQUESTS: u64 = 20_000;
 const CONNECTIONS: usize = 32;
@@ -33,16 +35,16 @@ pub fn run() {
             times.push((stack.envoy.cpu_seconds() - before) * 1e6 / REQUESTS as f64);
         }
     }
-    let differences: Vec<f64> = with.iter().zip(&without).map(|(with, without)| with - without).collect();
-    let (mean, ci95) = mean(&differences);
+    let Estimate { mean, ci95 } = Estimate::of_differences(&with, &without);
+    let (with, without) = (Estimate::of(&with).mean, Estimate::of(&without).mean);
     println!("CPU time of Envoy per request, µs, {rounds} rounds of {REQUESTS} requests:");
-    println!("  without a limit  {:7.2}", self::mean(&without).0);
-    println!("  with one         {:7.2}", self::mean(&with).0);
+    println!("  without a limit  {:7.2}", without);
+    println!("  with one         {:7.2}", with);
     println!("  difference       {mean:7.2} ± {ci95:.2} (95 %)");
     crate::write(
         "quota",
         &json!({
-            "cpu_us_per_request": { "without": self::mean(&without).0, "with": self::mean(&with).0 },
+            "cpu_us_per_request": { "without": without, "with": with },
             "difference_us": mean,
             "ci95_us": ci95,
             "rounds": rounds,
@@ -61,12 +63,4 @@ fn send(connections: &mut [Connection], key: &Key, requests: u64) {
             connection.receive().expect(200);
         }
     }
-}
-
-/// With half of its 95 % confidence interval.
-fn mean(values: &[f64]) -> (f64, f64) {
-    let count = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / count;
-    let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / (count - 1.0).max(1.0);
-    (mean, 1.96 * (variance / count).sqrt())
 }

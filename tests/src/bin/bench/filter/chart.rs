@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::estimate::Estimate;
+use crate::estimate::Estimate;
 
 /// One bar.
 #[derive(Debug)]

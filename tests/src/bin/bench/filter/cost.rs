@@ -6,9 +6,9 @@ use keygate_e2e::durability::Dice;
 
 use super::bed::Bed;
 use super::client::{Client, Shot};
-use super::estimate::Estimate;
 use super::tokens::Tokens;
 use super::variant::{ALL, Listener, Load, Variant};
+use crate::estimate::Estimate;
 
 /// As many requests at a time.
 pub const CONNECTIONS: usize = 16;

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::bed::Bed;
 use super::client::{Client, Shot};
-use super::estimate::median;
 use super::speed::{self, Latency, STEADY_CONNECTIONS};
 use super::tokens::Tokens;
 use super::variant::{ALL, Load, named};
+use crate::estimate::median;
 
 /// Good requests, of what Keygate can do at saturation.
 pub const SHARE: f64 = 0.3;

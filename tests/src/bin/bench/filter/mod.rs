@@ -7,7 +7,6 @@ mod client;
 mod config;
 mod cost;
 mod cpu;
-mod estimate;
 mod flood;
 mod report;
 pub mod server;

@@ -6,10 +6,10 @@ use serde_json::{Map, Value, json};
 
 use super::chart::{self, Bar};
 use super::cost::Costs;
-use super::estimate::Estimate;
 use super::flood::Flood;
 use super::speed::{Latency, QUOTED, RATES, Saturation};
 use super::variant::{ALL, Listener, named};
+use crate::estimate::Estimate;
 
 /// From this share of its CPU on Envoy is what limits.
 const BUSY: f64 = 0.95;
