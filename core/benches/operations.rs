@@ -14,7 +14,7 @@ use keygate_core::credential::Credential;
 use keygate_core::crypto::{self, Algorithm, Es256};
 use keygate_core::decision::{Judge, Reason, Request, State, decide};
 use keygate_core::gate::{Gate, Gated, ShardSource};
-use keygate_core::limits::{Left, Limit, Meter, Metered};
+use keygate_core::limits::{Limit, Meter, Metered};
 use keygate_core::quota::{self, Account, Leader, Ledger, Terms, Worker};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::rules::{self, Material, Rules, Ruleset, VerificationKey};
@@ -286,9 +286,7 @@ struct Till<'p> {
 impl Meter for Till<'_> {
     fn spend(&mut self, key: u64, limit: Limit, cost: u32) -> Metered {
         let account = Account { key, window_s: limit.window_s };
-        let verdict = self.worker.spend(self.memory, account, limit.units, cost, NOW_NS);
-        let left = Left { limit, remaining: verdict.notice().remaining, reset_s: 1 };
-        if verdict.is_admitted() { Metered::Within(left) } else { Metered::Beyond(left) }
+        self.worker.spend(self.memory, account, limit.units, cost, NOW_NS).metered(limit)
     }
 }
 

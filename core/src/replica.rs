@@ -2,6 +2,7 @@
 
 use crate::decision::State;
 use crate::gate::{Gate, Gated, ShardSource};
+use crate::quota;
 use crate::rules::{Rules, Ruleset};
 use crate::shared::{self, Beacon, LOG_ENTRIES, SharedData};
 use crate::version::Version;
@@ -115,6 +116,14 @@ impl Replica {
         (state, Gated { gate: &mut self.gate, source })
     }
 
+    /// The version that requests are decided on with, if they can be: any route is served, and where there are limits
+    /// this proxy has a part of them.
+    pub fn ready(&mut self, data: &mut impl SharedData, now_ns: u64) -> Option<Version> {
+        let limited = self.rules.as_ref().is_some_and(|rules| !rules.limits.is_empty());
+        let serves = self.view(data, now_ns).0.serves();
+        self.version().filter(|_| serves && (!limited || quota::has_share(data, now_ns)))
+    }
+
     /// Derives one gate that is missing, in an idle moment; whether there was one.
     pub fn derive_gate(&mut self, data: &mut impl SharedData) -> bool {
         self.rules.is_some()
@@ -142,6 +151,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::Limit;
     use crate::policy::Policy;
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
     use crate::rules;
@@ -253,6 +263,37 @@ mod tests {
         leader.publish(&mut data, broken, Contact::default()).unwrap();
         replica.look(&mut data, 0);
         assert!(matches!(replica.view(&mut data, 0).0, State::Missing));
+    }
+
+    #[test]
+    fn where_there_are_limits_a_proxy_is_ready_once_it_has_a_part_of_them() {
+        const S: u64 = 1_000_000_000;
+        let mut data = Memory::default();
+        let mut leader = Publisher::take_over(&mut data, 1).unwrap();
+        let mut replica = Replica::default();
+        assert_eq!(replica.ready(&mut data, S), None, "there is no state");
+        begin(&mut leader, &mut data, &ExactSet::default());
+        leader.touch(&mut data, Contact { asked_ns: S, heard_ns: S }, 0).unwrap();
+        replica.look(&mut data, S);
+        assert!(replica.ready(&mut data, S).is_some(), "there are no limits");
+        let mut rules = Rules::decode(&rules_bytes(300)).unwrap();
+        rules.limits.public = Some(Limit { units: 100, window_s: 60 });
+        let mut publication = delta(2, vec![]);
+        publication.rules = Some(rules.encode());
+        leader.publish(&mut data, publication, Contact { asked_ns: S, heard_ns: S }).unwrap();
+        replica.look(&mut data, S);
+        assert_eq!(replica.ready(&mut data, S), None);
+        let mut ledger = quota::Ledger::new(quota::Terms::default(), 1);
+        let mut asker = quota::Leader::new(1, 1);
+        let mut now = S;
+        while replica.ready(&mut data, now).is_none() {
+            now += S / 100;
+            assert!(now < 2 * S, "a share within a second");
+            if let Some(question) = asker.on_tick(&mut data, now) {
+                let exchange = ledger.exchange(&question, now).unwrap();
+                asker.on_answer(&mut data, &exchange.answer, now);
+            }
+        }
     }
 
     #[test]

@@ -5,7 +5,6 @@ use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, d
 use keygate_core::forward::{self, Forwarded};
 use keygate_core::header_map::HeaderMap;
 use keygate_core::limits::Left;
-use keygate_core::quota;
 use keygate_core::refusal::Refusal;
 use keygate_core::rollout::ApiVersion;
 use keygate_core::telemetry::Stopwatch;
@@ -152,12 +151,7 @@ impl Plugin {
     }
 
     fn ready(&mut self, now_ns: u64) -> Outcome {
-        let version = self.replica.version();
-        let mut data = host::Shared;
-        let limits = self.replica.rules().is_some_and(|rules| !rules.limits.is_empty());
-        let ready = self.replica.view(&mut data, now_ns).0.serves()
-            && (!limits || quota::has_share(&mut host::Shared, now_ns));
-        match version.filter(|_| ready) {
+        match self.replica.ready(&mut host::Shared, now_ns) {
             Some(version) => Outcome::Respond {
                 status: 200,
                 headers: vec![("content-type", "application/json".into())],

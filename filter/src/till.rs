@@ -1,7 +1,7 @@
 //! Limits: what a worker spends of them, and what the leader asks the control plane for.
 
-use keygate_core::limits::{Left, Limit, Meter, Metered};
-use keygate_core::quota::{Account, Answer, Basis, Leader, Verdict, Why, Worker};
+use keygate_core::limits::{Limit, Meter, Metered};
+use keygate_core::quota::{Account, Answer, Basis, Leader, Worker};
 
 use crate::host::{self, Shared};
 use crate::metrics::Metrics;
@@ -23,17 +23,10 @@ impl Meter for Till<'_> {
     fn spend(&mut self, key: u64, limit: Limit, cost: u32) -> Metered {
         let account = Account { key, window_s: limit.window_s };
         let verdict = self.worker.spend(&mut Shared, account, limit.units, cost, self.now_ns);
-        let notice = verdict.notice();
-        if notice.basis == Basis::FairShare {
+        if verdict.notice().basis == Basis::FairShare {
             self.metrics.fair_share.increment();
         }
-        let reset_s = notice.reset_ns.div_ceil(1_000_000_000).max(1);
-        let left = Left { limit, remaining: notice.remaining, reset_s };
-        match verdict {
-            Verdict::Admitted(_) => Metered::Within(left),
-            Verdict::Refused(_, Why::Exhausted | Why::TooDear) => Metered::Beyond(left),
-            Verdict::Refused(_, Why::NoShare | Why::Unknown) => Metered::Unknown,
-        }
+        verdict.metered(limit)
     }
 }
 

@@ -8,7 +8,8 @@ use super::page::{self, Page, PageError, Write};
 use super::record::{Draw, Holding, Record};
 use super::spends::Spends;
 use super::standing::Standing;
-use super::{Account, bell};
+use super::{Account, SECOND_NS, bell};
+use crate::limits::{Left, Limit, Metered};
 use crate::shared::SharedData;
 
 /// How long a VM may keep units without a word. A VM that traps takes them with it for so long, and for a window.
@@ -54,6 +55,18 @@ impl Verdict {
     pub fn notice(&self) -> Notice {
         match self {
             Self::Admitted(notice) | Self::Refused(notice, _) => *notice,
+        }
+    }
+
+    /// The same for a decision, about a request that was asked about with this limit.
+    pub fn metered(&self, limit: Limit) -> Metered {
+        let notice = self.notice();
+        let reset_s = notice.reset_ns.div_ceil(SECOND_NS).max(1);
+        let left = Left { limit, remaining: notice.remaining, reset_s };
+        match self {
+            Self::Admitted(_) => Metered::Within(left),
+            Self::Refused(_, Why::Exhausted | Why::TooDear) => Metered::Beyond(left),
+            Self::Refused(_, Why::NoShare | Why::Unknown) => Metered::Unknown,
         }
     }
 }
@@ -304,7 +317,8 @@ impl Worker {
                 purse.touched = false;
                 return keep;
             }
-            due.push((purse.until_ns, *account));
+            // What has only to be told can wait longest: the next look at the record tells it too.
+            due.push((if purse.is_empty() { u64::MAX } else { purse.until_ns }, *account));
             true
         });
         if due.len() > MAX_SETTLED {

@@ -1,6 +1,7 @@
 //! One thing at a time.
 
 use super::*;
+use crate::limits::{Left, Limit, Metered};
 
 /// A proxy with two VMs, whose leader speaks with a ledger whenever it is told to.
 struct Site {
@@ -132,6 +133,20 @@ fn without_a_share_nothing_passes() {
     assert!(matches!(site.spend(1, 0), Verdict::Refused(_, Why::NoShare)));
     let mut site = fleet(1, 100).1.remove(0);
     assert!(matches!(site.spend(101, 2 * S), Verdict::Refused(_, Why::TooDear)));
+}
+
+#[test]
+fn a_decision_is_told_what_is_left_or_that_nothing_is_known() {
+    let limit = Limit { units: 100, window_s: HOUR_S };
+    let mut site = fleet(1, 100).1.remove(0);
+    let left = Left { limit, remaining: 99, reset_s: 3_600 };
+    assert_eq!(site.spend(1, 2 * S).metered(limit), Metered::Within(left));
+    site.burst(200, 2 * S);
+    // What is rounded up is never too early.
+    let refused = Left { limit, remaining: 0, reset_s: 3_599 };
+    assert_eq!(site.spend(1, 3 * S + 1).metered(limit), Metered::Beyond(refused));
+    assert!(matches!(site.spend(101, 3 * S).metered(limit), Metered::Beyond(_)));
+    assert_eq!(Site::new(1, 1, 100).spend(1, 0).metered(limit), Metered::Unknown, "it has no share");
 }
 
 #[test]
