@@ -27,6 +27,8 @@ pub(super) struct Fellow {
     pub steady_since_ns: u64,
     /// When it is known to have ended, and whether it had been in touch until then, at least for all windows.
     pub ended: Option<Ended>,
+    /// Since when it gives back what it has, because it is about to end.
+    pub leaves_since_ns: Option<u64>,
     /// Accounts that it is to report on.
     pub looks: BTreeSet<Account>,
 }
@@ -54,9 +56,9 @@ impl Fellow {
         }
     }
 
-    /// Whether it is in touch, as far as is known.
+    /// Whether it is in touch, as far as is known, and stays.
     pub fn lives(&self, terms: Terms, now_ns: u64) -> bool {
-        self.ended.is_none() && now_ns < self.answered_ns.saturating_add(terms.lease_ns())
+        self.leaves_since_ns.is_none() && self.ended.is_none() && now_ns < self.answered_ns.saturating_add(terms.lease_ns())
     }
 
     /// What is known once another process of the proxy is known to have followed.

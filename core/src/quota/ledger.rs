@@ -175,6 +175,40 @@ impl Ledger {
         }
     }
 
+    /// A proxy is about to end: it is to have nothing but what it has spent, which it says with its next questions. So
+    /// it takes nothing along, as one does that ends without a word. Its next process is not meant. Whether it is
+    /// known.
+    pub fn drain(&mut self, proxy: u64, now_ns: u64) -> bool {
+        let mut known = false;
+        for (member, fellow) in &mut self.members {
+            if member.proxy == proxy && fellow.ended.is_none() {
+                fellow.leaves_since_ns.get_or_insert(now_ns);
+                fellow.owed = 0;
+                known = true;
+            }
+        }
+        known
+    }
+
+    /// Whether a proxy that leaves has nothing any more but what it has spent.
+    pub fn is_drained(&self, proxy: u64) -> bool {
+        let of_it = self.members.iter().filter(|(member, _)| member.proxy == proxy);
+        let mut rest = of_it.filter(|(_, fellow)| fellow.ended.is_none());
+        rest.all(|(member, fellow)| {
+            let leaves = fellow.leaves_since_ns.is_some();
+            leaves && fellow.share == 0 && self.not_given_back(member).next().is_none()
+        })
+    }
+
+    /// Accounts of which a proxy that leaves has not said yet what it has spent.
+    fn not_given_back(&self, member: &Member) -> impl Iterator<Item = Account> {
+        let since_ns = self.members.get(member).and_then(|fellow| fellow.leaves_since_ns);
+        self.pools.iter().filter_map(move |(account, pool)| {
+            let holder = pool.get(member)?;
+            (holder.told || holder.answered_ns <= since_ns?).then_some(*account)
+        })
+    }
+
     /// Answers a question that came at a time of the control plane's monotonic clock.
     ///
     /// # Errors
@@ -319,6 +353,7 @@ impl Ledger {
             steady_since_ns: now_ns,
             looks,
             joined_ns: now_ns,
+            leaves_since_ns: fellow.leaves_since_ns,
             ..Fellow::default()
         };
         self.members.insert(member.clone(), back);
@@ -390,8 +425,15 @@ impl Ledger {
         changed
     }
 
+    fn leaves(&self, member: &Member) -> bool {
+        self.members.get(member).is_some_and(|fellow| fellow.leaves_since_ns.is_some())
+    }
+
     /// What share a proxy is to have that has `share`.
     fn next_share(&self, member: &Member, share: u32, now_ns: u64) -> u32 {
+        if self.leaves(member) {
+            return 0;
+        }
         if self.is_in_doubt(now_ns) {
             return share;
         }
@@ -527,6 +569,10 @@ impl Ledger {
     /// Adds what a proxy is to report on.
     fn recall(&mut self, member: &Member, recalls: &mut Vec<Recall>, now_ns: u64) {
         let looks = self.members.get_mut(member).map(|fellow| std::mem::take(&mut fellow.looks));
+        let looks = looks.map(|mut looks| {
+            looks.extend(self.not_given_back(member));
+            looks
+        });
         let mut rest = BTreeSet::new();
         for account in looks.unwrap_or_default() {
             if recalls.iter().any(|recall| recall.account == account) {
@@ -564,11 +610,17 @@ impl Ledger {
             unsure: false,
             told: false,
         });
+        if self.leaves(member) {
+            // What is back is not for it.
+            let held = mine.held.min(mine.used);
+            let share = self.members.get(member).map_or(0, |fellow| fellow.share);
+            let kept = (held > 0 || share > 0).then_some(held);
+            return Decision { held: kept, target: held, elsewhere: 0, free: 0 };
+        }
         if self.doubts(account.window_ns(), now_ns) {
             let held = mine.held.min(own);
             return Decision { held: Some(held), target: held, elsewhere: 0, free: 0 };
         }
-
         let ahead = limit.checked_div(AHEAD_PART).unwrap_or(0).max(1);
         let most = |holder: &Holder| holder.used.saturating_add(ahead.max(holder.dearest));
         let need = |holder: &Holder| Need { wanted: holder.wanted, most: most(holder) };

@@ -112,7 +112,7 @@ pub enum Why {
     Exhausted,
     /// The request costs more than the limit: it would never pass.
     TooDear,
-    /// The control plane never gave this proxy a share, or not for too long.
+    /// The control plane never gave this proxy a share, took it back, or was not heard of for too long.
     NoShare,
     /// What is in use is not known: the shared data is damaged, full, or changes all the time.
     Unknown,
@@ -442,7 +442,7 @@ fn look(vm: u64, record: &mut Record, standing: &Standing, cost: u32, draws: boo
     };
     let why = if cost > record.limit {
         Why::TooDear
-    } else if standing.belongs(now_ns) {
+    } else if standing.belongs(now_ns) && standing.share > 0 {
         Why::Exhausted
     } else {
         Why::NoShare

@@ -56,6 +56,7 @@ struct Proxy {
     clock_ns: u64,
     limit: u32,
     cut_off_until: u64,
+    leaves: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -80,6 +81,7 @@ struct Faults {
     limit: u64,
     race: u64,
     pause: u64,
+    drain: u64,
 }
 
 struct Fleet {
@@ -153,6 +155,7 @@ impl Fleet {
             clock_ns: self.dice.below(1_000_000 * S),
             limit,
             cut_off_until: 0,
+            leaves: false,
         }
     }
 
@@ -336,12 +339,22 @@ impl Fleet {
 
     /// Something goes wrong, or not.
     fn misfortune(&mut self) {
-        let Faults { proxy, restart, loss, away, cut_off, limit, pause, .. } = self.faults;
+        let Faults { proxy, restart, loss, away, cut_off, limit, pause, drain, .. } = self.faults;
         for at in 0..self.proxies.len() {
             if self.dice.chance(proxy) {
                 let limit = *self.limits.last().unwrap();
                 let id = self.proxies[at].id;
                 self.proxies[at] = self.start(id, limit);
+            }
+            let id = self.proxies[at].id;
+            if self.dice.chance(drain) && self.now >= self.away_until {
+                self.proxies[at].leaves = self.ledger.drain(id, self.now);
+            }
+            // One that is drained is replaced by another one, or by itself; or it goes on.
+            if self.proxies[at].leaves && self.ledger.is_drained(id) && self.dice.chance(50) {
+                let limit = *self.limits.last().unwrap();
+                let next = if self.dice.chance(500) { self.dice.roll() } else { id };
+                self.proxies[at] = self.start(next, limit);
             }
             if self.dice.chance(cut_off) {
                 self.proxies[at].cut_off_until = self.now + self.dice.below(90) * S;
@@ -484,6 +497,7 @@ const HARSH: Faults = Faults {
     limit: 0,
     race: 200,
     pause: 3,
+    drain: 0,
 };
 
 fn survives(seed: u64, faults: Faults, window_s: u32, limit: u32, cost: u32) -> Result<(), TestCaseError> {
@@ -514,6 +528,13 @@ proptest! {
     #[test]
     fn never_above_the_limit_when_all_is_forgotten(seed: u64, window_s in 1_u32..6, limit in 1_u32..120) {
         survives(seed, Faults { loss: 3, ..HARSH }, window_s, limit, 1)?;
+    }
+
+    /// The same if proxies are drained and replaced.
+    #[test]
+    fn never_above_the_limit_when_proxies_leave(seed: u64, window_s in 1_u32..6, limit in 1_u32..120) {
+        survives(seed, Faults { drain: 20, ..HARSH }, window_s, limit, 1)?;
+        survives(seed, Faults { drain: 20, ..Faults::default() }, window_s, limit, 1)?;
     }
 
     /// The same if limits change.

@@ -554,6 +554,93 @@ fn a_process_that_is_gone_ends_no_other() {
     assert_eq!(ended(&ledger), [false, false]);
 }
 
+/// Drains a proxy; how long that took.
+fn drain(ledger: &mut Ledger, sites: &mut [Site], at: usize, now: u64) -> u64 {
+    assert!(ledger.drain(u64::try_from(at).unwrap(), now));
+    for tick in 1..500 {
+        let now = now + tick * 10 * MS;
+        for site in &mut *sites {
+            site.talk(ledger, now);
+        }
+        if ledger.is_drained(u64::try_from(at).unwrap()) {
+            return tick * 10 * MS;
+        }
+    }
+    panic!("not drained after 5 s");
+}
+
+#[test]
+fn a_proxy_that_is_drained_takes_nothing_along_but_what_it_spent() {
+    let (mut ledger, mut sites) = fleet(2, 1_000);
+    // Of one account more than its own is held, of another a little is spent without a word.
+    for step in 0..40 {
+        sites[0].burst(20, 2 * S + step * 20 * MS);
+        sites.iter_mut().for_each(|site| {
+            site.talk(&mut ledger, 2 * S + step * 20 * MS);
+        });
+    }
+    let quiet = Account { key: !KEY, ..account(HOUR_S) };
+    let site = &mut sites[0];
+    assert!(site.workers[0].spend(&mut site.memory, quiet, 1_000, 1, 3 * S).is_admitted());
+    assert!(!ledger.is_drained(0));
+    let took = drain(&mut ledger, &mut sites, 0, 4 * S);
+    assert!(took < S, "{took} ns");
+    let saved = ledger.saved();
+    let gone = saved.members.iter().find(|saved| saved.member.proxy == 0).unwrap();
+    assert_eq!(gone.share, 0);
+    let held: Vec<u32> = saved
+        .pools
+        .iter()
+        .flat_map(|pool| &pool.holders)
+        .filter(|(member, ..)| member.proxy == 0)
+        .map(|(_, held, _)| *held)
+        .collect();
+    // Of which a VM may hold a few that it drew and did not spend.
+    assert!((801..=804).contains(&held.iter().sum::<u32>()), "{held:?}");
+    // It is not ready for more, and says that it is not the limit which is used up.
+    assert!(matches!(sites[0].spend(1, 5 * S), Verdict::Refused(_, Why::NoShare)));
+    assert!(!has_share(&mut sites[0].memory, 5 * S));
+    // A new process of it is like any other.
+    sites[0] = Site::new(0, 7, 1_000);
+    settle(&mut ledger, &mut sites, 6 * S);
+    assert!(sites[0].spend(1, 7 * S).is_admitted() && has_share(&mut sites[0].memory, 7 * S));
+}
+
+#[test]
+fn proxies_that_are_drained_and_replaced_leave_the_limit_whole() {
+    let (mut ledger, mut sites) = fleet(3, 1_000);
+    let (mut now, mut ids) = (2 * S, [0, 1, 2]);
+    for generation in 1..20 {
+        for at in 0..3 {
+            let id = ids[at];
+            sites[at].burst(2, now);
+            assert!(ledger.drain(id, now));
+            let end = now + 2 * S;
+            while now < end && !ledger.is_drained(id) {
+                now += 10 * MS;
+                sites.iter_mut().for_each(|site| {
+                    site.talk(&mut ledger, now);
+                });
+            }
+            assert!(ledger.is_drained(id));
+            ids[at] = generation * 10 + u64::try_from(at).unwrap();
+            sites[at] = Site::new(ids[at], 1, 1_000);
+            settle(&mut ledger, &mut sites, now);
+            now += S;
+        }
+    }
+    // 57 proxies were drained; each had spent two units.
+    let mut admitted = 0;
+    for _ in 0..4_000 {
+        admitted += sites[1].burst(1, now);
+        now += 20 * MS;
+        sites.iter_mut().for_each(|site| {
+            site.talk(&mut ledger, now);
+        });
+    }
+    assert!((1_000 - 114..=1_000 - 110).contains(&admitted), "{admitted}");
+}
+
 #[test]
 fn who_is_not_known_joins_anew() {
     let (_, mut sites) = fleet(1, 100);
