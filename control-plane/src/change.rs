@@ -254,6 +254,11 @@ pub enum Change {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         emergency: Option<Override>,
     },
+    /// Who keeps the ledger of limits was decided.
+    LimitsKept {
+        /// The control plane that does from then on, by its line of history.
+        keeper: u64,
+    },
     /// The rollout was changed.
     RolloutChanged {
         /// What is set from then on.
@@ -311,6 +316,7 @@ impl Change {
             Self::PolicyReplaced { .. } => "policy_replaced",
             Self::LimitsChanged { .. } => "limits_changed",
             Self::LimitsOverridden { .. } => "limits_overridden",
+            Self::LimitsKept { .. } => "limits_kept",
             Self::RolloutChanged { .. } => "rollout_changed",
         }
     }
@@ -460,6 +466,7 @@ impl Change {
             | Self::PolicyReplaced { .. }
             | Self::LimitsChanged { .. }
             | Self::LimitsOverridden { .. }
+            | Self::LimitsKept { .. }
             | Self::RolloutChanged { .. } => None,
         }
     }
@@ -503,6 +510,7 @@ impl Change {
             | Self::PolicyReplaced { .. }
             | Self::LimitsChanged { .. }
             | Self::LimitsOverridden { .. }
+            | Self::LimitsKept { .. }
             | Self::RolloutChanged { .. } => None,
         }
     }

@@ -59,6 +59,10 @@ pub struct Metrics {
     pub quota_questions: IntCounter,
     /// Whether nothing is leased of limits, since what was leased before is not known.
     pub quota_in_doubt: Gauge,
+    /// Whether the ledger of limits is kept here.
+    pub quota_keeper: Gauge,
+    /// Questions that did not get to the control plane that keeps it.
+    pub quota_pass_on_failures: IntCounter,
     /// How often the guard rolled back.
     pub rollbacks: IntCounter,
     /// Time to decide on a key, from the request's headers to the answer.
@@ -303,6 +307,14 @@ impl Metrics {
             quota_in_doubt: gauge(
                 "keygate_quota_in_doubt",
                 "1: nothing more is leased of limits until all has ended that may have been leased before.",
+            ),
+            quota_keeper: gauge(
+                "keygate_quota_keeper",
+                "1: this control plane divides the limits of the fleet among its proxies.",
+            ),
+            quota_pass_on_failures: counter(
+                "keygate_quota_pass_on_failures_total",
+                "Questions about limits that did not get to the control plane that divides them.",
             ),
             rollbacks: counter(
                 "keygate_rollout_rollbacks_total",

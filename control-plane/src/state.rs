@@ -63,6 +63,8 @@ pub struct State {
     pub limits_override: Option<Override>,
     /// The stamp of its last change. Not for proxies.
     pub override_stamp: u64,
+    /// Which control plane keeps the ledger of limits, if that was decided. Not for proxies.
+    pub limits_keeper: Option<Keeper>,
     /// The secrets.
     pub secrets: Arc<Ring>,
     /// Canary tests by their ids; `None`: removed. Not for proxies.
@@ -84,6 +86,15 @@ pub struct State {
     /// The lines that went before in this journal, and up to which change of each nothing is lacking. Not for
     /// proxies.
     pub lines: Arc<BTreeMap<u64, u64>>,
+}
+
+/// The control plane that keeps the ledger of limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Keeper {
+    /// Its line of history.
+    pub source: u64,
+    /// The stamp of the change that made it so.
+    pub since: u64,
 }
 
 /// Counts live keys by role and by the minute in which they expire.
@@ -154,6 +165,7 @@ pub struct Model {
     limits_mark: Mark,
     limits_override: Option<Override>,
     override_mark: Mark,
+    limits_keeper: Option<(Keeper, Mark)>,
     flags: Arc<Flags>,
     rollout_mark: Mark,
     pasts: Arc<Pasts>,
@@ -334,6 +346,12 @@ impl Model {
             Change::LimitsChanged { .. } if mark < self.limits_mark => effect.superseded = true,
             Change::LimitsOverridden { .. } if mark < self.override_mark => effect.superseded = true,
             Change::PolicyReplaced { .. } if mark < self.policy_mark => effect.superseded = true,
+            Change::LimitsKept { .. } if self.limits_keeper.is_some_and(|(_, last)| mark < last) => {
+                effect.superseded = true;
+            }
+            Change::LimitsKept { keeper } => {
+                self.limits_keeper = Some((Keeper { source: *keeper, since: entry.stamp }, mark));
+            }
             Change::KeySuspended { jti, .. } | Change::KeyResumed { jti, .. }
                 if self.suspension_marks.get(&Fingerprint::of(jti)).is_some_and(|last| mark < *last) =>
             {
@@ -543,6 +561,11 @@ impl Model {
         &self.proposals
     }
 
+    /// Which control plane keeps the ledger of limits, if that was decided.
+    pub fn limits_keeper(&self) -> Option<Keeper> {
+        self.limits_keeper.map(|(keeper, _)| keeper)
+    }
+
     /// The lockdown that was set last, also when its end has passed.
     pub fn lockdown(&self) -> Option<&Lockdown> {
         self.lockdown.as_ref()
@@ -656,6 +679,7 @@ impl Model {
             rollout_stamp: self.rollout_mark.stamp,
             limits_override: self.limits_override.clone(),
             override_stamp: self.override_mark.stamp,
+            limits_keeper: self.limits_keeper.map(|(keeper, _)| keeper),
             secrets: Arc::clone(&self.secrets),
             canary_tests: Arc::clone(&self.canary_tests),
             census: self.census.clone(),
@@ -671,6 +695,11 @@ impl Model {
 }
 
 impl State {
+    /// Whether a line of history is that of this control plane, or went before it in its journal.
+    pub fn is_own(&self, source: u64) -> bool {
+        source == self.version.source || self.lines.contains_key(&source)
+    }
+
     /// How many bytes a proxy loads that has nothing yet: rules, digests and shards, but for some bytes around them.
     pub fn snapshot_bytes(&self) -> usize {
         let shards = self.revocations.shards().iter();

@@ -11,17 +11,19 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use keygate_core::quota::{MAX_BYTES, Question};
+use keygate_core::revocation::Fingerprint;
 use keygate_core::telemetry::Report;
 use keygate_core::version::Version;
 use keygate_core::wire::{
     self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
 };
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
-use crate::quota::{self, QuotaError};
+use crate::quota::{Basis, Keeping, PASSED_ON, QuotaError, Role};
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -31,6 +33,10 @@ const MAX_WAIT: Duration = Duration::from_secs(30);
 const MAX_REQUEST_BYTES: usize = 64 * 1024;
 /// The most bytes of a report: as many series as it may have, with names as long as they get in practice.
 const MAX_REPORT_BYTES: usize = 512 * 1024;
+/// How long a proxy may take to give back what it has: it does so within a second, unless it is cut off.
+const DRAINED_WITHIN: Duration = Duration::from_secs(4);
+const QUOTA: &str = "/sync/v1/quota";
+const DRAIN: &str = "/sync/v1/drain";
 /// The longest node id that is kept.
 const MAX_ID_BYTES: usize = 256;
 
@@ -63,7 +69,8 @@ pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
-        .route("/sync/v1/quota", post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
+        .route(DRAIN, post(drain))
+        .route(QUOTA, post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
         .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
@@ -144,31 +151,97 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     let receipt = app.telemetry.take(&report, policy, app.clock.now_s()).await;
     receipt.map(|receipt| json(StatusCode::OK, serde_json::json!(receipt))).map_err(|error| match error {
         ReportError::Invalid(why) => Problem::bad_request(why),
-        ReportError::NotKept => {
-            Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
-        }
+        ReportError::NotKept => unavailable(error.to_string()),
     })
 }
 
+/// What a proxy may do of limits: from the ledger, wherever that is kept.
 async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
+    let Some(keeping) = app.quotas.here() else { return pass_on(&app, &headers, QUOTA, body).await };
     let state = app.state();
-    let basis = quota::Basis {
-        hard_age: app.config.hard_age,
-        limits: &state.rules.limits,
-        allows_stale: state.rules.policy.allows_stale(),
-        hot_restart: app.config.hot_restart,
-    };
+    let basis = Basis::of(&app, &state);
     let answer =
-        app.quotas.answer(&question, basis, app.stopping.clone()).await.map_err(|error| match error {
+        keeping.answer(&question, basis, app.stopping.clone()).await.map_err(|error| match error {
             QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
-            QuotaError::NotKept => {
-                Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
-            }
+            QuotaError::NotKept | QuotaError::Over => unavailable(error.to_string()),
         })?;
     app.metrics.quota_questions.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
+}
+
+/// A proxy that is about to end.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Drain {
+    /// [`FORMAT`].
+    format: u32,
+    /// Its node id.
+    proxy: String,
+}
+
+async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let drain: Drain = read(&body)?;
+    check_proxy(drain.format, &drain.proxy, "-")?;
+    let Some(keeping) = app.quotas.here() else { return pass_on(&app, &headers, DRAIN, body).await };
+    drained(&keeping, &drain.proxy).await
+}
+
+/// Has a proxy give back what it has of limits, wherever the ledger is kept.
+///
+/// # Errors
+/// When the proxy is not known, or the ledger cannot be asked.
+pub async fn drain_proxy(app: &App, proxy: String) -> Result<Response, Problem> {
+    let drain = Drain { format: FORMAT, proxy };
+    check_proxy(drain.format, &drain.proxy, "-")?;
+    let Some(keeping) = app.quotas.here() else {
+        let body = serde_json::to_vec(&drain).unwrap_or_default();
+        return pass_on(app, &HeaderMap::new(), DRAIN, body.into()).await;
+    };
+    drained(&keeping, &drain.proxy).await
+}
+
+async fn drained(keeping: &Keeping, proxy: &str) -> Result<Response, Problem> {
+    match keeping.drain(Fingerprint::of(proxy).0, DRAINED_WITHIN).await {
+        Some(true) => Ok(json(StatusCode::OK, serde_json::json!({ "proxy": proxy, "drained": true }))),
+        Some(false) => {
+            Ok(json(StatusCode::ACCEPTED, serde_json::json!({ "proxy": proxy, "drained": false })))
+        }
+        None => Err(Problem::not_found("No proxy with this node id has a part of the limits.")),
+    }
+}
+
+/// Passes a question on to the control plane that keeps the ledger.
+async fn pass_on(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
+    let Role::Elsewhere(keeper) = app.quotas.role() else {
+        return Err(unavailable("It is not known yet which control plane keeps the limits; ask again."));
+    };
+    if headers.contains_key(PASSED_ON) {
+        return Err(unavailable("This control plane does not keep the limits (any more); ask again."));
+    }
+    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
+    let Some(url) = url else {
+        app.metrics.quota_pass_on_failures.inc();
+        return Err(unavailable("It is not known where the control plane is that keeps the limits."));
+    };
+    match app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await {
+        Ok((status, body)) => {
+            if status.is_server_error() || status == StatusCode::UNAUTHORIZED {
+                app.metrics.quota_pass_on_failures.inc();
+            }
+            Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
+        }
+        Err(error) => {
+            app.metrics.quota_pass_on_failures.inc();
+            Err(unavailable(error.to_string()))
+        }
+    }
+}
+
+fn unavailable(detail: impl Into<String>) -> Problem {
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", detail.into())
 }
 
 /// Whether a question is in a format that is read here, and of a proxy that has names.

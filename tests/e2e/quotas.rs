@@ -5,6 +5,8 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use keygate_e2e::control_plane::ControlPlane;
+use keygate_e2e::envoy::Neighbours;
 use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Connection, Envoy, Key, Redis, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
@@ -281,4 +283,137 @@ fn an_override_holds_at_once_and_ends_by_itself() {
         .expect_problem(400, "bad_request");
     api.send(Request::new("PUT", LIMITS).json(&json!({ "roles": { "basic": "many" } })))
         .expect_problem(400, "bad_request");
+}
+
+/// How many of some requests, one after the other, are admitted by a proxy.
+fn count_admitted(envoy: &Envoy, key: &Key, requests: usize) -> usize {
+    let mut workers: Vec<Connection> = (0..envoy.workers()).map(|_| envoy.connect()).collect();
+    let count = workers.len();
+    (0..requests)
+        .filter(|turn| {
+            keygate_e2e::wait::pass(Duration::from_millis(2));
+            let status = workers[turn % count].send(&chat(key)).status;
+            assert!(matches!(status, 200 | 429 | 503), "{status}");
+            status == 200
+        })
+        .count()
+}
+
+#[test]
+fn proxies_that_are_drained_and_replaced_leave_limits_whole() {
+    let stack = Stack::builder().limits().start();
+    let api = stack.api();
+    let key = api.issue("contributor");
+    let limit = 1_000;
+    put(&api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
+    let mut spent = 0;
+    for round in 0..6 {
+        let node = format!("pod-{round}");
+        let mut envoy = stack.another_envoy(&node, 2);
+        spent += count_admitted(&envoy, &key, 5);
+        let answer = api.post("/api/admin/fleet/drain", &json!({ "proxy": node })).expect(200).json();
+        assert_eq!(answer, json!({ "proxy": node, "drained": true }));
+        // What its VMs had drawn counts as spent, and may be. Then it has nothing, says so, and is not ready.
+        wait_until(SOON, "nothing to be left", || {
+            let status = envoy.call(&chat(&key)).status;
+            spent += usize::from(status == 200);
+            status == 503
+        });
+        assert_eq!(envoy.ready_status(), Some(503));
+        envoy.kill();
+    }
+    let begun = Instant::now();
+    while spent < limit * 95 / 100 && begun.elapsed() < Duration::from_secs(20) {
+        spent += count_admitted(&stack.envoy, &key, 100);
+    }
+    println!("{spent} of {limit} after six proxies came and went, in {} ms", begun.elapsed().as_millis());
+    assert!((limit * 95 / 100..=limit).contains(&spent), "{spent} of {limit}");
+
+    // The same for a pod's preStop hook, with what the proxy has: the fleet token.
+    let port = stack.control_plane.sync_port();
+    let ask = |token: &str, node: &str| {
+        let body = json!({ "format": 1, "proxy": node });
+        let request = Request::new("POST", "/sync/v1/drain").bearer(token).json(&body);
+        keygate_e2e::http::try_call(port, &request).expect("an answer")
+    };
+    ask("wrong", "envoy-1").expect_problem(401, "invalid_token");
+    ask(&stack.fleet_token(), "nobody").expect_problem(404, "not_found");
+    ask(&stack.fleet_token(), "envoy-1").expect(200);
+    wait_until(SOON, "nothing to be left", || stack.envoy.call(&chat(&key)).status == 503);
+}
+
+#[test]
+fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it() {
+    let mut redis = Redis::start();
+    let mut stack = Stack::builder().limits().workers(2).redis(&redis.url()).start();
+    let elsewhere = tempfile::tempdir().expect("a directory");
+    let mut other = ControlPlane::beside(&stack.control_plane, elsewhere.path());
+    other.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
+    other.use_redis(&redis.url());
+    other.start();
+    let mut envoy = Envoy::new(elsewhere.path(), "envoy-b", 2);
+    envoy.start(&Neighbours {
+        api_port: other.api_port(),
+        sync_port: other.sync_port(),
+        ..stack.neighbours()
+    });
+    envoy.wait_ready();
+    let api = stack.api();
+    let there = Api::new(other.api_port(), &stack.control_plane.admin_key());
+    let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_keeper") > 0.0;
+    assert_eq!((keeps(&api), keeps(&there)), (true, false));
+    let usage = there.get(&format!("{LIMITS}/usage")).expect(200).json();
+    assert_eq!(usage["keeper"]["here"], false, "{usage}");
+
+    let limit = 400;
+    let limit_to = |key: &Key| {
+        wait_until(SOON, "the other one to know the key", || {
+            there.get(&format!("/api/admin/keys/{}", key.id)).status == 200
+        });
+        for api in [&there, &api] {
+            put(api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
+        }
+    };
+
+    // Half of the limit with Redis, the rest without.
+    let key = api.issue("contributor");
+    limit_to(&key);
+    let envoys = [&stack.envoy, &envoy];
+    let mut all = admitted(&envoys, &chat(&key), Duration::from_secs(1), 150).times.len();
+    redis.kill();
+    for _ in 0..4 {
+        all += admitted(&envoys, &chat(&key), Duration::from_secs(1), 300).times.len();
+    }
+    println!("{all} of {limit} were admitted at proxies of two control planes");
+    assert!((limit * 95 / 100..=limit).contains(&all), "{all} of {limit}");
+    redis.run();
+
+    // The one that divides dies, for good: proxies go on with what they have, and the other one takes over.
+    let key = api.issue("contributor");
+    limit_to(&key);
+    let mut all = count_admitted(&envoy, &key, 2);
+    let before = all;
+    stack.control_plane.kill();
+    all += count_admitted(&envoy, &key, 20);
+    assert!(all > before, "its fair share");
+    wait_until(SOON, "failures to pass questions on", || {
+        Metrics::of(&there).value("keygate_quota_pass_on_failures_total") > 0.0
+    });
+    there.post(&format!("{LIMITS}/take_over"), &json!({})).expect(200);
+    wait_until(SOON, "the other one to divide limits", || keeps(&there));
+    assert_eq!(Metrics::of(&there).value("keygate_quota_in_doubt"), 1.0);
+    wait_until(SOON, "its proxy to be answered by it", || {
+        Metrics::of(&there).value("keygate_quota_questions_total") > 0.0
+    });
+    all += count_admitted(&envoy, &key, 300);
+
+    // The first one comes back, and knows.
+    stack.control_plane.start();
+    wait_until(SOON, "the first one to pass on", || !keeps(&api));
+    all += count_admitted(&stack.envoy, &key, 300);
+    println!("{all} of {limit} over a change of who divides it");
+    assert!((limit / 2..=limit).contains(&all), "{all} of {limit}");
+    assert_eq!((keeps(&api), keeps(&there)), (false, true));
+    let taken = there.get("/api/admin/audit?action=limits_kept").expect(200).json();
+    assert_eq!(taken["records"].as_array().map(Vec::len), Some(2), "{taken}");
 }

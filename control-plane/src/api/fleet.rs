@@ -5,9 +5,13 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use serde::Deserialize;
 
 use super::json;
+use super::request::{self, Body};
 use crate::app::App;
+use crate::problem::Problem;
+use crate::sync;
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
     let state = app.state();
@@ -22,4 +26,15 @@ pub async fn list(State(app): State<Arc<App>>) -> Response {
             "proxies": proxies,
         }),
     )
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Drain {
+    proxy: String,
+}
+
+pub async fn drain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<Response, Problem> {
+    let Drain { proxy } = request::body(&bytes)?;
+    sync::drain_proxy(&app, proxy).await
 }

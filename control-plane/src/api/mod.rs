@@ -237,6 +237,13 @@ fn operations() -> Vec<Operation> {
             ),
         )),
         waits(op(
+            "post",
+            "/api/admin/rate_limits/take_over",
+            MANAGE,
+            "Have this control plane divide limits among proxies, when the one that did is gone for good",
+            post(rate_limits::take_over),
+        )),
+        waits(op(
             "delete",
             "/api/admin/rate_limits/emergency",
             MANAGE,
@@ -459,6 +466,16 @@ fn operations() -> Vec<Operation> {
             )
         },
         op("get", "/api/admin/fleet", READ, "The proxies and what they enforce", get(fleet::list)),
+        takes(
+            r#"{"proxy": "edge-7"}"#,
+            op(
+                "post",
+                "/api/admin/fleet/drain",
+                MANAGE,
+                "Have a proxy that is about to end give back what it has of limits; it answers 503 to limited keys then",
+                post(fleet::drain),
+            ),
+        ),
         takes(
             r#"{"token": "…", "method": "GET", "path": "/api/chat"}"#,
             op(

@@ -18,6 +18,7 @@ use crate::app::App;
 use crate::change::Change;
 use crate::limits::{self, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
+use crate::quota;
 use crate::store::StoreError;
 use crate::writer::View;
 
@@ -88,7 +89,28 @@ pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
             })
         })
         .collect();
-    Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "in_doubt": app.quotas.is_in_doubt() })))
+    let state = app.state();
+    let source = state.limits_keeper.map_or(state.version.source, |keeper| keeper.source);
+    let keeper = serde_json::json!({
+        "source": format!("{source:x}"),
+        "here": app.quotas.here().is_some(),
+        "url": match &app.mirror {
+            Some(mirror) if !state.is_own(source) => mirror.sync_url(source),
+            _ => Some(app.sync_url.clone()),
+        },
+    });
+    let usage = serde_json::json!({ "keys": keys, "in_doubt": app.quotas.is_in_doubt(), "keeper": keeper });
+    Ok(json(StatusCode::OK, usage))
+}
+
+pub async fn take_over(
+    State(app): State<Arc<App>>,
+    Extension(caller): Extension<Caller>,
+    waits: Waits,
+) -> Result<Response, Problem> {
+    let committed = quota::take_over(&app, actor(&caller.0)).await?;
+    let kept = serde_json::json!({ "keeper": format!("{:x}", app.state().version.source) });
+    Ok(request::finish(&app, committed, waits, StatusCode::OK, kept).await)
 }
 
 #[derive(Deserialize)]

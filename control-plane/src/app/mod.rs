@@ -3,6 +3,7 @@
 mod given;
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -87,9 +88,6 @@ pub enum RunError {
     /// What proxies count.
     #[error(transparent)]
     Telemetry(#[from] BookError),
-    /// Who may do how much.
-    #[error(transparent)]
-    Quota(#[from] quota::BookError),
     /// The first change.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -123,6 +121,8 @@ pub struct App {
     pub metrics: Arc<Metrics>,
     /// Who may do how much.
     pub quotas: Quotas,
+    /// Where other control planes reach the sync port.
+    pub sync_url: String,
     /// What proxies count.
     pub telemetry: Telemetry,
     /// Tokens of callers that were verified before.
@@ -202,6 +202,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let sync = TcpListener::bind(config.sync_listen)
         .await
         .map_err(io(format!("sync_listen = {}", config.sync_listen)))?;
+    let sync_url = config.limits_url.clone().unwrap_or_else(|| reached_at(&sync, config.sync_listen));
     let claim = Claim::new(dir).map_err(OpenError::from)?;
     let policy = match &config.policy_file {
         Some(path) => read_policy(path)?,
@@ -241,14 +242,6 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
-    let rules = states.borrow().rules.clone();
-    let basis = quota::Basis {
-        hard_age: config.hard_age,
-        limits: &rules.limits,
-        allows_stale: rules.policy.allows_stale(),
-        hot_restart: config.hot_restart,
-    };
-    let quotas = Quotas::open(dir, basis, clock.now_ms())?;
     let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
@@ -276,7 +269,8 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         snapshots: sync::Snapshots::default(),
         metrics,
         telemetry,
-        quotas,
+        quotas: Quotas::default(),
+        sync_url,
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
         notifier,
@@ -294,12 +288,12 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
 
 impl Serving {
     /// The address of the API.
-    pub fn api_address(&self) -> std::io::Result<std::net::SocketAddr> {
+    pub fn api_address(&self) -> std::io::Result<SocketAddr> {
         self.api.local_addr()
     }
 
     /// The address of the sync port.
-    pub fn sync_address(&self) -> std::io::Result<std::net::SocketAddr> {
+    pub fn sync_address(&self) -> std::io::Result<SocketAddr> {
         self.sync.local_addr()
     }
 
@@ -317,6 +311,7 @@ impl Serving {
         let canary = tokio::spawn(runner::run(Arc::clone(&app)));
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
         let guard = tokio::spawn(rollout::guard::run(Arc::clone(&app)));
+        let limits = tokio::spawn(quota::run(Arc::clone(&app)));
         let mirror =
             app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
         let notifier = Arc::clone(&app.notifier);
@@ -337,6 +332,7 @@ impl Serving {
         let _ended = telemetry.await;
         let _ended = rotation.await;
         let _ended = guard.await;
+        let _ended = limits.await;
         let _ended = canary.await;
         if let Some(mirror) = mirror {
             let _ended = mirror.await;
@@ -347,6 +343,16 @@ impl Serving {
         let _told_or_not = tokio::time::timeout(STOP_WITHIN, told).await;
         Ok(())
     }
+}
+
+/// Where others reach a listener, as far as can be told from here.
+fn reached_at(listener: &TcpListener, configured: SocketAddr) -> String {
+    let address = listener.local_addr().unwrap_or(configured);
+    if !address.ip().is_unspecified() {
+        return format!("http://{address}");
+    }
+    let name = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("http://{}:{}", name.trim(), address.port())
 }
 
 async fn serve(

@@ -239,8 +239,51 @@ fn change(id: &str, verb: &str, body: &Value, wait: &Wait) -> anyhow::Result<Exi
     Ok(wait.code(&key))
 }
 
+/// The proxies.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Fleet {
+    #[command(subcommand)]
+    command: Option<OneProxy>,
+    #[command(flatten)]
+    output: Output,
+}
+
+/// What there is to do with one of them.
+#[derive(Debug, Subcommand)]
+enum OneProxy {
+    /// Have a proxy that is about to end give back what it has of limits; exit with 2 if it has not in time
+    ///
+    /// It answers 503 to limited keys from then on, so let it get no more requests before. A new process of it is like any
+    /// other. One that ends without this takes its share of every limit along, for the hard age and the longest window.
+    Drain {
+        /// Its node id, as 'keygate fleet' shows it
+        proxy: String,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+impl Fleet {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let Some(OneProxy::Drain { proxy, output }) = self.command else { return fleet(&self.output) };
+        let answer = call("POST", "/api/admin/fleet/drain", &[], Some(&json!({ "proxy": proxy })))?;
+        let drained = answer["drained"] == true;
+        if output.json {
+            print_json(&answer);
+        } else if drained {
+            println!("{proxy} has given back what it did not spend");
+        } else {
+            println!(
+                "{proxy} has not said yet what it spent; is it there? Ask again: keygate fleet drain {proxy}"
+            );
+        }
+        Ok(if drained { ExitCode::SUCCESS } else { ExitCode::from(2) })
+    }
+}
+
 /// Prints the proxies.
-pub fn fleet(output: &Output) -> anyhow::Result<ExitCode> {
+fn fleet(output: &Output) -> anyhow::Result<ExitCode> {
     let fleet = call("GET", "/api/admin/fleet", &[], None)?;
     if output.json {
         print_json(&fleet);

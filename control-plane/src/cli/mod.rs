@@ -39,8 +39,8 @@ enum Command {
     /// Show and change which requests go to V1 and which to V2
     #[command(subcommand)]
     Rollout(rollout::Rollout),
-    /// Show the proxies and what they enforce
-    Fleet(Output),
+    /// Show the proxies and what they enforce, and have one give back what it has
+    Fleet(client::Fleet),
     /// Check the audit log
     #[command(subcommand)]
     Audit(audit::Audit),
@@ -69,7 +69,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Revocations(revocations) => revocations.run(),
         Command::Secrets(secrets) => secrets.run(),
         Command::Rollout(rollout) => rollout.run(),
-        Command::Fleet(output) => client::fleet(&output),
+        Command::Fleet(fleet) => fleet.run(),
         Command::Audit(audit) => audit.run(),
         Command::Backup(backup) => backup.run(),
         Command::Recover(recover) => recover.run(),

@@ -15,8 +15,8 @@ use toml::Value;
 
 use self::value::{
     address, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway, life, list,
-    log_format, overlap, path, personal_data, realm, redis_timeout, requests_per_hour, retention, retire,
-    schedule, scopes, share, text, up_to_100, words,
+    log_format, overlap, path, personal_data, plain_url, realm, redis_timeout, requests_per_hour, retention,
+    retire, schedule, scopes, share, text, up_to_100, words,
 };
 pub use self::value::{gate_timeout, http_url};
 use crate::canary::runner::Settings as CanarySettings;
@@ -32,7 +32,7 @@ use crate::rotation::{Lives, Schedule};
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
-pub const SETTINGS: [(&str, &str); 53] = [
+pub const SETTINGS: [(&str, &str); 54] = [
     ("listen", "Address of the API, metrics and console [default: 127.0.0.1:8000]"),
     ("sync_listen", "Address of the sync port, for proxies only [default: 127.0.0.1:8001]"),
     ("data_dir", "Directory of the journal and the store [default: .keygate/data]"),
@@ -118,6 +118,10 @@ pub const SETTINGS: [(&str, &str); 53] = [
     ),
     ("canary.allowed_hosts", "More hosts that tests may call, as host or host:port [default: none]"),
     ("limits.enforce", "Whether limits of keys are counted and enforced: true or false [default: true]"),
+    (
+        "limits.url",
+        "Where other control planes reach this one's sync port, to pass on questions about limits [default: http:// and sync_listen, or the host's name if that is any address]",
+    ),
     (
         "limits.hot_restart",
         "Whether proxies restart hot, so that two processes of one serve for a while: true or false [default: false]",
@@ -247,6 +251,8 @@ pub struct Config {
     pub canary: CanarySettings,
     /// Whether limits are enforced.
     pub enforces_limits: bool,
+    /// Where other control planes reach the sync port, if that was said.
+    pub limits_url: Option<String>,
     /// Whether two processes of one proxy may serve at a time.
     pub hot_restart: bool,
     /// The rollout from V1 to V2.
@@ -377,6 +383,7 @@ impl Typed {
             durability: self.take("durability", durability).unwrap_or(Durability::Local),
             canary,
             enforces_limits: self.take("limits.enforce", flag).unwrap_or(true),
+            limits_url: self.take("limits.url", plain_url),
             hot_restart: self.take("limits.hot_restart", flag).unwrap_or(false),
             rollout,
             notify: NotifySettings {

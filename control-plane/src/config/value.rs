@@ -51,6 +51,12 @@ pub fn http_url(value: &Value) -> Result<String, String> {
     if is_one { Ok(text.into()) } else { Err("is not a URL such as \"https://example.com/hook\"".into()) }
 }
 
+/// Where a sync port is, which speaks plain HTTP.
+pub fn plain_url(value: &Value) -> Result<String, String> {
+    let url = http_url(value).ok().filter(|url| url.starts_with("http://"));
+    url.ok_or_else(|| "is not a URL such as \"http://keygate-0.keygate:8001\"".into())
+}
+
 /// A label of an object or token in an HSM (PKCS#11): at most 32 bytes for a token.
 pub fn label(value: &Value) -> Result<String, String> {
     let text = text(value)?;

@@ -261,6 +261,7 @@ impl Carrier {
             Change::PolicyReplaced { .. } => self.keep_one("policy", mark, seq, line),
             Change::LimitsChanged { .. } => self.keep_one("limits", mark, seq, line),
             Change::LimitsOverridden { .. } => self.keep_one("limits override", mark, seq, line),
+            Change::LimitsKept { .. } => self.keep_one("limits kept", mark, seq, line),
             Change::RolloutChanged { .. } => self.keep_one("rollout", mark, seq, line),
             Change::ExpiredForgotten { .. } => self.keep_one("expired", mark, seq, line),
             // Over within the hour, or of no effect on what comes.

@@ -48,6 +48,9 @@ pub struct Head {
     pub in_doubt: bool,
     /// Which start of the machine times are of.
     pub boot: String,
+    /// The stamp of the change by which it is kept here.
+    #[serde(default)]
+    pub since: u64,
 }
 
 /// What a change comes to.

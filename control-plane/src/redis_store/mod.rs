@@ -127,6 +127,9 @@ pub struct Report {
     /// The signing secrets that each of its live proxies knows.
     #[serde(default)]
     pub known: BTreeSet<String>,
+    /// Where it takes questions of proxies that others were asked.
+    #[serde(default)]
+    pub sync_url: Option<String>,
     /// Differs from that of the report before: so others see that it is alive.
     #[serde(default)]
     pub beat: u64,
@@ -264,7 +267,7 @@ impl Mirror {
     /// the hard age when Redis was looked at last, or that are known at all if it never was.
     pub fn live_peers(&self, state: &State) -> Vec<(u64, Option<Report>)> {
         let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = |source: &u64| *source == state.version.source || state.lines.contains_key(source);
+        let own = |source: &u64| state.is_own(*source);
         let Some(looked) = heard.looked else {
             return state.merged.keys().filter(|source| !own(source)).map(|source| (*source, None)).collect();
         };
@@ -273,6 +276,12 @@ impl Mirror {
             !own(source) && looked.saturating_duration_since(*seen) <= hard_age
         });
         live.map(|(source, (report, _))| (*source, Some(report.clone()))).collect()
+    }
+
+    /// Where another control plane takes questions of proxies, if it ever said that.
+    pub fn sync_url(&self, source: u64) -> Option<String> {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.reports.get(&source).and_then(|(report, _)| report.sync_url.clone())
     }
 
     /// Takes note of what others say of themselves.

@@ -119,7 +119,8 @@ impl PassOn<'_> {
         merged: BTreeMap<u64, u64>,
     ) -> Result<(), SessionError> {
         let known = rotation::driver::known_everywhere(self.app);
-        let report = Report { seq, last_own, merged, known, beat: self.app.clock.now_ms() };
+        let sync_url = Some(self.app.sync_url.clone());
+        let report = Report { seq, last_own, merged, known, sync_url, beat: self.app.clock.now_ms() };
         let source = self.app.state().version.source;
         *self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((report.clone(), Instant::now()));

@@ -58,7 +58,9 @@ impl Fellow {
 
     /// Whether it is in touch, as far as is known, and stays.
     pub fn lives(&self, terms: Terms, now_ns: u64) -> bool {
-        self.leaves_since_ns.is_none() && self.ended.is_none() && now_ns < self.answered_ns.saturating_add(terms.lease_ns())
+        self.leaves_since_ns.is_none()
+            && self.ended.is_none()
+            && now_ns < self.answered_ns.saturating_add(terms.lease_ns())
     }
 
     /// What is known once another process of the proxy is known to have followed.
@@ -126,4 +128,6 @@ pub(super) struct Holder {
     pub unsure: bool,
     /// It was told so, and has not reported it: it knows of this if it knows of its share.
     pub told: bool,
+    /// It said that nothing was agreed on before.
+    pub own: bool,
 }

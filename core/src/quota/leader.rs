@@ -45,6 +45,8 @@ pub struct Leader {
 #[derive(Debug)]
 struct Asking {
     number: u64,
+    /// What it says of the share.
+    share: u32,
     asked_ns: u64,
     accounts: Vec<Account>,
 }
@@ -267,6 +269,7 @@ impl Leader {
             None => true,
             // It may be held back, but not for long if there is something to say.
             Some(asking) if asking.accounts.is_empty() && !self.queue.is_empty() => true,
+            Some(asking) if asking.accounts.is_empty() && asking.share != standing.reported => true,
             Some(asking) if standing.question != asking.number => true,
             Some(asking) => now_ns.saturating_sub(asking.asked_ns) > ANSWER_NS,
         }
@@ -300,7 +303,7 @@ impl Leader {
             self.enqueue(account);
         }
         let accounts = reports.iter().map(|report| report.account).collect();
-        self.asking = Some(Asking { number, asked_ns: now_ns, accounts });
+        self.asking = Some(Asking { number, share: standing.reported, asked_ns: now_ns, accounts });
         Some(Question {
             format: FORMAT,
             member: Member { proxy: self.proxy, incarnation: self.incarnation, term: standing.term },
@@ -341,6 +344,7 @@ fn report(
     let report = page::change(data, Page::index(account), false, |page, standing| {
         let Some(record) = page.find(account) else { return Ok((None, Write::No)) };
         record.roll(standing, now_ns);
+        let own = record.holding == Holding::Own;
         record.fix(standing, now_ns);
         record.asked = number;
         record.rung = false;
@@ -354,6 +358,7 @@ fn report(
             used,
             wanted: record.demand(now_ns),
             dearest: record.dearest,
+            own,
         };
         Ok((Some(report), Write::Yes))
     })?;

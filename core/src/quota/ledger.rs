@@ -103,8 +103,17 @@ impl Ledger {
             for (member, held, of) in holders {
                 let (used, wanted, dearest) = (*held, *held, 0);
                 let (unsure, told) = (true, true);
-                let holder =
-                    Holder { held: *held, of: *of, used, wanted, dearest, answered_ns: now_ns, unsure, told };
+                let holder = Holder {
+                    held: *held,
+                    of: *of,
+                    used,
+                    wanted,
+                    dearest,
+                    answered_ns: now_ns,
+                    unsure,
+                    told,
+                    own: false,
+                };
                 pool.insert(member.clone(), holder);
                 if let Some(fellow) = ledger.members.get_mut(member) {
                     fellow.looks.insert(*account);
@@ -183,7 +192,6 @@ impl Ledger {
         for (member, fellow) in &mut self.members {
             if member.proxy == proxy && fellow.ended.is_none() {
                 fellow.leaves_since_ns.get_or_insert(now_ns);
-                fellow.owed = 0;
                 known = true;
             }
         }
@@ -411,9 +419,10 @@ impl Ledger {
     fn note(&mut self, member: &Member, reports: &[Report], now_ns: u64) -> BTreeSet<Account> {
         let mut changed = BTreeSet::new();
         for report in reports {
-            let Report { account, limit, held, used, wanted, dearest } = *report;
+            let Report { account, limit, held, used, wanted, dearest, own } = *report;
             let (unsure, told) = (false, false);
-            let holder = Holder { held, of: limit, used, wanted, dearest, answered_ns: now_ns, unsure, told };
+            let holder =
+                Holder { held, of: limit, used, wanted, dearest, answered_ns: now_ns, unsure, told, own };
             let before = self.pools.entry(account).or_default().insert(member.clone(), holder);
             if before.is_none_or(|before| (before.held, before.of) != (held, limit)) {
                 changed.insert(account);
@@ -431,7 +440,9 @@ impl Ledger {
 
     /// What share a proxy is to have that has `share`.
     fn next_share(&self, member: &Member, share: u32, now_ns: u64) -> u32 {
-        if self.leaves(member) {
+        // What it was before is only given back by whoever has it, step by step.
+        if self.members.get(member).is_some_and(|fellow| fellow.leaves_since_ns.is_some() && fellow.owed == 0)
+        {
             return 0;
         }
         if self.is_in_doubt(now_ns) {
@@ -559,6 +570,7 @@ impl Ledger {
                     answered_ns: now_ns,
                     unsure: false,
                     told: true,
+                    own: false,
                 };
                 pool.insert(member.clone(), holder);
             }
@@ -609,16 +621,18 @@ impl Ledger {
             answered_ns: now_ns,
             unsure: false,
             told: false,
+            own: false,
         });
         if self.leaves(member) {
             // What is back is not for it.
             let held = mine.held.min(mine.used);
             let share = self.members.get(member).map_or(0, |fellow| fellow.share);
-            let kept = (held > 0 || share > 0).then_some(held);
+            let kept = (mine.held > 0 || share > 0).then_some(held);
             return Decision { held: kept, target: held, elsewhere: 0, free: 0 };
         }
         if self.doubts(account.window_ns(), now_ns) {
-            let held = mine.held.min(own);
+            // Of what was agreed on with the ledger before, others may count on what this one gave away.
+            let held = if mine.own { own } else { mine.held.min(own) };
             return Decision { held: Some(held), target: held, elsewhere: 0, free: 0 };
         }
         let ahead = limit.checked_div(AHEAD_PART).unwrap_or(0).max(1);

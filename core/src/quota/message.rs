@@ -65,6 +65,10 @@ pub struct Report {
     /// What the dearest request costs that was refused.
     #[serde(default)]
     pub dearest: u32,
+    /// Nothing was agreed on of it: it is counted with all that is the proxy's own, which goes by less until it is
+    /// answered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub own: bool,
 }
 
 /// What a proxy may do.

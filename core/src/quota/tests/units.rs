@@ -710,6 +710,7 @@ fn messages_are_read_strictly() {
                 used: u32::MAX,
                 wanted: u32::MAX,
                 dearest: u32::MAX,
+                own: true,
             };
             MAX_ENTRIES
         ],
