@@ -36,7 +36,8 @@
 //!    in three steps: the proxy goes by the smaller one; it looks through all accounts, and reports those of which
 //!    more than that is in use; it says so, and only then the ledger counts the smaller one. The looking writes each
 //!    page, and spending reads the share after the page and writes after that: so nobody spends by the larger share
-//!    on a page that was looked at.
+//!    on a page that was looked at. A proxy that is drained ([`Ledger::drain`]) goes this way to nothing: then all that
+//!    it spent was reported, and nothing else is counted for it.
 //! 3. **Agreements.** A [`Question`] supersedes all before it, and a proxy takes the answer to its last one only, also
 //!    if another VM leads meanwhile. So what a question reports is what the proxy has at most until it is answered.
 //!    The ledger counts the larger of what was reported and what was granted. A lost question or answer means that it
@@ -61,7 +62,8 @@
 //! 7. **Restarts of the control plane.** It goes on from what it kept before each answer ([`Ledger::resume`]), with
 //!    all leases as if they began now, and nobody heard of. If it may have lost something ([`Ledger::in_doubt`]), it
 //!    lets nothing grow until `k + W` have passed. Since it is another ledger, no proxy has more than its own by an
-//!    agreement with the one before.
+//!    agreement with the one before. Of an account of which nothing was agreed on ([`Report::own`]), the one before
+//!    counted all that is the proxy's own.
 //! 8. **Another limit.** An agreement is about a limit. If the limit is higher now, a proxy has no more than before
 //!    until it has agreed on the new one, which it asks for at once. If it is lower, it has nothing until then, or
 //!    until all agreements of others are over that count on less. So among agreements on at most the limit that is

@@ -18,12 +18,13 @@ fn main() -> ExitCode {
         Some("filter") => filter::run(),
         // What `filter` starts beside itself.
         Some(filter::server::COMMAND) => filter::server::run(),
+        Some("profile") => filter::profile::run(),
         Some("quota") => quota::run(),
         Some("revocation") => revocation::run(),
         Some("rotation") => rotation::run(),
         other => {
             eprintln!(
-                "error: there is no benchmark {other:?}; there are: durability, filter, quota, revocation, rotation"
+                "error: there is no benchmark {other:?}; there are: durability, filter, profile, quota, revocation, rotation"
             );
             return ExitCode::FAILURE;
         }

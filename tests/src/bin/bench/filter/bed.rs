@@ -1,7 +1,8 @@
 //! What the benchmark runs: one Envoy with a listener for each of what is compared, on a CPU of its own; control plane,
 //! upstream and the service of ext_authz on the other.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use keygate_e2e::control_plane::ControlPlane;
@@ -39,6 +40,39 @@ pub struct Bed {
     pub cpus: Cpus,
 }
 
+/// What Envoy runs under.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Under {
+    /// Nothing.
+    Nothing,
+    /// Callgrind, which counts nothing until it is told to.
+    Callgrind,
+}
+
+impl Under {
+    /// What the names of callgrind's dumps begin with.
+    pub const OUT: &str = "callgrind.out";
+
+    fn program(self) -> PathBuf {
+        match self {
+            Self::Nothing => binaries::envoy(),
+            Self::Callgrind => "valgrind".into(),
+        }
+    }
+
+    /// What comes before Envoy's own arguments.
+    fn prepare(self, command: &mut Command, directory: &Path) {
+        if self == Self::Callgrind {
+            let out = directory.join(Self::OUT);
+            command
+                // What V8 compiles it also writes anew.
+                .args(["--tool=callgrind", "--smc-check=all-non-file", "--instr-atstart=no"])
+                .arg(format!("--callgrind-out-file={}", out.display()))
+                .arg(binaries::envoy());
+        }
+    }
+}
+
 /// What signs, and is signed, before there is an Envoy.
 pub struct Prepared {
     pub signer: Hs256,
@@ -48,7 +82,7 @@ pub struct Prepared {
 
 impl Bed {
     /// Starts it.
-    pub fn start(cpus: Cpus, dice: &mut Dice) -> (Self, Prepared) {
+    pub fn start(cpus: Cpus, dice: &mut Dice, under: Under) -> (Self, Prepared) {
         let directory = tempfile::Builder::new().prefix("keygate-e2e.").tempdir().expect("a directory");
         let mut control_plane = ControlPlane::new(directory.path());
         control_plane.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
@@ -95,7 +129,7 @@ impl Bed {
             cached_tokens: KEYS,
         };
         let fleet_token = std::fs::read_to_string(control_plane.fleet_token_file()).expect("the fleet token");
-        let envoy = envoy(directory.path(), &ports, &places, fleet_token.trim());
+        let envoy = envoy(directory.path(), &ports, &places, fleet_token.trim(), under);
         let mut bed = Self {
             envoy,
             ext_authz,
@@ -171,6 +205,16 @@ impl Bed {
     /// The control plane's API.
     pub fn api(&self) -> Api {
         self.control_plane.api()
+    }
+
+    /// Envoy's process.
+    pub fn envoy_id(&self) -> u32 {
+        self.envoy.id()
+    }
+
+    /// Where its files are.
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// The CPU time of all that takes part in the requests to a listener, but for client and upstream.
@@ -280,13 +324,20 @@ fn answering(name: &'static str, directory: &Path, bodies: &[(u16, &[u8])]) -> P
     })
 }
 
-fn envoy(directory: &Path, ports: &[(Listener, Port)], places: &Places<'_>, fleet_token: &str) -> Process {
+fn envoy(
+    directory: &Path,
+    ports: &[(Listener, Port)],
+    places: &Places<'_>,
+    fleet_token: &str,
+    under: Under,
+) -> Process {
     let template = binaries::root().join("envoy/local.yaml.in");
     let template = std::fs::read_to_string(template).expect("Envoy's template");
     let ports: Vec<_> = ports.iter().map(|(listener, port)| (*listener, port.number())).collect();
     let file = directory.join("envoy.yaml");
     std::fs::write(&file, config::envoy(&template, &ports, places)).expect("Envoy's configuration");
-    Process::start("envoy", &binaries::envoy(), &directory.join("envoy.log"), |command| {
+    Process::start("envoy", &under.program(), &directory.join("envoy.log"), |command| {
+        under.prepare(command, directory);
         command
             .arg("--config-path")
             .arg(&file)

@@ -8,6 +8,7 @@ mod config;
 mod cost;
 mod cpu;
 mod flood;
+pub mod profile;
 mod report;
 pub mod server;
 mod speed;
@@ -19,7 +20,7 @@ use std::time::Instant;
 
 use keygate_e2e::durability::Dice;
 
-use bed::Bed;
+use bed::{Bed, Under};
 use cpu::Cpus;
 use report::Report;
 use tokens::Tokens;
@@ -42,7 +43,7 @@ pub fn run() {
         println!("There is only one CPU: Envoy shares it with client and upstream.");
     }
     println!("setting up");
-    let (bed, prepared) = Bed::start(cpus, &mut dice);
+    let (bed, prepared) = Bed::start(cpus, &mut dice, Under::Nothing);
     let mut tokens =
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
     println!("  {:.0} s", begun.elapsed().as_secs_f64());
