@@ -62,7 +62,7 @@ pub fn run() {
     let latencies = speed::latencies(&bed, &mut tokens, slowest);
     println!("forged keys beside good ones");
     let known = saturations[variant::named("keygate_known")].expect("it was measured").rate;
-    let flood = flood::measure(&bed, &mut tokens, known * flood::SHARE);
+    let flood = flood::measure(&bed, &mut tokens, known);
 
     bed.assert_no_vm_died();
     let report = Report {

@@ -1,11 +1,13 @@
 //! How many instructions a request takes in Envoy, and where: callgrind counts those of the whole process, WebAssembly's
 //! included, so that it does not matter what else the machine does. The kernel's are not among them.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
+use keygate_e2e::binaries;
 use keygate_e2e::durability::Dice;
 use keygate_e2e::wait::pass;
 use serde_json::{Value, json};
@@ -24,17 +26,8 @@ const REQUESTS: usize = 1_000;
 const WARM_UP: usize = 6_000;
 /// For how long it is watched while there are no requests.
 const IDLE: std::time::Duration = std::time::Duration::from_secs(5);
-/// What the border between Envoy and WebAssembly is crossed with, as Envoy's functions are called.
-const CROSSINGS: &str = "proxy_wasm::exports::";
-/// Those that make up less of a request are not shown.
-const LEAST: f64 = 300.0;
-
-/// What was counted of a variant.
-struct Counted {
-    per_request: f64,
-    /// Of the functions that WebAssembly calls, with all that they call.
-    crossings: Vec<(String, f64)>,
-}
+/// So many keys come again and again: with more, a request would pay for the slowness of all, since each came seldom.
+const KEYS: usize = 32;
 
 pub fn run() {
     let [requests, seed] = [("KEYGATE_REQUESTS", REQUESTS), ("KEYGATE_SEED", SEED)]
@@ -45,54 +38,65 @@ pub fn run() {
     let (bed, prepared) = Bed::start(cpus, &mut dice, Under::Callgrind);
     let mut tokens =
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
-    tokens.have_new(&bed.api(), 3 * (requests + WARM_UP));
+    tokens.have_new(&bed.api(), requests + WARM_UP);
     cpu::pin_this_thread(cpus.rest);
-    let callgrind = Callgrind { process: bed.envoy_id(), directory: bed.directory().to_owned() };
+    let kept = binaries::root().join("target/bench/profile");
+    fs::create_dir_all(&kept).expect("a directory for dumps");
+    let callgrind = Callgrind { process: bed.envoy_id(), directory: bed.directory().to_owned(), kept };
 
     let wanted = |variant: &&Variant| !variant.aside && variant.name != "ext_authz";
-    let mut counted = Vec::new();
+    let mut counted: Vec<Counted> = Vec::new();
     for variant in ALL.iter().filter(wanted) {
-        counted.push((variant.name, of(&bed, &tokens, &callgrind, variant, requests)));
-        let (name, counted) = counted.last().expect("one was added");
-        println!("  {name:<18} {:8.0} instructions", counted.per_request);
+        let of_it = of(&bed, &tokens, &callgrind, variant, requests);
+        println!("  {:<18} {:8.0} instructions", of_it.name, of_it.instructions);
+        counted.push(of_it);
     }
     bed.assert_no_vm_died();
     print(&counted);
     crate::write("profile", &figures(&counted, requests));
 }
 
+/// What a request took.
+struct Counted {
+    name: &'static str,
+    instructions: f64,
+    /// Calls from WebAssembly into Envoy, and the instructions of all of them.
+    calls: (f64, f64),
+}
+
 fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requests: usize) -> Counted {
     let mut client = Client::connect(bed.port(variant.listener), CONNECTIONS);
-    // Few enough that all are remembered, wherever that is done.
-    let draw = |count| match variant.load {
-        Load::Known | Load::Es256 | Load::EdDsa => tokens.draw(variant.load, count),
+    let draw = |count: usize| match variant.load {
+        Load::Known => tokens.every_known().take(KEYS).collect::<Vec<_>>().repeat(count.div_ceil(KEYS)),
         load => tokens.draw(load, count),
     };
-    let warm_up = if variant.load == Load::Known { WARM_UP } else { WARM_UP / 4 };
-    if variant.load == Load::Known {
-        client.closed(tokens.every_known()).expect_right(variant.name);
-    }
-    client.closed(draw(warm_up).into_iter()).expect_right(variant.name);
+    client.closed(draw(WARM_UP).into_iter()).expect_right(variant.name);
     callgrind.watch();
     pass(IDLE);
-    let idle = callgrind.instructions("idle") / IDLE.as_secs_f64();
+    let idle = total(&callgrind.dump("idle")) / IDLE.as_secs_f64();
     let shots = draw(requests);
+    let sent = shots.len();
     let begun = Instant::now();
     callgrind.zero();
     client.closed(shots.into_iter()).expect_right(variant.name);
     let took = begun.elapsed().as_secs_f64();
     let file = callgrind.dump(variant.name);
     callgrind.look_away();
-    let each = |all: f64| all / requests as f64;
-    let per_request = each(total(&file) - idle * took);
-    let crossings = crossings(&file).into_iter().map(|(name, all)| (name, each(all)));
-    Counted { per_request, crossings: crossings.filter(|(_, count)| *count >= LEAST).collect() }
+    let each = |all: f64| all / sent as f64;
+    let (calls, taken) = calls_into_envoy(&fs::read_to_string(&file).expect("a dump"));
+    Counted {
+        name: variant.name,
+        instructions: each(total(&file) - idle * took),
+        calls: (each(calls), each(taken)),
+    }
 }
 
 /// The valgrind that Envoy runs under.
 struct Callgrind {
     process: u32,
     directory: PathBuf,
+    /// Where dumps are kept, for whoever wants to look further.
+    kept: PathBuf,
 }
 
 impl Callgrind {
@@ -130,13 +134,10 @@ impl Callgrind {
         };
         self.control(&["--dump"]);
         let dumped = of_it().pop().expect("callgrind dumps");
-        let kept = self.directory.join(format!("{name}.profile"));
-        fs::rename(&dumped, &kept).expect("a dump");
+        let kept = self.kept.join(format!("{name}.callgrind"));
+        fs::copy(&dumped, &kept).expect("a dump");
+        fs::remove_file(&dumped).expect("a dump");
         kept
-    }
-
-    fn instructions(&self, name: &str) -> f64 {
-        total(&self.dump(name))
     }
 }
 
@@ -148,67 +149,92 @@ fn total(file: &Path) -> f64 {
     text.lines().rev().find_map(of).expect("a dump has its sum")
 }
 
-/// What the functions took that WebAssembly calls.
-fn crossings(file: &Path) -> Vec<(String, f64)> {
-    let output =
-        Command::new("callgrind_annotate").args(["--inclusive=yes", "--threshold=100"]).arg(file).output();
-    let text = String::from_utf8_lossy(&output.expect("callgrind_annotate, which is of valgrind").stdout)
-        .into_owned();
-    let mut found: Vec<(String, f64)> = Vec::new();
-    for line in text.lines() {
-        let Some((numbers, name)) = line.split_once(CROSSINGS) else { continue };
-        let count: String =
-            numbers.split('(').next().unwrap_or_default().chars().filter(char::is_ascii_digit).collect();
-        let name = name.split(['(', '<', ' ', '[']).next().unwrap_or_default();
-        let Ok(count) = count.parse() else { continue };
-        if !name.is_empty() && found.iter().all(|(other, _)| other != name) {
-            found.push((name.to_owned(), count));
+/// How often code that is in no file, as what V8 compiles, called the one function of Envoy that it called most often,
+/// and how many instructions that took with all that it called. V8 has one for all calls of WebAssembly. Envoy is
+/// stripped, so its functions have no names.
+///
+/// See "Callgrind Format Specification" in valgrind's manual: names and objects stand with a number where they come
+/// first, and are a number after that.
+fn calls_into_envoy(dump: &str) -> (f64, f64) {
+    let mut objects = HashMap::new();
+    let mut functions = HashMap::new();
+    let (mut object, mut called_object, mut called) = (String::new(), None, String::new());
+    let mut calls = None;
+    let mut found: HashMap<String, (f64, f64)> = HashMap::new();
+    for line in dump.lines() {
+        if let Some(name) = line.strip_prefix("ob=") {
+            object = named(&mut objects, name);
+        } else if let Some(name) = line.strip_prefix("cob=") {
+            called_object = Some(named(&mut objects, name));
+        } else if let Some(name) = line.strip_prefix("fn=") {
+            named(&mut functions, name);
+            called_object = None;
+        } else if let Some(name) = line.strip_prefix("cfn=") {
+            called = named(&mut functions, name);
+        } else if let Some(rest) = line.strip_prefix("calls=") {
+            calls = rest.split(' ').next().and_then(|count| count.parse::<f64>().ok());
+        } else if let Some(count) = calls.take() {
+            // The line after `calls=` has what they took.
+            let taken =
+                line.split(' ').next_back().and_then(|taken| taken.parse::<f64>().ok()).unwrap_or(0.0);
+            if object == NO_FILE && called_object.as_ref().is_some_and(|object| object.ends_with("envoy")) {
+                let of = found.entry(called.clone()).or_default();
+                *of = (of.0 + count, of.1 + taken);
+            }
+            called_object = None;
         }
     }
-    found
+    found.into_values().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default()
 }
 
-fn print(counted: &[(&str, Counted)]) {
-    let bare = counted.first().map_or(0.0, |(_, counted)| counted.per_request);
-    let added = |name: &str| {
-        let found = counted.iter().find(|(other, _)| *other == name);
-        found.map_or(f64::NAN, |(_, counted)| counted.per_request - bare)
+/// What callgrind calls the file of code that is in none.
+const NO_FILE: &str = "???";
+
+/// `(7) name` the first time, `(7)` after that.
+fn named(known: &mut HashMap<String, String>, text: &str) -> String {
+    let (number, name) = text.split_once(' ').unwrap_or((text, ""));
+    if name.is_empty() {
+        return known.get(number).cloned().unwrap_or_default();
+    }
+    known.insert(number.to_owned(), name.to_owned());
+    name.to_owned()
+}
+
+fn print(counted: &[Counted]) {
+    let bare = counted.first().map_or(0.0, |bare| bare.instructions);
+    println!("\nInstructions a request in Envoy, of which in calls from WebAssembly\n");
+    println!("  {:<20} {:>9} {:>15} {:>9} {:>9}", "", "all", "more than bare", "calls", "in them");
+    for Counted { name, instructions, calls: (calls, taken) } in counted {
+        println!("  {name:<20} {instructions:9.0} {:15.0} {calls:9.1} {taken:9.0}", instructions - bare);
+    }
+    println!(
+        "\nTime passes slowly: each request looks for news, which one in many does else. Envoy's own cryptography"
+    );
+    println!("may take other instructions than the CPU has. The dumps are in target/bench/profile.");
+}
+
+fn figures(counted: &[Counted], requests: usize) -> Value {
+    let of = |counted: &Counted| {
+        let (calls, taken) = counted.calls;
+        let figures = json!({
+            "instructions_per_request": counted.instructions.round(),
+            "calls_into_envoy": (calls * 10.0).round() / 10.0,
+            "instructions_in_calls": taken.round(),
+        });
+        (counted.name.to_owned(), figures)
     };
-    println!("\n  instructions in Envoy, a request     all    more than bare");
-    for (name, counted) in counted {
-        println!("  {name:<30} {:9.0} {:13.0}", counted.per_request, counted.per_request - bare);
-    }
-    println!(
-        "\n  a known key, beside jwt_authn with HS256    {:.2}",
-        added("keygate_known") / added("jwt_authn_hs256")
-    );
-    println!(
-        "  a known key, beside jwt_authn's full cache  {:.2}",
-        added("keygate_known") / added("jwt_authn_cached")
-    );
-    println!(
-        "  a new key, beside jwt_authn with ES256      {:.2}",
-        added("keygate_new") / added("jwt_authn_es256")
-    );
-    if let Some((_, known)) = counted.iter().find(|(name, _)| *name == "keygate_known") {
-        println!("\n  of a known key, what WebAssembly calls in Envoy");
-        for (name, count) in &known.crossings {
-            println!("  {name:<44} {count:8.0}");
-        }
-    }
+    let variants: serde_json::Map<String, Value> = counted.iter().map(of).collect();
+    json!({ "requests": requests, "variants": variants })
 }
 
-fn figures(counted: &[(&str, Counted)], requests: usize) -> Value {
-    let variants: serde_json::Map<String, Value> = counted
-        .iter()
-        .map(|(name, counted)| {
-            let crossings: serde_json::Map<String, Value> =
-                counted.crossings.iter().map(|(name, count)| (name.clone(), json!(count.round()))).collect();
-            (
-                (*name).to_owned(),
-                json!({ "instructions_per_request": counted.per_request.round(), "crossings": crossings }),
-            )
-        })
-        .collect();
-    json!({ "requests": requests, "variants": variants })
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_from_code_in_no_file_are_found_in_a_dump() {
+        let dump = "ob=(1) /usr/bin/envoy\nfn=(1) a\n10 5\nob=(2) ???\nfn=(2) jit\n10 7\ncob=(1)\ncfn=(1)\ncalls=3 0\n10 300\n\
+                    cob=(1)\ncfn=(3) other\ncalls=1 0\n11 900\nfn=(4) jit too\ncob=(1)\ncfn=(1)\ncalls=2 0\n12 50\n";
+        assert_eq!(calls_into_envoy(dump), (5.0, 350.0));
+    }
 }

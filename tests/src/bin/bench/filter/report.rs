@@ -20,7 +20,7 @@ pub struct Report {
     pub costs: Costs,
     pub saturations: Vec<Option<Saturation>>,
     pub latencies: Vec<Option<[Latency; RATES.len()]>>,
-    pub flood: Flood,
+    pub flood: Vec<Flood>,
     /// Shares of a CPU that Envoy and the control plane take without requests.
     pub background: (f64, f64),
     /// Requests a second of the slowest at saturation.
@@ -92,13 +92,16 @@ impl Report {
         }
         let share = self.rate_share(named("keygate_known")).unwrap_or(f64::NAN);
         println!("{:<45} {share:6.2}", "keygate_known / bare, requests per second");
-        println!(
-            "{:<45} {:6.2}   at {:.0}/s each",
-            "good keys' p99 beside forged ones / alone",
-            self.flood.ratio(),
-            self.flood.rate
-        );
-        println!("{:<45} {:6.1} µs CPU", "a forged key beside good ones", self.flood.cpu_us_per_forged);
+        for flood in &self.flood {
+            println!(
+                "{:<45} {:6.2}   at {:.0}/s each, {:.0} % of the CPU; {:.1} µs CPU a forged one",
+                "good keys' p99 beside forged ones / alone",
+                flood.ratio(),
+                flood.rate,
+                flood.busy * 100.0,
+                flood.cpu_us_per_forged
+            );
+        }
         self.print_caveats();
     }
 
@@ -180,12 +183,14 @@ impl Report {
             "further_variants": further,
             "ratios": Value::from_iter(ratios),
             "rps_share_of_bare": self.rate_share(named("keygate_known")),
-            "forged": {
-                "good_per_second": self.flood.rate,
-                "p99_us": self.flood.p99_us.iter().map(|(alone, beside)| json!({ "alone": alone, "beside": beside })).collect::<Vec<_>>(),
-                "p99_ratio": self.flood.ratio(),
-                "cpu_us_per_forged": self.flood.cpu_us_per_forged,
-            },
+            "forged": self.flood.iter().map(|flood| json!({
+                "share_of_saturation": flood.share,
+                "good_per_second": flood.rate,
+                "p99_us": flood.p99_us.iter().map(|(alone, beside)| json!({ "alone": alone, "beside": beside })).collect::<Vec<_>>(),
+                "p99_ratio": flood.ratio(),
+                "cpu_us_per_forged": flood.cpu_us_per_forged,
+                "busy": flood.busy,
+            })).collect::<Vec<_>>(),
             "a_a": { "difference_us": noise.mean, "ci95": noise.ci95, "contains_zero": noise.contains_zero() },
             "background_cpu_share": { "envoy": self.background.0, "control_plane": self.background.1 },
             "known_share": self.costs.known_share,
