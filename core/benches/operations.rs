@@ -29,6 +29,10 @@ const REVOKED: u64 = 1_000_000;
 /// Keys that are asked about in turn. So many that neither gates nor shards of all of them are in the CPU's first
 /// cache, as in a proxy with many clients.
 const ASKED: u64 = 65_536;
+/// Keys whose units are in one page of the shared data: half of those that it can have. Small numbers all are.
+const NEIGHBOURS: u64 = 64;
+/// So few that nothing is drawn ahead, and more than is spent here.
+const RARE_LIMIT: u32 = 8_000;
 /// Changes of a large delta.
 const CHANGES: u64 = 1_000;
 /// Unix seconds.
@@ -51,9 +55,10 @@ pub struct Operation {
 }
 
 /// All of them.
-pub const OPERATIONS: [Operation; 9] = [
+pub const OPERATIONS: [Operation; 10] = [
     Operation { name: "decide_known_key", times: 6_400, run: Proxy::decide_known_key },
     Operation { name: "decide_forged_token", times: 100, run: Proxy::decide_forged_token },
+    Operation { name: "spend_of_rare_key", times: 640, run: Proxy::spend_of_rare_key },
     Operation { name: "read_token", times: 100, run: Proxy::read_token },
     Operation { name: "gate_clear", times: 65_536, run: Proxy::gate_clear },
     Operation { name: "gate_hit", times: 1_000, run: Proxy::gate_hit },
@@ -103,9 +108,14 @@ impl Default for Proxy {
             let ops = (0..changes).map(|number| Op::Revoke(fingerprint(REVOKED + number))).collect();
             (changes, answer(NewRules::Same, Body::Delta { base_seq: VERSION.seq - 1, ops }))
         };
+        let mut memory = Memory::with_share();
+        for key in 0..NEIGHBOURS {
+            let account = Account { key, window_s: 3_600 };
+            assert!(Worker::new(1).spend(&mut memory, account, RARE_LIMIT, 1, NOW_NS).is_admitted());
+        }
         Self {
             cache: TokenCache::new(1_000_000),
-            memory: Memory::with_share(),
+            memory,
             worker: Worker::new(1),
             known: sign(&SECRET),
             forged: sign(&OTHER_SECRET),
@@ -128,6 +138,14 @@ impl Proxy {
 
     fn decide_forged_token(&mut self) {
         assert_eq!(self.decide(self.forged), Reason::BadSignature);
+    }
+
+    /// Of a key that this VM has not seen lately, beside many others in the shared data.
+    fn spend_of_rare_key(&mut self) {
+        self.looked += 1;
+        let account = Account { key: self.looked % NEIGHBOURS, window_s: 3_600 };
+        let verdict = Worker::new(1).spend(&mut self.memory, account, RARE_LIMIT, 1, NOW_NS);
+        assert!(verdict.is_admitted(), "{verdict:?}");
     }
 
     fn decide(&mut self, token: &str) -> Reason {

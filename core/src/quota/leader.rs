@@ -198,7 +198,7 @@ impl Leader {
         let out = self.asking.as_ref().map_or(0, |asking| asking.number);
         let found = page::change(data, index, false, |page, standing| {
             let mut wanted = Vec::new();
-            for record in page.records() {
+            for record in page.records()? {
                 record.roll(standing, now_ns);
                 if is_to_report(record, standing, out, now_ns) {
                     wanted.push(record.account);
@@ -241,7 +241,7 @@ impl Leader {
             // Written in any case: what a worker is about to write by the share before will fail.
             let swept = page::change(data, index, false, |page, standing| {
                 let mut wanted = Vec::new();
-                for record in page.records() {
+                for record in page.records()? {
                     record.roll(standing, now_ns);
                     if record.in_use() > record.cap(standing, now_ns) {
                         record.unreported = true;
@@ -342,7 +342,7 @@ fn report(
     now_ns: u64,
 ) -> Result<Option<Report>, page::PageError> {
     let report = page::change(data, Page::index(account), false, |page, standing| {
-        let Some(record) = page.find(account) else { return Ok((None, Write::No)) };
+        let Some(record) = page.find(account)? else { return Ok((None, Write::No)) };
         record.roll(standing, now_ns);
         let own = record.holding == Holding::Own;
         record.fix(standing, now_ns);
@@ -397,7 +397,7 @@ fn take_back(
 fn take(data: &mut impl SharedData, answer: &Answer, grant: &Grant, asked_ns: u64, now_ns: u64) {
     // Without it, the proxy has what it reported, and the control plane counts no less.
     let _held = page::change(data, Page::index(grant.account), false, |page, standing| {
-        let Some(record) = page.find(grant.account) else { return Ok(((), Write::No)) };
+        let Some(record) = page.find(grant.account)? else { return Ok(((), Write::No)) };
         // Another leader has asked since, or fewer are left since a recall.
         if record.asked != answer.number {
             return Ok(((), Write::No));

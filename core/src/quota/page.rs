@@ -1,5 +1,7 @@
 //! Where records are: pages in the shared data of a proxy's VMs.
 
+use std::ops::Range;
+
 use super::Account;
 use super::record::Record;
 use super::standing::Standing;
@@ -17,7 +19,7 @@ const MAX_TRIES: u32 = 64;
 /// away.)
 pub(super) const ABSENT: u32 = u32::MAX;
 
-const MAGIC: &[u8; 4] = b"KGqp";
+const MAGIC: &[u8; 4] = b"KGqr";
 
 /// Why a page could not be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,19 +32,52 @@ pub(super) enum PageError {
     Crowded,
 }
 
-/// Some accounts, as one value of the shared data.
+/// Some accounts, as one value of the shared data. Records that nobody asks about stay the bytes that they are, so that a
+/// look at one does not cost more with many others beside it.
 ///
 /// ```text
-/// 0 4 magic "KGqp"   4 1 number of records, then the records in the order of their accounts:
-///   8 key   4 window, s   1 flags: 1 agreed, 2 rung, 4 unreported
+/// 0 4 magic "KGqr"   4 1 number of records, then the records in the order of their accounts:
+///   8 key   4 window, s   2 bytes that follow   1 flags: 1 agreed, 2 rung, 4 unreported
 ///   15 numbers in LEB128: limit, held, of, leased, era, term, asked, next ask, reported, elsewhere, refused,
 ///      dearest, and of the demand: began, before, now
 ///   1 number of draws; for each 8 VM, 4 units, 8 until
 ///   the spends: number, and for each the time since the one before and its units, in LEB128
 /// ```
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(super) struct Page {
-    records: Vec<Record>,
+    /// What was read.
+    bytes: Vec<u8>,
+    places: Vec<Place>,
+}
+
+/// Where a record is.
+#[derive(Debug)]
+struct Place {
+    account: Account,
+    record: Held,
+}
+
+#[derive(Debug)]
+enum Held {
+    /// As it was read, there.
+    Bytes(Range<usize>),
+    /// It was asked about.
+    Record(Box<Record>),
+}
+
+impl Place {
+    /// The record. It is read the first time.
+    fn record(&mut self, page: &[u8]) -> Result<&mut Record, PageError> {
+        if let Held::Bytes(range) = &self.record {
+            let bytes = page.get(range.clone()).ok_or(PageError::Damaged)?;
+            let record = Record::decode(self.account, bytes).map_err(|_| PageError::Damaged)?;
+            self.record = Held::Record(Box::new(record));
+        }
+        match &mut self.record {
+            Held::Record(record) => Ok(record),
+            Held::Bytes(_) => Err(PageError::Damaged),
+        }
+    }
 }
 
 impl Page {
@@ -53,51 +88,74 @@ impl Page {
         u16::try_from(place.checked_rem(PAGES.into()).unwrap_or(0)).unwrap_or(0)
     }
 
+    fn place(&self, account: Account) -> Result<usize, usize> {
+        self.places.binary_search_by_key(&account, |place| place.account)
+    }
+
     /// The record of an account, if there is one.
-    pub fn find(&mut self, account: Account) -> Option<&mut Record> {
-        self.records.iter_mut().find(|record| record.account == account)
+    pub fn find(&mut self, account: Account) -> Result<Option<&mut Record>, PageError> {
+        let place = self.place(account).ok().and_then(|place| self.places.get_mut(place));
+        place.map(|place| place.record(&self.bytes)).transpose()
     }
 
     /// The record of an account, made if there is none.
     pub fn record(&mut self, account: Account, limit: u32) -> Result<&mut Record, PageError> {
-        let place = match self.records.binary_search_by_key(&account, |record| record.account) {
+        let place = match self.place(account) {
             Ok(place) => place,
             Err(place) => {
-                if self.records.len() >= MAX_RECORDS {
+                if self.places.len() >= MAX_RECORDS {
                     return Err(PageError::Crowded);
                 }
-                self.records.insert(place, Record::new(account, limit));
+                let record = Held::Record(Box::new(Record::new(account, limit)));
+                self.places.insert(place, Place { account, record });
                 place
             }
         };
-        self.records.get_mut(place).ok_or(PageError::Damaged)
+        self.places.get_mut(place).ok_or(PageError::Damaged)?.record(&self.bytes)
     }
 
     /// All records.
-    pub fn records(&mut self) -> impl Iterator<Item = &mut Record> {
-        self.records.iter_mut()
+    pub fn records(&mut self) -> Result<Vec<&mut Record>, PageError> {
+        self.places.iter_mut().map(|place| place.record(&self.bytes)).collect()
     }
 
-    /// Forgets records of which nothing would be lost; whether there were any.
+    /// Forgets records of which nothing would be lost, of those that were asked about; whether there were any.
     pub fn tidy(&mut self) -> bool {
-        let before = self.records.len();
-        self.records.retain(|record| !record.is_idle());
-        self.records.len() < before
+        let before = self.places.len();
+        self.places.retain(|place| !matches!(&place.record, Held::Record(record) if record.is_idle()));
+        self.places.len() < before
     }
 
     /// The bytes of it.
     pub fn encode(&self) -> Vec<u8> {
-        let mut out = MAGIC.to_vec();
-        out.push(u8::try_from(self.records.len()).unwrap_or(u8::MAX));
-        for record in &self.records {
-            record.encode(&mut out);
+        let mut out = Vec::with_capacity(self.bytes.len().saturating_add(256));
+        out.extend_from_slice(MAGIC);
+        out.push(u8::try_from(self.places.len()).unwrap_or(u8::MAX));
+        for Place { account, record } in &self.places {
+            out.extend_from_slice(&account.key.to_le_bytes());
+            out.extend_from_slice(&account.window_s.to_le_bytes());
+            let length_at = out.len();
+            out.extend_from_slice(&[0; 2]);
+            match record {
+                Held::Bytes(range) => {
+                    out.extend_from_slice(self.bytes.get(range.clone()).unwrap_or_default())
+                }
+                Held::Record(record) => record.encode(&mut out),
+            }
+            // 255 draws and 132 groups of spends come to less than 10,000 bytes.
+            let length = out.len().saturating_sub(length_at).saturating_sub(2);
+            let length = u16::try_from(length).unwrap_or(u16::MAX).to_le_bytes();
+            if let Some(place) = out.get_mut(length_at..).and_then(|rest| rest.get_mut(..2)) {
+                place.copy_from_slice(&length);
+            }
         }
         out
     }
 
-    /// Reads what [`Page::encode`] wrote.
-    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut reader = Reader::new(bytes);
+    /// Reads what [`Page::encode`] wrote, but for the records themselves.
+    pub fn decode(bytes: Vec<u8>) -> Result<Self, WireError> {
+        let mut reader = Reader::new(&bytes);
+        let mut at = 5_usize;
         if reader.take(4)? != MAGIC {
             return Err(WireError::UnknownFormat);
         }
@@ -105,12 +163,20 @@ impl Page {
         if usize::from(count) > MAX_RECORDS {
             return Err(WireError::TooMany);
         }
-        let records = (0..count).map(|_| Record::decode(&mut reader)).collect::<Result<Vec<_>, _>>()?;
-        if !records.is_sorted_by(|a, b| a.account < b.account) {
+        let mut places = Vec::with_capacity(count.into());
+        for _ in 0..count {
+            let account = Account { key: reader.u64()?, window_s: reader.u32()? };
+            let length = usize::from(reader.u16()?);
+            reader.take(length)?;
+            let begin = at.saturating_add(14);
+            at = begin.saturating_add(length);
+            places.push(Place { account, record: Held::Bytes(begin..at) });
+        }
+        if !places.is_sorted_by(|a, b| a.account < b.account) {
             return Err(WireError::UnknownFormat);
         }
         reader.end()?;
-        Ok(Self { records })
+        Ok(Self { bytes, places })
     }
 }
 
@@ -144,7 +210,7 @@ pub(super) fn change<R>(
             let _raced = data.set(&key, &Page::default().encode(), Some(ABSENT));
             continue;
         };
-        let mut page = Page::decode(&bytes).map_err(|_| PageError::Damaged)?;
+        let mut page = Page::decode(bytes).map_err(|_| PageError::Damaged)?;
         let standing = Standing::read(data).map(|(standing, _)| standing).unwrap_or_default();
         let (result, write) = change(&mut page, &standing)?;
         if write == Write::No || data.set(&key, &page.encode(), Some(cas)).is_ok() {

@@ -282,7 +282,7 @@ impl Record {
             && self.spends.is_empty()
     }
 
-    /// The bytes of it, see [`super::page::Page`].
+    /// The bytes of it but for the account, see [`super::page::Page`].
     pub fn encode(&self, out: &mut Vec<u8>) {
         let (agreed, held, of) = match self.holding {
             Holding::Own => (0, 0, 0),
@@ -290,8 +290,6 @@ impl Record {
         };
         let rung = if self.rung { RUNG } else { 0 };
         let unreported = if self.unreported { UNREPORTED } else { 0 };
-        out.extend_from_slice(&self.account.key.to_le_bytes());
-        out.extend_from_slice(&self.account.window_s.to_le_bytes());
         out.push(agreed | rung | unreported);
         for number in [
             self.limit.into(),
@@ -321,12 +319,12 @@ impl Record {
         self.spends.encode(out);
     }
 
-    /// Reads what [`Record::encode`] wrote.
-    pub fn decode(reader: &mut Reader<'_>) -> Result<Self, WireError> {
+    /// Reads what [`Record::encode`] wrote of an account.
+    pub fn decode(account: Account, bytes: &[u8]) -> Result<Self, WireError> {
         fn small(reader: &mut Reader<'_>) -> Result<u32, WireError> {
             u32::try_from(spends::take(reader)?).map_err(|_| WireError::TooMany)
         }
-        let account = Account { key: reader.u64()?, window_s: reader.u32()? };
+        let reader = &mut Reader::new(bytes);
         let flags = reader.u8()?;
         let limit = small(reader)?;
         let (held, of) = (small(reader)?, small(reader)?);
@@ -351,6 +349,7 @@ impl Record {
             record.draws.push(Draw { vm: reader.u64()?, units: reader.u32()?, until_ns: reader.u64()? });
         }
         record.spends = Spends::decode(reader)?;
+        reader.end()?;
         Ok(record)
     }
 

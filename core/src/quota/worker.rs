@@ -351,7 +351,7 @@ impl Purse {
         let keep = if comes { self.units } else { 0 };
         self.touched = false;
         let settled = page::change(data, Page::index(account), false, |page, standing| {
-            let Some(record) = page.find(account) else { return Ok((None, Write::No)) };
+            let Some(record) = page.find(account)? else { return Ok((None, Write::No)) };
             self.settle(vm, record, now_ns);
             record.roll(standing, now_ns);
             let until_ns = draw_until(record, standing, now_ns);
