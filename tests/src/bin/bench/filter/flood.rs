@@ -26,7 +26,7 @@ pub struct Flood {
     pub p99_us: Vec<(u64, u64)>,
     /// CPU time of a forged token, µs.
     pub cpu_us_per_forged: f64,
-    /// How much of Envoy's CPU both together took, at most 1.
+    /// How much of a CPU Envoy and the control plane took for both together.
     pub busy: f64,
 }
 
