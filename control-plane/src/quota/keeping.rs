@@ -98,14 +98,14 @@ impl Keeping {
             Ok((book, Some((head, saved)))) if head.since == since || before == Some(head.since) => {
                 (book, Ledger::resume(terms, &saved, !boot.is_empty() && head.boot == boot, now_ns))
             }
-            Ok((book, Some(_))) => {
+            Ok((book, None)) if first && !had_one => (book, Ledger::new(terms, era)),
+            Ok((book, kept)) if kept.is_some() || !had_one => {
                 tracing::warn!(
-                    "limits were kept elsewhere, or later, than is known here: nothing more is leased until all of that has ended"
+                    "what was leased of limits elsewhere or since then is not known: nothing more is until all of it has ended"
                 );
                 (book, Ledger::in_doubt(terms, era, now_ns))
             }
-            Ok((book, None)) if first && !had_one => (book, Ledger::new(terms, era)),
-            Ok((book, None)) => {
+            Ok((book, _)) => {
                 tracing::error!(
                     "what was leased of limits is lost: nothing more is until all of it has ended"
                 );
@@ -202,7 +202,7 @@ impl Keeping {
         let is_longer = |of: fn(&Terms) -> u32| of(&wanted) > of(&kept.terms);
         let is_other = is_longer(|terms| terms.longest_window_s) || is_longer(|terms| terms.keep_s);
         if is_other {
-            *ledger = Ledger::resume(wanted, &ledger.saved(), true, now_ns);
+            ledger.lengthen(wanted, now_ns);
         }
         let exchange = ledger.exchange(question, now_ns).map_err(|error| match error {
             ExchangeError::Superseded => QuotaError::Superseded,

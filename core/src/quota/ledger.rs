@@ -123,6 +123,18 @@ impl Ledger {
         ledger
     }
 
+    /// Goes on by longer terms.
+    pub fn lengthen(&mut self, terms: Terms, now_ns: u64) {
+        let leaves = |(member, fellow): (&Member, &Fellow)| Some((member.clone(), fellow.leaves_since_ns?));
+        let leaving: Vec<(Member, u64)> = self.members.iter().filter_map(leaves).collect();
+        *self = Self::resume(terms, &self.saved(), true, now_ns);
+        for (member, since_ns) in leaving {
+            if let Some(fellow) = self.members.get_mut(&member) {
+                fellow.leaves_since_ns = Some(since_ns);
+            }
+        }
+    }
+
     /// Starts over where it is not known what was handed out: what is not known to be unused counts as used, until
     /// a share has ended of whoever does not come forward, and then a window has passed. `era` must be new.
     pub fn in_doubt(terms: Terms, era: u64, now_ns: u64) -> Self {

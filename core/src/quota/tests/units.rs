@@ -600,10 +600,21 @@ fn a_proxy_that_is_drained_takes_nothing_along_but_what_it_spent() {
     // It is not ready for more, and says that it is not the limit which is used up.
     assert!(matches!(sites[0].spend(1, 5 * S), Verdict::Refused(_, Why::NoShare)));
     assert!(!has_share(&mut sites[0].memory, 5 * S));
-    // A new process of it is like any other.
+    // A new process of it is like any other, also one that the control plane has heard of before it restarts.
     sites[0] = Site::new(0, 7, 1_000);
     settle(&mut ledger, &mut sites, 6 * S);
     assert!(sites[0].spend(1, 7 * S).is_admitted() && has_share(&mut sites[0].memory, 7 * S));
+    drain(&mut ledger, &mut sites, 0, 8 * S);
+    let mut ledger = Ledger::resume(Terms::default(), &ledger.saved(), true, 9 * S);
+    sites[0] = Site::new(0, 8, 1_000);
+    settle(&mut ledger, &mut sites, 10 * S);
+    assert!(sites[0].spend(1, 11 * S).is_admitted());
+    // Longer terms come in between, as when another control plane joins.
+    assert!(ledger.drain(0, 12 * S));
+    ledger.lengthen(Terms { keep_s: 3_600, ..Terms::default() }, 12 * S);
+    drain(&mut ledger, &mut sites, 0, 12 * S);
+    let mut later = sites[0].ask(14 * S).map(|question| ledger.exchange(&question, 14 * S).unwrap().answer);
+    assert_eq!(later.take().map(|answer| (answer.share, answer.keep_s)), Some((0, 3_600)));
 }
 
 #[test]
