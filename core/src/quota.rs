@@ -80,6 +80,7 @@
 
 mod bell;
 mod division;
+mod drain;
 mod fellow;
 mod leader;
 mod ledger;

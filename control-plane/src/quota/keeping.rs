@@ -253,8 +253,11 @@ impl Keeping {
         Some(tokio::time::timeout(within, drained).await.is_ok())
     }
 
-    /// Whether there is news for who asks, or a later question of theirs was answered.
+    /// Whether there is news for who asks, or a later question of theirs was answered, or none is any more.
     fn is_to_be_answered(&self, question: &Question) -> bool {
+        if self.over.load(Ordering::Acquire) {
+            return true;
+        }
         let ledger = self.ledger();
         let is_over = ledger.member(&question.member).is_some_and(|known| known.number >= question.number);
         is_over || ledger.has_news(&question.member, monotonic_ns())

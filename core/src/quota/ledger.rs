@@ -23,8 +23,8 @@ pub struct Ledger {
     era: u64,
     /// Until when proxies may spend of whom nothing is known; 0: there are none.
     doubt_until_ns: u64,
-    members: BTreeMap<Member, Fellow>,
-    pools: BTreeMap<Account, BTreeMap<Member, Holder>>,
+    pub(super) members: BTreeMap<Member, Fellow>,
+    pub(super) pools: BTreeMap<Account, BTreeMap<Member, Holder>>,
 }
 
 /// An answer, and what has to be kept before it is sent.
@@ -194,39 +194,6 @@ impl Ledger {
                 !fellow.looks.is_empty() || self.next_share(member, fellow.share, now_ns) != fellow.told
             }
         }
-    }
-
-    /// A proxy is about to end: it is to have nothing but what it has spent, which it says with its next questions. So
-    /// it takes nothing along, as one does that ends without a word. Its next process is not meant. Whether it is
-    /// known.
-    pub fn drain(&mut self, proxy: u64, now_ns: u64) -> bool {
-        let mut known = false;
-        for (member, fellow) in &mut self.members {
-            if member.proxy == proxy && fellow.ended.is_none() {
-                fellow.leaves_since_ns.get_or_insert(now_ns);
-                known = true;
-            }
-        }
-        known
-    }
-
-    /// Whether a proxy that leaves has nothing any more but what it has spent.
-    pub fn is_drained(&self, proxy: u64) -> bool {
-        let of_it = self.members.iter().filter(|(member, _)| member.proxy == proxy);
-        let mut rest = of_it.filter(|(_, fellow)| fellow.ended.is_none());
-        rest.all(|(member, fellow)| {
-            let leaves = fellow.leaves_since_ns.is_some();
-            leaves && fellow.share == 0 && self.not_given_back(member).next().is_none()
-        })
-    }
-
-    /// Accounts of which a proxy that leaves has not said yet what it has spent.
-    fn not_given_back(&self, member: &Member) -> impl Iterator<Item = Account> {
-        let since_ns = self.members.get(member).and_then(|fellow| fellow.leaves_since_ns);
-        self.pools.iter().filter_map(move |(account, pool)| {
-            let holder = pool.get(member)?;
-            (holder.told || holder.answered_ns <= since_ns?).then_some(*account)
-        })
     }
 
     /// Answers a question that came at a time of the control plane's monotonic clock.
@@ -446,15 +413,10 @@ impl Ledger {
         changed
     }
 
-    fn leaves(&self, member: &Member) -> bool {
-        self.members.get(member).is_some_and(|fellow| fellow.leaves_since_ns.is_some())
-    }
-
     /// What share a proxy is to have that has `share`.
     fn next_share(&self, member: &Member, share: u32, now_ns: u64) -> u32 {
         // What it was before is only given back by whoever has it, step by step.
-        if self.members.get(member).is_some_and(|fellow| fellow.leaves_since_ns.is_some() && fellow.owed == 0)
-        {
+        if self.leaves(member) && self.members.get(member).is_some_and(|fellow| fellow.owed == 0) {
             return 0;
         }
         if self.is_in_doubt(now_ns) {
