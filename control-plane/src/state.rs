@@ -700,6 +700,11 @@ impl State {
         source == self.version.source || self.lines.contains_key(&source)
     }
 
+    /// Whether another control plane was ever heard of.
+    pub fn has_peers(&self) -> bool {
+        self.merged.keys().any(|source| !self.is_own(*source))
+    }
+
     /// How many bytes a proxy loads that has nothing yet: rules, digests and shards, but for some bytes around them.
     pub fn snapshot_bytes(&self) -> usize {
         let shards = self.revocations.shards().iter();

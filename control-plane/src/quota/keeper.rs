@@ -1,6 +1,5 @@
 //! Decides which control plane keeps the ledger, and has this one keep it, pass on, or stop.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -104,26 +103,25 @@ fn step(app: &App, state: &State) -> Step {
     let Some(mirror) = &app.mirror else {
         return match keeper {
             None => Step::Keep(Began { since: alone(state), before: None, first: true }),
-            Some(keeper) => of(state.version.source, &state.lines, keeper, false),
+            Some(keeper) => of(state.version.source, state.is_own(keeper.source), keeper, false),
         };
     };
-    let others = state.merged.keys().any(|source| !state.is_own(*source));
     match (keeper, mirror.intake()) {
-        (Some(keeper), _) => of(state.version.source, &state.lines, keeper, true),
+        (Some(keeper), _) => of(state.version.source, state.is_own(keeper.source), keeper, true),
         // Whoever is alone need not wait for a Redis that is away.
-        (None, Intake::Unreachable) if !others => Step::Claim,
+        (None, Intake::Unreachable) if !state.has_peers() => Step::Claim,
         (None, Intake::Done) if mirror.leads() => Step::Claim,
         (None, _) => Step::Wait,
     }
 }
 
-/// What to do when it is decided who keeps it.
-fn of(own: u64, lines: &BTreeMap<u64, u64>, keeper: Keeper, has_peers: bool) -> Step {
-    if keeper.source != own && !lines.contains_key(&keeper.source) {
+/// What to do when it is decided who keeps it. `is_own`: it is this control plane, maybe by an older name.
+fn of(source: u64, is_own: bool, keeper: Keeper, is_heard: bool) -> Step {
+    if !is_own {
         return Step::PassOn(keeper.source);
     }
     // This journal was set back and began another line of history, by which others know it now.
-    if keeper.source != own && has_peers {
+    if keeper.source != source && is_heard {
         return Step::Claim;
     }
     Step::Keep(Began { since: keeper.since, before: None, first: false })
@@ -153,14 +151,13 @@ mod tests {
     #[test]
     fn the_keeper_keeps_and_all_others_pass_on() {
         let keeper = Keeper { source: 7, since: 70 };
-        let (none, before) = (BTreeMap::new(), BTreeMap::from([(7, 3)]));
         let keeps = Step::Keep(Began { since: 70, before: None, first: false });
-        for has_peers in [false, true] {
-            assert_eq!(of(7, &none, keeper, has_peers), keeps);
-            assert_eq!(of(8, &none, keeper, has_peers), Step::PassOn(7));
+        for is_heard in [false, true] {
+            assert_eq!(of(7, true, keeper, is_heard), keeps);
+            assert_eq!(of(8, false, keeper, is_heard), Step::PassOn(7));
         }
         // A journal that was set back says its new name, where there is somebody to hear it.
-        assert_eq!(of(9, &before, keeper, true), Step::Claim);
-        assert_eq!(of(9, &before, keeper, false), keeps);
+        assert_eq!(of(9, true, keeper, true), Step::Claim);
+        assert_eq!(of(9, true, keeper, false), keeps);
     }
 }

@@ -310,7 +310,7 @@ impl<'b> Basis<'b> {
             limits: &state.rules.limits,
             allows_stale: state.rules.policy.allows_stale(),
             hot_restart: app.config.hot_restart,
-            has_peers: state.merged.keys().any(|source| !state.is_own(*source)),
+            has_peers: state.has_peers(),
         }
     }
 

@@ -4,9 +4,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::division::{Need, divide};
-use super::fellow::{Ended, Fellow, Holder};
+use super::fellow::{Fellow, Holder};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
-use super::saved::{Saved, SavedMember, SavedPool};
 use super::{AHEAD_PART, ANSWER_NS, Account, SHARES, Terms, UNSAID_PART, fair_share};
 
 /// One part in so many of all limits is nobody's own, so that a new proxy has something from its first request.
@@ -19,10 +18,10 @@ const RESERVE_PART: u32 = 16;
 /// proxies that restart meanwhile leave less behind. Where anything may have been lost, [`Ledger::in_doubt`] starts over.
 #[derive(Debug)]
 pub struct Ledger {
-    terms: Terms,
-    era: u64,
+    pub(super) terms: Terms,
+    pub(super) era: u64,
     /// Until when proxies may spend of whom nothing is known; 0: there are none.
-    doubt_until_ns: u64,
+    pub(super) doubt_until_ns: u64,
     pub(super) members: BTreeMap<Member, Fellow>,
     pub(super) pools: BTreeMap<Account, BTreeMap<Member, Holder>>,
 }
@@ -75,66 +74,6 @@ impl Ledger {
         Self { terms, era, doubt_until_ns: 0, members: BTreeMap::new(), pools: BTreeMap::new() }
     }
 
-    /// Goes on from what was kept, if all that had to be was. `same_clock` says whether times that were kept are of the
-    /// clock that `now_ns` is of, as with a monotonic clock of the same boot of the same host. If not, proxies that
-    /// restarted meanwhile leave more behind.
-    pub fn resume(terms: Terms, saved: &Saved, same_clock: bool, now_ns: u64) -> Self {
-        let terms = terms.longest(saved.terms);
-        let mut ledger = if saved.in_doubt {
-            Self::in_doubt(terms, saved.era, now_ns)
-        } else {
-            Self::new(terms, saved.era)
-        };
-        for saved in &saved.members {
-            let fellow = Fellow {
-                number: saved.number,
-                share: saved.share,
-                told: saved.share,
-                answered_ns: now_ns,
-                acked_ns: saved.acked_ns.filter(|_| same_clock),
-                steady_since_ns: if same_clock { saved.steady_since_ns } else { now_ns },
-                ended: saved.ended_in_touch.map(|in_touch| Ended { at_ns: now_ns, in_touch }),
-                ..Fellow::default()
-            };
-            ledger.members.insert(saved.member.clone(), fellow);
-        }
-        for SavedPool { account, holders } in &saved.pools {
-            let pool = ledger.pools.entry(*account).or_default();
-            for (member, held, of) in holders {
-                let (used, wanted, dearest) = (*held, *held, 0);
-                let (unsure, told) = (true, true);
-                let holder = Holder {
-                    held: *held,
-                    of: *of,
-                    used,
-                    wanted,
-                    dearest,
-                    answered_ns: now_ns,
-                    unsure,
-                    told,
-                    own: false,
-                };
-                pool.insert(member.clone(), holder);
-                if let Some(fellow) = ledger.members.get_mut(member) {
-                    fellow.looks.insert(*account);
-                }
-            }
-        }
-        ledger
-    }
-
-    /// Goes on by longer terms.
-    pub fn lengthen(&mut self, terms: Terms, now_ns: u64) {
-        let leaves = |(member, fellow): (&Member, &Fellow)| Some((member.clone(), fellow.leaves_since_ns?));
-        let leaving: Vec<(Member, u64)> = self.members.iter().filter_map(leaves).collect();
-        *self = Self::resume(terms, &self.saved(), true, now_ns);
-        for (member, since_ns) in leaving {
-            if let Some(fellow) = self.members.get_mut(&member) {
-                fellow.leaves_since_ns = Some(since_ns);
-            }
-        }
-    }
-
     /// Starts over where it is not known what was handed out: what is not known to be unused counts as used, until
     /// a share has ended of whoever does not come forward, and then a window has passed. `era` must be new.
     pub fn in_doubt(terms: Terms, era: u64, now_ns: u64) -> Self {
@@ -144,37 +83,6 @@ impl Ledger {
     /// The ledger's number.
     pub fn era(&self) -> u64 {
         self.era
-    }
-
-    /// All that has to be kept.
-    pub fn saved(&self) -> Saved {
-        Saved {
-            era: self.era,
-            terms: self.terms,
-            in_doubt: self.doubt_until_ns > 0,
-            members: self.members.keys().filter_map(|member| self.member(member)).collect(),
-            pools: self.pools.keys().filter_map(|account| self.pool(*account)).collect(),
-        }
-    }
-
-    /// What has to be kept of a proxy; `None`: nothing.
-    pub fn member(&self, member: &Member) -> Option<SavedMember> {
-        let fellow = self.members.get(member)?;
-        Some(SavedMember {
-            member: member.clone(),
-            number: fellow.number,
-            share: fellow.share,
-            acked_ns: fellow.acked_ns,
-            steady_since_ns: fellow.steady_since_ns,
-            ended_in_touch: fellow.ended.map(|ended| ended.in_touch),
-        })
-    }
-
-    /// What has to be kept of an account; `None`: nothing.
-    pub fn pool(&self, account: Account) -> Option<SavedPool> {
-        let holders = self.pools.get(&account)?.iter();
-        let holders = holders.map(|(member, holder)| (member.clone(), holder.held, holder.of)).collect();
-        Some(SavedPool { account, holders })
     }
 
     /// Units in use of each account that more than a little is used of, as far as is known, with the limit.
