@@ -35,6 +35,11 @@ impl Problem {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", detail)
     }
 
+    /// 503: it cannot be done at the moment.
+    pub fn unavailable(detail: impl Into<String>) -> Self {
+        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", detail)
+    }
+
     /// 404: there is no such thing.
     pub fn not_found(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", detail)
@@ -100,7 +105,7 @@ impl IntoResponse for Problem {
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
         tracing::error!(%error, "the store cannot be read");
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "The store cannot be read; retry later.")
+        Self::unavailable("The store cannot be read; retry later.")
     }
 }
 
@@ -109,13 +114,13 @@ impl From<CommitError> for Problem {
         if let CommitError::Rules(_) = error {
             return Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string());
         }
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", error.to_string())
+        Self::unavailable(error.to_string())
     }
 }
 
 impl From<NoSigner> for Problem {
     fn from(error: NoSigner) -> Self {
-        Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", format!("{error}."))
+        Self::unavailable(format!("{error}."))
     }
 }
 
@@ -134,7 +139,7 @@ impl From<RotationError> for Problem {
             }
             RotationError::Secret(error) => {
                 tracing::error!(%error, "a secret cannot be made or moved on");
-                Self::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", detail)
+                Self::unavailable(detail)
             }
             RotationError::Store(error) => error.into(),
         }

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
-use crate::quota::{Basis, Keeping, PASSED_ON, QuotaError, Role};
+use crate::quota::{self, Basis, Keeping, QuotaError};
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -151,7 +151,7 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     let receipt = app.telemetry.take(&report, policy, app.clock.now_s()).await;
     receipt.map(|receipt| json(StatusCode::OK, serde_json::json!(receipt))).map_err(|error| match error {
         ReportError::Invalid(why) => Problem::bad_request(why),
-        ReportError::NotKept => unavailable(error.to_string()),
+        ReportError::NotKept => Problem::unavailable(error.to_string()),
     })
 }
 
@@ -159,13 +159,13 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
 async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
-    let Some(keeping) = app.quotas.here() else { return pass_on(&app, &headers, QUOTA, body).await };
+    let Some(keeping) = app.quotas.here() else { return quota::pass_on(&app, &headers, QUOTA, body).await };
     let state = app.state();
     let basis = Basis::of(&app, &state);
     let answer =
         keeping.answer(&question, basis, app.stopping.clone()).await.map_err(|error| match error {
             QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
-            QuotaError::NotKept | QuotaError::Over => unavailable(error.to_string()),
+            QuotaError::NotKept | QuotaError::Over => Problem::unavailable(error.to_string()),
         })?;
     app.metrics.quota_questions.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
@@ -185,7 +185,7 @@ async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
     authenticate(&app, &headers)?;
     let drain: Drain = read(&body)?;
     check_proxy(drain.format, &drain.proxy, "-")?;
-    let Some(keeping) = app.quotas.here() else { return pass_on(&app, &headers, DRAIN, body).await };
+    let Some(keeping) = app.quotas.here() else { return quota::pass_on(&app, &headers, DRAIN, body).await };
     drained(&keeping, &drain.proxy).await
 }
 
@@ -198,7 +198,7 @@ pub async fn drain_proxy(app: &App, proxy: String) -> Result<Response, Problem> 
     check_proxy(drain.format, &drain.proxy, "-")?;
     let Some(keeping) = app.quotas.here() else {
         let body = serde_json::to_vec(&drain).unwrap_or_default();
-        return pass_on(app, &HeaderMap::new(), DRAIN, body.into()).await;
+        return quota::pass_on(app, &HeaderMap::new(), DRAIN, body.into()).await;
     };
     drained(&keeping, &drain.proxy).await
 }
@@ -211,37 +211,6 @@ async fn drained(keeping: &Keeping, proxy: &str) -> Result<Response, Problem> {
         }
         None => Err(Problem::not_found("No proxy with this node id has a part of the limits.")),
     }
-}
-
-/// Passes a question on to the control plane that keeps the ledger.
-async fn pass_on(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
-    let Role::Elsewhere(keeper) = app.quotas.role() else {
-        return Err(unavailable("It is not known yet which control plane keeps the limits; ask again."));
-    };
-    if headers.contains_key(PASSED_ON) {
-        return Err(unavailable("This control plane does not keep the limits (any more); ask again."));
-    }
-    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
-    let Some(url) = url else {
-        app.metrics.quota_pass_on_failures.inc();
-        return Err(unavailable("It is not known where the control plane is that keeps the limits."));
-    };
-    match app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await {
-        Ok((status, body)) => {
-            if status.is_server_error() || status == StatusCode::UNAUTHORIZED {
-                app.metrics.quota_pass_on_failures.inc();
-            }
-            Ok((status, [(header::CONTENT_TYPE, "application/json")], body).into_response())
-        }
-        Err(error) => {
-            app.metrics.quota_pass_on_failures.inc();
-            Err(unavailable(error.to_string()))
-        }
-    }
-}
-
-fn unavailable(detail: impl Into<String>) -> Problem {
-    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", detail.into())
 }
 
 /// Whether a question is in a format that is read here, and of a proxy that has names.
@@ -268,11 +237,7 @@ async fn whole_state(app: &App) -> Result<Arc<state::State>, Problem> {
             return Ok(state);
         }
     }
-    Err(Problem::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "unavailable",
-        "This control plane still takes in what others have; poll again.",
-    ))
+    Err(Problem::unavailable("This control plane still takes in what others have; poll again."))
 }
 
 /// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version

@@ -85,11 +85,7 @@ where
             }
         }
     }
-    Err(Problem::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "unavailable",
-        "Secrets are being rotated; retry later.",
-    ))
+    Err(Problem::unavailable("Secrets are being rotated; retry later."))
 }
 
 /// Whether a secret counts at the moment.
@@ -296,10 +292,6 @@ pub async fn token(app: &App, signer: &Arc<Signer>, key: &KeyRecord) -> Result<Z
     };
     signed.map_err(|error| {
         tracing::error!(%error, "a key cannot be signed");
-        Problem::new(
-            StatusCode::SERVICE_UNAVAILABLE,
-            "unavailable",
-            format!("The key cannot be signed: {error}."),
-        )
+        Problem::unavailable(format!("The key cannot be signed: {error}."))
     })
 }

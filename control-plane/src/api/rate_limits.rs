@@ -18,7 +18,7 @@ use crate::app::App;
 use crate::change::Change;
 use crate::limits::{self, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
-use crate::quota;
+use crate::quota::{self, Role};
 use crate::store::StoreError;
 use crate::writer::View;
 
@@ -89,15 +89,15 @@ pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
             })
         })
         .collect();
-    let state = app.state();
-    let source = state.limits_keeper.map_or(state.version.source, |keeper| keeper.source);
-    let keeper = serde_json::json!({
-        "source": format!("{source:x}"),
-        "here": app.quotas.here().is_some(),
-        "url": match &app.mirror {
-            Some(mirror) if !state.is_own(source) => mirror.sync_url(source),
-            _ => Some(app.sync_url.clone()),
-        },
+    let keeper = match app.quotas.role() {
+        Role::Unknown => None,
+        Role::Here(_) => Some((app.state().version.source, true, Some(app.sync_url.clone()))),
+        Role::Elsewhere(source) => {
+            Some((source, false, app.mirror.as_ref().and_then(|mirror| mirror.sync_url(source))))
+        }
+    };
+    let keeper = keeper.map(|(source, here, url)| {
+        serde_json::json!({ "source": format!("{source:x}"), "here": here, "url": url })
     });
     let usage = serde_json::json!({ "keys": keys, "in_doubt": app.quotas.is_in_doubt(), "keeper": keeper });
     Ok(json(StatusCode::OK, usage))

@@ -212,7 +212,7 @@ pub async fn finish(
 
 /// Reads what takes a while, on a thread that answers nobody.
 pub async fn read<T: Send + 'static>(read: impl FnOnce() -> T + Send + 'static) -> Result<T, Problem> {
-    let unavailable = |_| Problem::new(StatusCode::SERVICE_UNAVAILABLE, "unavailable", "Retry later.");
+    let unavailable = |_| Problem::unavailable("Retry later.");
     tokio::task::spawn_blocking(read).await.map_err(unavailable)
 }
 

@@ -255,7 +255,8 @@ enum OneProxy {
     /// Have a proxy that is about to end give back what it has of limits; exit with 2 if it has not in time
     ///
     /// It answers 503 to limited keys from then on, so let it get no more requests before. A new process of it is like any
-    /// other. One that ends without this takes its share of every limit along, for the hard age and the longest window.
+    /// other. One that ends without this takes its share of every limit along: for the hard age, or an hour where there are
+    /// several control planes, and the longest window.
     Drain {
         /// Its node id, as 'keygate fleet' shows it
         proxy: String,

@@ -621,6 +621,8 @@ mod tests {
             signing = "yes"
             [fleet]
             hard_age = 300
+            [limits]
+            url = "https://keygate-0:8001"
             [emergency]
             two_approvals_above = 25
             [journal]
@@ -635,6 +637,7 @@ mod tests {
         for start in [
             "listen: \"nowhere\" is not an address",
             "tokens.leeway: must be whole seconds, at most 60s",
+            "limits.url: is not a URL such as \"http://",
             "secrets.algorithm: \"none\" is none of",
             "secrets.schedule: \"quarterly\" is not a cron expression",
             "secrets.overlap: must be whole seconds from 1s",
@@ -654,7 +657,7 @@ mod tests {
         ] {
             assert!(errors.iter().any(|error| error.starts_with(start)), "{start}\n{errors:#?}");
         }
-        assert_eq!(errors.len(), 18, "{errors:#?}");
+        assert_eq!(errors.len(), 19, "{errors:#?}");
     }
 
     #[test]

@@ -4,22 +4,67 @@
 use std::time::Duration;
 
 use axum::body::Bytes;
-use axum::http::{HeaderValue, Method, Request, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use keygate_core::quota::MAX_BYTES;
 
+use super::Role;
+use crate::app::App;
+use crate::problem::Problem;
+
 /// Says that a question was passed on already, so that it is not passed on in a circle.
-pub const PASSED_ON: &str = "keygate-passed-on";
+const PASSED_ON: &str = "keygate-passed-on";
 /// A question is held back for 3 s; a proxy waits for 5 s.
 const WITHIN: Duration = Duration::from_millis(4_500);
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 
+/// Passes a question, which came with these headers, on to the control plane that keeps the ledger.
+///
+/// # Errors
+/// When that is not known, or does not answer, or the question was passed on already.
+pub async fn pass_on(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
+    let Role::Elsewhere(keeper) = app.quotas.role() else {
+        return Err(Problem::unavailable(
+            "It is not known yet which control plane keeps the limits; ask again.",
+        ));
+    };
+    if headers.contains_key(PASSED_ON) {
+        return Err(Problem::unavailable(
+            "This control plane does not keep the limits (any more); ask again.",
+        ));
+    }
+    let failed = |detail: String| {
+        app.metrics.quota_pass_on_failures.inc();
+        Problem::unavailable(detail)
+    };
+    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
+    let url = url.ok_or_else(|| {
+        failed("It is not known where the control plane is that keeps the limits.".to_owned())
+    })?;
+    let answer = app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await;
+    let Passed { status, kind, body } = answer.map_err(|error| failed(error.to_string()))?;
+    if status.is_server_error() || status == StatusCode::UNAUTHORIZED {
+        app.metrics.quota_pass_on_failures.inc();
+    }
+    // A problem stays one.
+    Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
+}
+
+/// What was answered.
+struct Passed {
+    status: StatusCode,
+    /// Its content type.
+    kind: HeaderValue,
+    body: Bytes,
+}
+
 /// Why a question did not get there.
 #[derive(Debug, thiserror::Error)]
-pub enum ForwardError {
+enum ForwardError {
     /// Where it listens cannot be an address.
     #[error("{0:?} is no address of a control plane's sync port")]
     Address(String),
@@ -49,13 +94,7 @@ impl Forwarder {
     ///
     /// # Errors
     /// See [`ForwardError`].
-    pub async fn post(
-        &self,
-        url: &str,
-        path: &str,
-        token: &str,
-        body: Bytes,
-    ) -> Result<(StatusCode, Bytes), ForwardError> {
+    async fn post(&self, url: &str, path: &str, token: &str, body: Bytes) -> Result<Passed, ForwardError> {
         let wrong = || ForwardError::Address(url.to_owned());
         let mut bearer = HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| wrong())?;
         bearer.set_sensitive(true);
@@ -70,8 +109,11 @@ impl Forwarder {
         let call = async {
             let response = self.0.request(request).await.map_err(|error| failed(causes(&error)))?;
             let status = response.status();
+            let kind = response.headers().get(header::CONTENT_TYPE).cloned();
+            let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
             let body = Limited::new(response.into_body(), MAX_BYTES).collect().await;
-            Ok((status, body.map_err(|error| failed(error.to_string()))?.to_bytes()))
+            let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
+            Ok(Passed { status, kind, body })
         };
         tokio::time::timeout(WITHIN, call).await.map_err(|_| ForwardError::Late(url.to_owned()))?
     }

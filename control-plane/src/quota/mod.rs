@@ -16,7 +16,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use keygate_core::quota::Account;
 
 pub use self::book::BookError;
-pub use self::forward::{ForwardError, Forwarder, PASSED_ON};
+use self::forward::Forwarder;
+pub use self::forward::pass_on;
 pub use self::keeper::{run, take_over};
 pub use self::keeping::{Basis, Keeping, QuotaError};
 
@@ -36,8 +37,7 @@ pub enum Role {
 #[derive(Debug, Default)]
 pub struct Quotas {
     role: RwLock<Role>,
-    /// Passes questions on.
-    pub forwarder: Forwarder,
+    forwarder: Forwarder,
 }
 
 impl Quotas {
