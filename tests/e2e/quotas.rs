@@ -6,7 +6,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use keygate_e2e::control_plane::ControlPlane;
-use keygate_e2e::envoy::Neighbours;
 use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Connection, Envoy, Key, Redis, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
@@ -351,13 +350,7 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     other.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
     other.use_redis(&redis.url());
     other.start();
-    let mut envoy = Envoy::new(elsewhere.path(), "envoy-b", 2);
-    envoy.start(&Neighbours {
-        api_port: other.api_port(),
-        sync_port: other.sync_port(),
-        ..stack.neighbours()
-    });
-    envoy.wait_ready();
+    let envoy = stack.another_envoy_of(&other, "envoy-b", 2);
     let api = stack.api();
     let there = Api::new(other.api_port(), &stack.control_plane.admin_key());
     let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_keeper") > 0.0;
@@ -374,6 +367,13 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
             put(api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
         }
     };
+
+    // What was passed on once is not passed on again.
+    let drain = Request::new("POST", "/sync/v1/drain").bearer(stack.fleet_token());
+    let drain = drain.json(&json!({ "format": 1, "proxy": "nobody" }));
+    let ask = |request: &Request| keygate_e2e::http::try_call(other.sync_port(), request).expect("an answer");
+    ask(&drain).expect_problem(404, "not_found");
+    ask(&drain.header("keygate-passed-on", "1")).expect_problem(503, "unavailable");
 
     // Half of the limit with Redis, the rest without.
     let key = api.issue("contributor");

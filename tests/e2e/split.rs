@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use keygate_e2e::control_plane::ControlPlane;
-use keygate_e2e::envoy::{Envoy, Neighbours};
 use keygate_e2e::{Api, Connection, Key, Line, Redis, Request, SOON, Sentinels, Stack, wait_until};
 use serde_json::json;
 
@@ -66,13 +65,7 @@ fn a_thousand_revocations_on_each_side_of_a_split_are_two_thousand_on_every_prox
     let mut other = ControlPlane::beside(&stack.control_plane, elsewhere.path());
     other.use_redis(&url(&lines[1]));
     other.start();
-    let mut envoy = Envoy::new(elsewhere.path(), "envoy-b", 2);
-    envoy.start(&Neighbours {
-        api_port: other.api_port(),
-        sync_port: other.sync_port(),
-        ..stack.neighbours()
-    });
-    envoy.wait_ready();
+    let envoy = stack.another_envoy_of(&other, "envoy-b", 2);
 
     let api = stack.api();
     let keys = issue(&api, 2_000);

@@ -181,6 +181,19 @@ impl Stack {
         envoy
     }
 
+    /// The same, of another control plane.
+    #[track_caller]
+    pub fn another_envoy_of(&self, other: &ControlPlane, node: &str, workers: usize) -> Envoy {
+        let mut envoy = Envoy::new(self.directory(), node, workers);
+        envoy.start(&Neighbours {
+            api_port: other.api_port(),
+            sync_port: other.sync_port(),
+            ..self.neighbours()
+        });
+        envoy.wait_ready();
+        envoy
+    }
+
     /// What an Envoy of this fleet is connected with.
     pub fn neighbours(&self) -> Neighbours {
         Neighbours {
