@@ -21,7 +21,7 @@ use super::variant::{ALL, Load, Variant};
 use super::{SEED, number};
 
 /// A variant. Fifty times as slow as without callgrind.
-const REQUESTS: usize = 1_000;
+const REQUESTS: usize = 1_024;
 /// Before that, not counted: until V8 has optimised what runs often.
 const WARM_UP: usize = 6_000;
 /// For how long it is watched while there are no requests.
@@ -73,21 +73,36 @@ fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requ
     client.closed(draw(WARM_UP).into_iter()).expect_right(variant.name);
     callgrind.watch();
     pass(IDLE);
-    let idle = total(&callgrind.dump("idle")) / IDLE.as_secs_f64();
+    let idle = Counts::of(&callgrind.dump("idle"));
     let shots = draw(requests);
     let sent = shots.len();
     let begun = Instant::now();
     callgrind.zero();
     client.closed(shots.into_iter()).expect_right(variant.name);
     let took = begun.elapsed().as_secs_f64();
-    let file = callgrind.dump(variant.name);
+    let all = Counts::of(&callgrind.dump(variant.name));
     callgrind.look_away();
-    let each = |all: f64| all / sent as f64;
-    let (calls, taken) = calls_into_envoy(&fs::read_to_string(&file).expect("a dump"));
+    // What is done without requests, too, is not of them.
+    let each = |of: fn(&Counts) -> f64| (of(&all) - of(&idle) * took / IDLE.as_secs_f64()) / sent as f64;
     Counted {
         name: variant.name,
-        instructions: each(total(&file) - idle * took),
-        calls: (each(calls), each(taken)),
+        instructions: each(|counts| counts.instructions),
+        calls: (each(|counts| counts.calls), each(|counts| counts.in_calls)),
+    }
+}
+
+/// What stands in a dump.
+struct Counts {
+    instructions: f64,
+    calls: f64,
+    in_calls: f64,
+}
+
+impl Counts {
+    fn of(file: &Path) -> Self {
+        let dump = fs::read_to_string(file).expect("a dump");
+        let (calls, in_calls) = calls_into_envoy(&dump);
+        Self { instructions: total(&dump), calls, in_calls }
     }
 }
 
@@ -122,18 +137,12 @@ impl Callgrind {
 
     /// Writes down what was counted since the last time; where.
     fn dump(&self, name: &str) -> PathBuf {
-        let of_it = || -> Vec<PathBuf> {
-            let prefix = format!("{}.", Under::OUT);
-            let entries = fs::read_dir(&self.directory).expect("the directory").flatten();
-            let paths = entries.map(|entry| entry.path());
-            paths
-                .filter(|path| {
-                    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&prefix))
-                })
-                .collect()
-        };
         self.control(&["--dump"]);
-        let dumped = of_it().pop().expect("callgrind dumps");
+        let prefix = format!("{}.", Under::OUT);
+        let mut files = fs::read_dir(&self.directory).expect("the directory").flatten();
+        // The one before was taken away.
+        let dumped = files.find(|file| file.file_name().to_string_lossy().starts_with(&prefix));
+        let dumped = dumped.expect("callgrind dumps").path();
         let kept = self.kept.join(format!("{name}.callgrind"));
         fs::copy(&dumped, &kept).expect("a dump");
         fs::remove_file(&dumped).expect("a dump");
@@ -141,16 +150,15 @@ impl Callgrind {
     }
 }
 
-/// The sum of a dump, of its last line of that kind.
-fn total(file: &Path) -> f64 {
-    let text = fs::read_to_string(file).expect("a dump");
+/// The sum of a dump.
+fn total(dump: &str) -> f64 {
     let of =
         |line: &str| line.strip_prefix("totals: ").or(line.strip_prefix("summary: "))?.trim().parse().ok();
-    text.lines().rev().find_map(of).expect("a dump has its sum")
+    dump.lines().rev().find_map(of).expect("a dump has its sum")
 }
 
-/// How often code that is in no file, as what V8 compiles, called the one function of Envoy that it called most often,
-/// and how many instructions that took with all that it called. V8 has one for all calls of WebAssembly. Envoy is
+/// How often code that is in no file, as what V8 compiles, called the one function of Envoy in which most was done for
+/// it, and how many instructions that took with all that it called. V8 has one for all calls of WebAssembly. Envoy is
 /// stripped, so its functions have no names.
 ///
 /// See "Callgrind Format Specification" in valgrind's manual: names and objects stand with a number where they come
@@ -184,7 +192,7 @@ fn calls_into_envoy(dump: &str) -> (f64, f64) {
             called_object = None;
         }
     }
-    found.into_values().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap_or_default()
+    found.into_values().max_by(|a, b| a.1.total_cmp(&b.1)).unwrap_or_default()
 }
 
 /// What callgrind calls the file of code that is in none.
@@ -234,7 +242,7 @@ mod tests {
     #[test]
     fn calls_from_code_in_no_file_are_found_in_a_dump() {
         let dump = "ob=(1) /usr/bin/envoy\nfn=(1) a\n10 5\nob=(2) ???\nfn=(2) jit\n10 7\ncob=(1)\ncfn=(1)\ncalls=3 0\n10 300\n\
-                    cob=(1)\ncfn=(3) other\ncalls=1 0\n11 900\nfn=(4) jit too\ncob=(1)\ncfn=(1)\ncalls=2 0\n12 50\n";
+                    cob=(1)\ncfn=(3) other\ncalls=9 0\n11 90\nfn=(4) jit too\ncob=(1)\ncfn=(1)\ncalls=2 0\n12 50\n";
         assert_eq!(calls_into_envoy(dump), (5.0, 350.0));
     }
 }
