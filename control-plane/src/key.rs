@@ -3,10 +3,12 @@
 
 use std::time::Duration;
 
+use keygate_core::jti::JtiKey;
 use keygate_core::revocation::Fingerprint;
 use keygate_core::token::{Claims, is_identifier};
 use serde::{Deserialize, Serialize};
 
+use crate::random;
 use crate::roles::{Role, Roles};
 
 /// A key may be renewed from this long before it expires.
@@ -229,6 +231,14 @@ pub struct Identity {
     pub key_id: String,
     /// The token's id.
     pub jti: String,
+}
+
+impl Identity {
+    /// New ones; the token's made with a key, if proxies are to tell it from made-up ones.
+    pub fn new(ids: Option<&JtiKey>) -> Self {
+        let jti = ids.map_or_else(random::identifier, |ids| ids.make(random::bytes()));
+        Self { key_id: format!("key_{}", random::identifier()), jti }
+    }
 }
 
 impl KeyRequest {

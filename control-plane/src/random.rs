@@ -3,8 +3,6 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 
-use crate::key::Identity;
-
 /// Random bytes. The operating system not giving any is no state to go on in.
 pub fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
@@ -15,9 +13,4 @@ pub fn bytes<const N: usize>() -> [u8; N] {
 /// A random identifier of 128 bits: letters, digits, `-` and `_`.
 pub fn identifier() -> String {
     BASE64URL.encode(bytes::<16>())
-}
-
-/// The identifiers of a key to be.
-pub fn identity() -> Identity {
-    Identity { key_id: format!("key_{}", identifier()), jti: identifier() }
 }

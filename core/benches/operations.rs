@@ -322,6 +322,7 @@ fn rules() -> Rules {
         alg: Algorithm::HS256,
         material: Material::new(secret.into()),
         not_after: None,
+        jti_key: None,
     };
     let policy = json!({ "routes": [
         { "name": "health", "path": "/health", "access": "public" },

@@ -37,10 +37,11 @@ pub struct Verified {
 }
 
 impl Verified {
-    /// Of a token that was read and whose signature was verified by the key with this tag.
-    pub fn new(kid: String, key_tag: u64, claims: Claims) -> Self {
+    /// Of a token that was read and whose signature was verified by the key with this tag. `subject` is the hash of
+    /// its [`Subject`], where that was needed before.
+    pub fn new(kid: String, key_tag: u64, claims: Claims, subject: Option<u64>) -> Self {
         let fingerprint = claims.fingerprint();
-        let subject = Subject::of_key(claims.own.as_deref(), &claims.sub).hash;
+        let subject = subject.unwrap_or_else(|| Subject::of_key(claims.own.as_deref(), &claims.sub).hash);
         let account = Fingerprint::of(&claims.sub).0;
         Self { kid, key_tag, claims, fingerprint, subject, account }
     }
@@ -85,6 +86,10 @@ pub struct Looks {
     pub misses: u64,
 }
 
+/// Where a token is in the cache, until that changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place(usize);
+
 #[derive(Debug)]
 struct Slot {
     mark: u64,
@@ -123,19 +128,25 @@ impl TokenCache {
         self.slots.is_empty()
     }
 
-    /// The token of exactly these bytes, if it was verified before.
-    pub fn get(&mut self, token: &[u8]) -> Option<Arc<Verified>> {
-        let found = self.place(token).and_then(|place| self.slots.get_mut(place));
-        let count = if found.is_some() { &mut self.looks.hits } else { &mut self.looks.misses };
-        *count = count.saturating_add(1);
-        let slot = found?;
-        slot.used = true;
-        Some(Arc::clone(&slot.verified))
+    /// Where the token of exactly these bytes is, if it was verified before.
+    pub fn find(&self, token: &[u8]) -> Option<Place> {
+        let place = *self.places.get(&self.mark(token))?;
+        self.slots.get(place).filter(|slot| same(&slot.token, token)).map(|_| Place(place))
     }
 
-    /// The same without its being counted or kept for longer.
-    pub fn peek(&self, token: &[u8]) -> Option<&Arc<Verified>> {
-        self.place(token).and_then(|place| self.slots.get(place)).map(|slot| &slot.verified)
+    /// What stands at a place.
+    pub fn at(&self, place: Place) -> Option<&Verified> {
+        self.slots.get(place.0).map(|slot| &*slot.verified)
+    }
+
+    /// Takes what was found, or not: it is counted, and stays for longer.
+    pub fn take(&mut self, found: Option<Place>) -> Option<Arc<Verified>> {
+        let slot = found.and_then(|place| self.slots.get_mut(place.0));
+        let count = if slot.is_some() { &mut self.looks.hits } else { &mut self.looks.misses };
+        *count = count.saturating_add(1);
+        let slot = slot?;
+        slot.used = true;
+        Some(Arc::clone(&slot.verified))
     }
 
     /// How often a token was looked for since this was asked last.
@@ -161,14 +172,9 @@ impl TokenCache {
 
     /// Forgets a token, for instance since it has expired.
     pub fn remove(&mut self, token: &[u8]) {
-        if let Some(place) = self.place(token) {
-            self.remove_slot(place);
+        if let Some(place) = self.find(token) {
+            self.remove_slot(place.0);
         }
-    }
-
-    fn place(&self, token: &[u8]) -> Option<usize> {
-        let place = *self.places.get(&self.mark(token))?;
-        self.slots.get(place).filter(|slot| same(&slot.token, token)).map(|_| place)
     }
 
     /// What a token is looked up by: the hash of its end, which is of its signature, and differs where anything does.
@@ -207,13 +213,18 @@ impl TokenCache {
     }
 }
 
-/// Whether both are the same bytes; by words, since there is no `memcmp` in WebAssembly that would.
+/// Whether both are the same bytes; by words, four at a time, since WebAssembly's `memcmp` goes by bytes.
 fn same(one: &[u8], other: &[u8]) -> bool {
-    let (ones, one_rest) = one.as_chunks::<8>();
-    let (others, other_rest) = other.as_chunks::<8>();
-    let word = |bytes: &[u8; 8]| u64::from_le_bytes(*bytes);
+    let (ones, one_rest) = one.as_chunks::<32>();
+    let (others, other_rest) = other.as_chunks::<32>();
+    let differ = |one: &[u8; 32], other: &[u8; 32]| {
+        let (ones, _) = one.as_chunks::<8>();
+        let (others, _) = other.as_chunks::<8>();
+        let pairs = ones.iter().zip(others);
+        pairs.fold(0, |all, (one, other)| all | (u64::from_le_bytes(*one) ^ u64::from_le_bytes(*other))) != 0
+    };
     one.len() == other.len()
-        && ones.iter().zip(others).all(|(one, other)| word(one) == word(other))
+        && !ones.iter().zip(others).any(|(one, other)| differ(one, other))
         && one_rest == other_rest
 }
 
@@ -236,7 +247,12 @@ mod tests {
             scope: String::new(),
             own: None,
         };
-        Arc::new(Verified::new("k1".into(), 1, claims))
+        Arc::new(Verified::new("k1".into(), 1, claims, None))
+    }
+
+    fn get(cache: &mut TokenCache, token: &[u8]) -> Option<Arc<Verified>> {
+        let found = cache.find(token);
+        cache.take(found)
     }
 
     #[test]
@@ -245,19 +261,19 @@ mod tests {
         cache.insert(b"hot", verified("hot"));
         for n in 0..1_000 {
             cache.insert(format!("token-{n}").as_bytes(), verified("cold"));
-            assert!(cache.get(b"hot").is_some(), "evicted at {n}");
+            assert!(get(&mut cache, b"hot").is_some(), "evicted at {n}");
             assert!(cache.bytes() <= 10_000);
         }
         assert!(cache.len() > 10);
-        assert!(cache.get(b"token-0").is_none());
-        assert!(cache.get(b"token-999").is_some());
+        assert!(get(&mut cache, b"token-0").is_none());
+        assert!(get(&mut cache, b"token-999").is_some());
     }
 
     #[test]
     fn with_no_room_nothing_is_remembered() {
         let mut cache = TokenCache::new(0);
         cache.insert(b"a", verified("a"));
-        assert!(cache.is_empty() && cache.get(b"a").is_none());
+        assert!(cache.is_empty() && get(&mut cache, b"a").is_none());
     }
 
     #[test]
@@ -267,9 +283,9 @@ mod tests {
         let mut cache = TokenCache::new(10_000);
         cache.insert(&token("one"), verified("one"));
         cache.insert(&token("two"), verified("two"));
-        assert_eq!(cache.get(&token("one")).unwrap().claims.jti, "one");
+        assert_eq!(get(&mut cache, &token("one")).unwrap().claims.jti, "one");
         for other in [token("two"), token("onf"), end.into_bytes(), Vec::new()] {
-            assert!(cache.get(&other).is_none() && cache.peek(&other).is_none());
+            assert!(get(&mut cache, &other).is_none());
             cache.remove(&other);
         }
         assert_eq!(cache.len(), 1);
@@ -277,9 +293,14 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_are_the_same_as_slices_are(one in prop::collection::vec(0u8..2, 0..20), other in prop::collection::vec(0u8..2, 0..20)) {
+        fn two_are_the_same_as_slices_are(one in prop::collection::vec(0u8..2, 0..80), other in prop::collection::vec(0u8..2, 0..80)) {
             prop_assert_eq!(same(&one, &other), one == other);
             prop_assert!(same(&one, &one.clone()));
+            for place in 0..one.len() {
+                let mut changed = one.clone();
+                changed[place] ^= 1;
+                prop_assert!(!same(&one, &changed));
+            }
         }
 
         #[test]
@@ -291,7 +312,7 @@ mod tests {
                     0 => cache.insert(token.as_bytes(), verified(&token)),
                     1 => cache.remove(token.as_bytes()),
                     _ => {
-                        if let Some(found) = cache.get(token.as_bytes()) {
+                        if let Some(found) = get(&mut cache, token.as_bytes()) {
                             prop_assert_eq!(&found.claims.jti, &token);
                         }
                     }

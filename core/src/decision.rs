@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use crate::cache::{TokenCache, Verified};
+use crate::cache::{Place, TokenCache, Verified};
 use crate::credential::Credential;
 use crate::crypto;
 use crate::limits::{Left, Limit, Meter, Metered};
@@ -280,17 +280,27 @@ pub struct Judge<'a, R, T, M = ()> {
     pub trace: &'a mut T,
 }
 
-/// What the token of a request says, read at most once.
+/// What is known of the token of a request: looked for, read and hashed at most once.
 #[derive(Default)]
-struct Reading<'r>(Option<Result<Token<'r>, Malformed>>);
+struct Reading<'r> {
+    /// Where it is in the cache, once it was looked for.
+    place: Option<Option<Place>>,
+    read: Option<Result<Token<'r>, Malformed>>,
+    /// The hash of its subject.
+    subject: Option<u64>,
+}
 
 impl<'r> Reading<'r> {
-    fn of(&mut self, token: &'r [u8]) -> &Result<Token<'r>, Malformed> {
-        self.0.get_or_insert_with(|| token::read(token))
+    fn place(&mut self, cache: &TokenCache, token: &[u8]) -> Option<Place> {
+        *self.place.get_or_insert_with(|| cache.find(token))
+    }
+
+    fn read(&mut self, token: &'r [u8]) -> &Result<Token<'r>, Malformed> {
+        self.read.get_or_insert_with(|| token::read(token))
     }
 
     fn take(self, token: &'r [u8]) -> Result<Token<'r>, Malformed> {
-        self.0.unwrap_or_else(|| token::read(token))
+        self.read.unwrap_or_else(|| token::read(token))
     }
 }
 
@@ -372,18 +382,27 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         let choice = match request.credential {
             Credential::None => of(&Subject::of_address(request.client)),
             Credential::Many => plan.for_legacy(name, path),
-            Credential::One(token) => match self.cache.peek(token) {
-                Some(known) => {
-                    let claims = &known.claims;
-                    of(&Subject::of_parts(claims.own.as_deref(), &claims.sub, known.subject))
-                }
-                None => {
-                    match reading.of(token).as_ref().ok().filter(|read| read.claims.iss == rules.issuer) {
-                        Some(read) => of(&Subject::of_key(read.claims.own.as_deref(), &read.claims.sub)),
-                        None => plan.for_legacy(name, path),
+            Credential::One(token) => {
+                let place = reading.place(self.cache, token);
+                match place.and_then(|place| self.cache.at(place)) {
+                    Some(known) => {
+                        let claims = &known.claims;
+                        of(&Subject::of_parts(claims.own.as_deref(), &claims.sub, known.subject))
+                    }
+                    None => {
+                        match reading.read(token).as_ref().ok().filter(|read| read.claims.iss == rules.issuer)
+                        {
+                            Some(read) => {
+                                let subject = Subject::of_key(read.claims.own.as_deref(), &read.claims.sub);
+                                let choice = of(&subject);
+                                reading.subject = Some(subject.hash);
+                                choice
+                            }
+                            None => plan.for_legacy(name, path),
+                        }
                     }
                 }
-            },
+            }
         };
         self.trace.step("rollout", || format!("{} ({})", choice.version.label(), choice.why.label()));
         choice
@@ -466,9 +485,10 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         &mut self,
         rules: &Ruleset,
         token: &'r [u8],
-        reading: Reading<'r>,
+        mut reading: Reading<'r>,
     ) -> Result<Arc<Verified>, Reason> {
-        if let Some(known) = self.cache.get(token) {
+        let place = reading.place(self.cache, token);
+        if let Some(known) = self.cache.take(place) {
             let verifier = rules.verifier(&known.kid).filter(|verifier| verifier.tag == known.key_tag);
             if let Some(verifier) = verifier {
                 let checked = check(rules, verifier.not_after, &known.claims, self.now);
@@ -481,6 +501,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             // Verified by a secret that is gone, or that now means another key: from the beginning.
             self.cache.remove(token);
         }
+        let subject = reading.subject;
         let read = reading.take(token).map_err(|malformed| {
             self.trace.step("token", || malformed.to_string());
             Reason::Malformed
@@ -490,11 +511,15 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             return Err(Reason::AlgorithmMismatch);
         }
         check(rules, verifier.not_after, &read.claims, self.now)?;
+        if verifier.jti_key.as_ref().is_some_and(|key| !key.made(&read.claims.jti)) {
+            self.trace.step("token", || "its id is none of ours; the signature was not looked at".into());
+            return Err(Reason::BadSignature);
+        }
         if !crypto::verify(verifier.alg, &verifier.key, read.signing_input, read.signature) {
             return Err(Reason::BadSignature);
         }
         self.trace.step("token", || format!("{} signature of {} verified", read.alg.name(), read.kid));
-        let verified = Arc::new(Verified::new(read.kid, verifier.tag, read.claims));
+        let verified = Arc::new(Verified::new(read.kid, verifier.tag, read.claims, subject));
         self.cache.insert(token, Arc::clone(&verified));
         Ok(verified)
     }

@@ -32,6 +32,7 @@ pub mod forward;
 pub mod gate;
 pub mod header_map;
 pub mod json;
+pub mod jti;
 pub mod limits;
 pub mod policy;
 pub mod quota;

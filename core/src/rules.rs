@@ -14,6 +14,7 @@ use zeroize::Zeroizing;
 
 use crate::crypto::Algorithm;
 use crate::cutoff::{Cutoff, Lockdown};
+use crate::jti::JtiKey;
 use crate::limits::Limits;
 use crate::policy::{Policy, PolicyError};
 use crate::rollout::{Plan, Rollout};
@@ -25,7 +26,7 @@ pub const FORMAT: u32 = 1;
 pub const MAX_RULES_BYTES: usize = 256 * 1024;
 /// The longest clock leeway, in seconds.
 pub const MAX_LEEWAY_S: u64 = 60;
-/// The most secrets that verify at a time: each of some 150 bytes, so that all of them leave most of
+/// The most secrets that verify at a time: each of some 220 bytes, so that all of them leave most of
 /// [`MAX_RULES_BYTES`] to the policy.
 pub const MAX_KEYS: usize = 256;
 
@@ -93,6 +94,9 @@ pub struct VerificationKey {
     /// Unix seconds from which on it verifies nothing more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_after: Option<u64>,
+    /// What its tokens' ids are told from made-up ones with, see [`crate::jti`]; without it, any id will do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub jti_key: Option<Material>,
 }
 
 /// Key material. Base64url in JSON, nothing in `Debug`, wiped when dropped.
@@ -227,6 +231,8 @@ pub struct Verifier {
     pub key: DecodingKey,
     /// Unix seconds from which on it verifies nothing more.
     pub not_after: Option<u64>,
+    /// What its tokens' ids are made with, if not at will.
+    pub jti_key: Option<JtiKey>,
     /// Tells keys apart by their material too: a `kid` that comes to mean another key is another key.
     pub tag: u64,
 }
@@ -309,6 +315,11 @@ impl TryFrom<Rules> for Ruleset {
             let material = key.material.expose();
             let decoding = key.alg.verification_key(material).filter(|_| token::is_identifier(&key.kid));
             let Some(decoding) = decoding else { return Err(RulesError::Key(key.kid)) };
+            let jti_key = match key.jti_key.as_ref().map(|material| JtiKey::new(material.expose())) {
+                Some(None) => return Err(RulesError::Key(key.kid)),
+                Some(jti_key) => jti_key,
+                None => None,
+            };
             let tag = Sha256::new()
                 .chain_update(key.alg.name())
                 .chain_update([0])
@@ -322,6 +333,7 @@ impl TryFrom<Rules> for Ruleset {
                 alg: key.alg,
                 key: decoding,
                 not_after: key.not_after,
+                jti_key,
                 tag,
             });
         }
@@ -370,6 +382,7 @@ mod tests {
                 alg: Algorithm::HS256,
                 material: Material::new(vec![7; 32]),
                 not_after: None,
+                jti_key: None,
             }],
             policy: Policy::default(),
             cutoffs: Vec::new(),

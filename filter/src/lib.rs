@@ -16,6 +16,7 @@
     clippy::disallowed_methods
 )]
 
+mod clock;
 mod es256;
 mod host;
 mod leader;
@@ -134,11 +135,11 @@ impl HttpContext for Http {
             host::add_response_headers(&request::limit_headers(left));
         }
         // Only while a rollout is under way: what it costs is not for everybody to pay.
-        if let Some((route, version)) = awaited.counted
+        if let Some(counted) = awaited.counted
             && let Some(trouble) = host::response_status().and_then(Trouble::of)
             && let Some(Ok(mut plugin)) = self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut())
         {
-            plugin.tally.answered(&route, version, trouble);
+            plugin.tally.answered(&counted, trouble);
         }
         Action::Continue
     }

@@ -5,10 +5,15 @@ use keygate_core::decision::Reason;
 
 use crate::host::{Counter, Gauge, Histogram};
 
+/// Of so many decisions between two ticks the proxy is told at once, of others when the next tick comes: each time is a
+/// call.
+const TOLD_AT_ONCE: u32 = 32;
+
 /// All counters of a VM. Envoy adds those of all VMs up.
 pub struct Metrics {
-    /// Decisions by precise reason, in the order of [`Reason::ALL`].
-    decisions: Vec<Counter>,
+    /// Decisions by precise reason, in the order of [`Reason::ALL`], and how many of each were not handed over yet.
+    decisions: Vec<(Counter, u64)>,
+    since_tick: u32,
     /// Requests that shadow mode let pass.
     pub shadowed: Counter,
     /// Limited requests that were decided on by this proxy's own fair share, since the control plane is silent.
@@ -44,7 +49,9 @@ impl Metrics {
             decisions: Reason::ALL
                 .iter()
                 .map(|reason| Counter::define(&format!("keygate_decisions.reason.{}", reason.label())))
+                .map(|counter| (counter, 0))
                 .collect(),
+            since_tick: 0,
             shadowed: Counter::define("keygate_shadowed"),
             fair_share: Counter::define("keygate_fair_share"),
             sync_failures: Counter::define("keygate_sync_failures"),
@@ -61,10 +68,22 @@ impl Metrics {
         }
     }
 
-    /// Counts a decision.
-    pub fn decided(&self, reason: Reason) {
-        if let Some(counter) = self.decisions.get(reason.index()) {
+    /// Counts a decision. Under load the proxy is told of many at once.
+    pub fn decided(&mut self, reason: Reason) {
+        let Some((counter, count)) = self.decisions.get_mut(reason.index()) else { return };
+        if self.since_tick < TOLD_AT_ONCE {
+            self.since_tick = self.since_tick.saturating_add(1);
             counter.increment();
+        } else {
+            *count = count.saturating_add(1);
+        }
+    }
+
+    /// Tells the proxy of the decisions that it was not told of yet. To be called at each tick.
+    pub fn on_tick(&mut self) {
+        self.since_tick = 0;
+        for (counter, count) in self.decisions.iter_mut().filter(|(_, count)| *count > 0) {
+            counter.add(std::mem::take(count));
         }
     }
 }

@@ -13,6 +13,7 @@ use keygate_core::telemetry::Tally;
 use keygate_core::telemetry::ledger::Ledger;
 use serde::Deserialize;
 
+use crate::clock::Clock;
 use crate::es256;
 use crate::host::{self, Answer};
 use crate::leader::{Leader, Now};
@@ -69,6 +70,8 @@ pub struct Plugin {
     pub cache: TokenCache,
     /// What is counted.
     pub metrics: Metrics,
+    /// The wall clock.
+    pub clock: Clock,
     /// What this VM spends of limits.
     pub units: Worker,
     /// What this VM has counted for the control plane.
@@ -112,6 +115,7 @@ impl Plugin {
             replica: Replica::default(),
             cache: TokenCache::new(configuration.token_cache_bytes),
             metrics,
+            clock: Clock::default(),
             leader: Leader::new(vm, configuration, token),
             serves: false,
             counted: false,
@@ -138,6 +142,8 @@ impl Plugin {
     /// What is done now and then.
     pub fn on_tick(&mut self) {
         let now_ns = host::monotonic_ns();
+        self.metrics.on_tick();
+        self.tally.on_tick();
         self.replica.refresh(&mut host::Shared, now_ns);
         self.counted = self.counted || shared::count_start(&mut host::Shared);
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
@@ -195,6 +201,7 @@ impl Plugin {
 
     /// The VM ends.
     pub fn on_end(&mut self) {
+        self.metrics.on_tick();
         self.write_down(host::monotonic_ns());
         self.leader.resign();
     }

@@ -6,8 +6,7 @@ use keygate_core::forward::{self, Forwarded};
 use keygate_core::header_map::HeaderMap;
 use keygate_core::limits::Left;
 use keygate_core::refusal::Refusal;
-use keygate_core::rollout::ApiVersion;
-use keygate_core::telemetry::Stopwatch;
+use keygate_core::telemetry::{self, Stopwatch};
 use proxy_wasm::types::Action;
 
 use crate::host;
@@ -43,8 +42,8 @@ pub enum Outcome {
 
 /// What passed and is to be answered.
 pub struct Awaited {
-    /// While a rollout is under way, the name of its route and the upstream that it went to: the answer is counted.
-    pub counted: Option<(String, ApiVersion)>,
+    /// While a rollout is under way: its answer is counted.
+    pub counted: Option<telemetry::Awaited>,
     /// What is left of its limit: the client is told.
     pub left: Option<Left>,
 }
@@ -81,7 +80,7 @@ impl Plugin {
         let client = if wants_client { host::client_address() } else { None };
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
-        let now_s = self.replica.now_s(host::unix_ms(), now_ns);
+        let now_s = self.replica.now_s(self.clock.unix_ms(now_ns), now_ns);
         let decided = self.decide(request, now_ns, now_s, false).or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
@@ -128,7 +127,7 @@ impl Plugin {
         Some(match decision.verdict {
             Verdict::Forward => {
                 let route = decision.route.filter(|_| rolls_out);
-                let counted = route.map(|route| (route.name.clone(), decision.choice.version));
+                let counted = route.and_then(|route| self.tally.awaits(&route.name, decision.choice.version));
                 let left = decision.left;
                 let awaited = (counted.is_some() || left.is_some()).then_some(Awaited { counted, left });
                 Decided::Pass { forwarded: Forwarded::of(&decision), awaited }

@@ -65,6 +65,7 @@ impl Core {
                 alg: Algorithm::ES256,
                 material: Material::new([vec![4], part("x"), part("y")].concat()),
                 not_after: None,
+                jti_key: None,
             }
         });
         let rules = Rules {

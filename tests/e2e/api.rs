@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use keygate_e2e::forge::Parts;
 use keygate_e2e::{Key, Redis, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
 
@@ -313,6 +314,12 @@ fn a_decision_is_explained_step_by_step() {
     assert!(passes.to_string().contains("allowed"), "{passes}");
     assert!(explain(Some(&key.token), "GET", "/api/dataset").to_string().contains("missing_scope"));
     assert!(explain(None, "GET", "/api/chat").to_string().contains("missing_credential"));
+    let stranger = Parts::of(&key.token).with_claim("jti", "made-up");
+    let made_up = explain(Some(&stranger.token()), "GET", "/api/chat").to_string();
+    assert!(made_up.contains("its id is none of ours; the signature was not looked at"), "{made_up}");
+    let other = Parts { signature: vec![7; 64], ..Parts::of(&key.token) };
+    let unsigned = explain(Some(&other.token()), "GET", "/api/chat").to_string();
+    assert!(unsigned.contains("bad_signature") && !unsigned.contains("not looked at"), "{unsigned}");
     assert!(explain(None, "GET", "/nothing").to_string().contains("no_route"));
     api.post(&format!("/api/admin/keys/{}/revoke", key.id), &json!({ "reason": "compromised" })).expect(200);
     assert!(explain(Some(&key.token), "GET", "/api/chat").to_string().contains("revoked"));

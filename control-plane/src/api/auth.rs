@@ -20,7 +20,6 @@ use crate::clock;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
 use crate::problem::Problem;
-use crate::random;
 use crate::rotation::driver;
 use crate::secret::{SecretState, Signer};
 use crate::writer::{Committed, View};
@@ -46,7 +45,7 @@ enum Planned {
 const TRIES: usize = 3;
 
 /// Issues a key. It is signed before it is journalled: when it cannot be signed, nothing has happened. `make` makes its
-/// record, for the secret of that id; `plan` the changes with it.
+/// record, for what signs it; `plan` the changes with it.
 async fn issue<M, P>(
     app: &Arc<App>,
     caller: &Arc<Verified>,
@@ -54,13 +53,13 @@ async fn issue<M, P>(
     plan: P,
 ) -> Result<(Issued, Committed), Problem>
 where
-    M: Fn(&str, u64) -> Result<KeyRecord, Problem>,
+    M: Fn(&Signer, u64) -> Result<KeyRecord, Problem>,
     P: Fn(&View<'_>, &KeyRecord) -> Result<(Vec<Change>, Planned), Problem> + Clone + Send + 'static,
 {
     for _ in 0..TRIES {
         driver::wait_for_signer(app).await;
         let signer = Arc::clone(app.state().secrets.signer()?);
-        let key = make(&signer.kid, app.clock.now_s())?;
+        let key = make(&signer, app.clock.now_s())?;
         let token = token(app, &signer, &key).await?;
         let (plan, made, verified) = (plan.clone(), key.clone(), Arc::clone(caller));
         let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
@@ -103,10 +102,9 @@ pub async fn register(
     let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?.0;
     let request: KeyRequest = request::body(&bytes)?;
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
-    let identity = random::identity();
-    let make = |kid: &str, now| {
-        let request = request.clone();
-        Ok(request.record(creator_of(&caller), &app.config.roles, identity.clone(), kid, now)?)
+    let make = |signer: &Signer, now| {
+        let (request, identity) = (request.clone(), signer.identity());
+        Ok(request.record(creator_of(&caller), &app.config.roles, identity, &signer.kid, now)?)
     };
     let plan = move |view: &View<'_>, key: &KeyRecord| {
         if let Some((key, signer)) = replay(view, idempotency.as_ref())? {
@@ -171,9 +169,9 @@ pub async fn refresh(
     // Also the one that was renewed before: whether this is the same request again shows in the plan.
     let unknown = || Problem::not_found("This key is not known here.");
     let known = app.store.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;
-    let identity = random::identity();
     let configured = app.config.roles.get(&role);
-    let make = |kid: &str, now| Ok(key::renewal(&known, configured, identity.clone(), kid, now));
+    let make =
+        |signer: &Signer, now| Ok(key::renewal(&known, configured, signer.identity(), &signer.kid, now));
     let old_then = known.clone();
     let plan = move |view: &View<'_>, key: &KeyRecord| {
         let old = view.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;

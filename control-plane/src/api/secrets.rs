@@ -18,10 +18,9 @@ use crate::app::App;
 use crate::change::Change;
 use crate::clock;
 use crate::config;
-use crate::key::{self, Ended, KeyState, RevocationReason};
+use crate::key::{self, Ended, Identity, KeyState, RevocationReason};
 use crate::notify::Kind;
 use crate::problem::Problem;
-use crate::random;
 use crate::rotation::{self, Begun, Order, RotationError, driver};
 use crate::secret::import;
 use crate::secret::ring::{Held, Ring};
@@ -183,7 +182,8 @@ pub async fn rotate(
         // Not a token that somebody minted in the name of a key.
         let old = old.filter(|old| old.jti == verified.claims.jti && old.revoked.is_none());
         let renewed = old.map(|old| {
-            let new = key::renewal(&old, roles.get(&old.role), random::identity(), &begun.kid, view.now);
+            let identity = Identity::new(begun.ids.as_ref());
+            let new = key::renewal(&old, roles.get(&old.role), identity, &begun.kid, view.now);
             let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: old.key_id.clone() };
             changes.push(Change::KeyIssued { key: Box::new(new.clone()), idempotency: None });
             changes.push(Change::revoking(&old, ended));
@@ -197,7 +197,7 @@ pub async fn rotate(
         driver::discard_in_hsm(&app, kid).await;
     }
     let ((begun, renewed), committed) = submitted?.inspect_err(failed)?;
-    let Begun { kid, state, old, replayed, ended } = begun;
+    let Begun { kid, state, old, replayed, ended, ids: _ } = begun;
     let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old });
     if !replayed {
         app.metrics.secret_rotations.with_label_values(&["begun"]).inc();

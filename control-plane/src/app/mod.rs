@@ -163,7 +163,7 @@ impl App {
         let plan = move |view: &View<'_>| {
             let signer = view.model.secrets().active().and_then(Held::signer).cloned();
             let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
-            let key = first_key(&config, &signer.kid, view.now)?;
+            let key = first_key(&config, &signer, view.now)?;
             Ok::<_, OpenError>((
                 vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: None }],
                 (key, signer),
@@ -408,7 +408,7 @@ fn first_changes(
     let in_hsm = if config.lives.in_hsm { Some(HsmPair::make(alg, keys)?) } else { None };
     let secret = SecretRecord::make(NewSecret::first(alg, in_hsm), keys, now)?;
     let signer = secret.open(keys)?.signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
-    let key = first_key(config, &secret.kid, now)?;
+    let key = first_key(config, &signer, now)?;
     write_first_key(config, &signer, &key)?;
     Ok(vec![
         Change::SecretCreated { secret, idempotency: None },
@@ -418,11 +418,11 @@ fn first_changes(
 }
 
 /// The key for the first operator.
-fn first_key(config: &Config, kid: &str, now: u64) -> Result<KeyRecord, OpenError> {
+fn first_key(config: &Config, signer: &Signer, now: u64) -> Result<KeyRecord, OpenError> {
     let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
     let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
     let creator = Creator { role: "admin", scopes: &scopes, owner: None };
-    request.record(creator, &config.roles, random::identity(), kid, now).map_err(OpenError::FirstKey)
+    request.record(creator, &config.roles, signer.identity(), &signer.kid, now).map_err(OpenError::FirstKey)
 }
 
 fn write_first_key(config: &Config, signer: &Signer, key: &KeyRecord) -> Result<(), OpenError> {

@@ -21,7 +21,6 @@ use crate::clock;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, RevocationReason};
 use crate::notify::Kind;
 use crate::problem::Problem;
-use crate::random;
 use crate::rotation::driver;
 use crate::state;
 use crate::trace::Trace;
@@ -363,7 +362,7 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
     };
     let creator = Creator { role: "admin", scopes: &scopes, owner: Some(OWNER) };
     let record = request
-        .record(creator, &app.config.roles, random::identity(), &signer.kid, now)
+        .record(creator, &app.config.roles, signer.identity(), &signer.kid, now)
         .map_err(|error| format!("no key for the canary: {error}"))?;
     let token = crate::api::token(app, &signer, &record).await.map_err(said)?;
     let before: Vec<KeyRecord> = match state.key.take() {

@@ -12,6 +12,7 @@ pub mod schedule;
 use std::time::Duration;
 
 use keygate_core::crypto::Algorithm;
+use keygate_core::jti::JtiKey;
 use keygate_core::rules::MAX_KEYS;
 use zeroize::Zeroizing;
 
@@ -81,7 +82,7 @@ pub struct Order {
 }
 
 /// A rotation that was begun.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Begun {
     /// The new secret's id.
     pub kid: String,
@@ -93,6 +94,8 @@ pub struct Begun {
     pub ended: Vec<String>,
     /// Whether the same request began it before.
     pub replayed: bool,
+    /// What the ids of its tokens are made with.
+    pub ids: Option<JtiKey>,
 }
 
 /// Why a rotation does not go on.
@@ -163,6 +166,7 @@ pub fn begin(view: &View<'_>, order: Order, request: Option<Idempotency>) -> Pla
         old: ring.active().map(|old| old.record.kid.clone()).unwrap_or_default(),
         ended: Vec::new(),
         replayed,
+        ids: record.jti_key(view.keys),
     };
     if let Some(request) = &request
         && let Some(seen) = view.request(&request.request_id)?

@@ -21,6 +21,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use keygate_core::crypto::{Algorithm, native};
+use keygate_core::jti::JtiKey;
 use keygate_core::rules::Material;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
@@ -112,6 +113,10 @@ pub struct SecretRecord {
     /// Whether an HSM keeps it, under its id.
     #[serde(default, skip_serializing_if = "is_false")]
     pub in_hsm: bool,
+    /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::jti`]: those of a secret that
+    /// was made elsewhere are not, nor those of one from before that was.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub keyed_ids: bool,
     /// Its public half, if it has one, base64url.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<String>,
@@ -288,6 +293,8 @@ impl SecretRecord {
             retire: None,
             not_after: None,
             in_hsm: in_hsm.is_some(),
+            // Whoever else has the secret signs tokens with ids of their own.
+            keyed_ids: imported.is_none(),
             public: None,
             sealed: None,
             mac: None,
@@ -392,11 +399,12 @@ impl SecretRecord {
         let verification = Material::new(public.ok_or_else(tampered)?);
         // A record that does not fit its secret is not to be found out by somebody's key.
         self.alg.verification_key(verification.expose()).ok_or_else(tampered)?;
+        let ids = self.jti_key(keys);
         let signer = match secret {
             _ if !signs => None,
             // Without an HSM, as on another control plane, it verifies all the same.
-            None if self.in_hsm => keys.hsm().map(|hsm| Signer::in_hsm(&self.kid, hsm.clone())),
-            Some(secret) => Some(Signer::here(&self.kid, self.alg, &secret).ok_or_else(tampered)?),
+            None if self.in_hsm => keys.hsm().map(|hsm| Signer::in_hsm(&self.kid, hsm.clone(), ids)),
+            Some(secret) => Some(Signer::here(&self.kid, self.alg, &secret, ids).ok_or_else(tampered)?),
             None => return Err(tampered()),
         };
         Ok(Opened { verification: Some(verification), signer: signer.map(Into::into) })
@@ -417,6 +425,7 @@ impl SecretRecord {
             None => {
                 let bare = self.public.is_none() && self.not_after.is_none() && self.retire.is_none();
                 let bare = bare && self.why.is_none() && !self.in_hsm && !self.unannounced && self.since == 0;
+                let bare = bare && !self.keyed_ids;
                 bare && self.state == SecretState::Active && self.unseal(keys).is_ok()
             }
         };
@@ -432,6 +441,17 @@ impl SecretRecord {
         let plain = serde_json::to_vec(&Self { mac: None, ..self.clone() }).expect("plain data");
         let mac = Hmac::<Sha256>::new_from_slice(&*key).expect("a key of any length will do");
         mac.chain_update(plain)
+    }
+
+    /// What proxies tell the ids of its tokens with, if they can. It is derived and stands nowhere.
+    pub fn jti_material(&self, keys: &Keyring) -> Option<Material> {
+        let derived = || keys.root().derive(&format!("keygate token ids {}", self.kid));
+        self.keyed_ids.then(|| Material::new(derived().to_vec()))
+    }
+
+    /// What the ids of its tokens are made with, if not at will.
+    pub fn jti_key(&self, keys: &Keyring) -> Option<JtiKey> {
+        self.jti_material(keys).and_then(|material| JtiKey::new(material.expose()))
     }
 
     /// Whether it is from before there were stages.

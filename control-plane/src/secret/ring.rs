@@ -29,6 +29,8 @@ pub struct Held {
     own: bool,
     /// What its tokens are verified with, once that is known. It is the same at every stage.
     verification: Option<Material>,
+    /// What proxies tell its tokens' ids with.
+    jti_key: Option<Material>,
     signer: Option<Arc<Signer>>,
     /// Whether its latest record was opened.
     is_open: bool,
@@ -100,6 +102,7 @@ impl Ring {
                 seq,
                 own,
                 verification: None,
+                jti_key: record.jti_material(keys),
                 signer: None,
                 is_open: false,
             };
@@ -264,6 +267,7 @@ impl Ring {
                 alg: record.alg,
                 material,
                 not_after: record.not_after,
+                jti_key: held.jti_key.clone(),
             })
         });
         keys.collect()

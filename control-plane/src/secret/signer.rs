@@ -7,11 +7,13 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::{EncodingKey, Header};
 use keygate_core::crypto::Algorithm;
+use keygate_core::jti::JtiKey;
 use keygate_core::token::{Claims, TYPE};
 use zeroize::Zeroizing;
 
 use super::SecretError;
 use crate::hsm::Hsm;
+use crate::key::Identity;
 
 /// Signs keys.
 #[derive(Clone)]
@@ -21,6 +23,8 @@ pub struct Signer {
     /// Its algorithm.
     pub alg: Algorithm,
     key: SigningKey,
+    /// What the ids of its tokens are made with.
+    ids: Option<JtiKey>,
 }
 
 #[derive(Clone)]
@@ -37,13 +41,18 @@ impl fmt::Debug for Signer {
 
 impl Signer {
     /// With a secret; `None` when it is none of that algorithm.
-    pub(super) fn here(kid: &str, alg: Algorithm, secret: &[u8]) -> Option<Self> {
-        Some(Self { kid: kid.into(), alg, key: SigningKey::Here(alg.signing_key(secret)?) })
+    pub(super) fn here(kid: &str, alg: Algorithm, secret: &[u8], ids: Option<JtiKey>) -> Option<Self> {
+        Some(Self { kid: kid.into(), alg, key: SigningKey::Here(alg.signing_key(secret)?), ids })
     }
 
     /// With the ES256 key of that name in an HSM.
-    pub(super) fn in_hsm(kid: &str, hsm: Arc<Hsm>) -> Self {
-        Self { kid: kid.into(), alg: Algorithm::ES256, key: SigningKey::InHsm(hsm) }
+    pub(super) fn in_hsm(kid: &str, hsm: Arc<Hsm>, ids: Option<JtiKey>) -> Self {
+        Self { kid: kid.into(), alg: Algorithm::ES256, key: SigningKey::InHsm(hsm), ids }
+    }
+
+    /// The identifiers of a key to be that this is to sign.
+    pub fn identity(&self) -> Identity {
+        Identity::new(self.ids.as_ref())
     }
 
     /// Whether somebody else is asked to sign.

@@ -254,6 +254,39 @@ fn nothing_signs_that_was_not_announced() {
 }
 
 #[test]
+fn the_ids_of_tokens_are_those_that_proxies_know_at_every_stage() {
+    let keys = keyring();
+    for alg in ALL {
+        let mut ring = Ring::default();
+        let mut record = make(alg, SecretState::Active, &keys);
+        ring.take(&record, mark(1), (1, true), &keys).unwrap();
+        ring.open(&keys, 1).unwrap();
+        let identity = ring.signer().unwrap().identity();
+        let made = |ring: &Ring| {
+            let pushed = ring.verification_keys()[0].jti_key.clone().expect("its ids are keyed");
+            JtiKey::new(pushed.expose()).unwrap().made(&identity.jti)
+        };
+        assert!(made(&ring));
+        assert_ne!(identity.jti, ring.signer().unwrap().identity().jti);
+        record = record.moved(SecretState::Previous, 2_000, &keys).unwrap();
+        ring.take(&record, mark(2), (2, true), &keys).unwrap();
+        ring.open(&keys, 2).unwrap();
+        assert!(made(&ring));
+        // Another secret's are others.
+        let other = make(alg, SecretState::Active, &keys).jti_key(&keys).unwrap();
+        assert!(!other.made(&identity.jti));
+        let unkeyed = edited(&record, "keyed_ids", false.into());
+        assert!(says(unkeyed.check(&keys)).contains("not as it was written"));
+    }
+    // Whoever else has an imported secret signs tokens with ids of their own.
+    let imported = Some(Zeroizing::new(vec![3; 32]));
+    let new = NewSecret { imported, ..NewSecret::first(Algorithm::HS256, None) };
+    let record = SecretRecord::make(new, &keys, 1_000).unwrap();
+    assert!(record.jti_key(&keys).is_none());
+    assert_eq!(record.open(&keys).unwrap().signer.unwrap().identity().jti.len(), 22);
+}
+
+#[test]
 fn nothing_secret_is_printed() {
     let keys = keyring();
     let record = make(Algorithm::HS256, SecretState::Active, &keys);

@@ -4,6 +4,7 @@ use super::*;
 use crate::crypto::{Algorithm, native};
 use crate::cutoff::{Cutoff, Lockdown, Scope};
 use crate::forward::Forwarded;
+use crate::jti::JtiKey;
 use crate::policy::Policy;
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::rollout::Rollout;
@@ -37,6 +38,7 @@ fn world() -> World {
         alg,
         material: Material::new(material),
         not_after: None,
+        jti_key: None,
     };
     World {
         rules: Rules {
@@ -219,6 +221,29 @@ fn the_signature_is_that_of_the_kids_own_key_and_algorithm() {
     let spliced = format!("{}.{signature}", stranger.rsplit_once('.').unwrap().0);
     assert_eq!(world.get("/chat", &spliced), Reason::BadSignature);
     assert_eq!(world.get("/chat", &format!("{signed}.{}", "A".repeat(86))), Reason::BadSignature);
+}
+
+#[test]
+fn where_ids_are_keyed_a_made_up_one_is_refused_whatever_the_signature() {
+    let mut world = world();
+    let jti_key = JtiKey::new(&[5; 32]).unwrap();
+    let genuine = Claims { jti: jti_key.make([1; 16]), ..claims() };
+    let made_up = Claims { jti: JtiKey::new(&[6; 32]).unwrap().make([1; 16]), ..claims() };
+    let (genuine, made_up) = (es256(&genuine), es256(&made_up));
+    assert_eq!(world.get("/chat", &made_up), Reason::Allowed, "as long as ids are not keyed");
+    world.cache = TokenCache::new(100_000);
+    world.rules.keys[0].jti_key = Some(Material::new(vec![5; 32]));
+    assert_eq!(world.get("/chat", &made_up), Reason::BadSignature);
+    assert_eq!(world.get("/chat", &es256(&claims())), Reason::BadSignature);
+    assert!(world.cache.is_empty());
+    assert_eq!(world.get("/chat", &genuine), Reason::Allowed);
+    // A genuine id alone opens nothing.
+    let signed = genuine.rsplit_once('.').unwrap().0;
+    assert_eq!(world.get("/chat", &format!("{signed}.{}", "A".repeat(86))), Reason::BadSignature);
+    let hs = sign("hs", Algorithm::HS256, &EncodingKey::from_secret(&[9; 32]), &claims());
+    assert_eq!(world.get("/chat", &hs), Reason::Allowed, "another secret, whose ids are not keyed");
+    world.rules.keys[0].jti_key = Some(Material::new(vec![5; 31]));
+    assert!(Ruleset::try_from(world.rules).is_err());
 }
 
 #[test]

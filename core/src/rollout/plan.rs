@@ -1,8 +1,6 @@
 //! A rollout as it is asked.
 
-use std::collections::{BTreeSet, HashMap};
-
-use ahash::RandomState;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::subject::{Domain, Subject};
 use super::{ApiVersion, FULL_SHARE, Gradual, Rollout, Strategy};
@@ -23,13 +21,14 @@ pub struct Plan {
     /// Both empty: every endpoint.
     routes: BTreeSet<String>,
     paths: Vec<String>,
-    users: HashMap<String, Listed, RandomState>,
+    /// In order, not hashed: the list is short, and owners are long.
+    users: BTreeMap<String, Listed>,
 }
 
 impl Plan {
     /// Makes ready a rollout that [`Rollout::validate`] found nothing wrong with.
     pub fn new(rollout: &Rollout) -> Self {
-        let mut users: HashMap<String, Listed, RandomState> = HashMap::default();
+        let mut users: BTreeMap<String, Listed> = BTreeMap::new();
         for user in &rollout.canary_users {
             users.entry(user.clone()).or_default().canary = true;
         }

@@ -16,7 +16,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::tally::{Stopwatch, Tally};
+pub use self::tally::{Awaited, Stopwatch, Tally};
 use crate::decision::Reason;
 use crate::rollout::ApiVersion;
 

@@ -8,6 +8,12 @@ use crate::rollout::ApiVersion;
 
 /// Of so many decisions the time of one is taken.
 const SAMPLE: u32 = 16;
+/// Between two ticks so many answers of upstreams are looked at, each; beyond that one of so many, which counts for all of
+/// them. To look at one is a call into the proxy that takes as long as the decision.
+const ANSWERS_LOOKED_AT: u32 = 128;
+const ANSWERS_SAMPLE: u32 = 16;
+/// So many pairs of a route and a role are looked for one after the other, before they are hashed.
+const NEAR: usize = 8;
 /// The most pairs of a route and a role that are told apart. A policy has fewer routes, and keys fewer roles; what
 /// many changes of the policy add up to is not to grow for ever.
 const MAX_PAIRS: usize = 4_096;
@@ -42,7 +48,20 @@ pub struct Tally {
     validation: Times,
     decode: Times,
     until_sample: u32,
+    /// Answers that were awaited since the last tick.
+    awaited: u32,
     changed: bool,
+}
+
+/// An answer that is to be looked at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Awaited {
+    /// The route's name.
+    route: String,
+    /// The upstream that the request went to.
+    version: ApiVersion,
+    /// For how many answers it counts.
+    weight: u32,
 }
 
 impl Tally {
@@ -65,15 +84,31 @@ impl Tally {
         }
     }
 
-    /// Counts an answer of an upstream to a request that passed on this route.
-    pub fn answered(&mut self, route: &str, version: ApiVersion, trouble: Trouble) {
+    /// A request passed on this route: whether its answer is to be looked at.
+    pub fn awaits(&mut self, route: &str, version: ApiVersion) -> Option<Awaited> {
+        self.awaited = self.awaited.saturating_add(1);
+        let weight = match self.awaited.checked_sub(ANSWERS_LOOKED_AT) {
+            None | Some(0) => 1,
+            Some(more) if more.is_multiple_of(ANSWERS_SAMPLE) => ANSWERS_SAMPLE,
+            Some(_) => return None,
+        };
+        Some(Awaited { route: route.to_owned(), version, weight })
+    }
+
+    /// Counts an answer of an upstream that there was trouble with.
+    pub fn answered(&mut self, awaited: &Awaited, trouble: Trouble) {
         self.changed = true;
-        let place = self.place(route, "");
+        let place = self.place(&awaited.route, "");
         let cell = self.cells.get_mut(place);
-        let answer = ANSWERS.iter().position(|answer| *answer == (version, trouble));
+        let answer = ANSWERS.iter().position(|answer| *answer == (awaited.version, trouble));
         if let Some(count) = cell.zip(answer).and_then(|(cell, answer)| cell.answers.get_mut(answer)) {
-            *count = count.saturating_add(1);
+            *count = count.saturating_add(awaited.weight.into());
         }
+    }
+
+    /// To be called at each tick.
+    pub fn on_tick(&mut self) {
+        self.awaited = 0;
     }
 
     /// Notes how long a decision took, nanoseconds, and the token's part in it, if there was one.
@@ -111,8 +146,10 @@ impl Tally {
     }
 
     fn place(&mut self, route: &str, role: &str) -> usize {
-        if let Some(place) = self.places.get(route).and_then(|roles| roles.get(role)) {
-            return *place;
+        let near = self.cells.iter().take(NEAR).position(|cell| cell.route == route && cell.role == role);
+        let known = || self.places.get(route).and_then(|roles| roles.get(role)).copied();
+        if let Some(place) = near.or_else(known) {
+            return place;
         }
         let (route, role) = if self.cells.len() < MAX_PAIRS { (route, role) } else { ("", "") };
         let roles = self.places.entry(route.to_owned()).or_default();
@@ -182,7 +219,7 @@ mod tests {
             scope: String::new(),
             own: None,
         };
-        Arc::new(Verified::new("k".into(), 0, claims))
+        Arc::new(Verified::new("k".into(), 0, claims, None))
     }
 
     fn decision<'r>(reason: Reason, route: &'r Route, role: &str) -> Decision<'r> {
@@ -226,14 +263,30 @@ mod tests {
     #[test]
     fn answers_are_counted_by_version_and_route() {
         let mut tally = Tally::default();
-        tally.answered("chat", ApiVersion::V1, Trouble::Denied);
+        let v1 = tally.awaits("chat", ApiVersion::V1).unwrap();
+        tally.answered(&v1, Trouble::Denied);
         for _ in 0..2 {
-            tally.answered("chat", ApiVersion::V2, Trouble::Error);
+            let v2 = tally.awaits("chat", ApiVersion::V2).unwrap();
+            tally.answered(&v2, Trouble::Error);
         }
         let counts = tally.counts();
         assert_eq!(counts.get("answer v1 denied chat"), 1);
         assert_eq!(counts.get("answer v2 error chat"), 2);
         assert_eq!(counts.iter().count(), 2);
+    }
+
+    #[test]
+    fn of_many_answers_some_count_for_all() {
+        let mut tally = Tally::default();
+        for (answers, looked_at) in [(20, 20), (128, 128), (128 + 160, 138), (10_128, 128 + 625)] {
+            tally.on_tick();
+            let before = tally.counts().get("answer v2 error chat");
+            let awaited: Vec<Awaited> =
+                (0..answers).filter_map(|_| tally.awaits("chat", ApiVersion::V2)).collect();
+            assert_eq!(awaited.len(), looked_at);
+            awaited.iter().for_each(|awaited| tally.answered(awaited, Trouble::Error));
+            assert_eq!(tally.counts().get("answer v2 error chat") - before, answers, "all went wrong");
+        }
     }
 
     #[test]

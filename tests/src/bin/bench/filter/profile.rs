@@ -22,8 +22,10 @@ use super::{SEED, number};
 
 /// A variant. Fifty times as slow as without callgrind.
 const REQUESTS: usize = 1_024;
-/// Before that, not counted: until V8 has optimised what runs often.
-const WARM_UP: usize = 6_000;
+/// Before that, not counted: until V8 has optimised what runs often, which takes it some ten thousand calls.
+const WARM_UP: usize = 60_000;
+/// The same of keys that were not seen before, each of which has to be issued.
+const WARM_UP_NEW: usize = 12_000;
 /// For how long it is watched while there are no requests.
 const IDLE: std::time::Duration = std::time::Duration::from_secs(5);
 /// So many keys come again and again: with more, a request would pay for the slowness of all, since each came seldom.
@@ -38,13 +40,17 @@ pub fn run() {
     let (bed, prepared) = Bed::start(cpus, &mut dice, Under::Callgrind);
     let mut tokens =
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
-    tokens.have_new(&bed.api(), requests + WARM_UP);
+    tokens.have_new(&bed.api(), requests + WARM_UP_NEW);
     cpu::pin_this_thread(cpus.rest);
     let kept = binaries::root().join("target/bench/profile");
     fs::create_dir_all(&kept).expect("a directory for dumps");
     let callgrind = Callgrind { process: bed.envoy_id(), directory: bed.directory().to_owned(), kept };
 
-    let wanted = |variant: &&Variant| !variant.aside && variant.name != "ext_authz";
+    let only = std::env::var("KEYGATE_VARIANTS").ok();
+    let is_asked_for =
+        |name: &str| only.as_ref().is_none_or(|names| names.split(',').any(|other| other == name));
+    let wanted =
+        |variant: &&Variant| !variant.aside && variant.name != "ext_authz" && is_asked_for(variant.name);
     let mut counted: Vec<Counted> = Vec::new();
     for variant in ALL.iter().filter(wanted) {
         let of_it = of(&bed, &tokens, &callgrind, variant, requests);
@@ -70,7 +76,11 @@ fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requ
         Load::Known => tokens.every_known().take(KEYS).collect::<Vec<_>>().repeat(count.div_ceil(KEYS)),
         load => tokens.draw(load, count),
     };
-    client.closed(draw(WARM_UP).into_iter()).expect_right(variant.name);
+    let warm_up = match variant.load {
+        Load::Known => WARM_UP,
+        _ => WARM_UP_NEW,
+    };
+    client.closed(draw(warm_up).into_iter()).expect_right(variant.name);
     callgrind.watch();
     pass(IDLE);
     let idle = Counts::of(&callgrind.dump("idle"));
