@@ -126,6 +126,8 @@ pub enum Reason {
     NotYetValid,
     /// A life longer than any that is issued.
     LifeTooLong,
+    /// The token's id is made up, see [`crate::jti`]; the signature was not looked at.
+    ForgedId,
     /// The signature is not one.
     BadSignature,
     /// Lockdown.
@@ -148,7 +150,7 @@ pub enum Reason {
 
 impl Reason {
     /// All of them, for metrics that exist before they are needed.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Allowed,
         Self::Public,
         Self::V1,
@@ -166,6 +168,7 @@ impl Reason {
         Self::Expired,
         Self::NotYetValid,
         Self::LifeTooLong,
+        Self::ForgedId,
         Self::BadSignature,
         Self::Lockdown,
         Self::Revoked,
@@ -197,6 +200,7 @@ impl Reason {
             Self::Expired => "expired",
             Self::NotYetValid => "not_yet_valid",
             Self::LifeTooLong => "life_too_long",
+            Self::ForgedId => "forged_id",
             Self::BadSignature => "bad_signature",
             Self::Lockdown => "lockdown",
             Self::Revoked => "revoked",
@@ -245,6 +249,7 @@ impl Reason {
             | Self::Expired
             | Self::NotYetValid
             | Self::LifeTooLong
+            | Self::ForgedId
             | Self::BadSignature
             | Self::Lockdown
             | Self::Revoked
@@ -513,7 +518,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         check(rules, verifier.not_after, &read.claims, self.now)?;
         if verifier.jti_key.as_ref().is_some_and(|key| !key.made(&read.claims.jti)) {
             self.trace.step("token", || "its id is none of ours; the signature was not looked at".into());
-            return Err(Reason::BadSignature);
+            return Err(Reason::ForgedId);
         }
         if !crypto::verify(verifier.alg, &verifier.key, read.signing_input, read.signature) {
             return Err(Reason::BadSignature);

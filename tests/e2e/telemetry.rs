@@ -34,6 +34,7 @@ impl Kinds {
             ("too_many_credentials", chat(&good.token).header("x-api-key", &good.token), 400),
             ("malformed", chat("no.key.at-all"), 401),
             ("unknown_kid", chat(&parts.with_header("kid", "nobody").token()), 401),
+            ("forged_id", chat(&parts.with_claim("jti", "made-up").token()), 401),
             ("bad_signature", chat(&other_signature.token()), 401),
             ("revoked", chat(&revoked.token), 401),
             ("suspended", chat(&suspended.token), 401),

@@ -1,4 +1,6 @@
-//! Means, and how far they can be trusted.
+//! Figures of many rounds, and how far they can be trusted.
+
+use keygate_e2e::durability::Dice;
 
 /// A mean with half of its 95 % confidence interval.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -25,11 +27,17 @@ impl Estimate {
         Self::of(&values.iter().zip(others).map(|(value, other)| value - other).collect::<Vec<_>>())
     }
 
-    /// How many times the other: the errors taken as independent.
-    pub fn over(self, other: Self) -> Self {
-        let mean = self.mean / other.mean;
-        let relative = (self.ci95 / self.mean).hypot(other.ci95 / other.mean);
-        Self { mean, ci95: (mean * relative).abs() }
+    /// What `figure` makes of so many rounds, by their numbers; the interval by what it makes of as many of them drawn at
+    /// random, some twice and some not at all (the bootstrap; Efron, 1979).
+    pub fn of_rounds(rounds: usize, figure: impl Fn(&[usize]) -> f64) -> Self {
+        const DRAWS: usize = 1_000;
+        let mut dice = Dice::new(1);
+        let all: Vec<usize> = (0..rounds).collect();
+        let mut drawn: Vec<f64> =
+            (0..DRAWS).map(|_| figure(&all.iter().map(|_| dice.below(rounds)).collect::<Vec<_>>())).collect();
+        drawn.sort_by(f64::total_cmp);
+        let at = |part: f64| drawn[(part * (DRAWS - 1) as f64) as usize];
+        Self { mean: figure(&all), ci95: (at(0.975) - at(0.025)) / 2.0 }
     }
 
     /// Whether nothing at all may be the truth.
@@ -47,6 +55,13 @@ fn student(degrees: usize) -> f64 {
     ];
     // From there on it is 1.96 + 2.4/n, to three digits.
     UP_TO_30.get(degrees.saturating_sub(1)).copied().unwrap_or(1.96 + 2.4 / degrees as f64)
+}
+
+/// A quarter of them are less: what something takes that is disturbed now and then, which only ever adds to it.
+pub fn lower_quartile(values: impl Iterator<Item = f64>) -> f64 {
+    let mut sorted: Vec<f64> = values.collect();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 4).copied().unwrap_or(f64::NAN)
 }
 
 /// The one in the middle; of an even number the mean of both.
@@ -82,13 +97,22 @@ mod tests {
         assert_eq!(Estimate::of_differences(&with, &without), Estimate { mean: 1.0, ci95: 0.0 });
         assert!(Estimate::of_differences(&[1.0, 2.0, 3.0], &[2.0, 2.0, 2.0]).contains_zero());
         assert!(!Estimate { mean: 1.0, ci95: 0.5 }.contains_zero());
-        let half = Estimate { mean: 10.0, ci95: 1.0 }.over(Estimate { mean: 20.0, ci95: 0.0 });
-        assert_eq!(half, Estimate { mean: 0.5, ci95: 0.05 });
     }
 
     #[test]
     fn the_median_is_in_the_middle() {
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
         assert_eq!(median(&[4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn what_disturbs_some_rounds_is_not_in_the_lower_quartile() {
+        let rounds: Vec<f64> =
+            (0..40).map(|n| if n % 3 == 0 { 500.0 } else { 100.0 + f64::from(n % 5) }).collect();
+        let figure = |chosen: &[usize]| lower_quartile(chosen.iter().map(|n| rounds[*n]));
+        let estimate = Estimate::of_rounds(rounds.len(), figure);
+        assert!((100.0..=102.0).contains(&estimate.mean) && estimate.ci95 <= 2.0, "{estimate:?}");
+        assert_eq!(Estimate::of_rounds(9, |chosen| chosen.len() as f64), Estimate { mean: 9.0, ci95: 0.0 });
+        assert!(lower_quartile(std::iter::empty()).is_nan());
     }
 }

@@ -18,6 +18,7 @@ fn main() -> ExitCode {
         Some("filter") => filter::run(),
         // What `filter` starts beside itself.
         Some(filter::server::COMMAND) => filter::server::run(),
+        Some(filter::awake::COMMAND) => filter::awake::run(),
         Some("profile") => filter::profile::run(),
         Some("quota") => quota::run(),
         Some("revocation") => revocation::run(),

@@ -149,6 +149,7 @@ impl Bed {
 
     fn pin(&self) {
         cpu::pin(self.envoy.id(), self.cpus.measured);
+        cpu::prefer(Some(self.envoy.id()));
         for other in [self.ext_authz.id(), self.upstream.id(), self.control_plane.id()] {
             cpu::pin(other, self.cpus.rest);
         }

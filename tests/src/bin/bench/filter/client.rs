@@ -50,7 +50,7 @@ pub struct Answers {
 }
 
 impl Answers {
-    fn new() -> Self {
+    pub fn new() -> Self {
         // A microsecond to a minute, three digits.
         let times = Histogram::new_with_bounds(1, 60_000_000, 3).expect("good bounds");
         Self { right: 0, wrong: BTreeMap::new(), took: Duration::ZERO, times, crowded: 0 }

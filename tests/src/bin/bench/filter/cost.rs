@@ -8,12 +8,12 @@ use super::bed::Bed;
 use super::client::{Client, Shot};
 use super::tokens::Tokens;
 use super::variant::{ALL, Listener, Load, Variant};
-use crate::estimate::Estimate;
+use crate::estimate::{Estimate, lower_quartile};
 
 /// As many requests at a time.
 pub const CONNECTIONS: usize = 16;
 /// Before each turn, so that what the other variants pushed out of the CPU's caches is there again.
-const WARM_UP: usize = 500;
+const WARM_UP: usize = 200;
 
 /// What a request takes, of each variant.
 #[derive(Debug)]
@@ -30,17 +30,39 @@ pub struct Costs {
 impl Costs {
     /// Microseconds of CPU time a request, of all that takes part in it.
     pub fn of(&self, variant: usize) -> Estimate {
-        Estimate::of(&self.taken[variant])
+        self.estimate(|rounds| self.taken_in(variant, rounds))
+    }
+
+    /// The same of each round, in their order.
+    pub fn by_round(&self, variant: usize) -> &[f64] {
+        &self.taken[variant]
     }
 
     /// The same of Envoy alone.
-    pub fn of_envoy(&self, variant: usize) -> Estimate {
-        Estimate::of(&self.of_envoy[variant])
+    pub fn of_envoy(&self, variant: usize) -> f64 {
+        lower_quartile(self.of_envoy[variant].iter().copied())
     }
 
-    /// How much more that is than of the first variant in the same round.
+    /// How much more that is than of the first variant.
     pub fn added(&self, variant: usize) -> Estimate {
-        Estimate::of_differences(&self.taken[variant], &self.taken[0])
+        self.estimate(|rounds| self.added_in(variant, rounds))
+    }
+
+    /// How many times what another one adds.
+    pub fn ratio(&self, variant: usize, other: usize) -> Estimate {
+        self.estimate(|rounds| self.added_in(variant, rounds) / self.added_in(other, rounds))
+    }
+
+    fn estimate(&self, figure: impl Fn(&[usize]) -> f64) -> Estimate {
+        Estimate::of_rounds(self.taken[0].len(), figure)
+    }
+
+    fn taken_in(&self, variant: usize, rounds: &[usize]) -> f64 {
+        lower_quartile(rounds.iter().map(|round| self.taken[variant][*round]))
+    }
+
+    fn added_in(&self, variant: usize, rounds: &[usize]) -> f64 {
+        self.taken_in(variant, rounds) - self.taken_in(0, rounds)
     }
 }
 

@@ -1,6 +1,7 @@
 //! What the filter costs a request, beside nothing at all and beside Envoy's own filters: CPU time, requests per second
 //! and latency, side by side in one Envoy on one CPU.
 
+pub mod awake;
 mod bed;
 mod chart;
 mod client;
@@ -20,15 +21,16 @@ use std::time::Instant;
 
 use keygate_e2e::durability::Dice;
 
+use awake::Awake;
 use bed::{Bed, Under};
 use cpu::Cpus;
 use report::Report;
 use tokens::Tokens;
 
 /// Many short rounds: what changes on the machine meanwhile is then the same for all variants.
-const ROUNDS: usize = 16;
+const ROUNDS: usize = 120;
 /// A round and variant.
-const REQUESTS: usize = 4_000;
+const REQUESTS: usize = 1_000;
 const SEED: usize = 1;
 
 pub fn run() {
@@ -48,6 +50,7 @@ pub fn run() {
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
     println!("  {:.0} s", begun.elapsed().as_secs_f64());
     cpu::pin_this_thread(cpus.rest);
+    cpu::prefer(None);
     let background = bed.background();
 
     println!(
@@ -58,11 +61,13 @@ pub fn run() {
     println!("requests per second");
     let saturations = speed::saturation(&bed, &mut tokens);
     let slowest = saturations.iter().flatten().map(|of| of.rate).fold(f64::INFINITY, f64::min);
+    let awake = Awake::start(cpus, bed.directory());
     println!("latency at {} % of {slowest:.0} requests a second", speed::RATES[speed::QUOTED]);
     let latencies = speed::latencies(&bed, &mut tokens, slowest);
     println!("forged keys beside good ones");
     let known = saturations[variant::named("keygate_known")].expect("it was measured").rate;
     let flood = flood::measure(&bed, &mut tokens, known);
+    drop(awake);
 
     bed.assert_no_vm_died();
     let report = Report {

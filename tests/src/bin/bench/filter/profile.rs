@@ -42,6 +42,7 @@ pub fn run() {
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
     tokens.have_new(&bed.api(), requests + WARM_UP_NEW);
     cpu::pin_this_thread(cpus.rest);
+    cpu::prefer(None);
     let kept = binaries::root().join("target/bench/profile");
     fs::create_dir_all(&kept).expect("a directory for dumps");
     let callgrind = Callgrind { process: bed.envoy_id(), directory: bed.directory().to_owned(), kept };

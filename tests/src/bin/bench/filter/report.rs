@@ -37,7 +37,7 @@ pub struct Report {
 impl Report {
     /// What one costs beside another, each above bare Envoy.
     fn ratios(&self) -> [(&'static str, Estimate); 4] {
-        let of = |one, other| self.costs.added(named(one)).over(self.costs.added(named(other)));
+        let of = |one, other| self.costs.ratio(named(one), named(other));
         [
             ("keygate_known / jwt_authn_hs256, added CPU", of("keygate_known", "jwt_authn_hs256")),
             ("keygate_known / jwt_authn_cached, added CPU", of("keygate_known", "jwt_authn_cached")),
@@ -60,11 +60,11 @@ impl Report {
     pub fn print(&self) {
         let rates = RATES.map(|share| format!("{share} %: {:.0}/s", self.slowest * f64::from(share) / 100.0));
         println!(
-            "\nCPU time per request of Envoy and all that it asks, µs ± 95 %; {} rounds, up to {} requests",
+            "\nCPU time per request of Envoy and all that it asks, µs ± 95 %, lower quartile of {} rounds of up to {} requests",
             self.rounds, self.requests
         );
         println!(
-            "a round and variant. Requests per second with Envoy on one CPU. Latency p50/p99, µs, at {}.\n",
+            "a variant. Requests per second with Envoy on one CPU. Latency p50/p99, µs, at {}.\n",
             rates.join(", ")
         );
         println!(
@@ -94,8 +94,8 @@ impl Report {
         println!("{:<45} {share:6.2}", "keygate_known / bare, requests per second");
         for flood in &self.flood {
             println!(
-                "{:<45} {:6.2}   at {:.0}/s each, {:.0} % of the CPU; {:.1} µs CPU a forged one",
-                "good keys' p99 beside forged ones / alone",
+                "{:<45} {:6.2}   at {:.0}/s each, {:.0} % of the CPU; {:.1} µs CPU one of those",
+                format!("good keys' p99 beside {} ones / alone", flood.kind()),
                 flood.ratio(),
                 flood.rate,
                 flood.busy * 100.0,
@@ -159,9 +159,10 @@ impl Report {
             let mut figures = json!({
                 "cpu_us_per_request": cost.mean,
                 "ci95": cost.ci95,
-                "of_which_envoy_us": self.costs.of_envoy(place).mean,
+                "of_which_envoy_us": self.costs.of_envoy(place),
                 "added_us": added.mean,
                 "added_ci95": added.ci95,
+                "by_round_us": self.costs.by_round(place),
             });
             if let (Some(of), Some(latencies)) = (self.saturations[place], self.latencies[place]) {
                 figures["rps"] = of.rate.into();
@@ -184,9 +185,10 @@ impl Report {
             "ratios": Value::from_iter(ratios),
             "rps_share_of_bare": self.rate_share(named("keygate_known")),
             "forged": self.flood.iter().map(|flood| json!({
+                "kind": flood.kind(),
                 "share_of_saturation": flood.share,
                 "good_per_second": flood.rate,
-                "p99_us": flood.p99_us.iter().map(|(alone, beside)| json!({ "alone": alone, "beside": beside })).collect::<Vec<_>>(),
+                "p99_us": { "alone": flood.p99_us.0, "beside": flood.p99_us.1 },
                 "p99_ratio": flood.ratio(),
                 "cpu_us_per_forged": flood.cpu_us_per_forged,
                 "busy": flood.busy,

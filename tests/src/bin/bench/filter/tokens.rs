@@ -57,7 +57,8 @@ pub struct Tokens {
     known: Vec<Vec<u8>>,
     es256: Vec<Vec<u8>>,
     eddsa: Vec<Vec<u8>>,
-    forged: Vec<Vec<u8>>,
+    /// With ids that are made up, and with the id of a good key.
+    forged: [Vec<Vec<u8>>; 2],
     /// ES256, in the order in which they are shown for the first time.
     new: Vec<Vec<u8>>,
     shown: Cell<usize>,
@@ -73,7 +74,7 @@ impl Tokens {
             known: Vec::new(),
             es256: Vec::new(),
             eddsa: eddsa.iter().map(|token| request(token)).collect(),
-            forged: Vec::new(),
+            forged: Default::default(),
             new: Vec::new(),
             shown: Cell::new(0),
         };
@@ -86,8 +87,11 @@ impl Tokens {
             "tokens have {shortest} to {longest} bytes"
         );
         let issued = issue(api, tokens.grants(FORGED + 1));
-        tokens.forged =
-            issued.windows(2).map(|pair| request(&with_signature_of(&pair[0], &pair[1]))).collect();
+        let pairs = || issued.windows(2).enumerate();
+        tokens.forged = [
+            pairs().map(|(number, pair)| request(&made_up(&pair[0], number))).collect(),
+            pairs().map(|(_, pair)| request(&with_signature_of(&pair[0], &pair[1]))).collect(),
+        ];
         tokens.have_new(api, KEYS);
         tokens.es256 = tokens.new.clone();
         tokens
@@ -112,9 +116,10 @@ impl Tokens {
             Load::Known => (0..count).map(|_| ok(&self.known[self.zipf.draw(&mut dice)])).collect(),
             Load::Es256 => (0..count).map(|_| ok(&self.es256[self.zipf.draw(&mut dice)])).collect(),
             Load::EdDsa => (0..count).map(|_| ok(&self.eddsa[self.zipf.draw(&mut dice)])).collect(),
-            Load::Forged => {
+            Load::Forged | Load::Altered => {
+                let forged = &self.forged[usize::from(load == Load::Altered)];
                 let of = |request| Shot { request, expected: Expected::Status(401), timed: true };
-                (0..count).map(|_| of(&self.forged[dice.below(self.forged.len())])).collect()
+                (0..count).map(|_| of(&forged[dice.below(forged.len())])).collect()
             }
             Load::New(of_hundred) => (0..count)
                 .map_while(|_| {
@@ -260,6 +265,17 @@ pub fn issue(api: &Api, grants: Vec<Grant>) -> Vec<String> {
     })
 }
 
+/// As who has no key makes it, but has seen one: well-formed, and each with a key id and an id of its own.
+fn made_up(token: &str, number: usize) -> String {
+    let parts = Parts::of(token);
+    let length = parts.claim("jti").as_str().expect("an id").len();
+    parts
+        .with_claim("sub", format!("key_{number:022}"))
+        .with_claim("jti", format!("{number:0length$}"))
+        .token()
+}
+
+/// As who has a key can make it of that.
 fn with_signature_of(token: &str, other: &str) -> String {
     let (signed, _) = token.rsplit_once('.').expect("a token");
     let (_, signature) = other.rsplit_once('.').expect("a token");

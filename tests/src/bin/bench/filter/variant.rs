@@ -59,8 +59,10 @@ pub enum Load {
     EdDsa,
     /// ES256 tokens, so many of a hundred never seen before; the others are of `Known`.
     New(usize),
-    /// Good tokens with the signature of another one.
+    /// Tokens that somebody made up who has no key.
     Forged,
+    /// Good tokens with the signature of another one: what somebody can make up who has a key.
+    Altered,
 }
 
 /// One of what is compared.
@@ -84,7 +86,7 @@ const fn aside(name: &'static str, listener: Listener, load: Load, share: usize)
 }
 
 /// All; the first is what the others are compared with.
-pub const ALL: [Variant; 13] = [
+pub const ALL: [Variant; 14] = [
     of("bare", Listener::Bare, Load::Known, 100),
     aside("bare_again", Listener::BareAgain, Load::Known, 100),
     of("wasm_empty", Listener::WasmEmpty, Load::Known, 100),
@@ -97,7 +99,8 @@ pub const ALL: [Variant; 13] = [
     aside("keygate_new_1", Listener::Keygate, Load::New(1), 100),
     aside("keygate_new_10", Listener::Keygate, Load::New(10), 50),
     of("keygate_new", Listener::Keygate, Load::New(100), 20),
-    of("keygate_forged", Listener::Keygate, Load::Forged, 25),
+    of("keygate_forged", Listener::Keygate, Load::Forged, 50),
+    aside("keygate_altered", Listener::Keygate, Load::Altered, 25),
 ];
 
 /// The one of that name.
