@@ -55,9 +55,10 @@ pub struct Operation {
 }
 
 /// All of them.
-pub const OPERATIONS: [Operation; 10] = [
+pub const OPERATIONS: [Operation; 11] = [
     Operation { name: "decide_known_key", times: 6_400, run: Proxy::decide_known_key },
     Operation { name: "decide_forged_token", times: 100, run: Proxy::decide_forged_token },
+    Operation { name: "decide_made_up_id", times: 100, run: Proxy::decide_made_up_id },
     Operation { name: "spend_of_rare_key", times: 640, run: Proxy::spend_of_rare_key },
     Operation { name: "read_token", times: 100, run: Proxy::read_token },
     Operation { name: "gate_clear", times: 65_536, run: Proxy::gate_clear },
@@ -80,6 +81,8 @@ pub struct Proxy {
     worker: Worker,
     known: &'static str,
     forged: &'static str,
+    /// Of a secret whose tokens' ids are keyed.
+    made_up: &'static str,
     /// How often a look-up was done, so that each is about another key.
     looked: u64,
     /// A delta, by its number of changes.
@@ -117,8 +120,9 @@ impl Default for Proxy {
             cache: TokenCache::new(1_000_000),
             memory,
             worker: Worker::new(1),
-            known: sign(&SECRET),
-            forged: sign(&OTHER_SECRET),
+            known: sign("hs-1", &SECRET),
+            forged: sign("hs-1", &OTHER_SECRET),
+            made_up: sign("hs-2", &SECRET),
             looked: 0,
             deltas: [delta(1), delta(CHANGES)].into(),
             snapshot: answer(NewRules::Whole(rules.encode()), snapshot),
@@ -138,6 +142,10 @@ impl Proxy {
 
     fn decide_forged_token(&mut self) {
         assert_eq!(self.decide(self.forged), Reason::BadSignature);
+    }
+
+    fn decide_made_up_id(&mut self) {
+        assert_eq!(self.decide(self.made_up), Reason::ForgedId);
     }
 
     /// Of a key that this VM has not seen lately, beside many others in the shared data.
@@ -340,7 +348,11 @@ fn rules() -> Rules {
         leeway_s: 5,
         max_life_s: 86_400 * 90,
         hard_age_s: 300,
-        keys: vec![key("hs-0", OTHER_SECRET), key("hs-1", SECRET)],
+        keys: vec![
+            key("hs-0", OTHER_SECRET),
+            key("hs-1", SECRET),
+            VerificationKey { jti_key: Some(Material::new(OTHER_SECRET.into())), ..key("hs-2", SECRET) },
+        ],
         policy: serde_json::from_value(policy).expect("a policy"),
         cutoffs: Vec::new(),
         lockdown: None,
@@ -356,10 +368,10 @@ fn rules() -> Rules {
     }
 }
 
-fn sign(secret: &[u8]) -> &'static str {
+fn sign(kid: &str, secret: &[u8]) -> &'static str {
     let header = jsonwebtoken::Header {
         typ: Some(TYPE.into()),
-        kid: Some("hs-1".into()),
+        kid: Some(kid.into()),
         ..jsonwebtoken::Header::new(Algorithm::HS256.jose())
     };
     let claims = Claims {

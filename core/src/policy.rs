@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use crate::forward::Told;
 use crate::token;
 
 /// The most routes of a policy.
@@ -78,6 +79,9 @@ pub struct Route {
     /// What holds when the state is too old.
     #[serde(default)]
     pub stale: Stale,
+    /// What the upstream is told of the key; not named, all of it.
+    #[serde(default, skip_serializing_if = "Told::is_all")]
+    pub forward: Told,
 }
 
 fn one() -> u32 {
@@ -151,6 +155,9 @@ impl Policy {
                 if !token::is_identifier(role) {
                     wrong("roles", format!("{role:?} is no role; one word of visible ASCII"));
                 }
+            }
+            if route.access == Access::Public && !route.forward.is_all() {
+                wrong("forward", "a public route looks at no key and tells nothing of one; drop it".into());
             }
             if route.access == Access::Public && !(route.scopes.is_empty() && route.roles.is_empty()) {
                 wrong(
@@ -237,6 +244,7 @@ impl Route {
             roles: Vec::new(),
             cost: 1,
             stale: Stale::Deny,
+            forward: Told::default(),
         }
     }
 

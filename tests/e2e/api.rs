@@ -269,11 +269,23 @@ fn the_policy_is_changed_by_who_knows_it_and_at_once() {
         json!({ "routes": [{ "name": "a", "path": "no-slash", "access": "public" }] }),
         json!({ "routes": [{ "name": "a", "path": "/", "access": "sometimes" }] }),
         json!({ "routes": "all" }),
+        json!({ "routes": [{ "name": "a", "path": "/", "access": "key", "forward": ["name"] }] }),
         json!({ "unknown": 1 }),
     ] {
         let answer = put(&bad, Some(&tag));
         assert!(matches!(answer.status, 400 | 422), "{bad}: {} {}", answer.status, answer.text());
     }
+    let few = json!({ "name": "few", "path": "/few", "access": "key", "forward": ["key_id"] });
+    put(&json!({ "routes": [few] }), Some(&tag)).expect(200);
+    let key = api.issue("basic");
+    let forged = Request::get("/few").bearer(&key.token).header("x-keygate-role", "admin");
+    let told = stack.call(&forged).expect(200).json()["headers"].clone();
+    assert_eq!((&told["x-keygate-version"], &told["x-keygate-key-id"]), (&json!("v2"), &json!(key.id)));
+    for header in ["x-keygate-role", "x-keygate-scopes", "x-keygate-owner"] {
+        assert_eq!(told[header], Value::Null, "{header}");
+    }
+    put(&policy, None).expect(200);
+    let tag = api.get("/api/admin/policy").expect(200).header("etag").expect("an ETag").to_owned();
     // Members that are not named keep their value: in shadow mode everything is decided, nothing refused.
     put(&json!({ "mode": "shadow" }), Some(&tag)).expect(200);
     stack.call(&Request::get("/api/chat").header("user-agent", "shadow")).expect(200);

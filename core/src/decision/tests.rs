@@ -30,6 +30,8 @@ fn world() -> World {
             {"name":"read","path":"/chat","methods":["GET"],"access":"key","scopes":["chat:read"]},
             {"name":"both","path":"/both","access":"key","scopes":["chat:read","chat:write"]},
             {"name":"staff","path":"/staff","access":"key","roles":["admin","staff"]},
+            {"name":"few","path":"/few","access":"key","forward":["owner","key_id"]},
+            {"name":"none","path":"/none","access":"key","forward":[]},
             {"name":"lax","path":"/lax","access":"key","stale":"allow"}]}"#,
     )
     .unwrap();
@@ -534,6 +536,11 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
         ]
     );
     assert_eq!(headers("/", &es256(&claims())), ["x-keygate-version=v2"]);
+    assert_eq!(
+        headers("/few", &es256(&claims())),
+        ["x-keygate-version=v2", "x-keygate-key-id=key_1", "x-keygate-owner="]
+    );
+    assert_eq!(headers("/none", &es256(&claims())), ["x-keygate-version=v2"]);
     world.rules.policy.mode = Mode::Shadow;
     let mut headers_shadow = || {
         let rules = Ruleset::try_from(world.rules.clone()).unwrap();

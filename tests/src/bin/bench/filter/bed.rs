@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use super::config::{self, Places};
 use super::cpu::{self, Cpus, Taken};
 use super::server::{self, V1, V2};
-use super::tokens::{self, Grant, Hs256, INTEGRATION, INTEGRATION_SCOPES, KEYS};
+use super::tokens::{self, Grant, Hs256, INTEGRATION, INTEGRATION_SCOPES, KEYS, LEAN};
 use super::variant::Listener;
 
 /// To load a million revocations, or to take them over, on a slow machine.
@@ -284,6 +284,11 @@ fn configure(api: &Api) {
     let limit = json!({ "requests": 1_000_000_000, "window": "1h" });
     let limits = json!({ "roles": { "basic": limit, "contributor": limit, INTEGRATION: limit } });
     api.send(Request::new("PUT", "/api/admin/rate_limits").json(&limits)).expect(200);
+    let mut policy = api.get("/api/admin/policy").expect(200).json();
+    let lean =
+        json!({ "name": "lean", "path": LEAN, "access": "key", "scopes": ["chat:read"], "forward": [] });
+    policy["routes"].as_array_mut().expect("routes").push(lean);
+    api.send(Request::new("PUT", "/api/admin/policy").json(&policy)).expect(200);
     // The guard would take forged keys for a V2 that does worse than V1, and roll back.
     let rollout = json!({ "strategy": "percentage", "percentage": 50, "guard": false });
     api.send(Request::new("PUT", "/api/admin/feature_flags").json(&rollout)).expect(200);

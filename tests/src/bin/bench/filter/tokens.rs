@@ -44,6 +44,8 @@ pub const INTEGRATION_SCOPES: [&str; 15] = [
     "shipments:read",
     "webhooks:manage",
 ];
+/// The path of a route whose upstream is told nothing of a key.
+pub const LEAN: &str = "/api/lean";
 /// How many keys are issued at a time.
 const AT_A_TIME: usize = 16;
 
@@ -55,6 +57,8 @@ pub struct Tokens {
     /// Owners that the rollout sends to V2, so that every request is decided on.
     owners: Vec<String>,
     known: Vec<Vec<u8>>,
+    /// The same keys, for the route whose upstream is told nothing of them.
+    lean: Vec<Vec<u8>>,
     es256: Vec<Vec<u8>>,
     eddsa: Vec<Vec<u8>>,
     /// With ids that are made up, and with the id of a good key.
@@ -72,6 +76,7 @@ impl Tokens {
             zipf: Zipf::new(KEYS),
             owners,
             known: Vec::new(),
+            lean: Vec::new(),
             es256: Vec::new(),
             eddsa: eddsa.iter().map(|token| request(token)).collect(),
             forged: Default::default(),
@@ -80,7 +85,9 @@ impl Tokens {
         };
         let key_id = |number| format!("key_of-the-benchmark-{number:05}");
         let known = tokens.grants(KEYS).into_iter().enumerate();
-        tokens.known = known.map(|(number, grant)| request(&signer.token(&key_id(number), &grant))).collect();
+        let known: Vec<_> = known.map(|(number, grant)| signer.token(&key_id(number), &grant)).collect();
+        tokens.known = known.iter().map(|token| request(token)).collect();
+        tokens.lean = known.iter().map(|token| request_to(LEAN, token)).collect();
         let (shortest, _, longest) = tokens.sizes();
         assert!(
             TOKEN_BYTES.contains(&shortest) && TOKEN_BYTES.contains(&longest),
@@ -114,6 +121,7 @@ impl Tokens {
         let ok = |request| Shot { request, expected: Expected::Upstream(V2), timed: true };
         match load {
             Load::Known => (0..count).map(|_| ok(&self.known[self.zipf.draw(&mut dice)])).collect(),
+            Load::Lean => (0..count).map(|_| ok(&self.lean[self.zipf.draw(&mut dice)])).collect(),
             Load::Es256 => (0..count).map(|_| ok(&self.es256[self.zipf.draw(&mut dice)])).collect(),
             Load::EdDsa => (0..count).map(|_| ok(&self.eddsa[self.zipf.draw(&mut dice)])).collect(),
             Load::Forged | Load::Altered => {
@@ -192,8 +200,12 @@ pub fn owners(dice: &mut Dice, count: usize) -> Vec<String> {
 
 /// A request with a token, as a small client sends it.
 pub fn request(token: &str) -> Vec<u8> {
+    request_to("/api/chat", token)
+}
+
+fn request_to(path: &str, token: &str) -> Vec<u8> {
     format!(
-        "GET /api/chat HTTP/1.1\r\nhost: localhost\r\nuser-agent: keygate-bench/1\r\naccept: */*\r\n\
+        "GET {path} HTTP/1.1\r\nhost: localhost\r\nuser-agent: keygate-bench/1\r\naccept: */*\r\n\
          authorization: Bearer {token}\r\n\r\n"
     )
     .into_bytes()

@@ -53,6 +53,8 @@ impl Listener {
 pub enum Load {
     /// HS256 tokens, each many times.
     Known,
+    /// The same, to a route whose upstream is told nothing of a key.
+    Lean,
     /// ES256 tokens, each many times.
     Es256,
     /// EdDSA tokens, each many times.
@@ -86,7 +88,7 @@ const fn aside(name: &'static str, listener: Listener, load: Load, share: usize)
 }
 
 /// All; the first is what the others are compared with.
-pub const ALL: [Variant; 14] = [
+pub const ALL: [Variant; 15] = [
     of("bare", Listener::Bare, Load::Known, 100),
     aside("bare_again", Listener::BareAgain, Load::Known, 100),
     of("wasm_empty", Listener::WasmEmpty, Load::Known, 100),
@@ -96,6 +98,7 @@ pub const ALL: [Variant; 14] = [
     of("jwt_authn_cached", Listener::JwtCached, Load::Known, 100),
     of("ext_authz", Listener::ExtAuthz, Load::Known, 50),
     of("keygate_known", Listener::Keygate, Load::Known, 100),
+    aside("keygate_lean", Listener::Keygate, Load::Lean, 100),
     aside("keygate_new_1", Listener::Keygate, Load::New(1), 100),
     aside("keygate_new_10", Listener::Keygate, Load::New(10), 50),
     of("keygate_new", Listener::Keygate, Load::New(100), 20),
