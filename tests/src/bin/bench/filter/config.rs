@@ -30,6 +30,8 @@ pub struct Places<'a> {
 
 /// What stands before a filter in the list of them.
 const FILTER: &str = "                  - ";
+/// The filter's configuration, but for its last brace.
+const CONFIGURATION: &str = r#"{"sync_cluster": "keygate_sync""#;
 /// What stands before a cluster in the list of them.
 const CLUSTER: &str = "    - ";
 
@@ -72,7 +74,10 @@ fn filters(listener: Listener, keygate: &str, places: &Places<'_>) -> String {
     let one = |filter: &Value| format!("{FILTER}{filter}\n");
     match listener {
         Listener::Bare | Listener::BareAgain => String::new(),
-        Listener::Keygate => keygate.to_owned(),
+        // Room for all tokens that are to be known, whatever others come by, as in jwt_authn's cache.
+        Listener::Keygate => {
+            put(keygate, CONFIGURATION, &format!("{CONFIGURATION}, \"token_cache_bytes\": 33554432"))
+        }
         Listener::WasmEmpty => {
             let text = keygate.replace(": keygate\n", ": empty\n");
             put(&text, "@FILTER_WASM@", &places.empty_filter.display().to_string())

@@ -13,7 +13,7 @@ use crate::estimate::{Estimate, lower_quartile};
 /// As many requests at a time.
 pub const CONNECTIONS: usize = 16;
 /// Before each turn, so that what the other variants pushed out of the CPU's caches is there again.
-const WARM_UP: usize = 200;
+const WARM_UP: usize = 500;
 
 /// What a request takes, of each variant.
 #[derive(Debug)]

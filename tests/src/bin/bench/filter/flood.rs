@@ -12,12 +12,12 @@ use crate::estimate::median;
 /// What comes beside good requests, and how many of either there are, of what Keygate can do at saturation. As many good
 /// ones once more show what of it is just that there are twice as many.
 const FLOODS: [(Load, f64); 6] = [
+    (Load::Known, 0.05),
+    (Load::Forged, 0.05),
+    (Load::Altered, 0.05),
     (Load::Known, 0.1),
     (Load::Forged, 0.1),
     (Load::Altered, 0.1),
-    (Load::Known, 0.2),
-    (Load::Forged, 0.2),
-    (Load::Altered, 0.2),
 ];
 /// Each time first alone, then beside those.
 const REPETITIONS: usize = 8;
