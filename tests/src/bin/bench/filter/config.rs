@@ -32,6 +32,8 @@ pub struct Places<'a> {
 const FILTER: &str = "                  - ";
 /// The filter's configuration, but for its last brace.
 const CONFIGURATION: &str = r#"{"sync_cluster": "keygate_sync""#;
+/// The same with room for more tokens.
+const ROOMY: &str = r#"{"sync_cluster": "keygate_sync", "token_cache_bytes": 33554432"#;
 /// What stands before a cluster in the list of them.
 const CLUSTER: &str = "    - ";
 
@@ -75,9 +77,7 @@ fn filters(listener: Listener, keygate: &str, places: &Places<'_>) -> String {
     match listener {
         Listener::Bare | Listener::BareAgain => String::new(),
         // Room for all tokens that are to be known, whatever others come by, as in jwt_authn's cache.
-        Listener::Keygate => {
-            put(keygate, CONFIGURATION, &format!("{CONFIGURATION}, \"token_cache_bytes\": 33554432"))
-        }
+        Listener::Keygate => put(keygate, CONFIGURATION, ROOMY),
         Listener::WasmEmpty => {
             let text = keygate.replace(": keygate\n", ": empty\n");
             put(&text, "@FILTER_WASM@", &places.empty_filter.display().to_string())
@@ -188,7 +188,7 @@ mod tests {
         let keygate = of(Listener::Keygate).replace("/filter.wasm", "@FILTER_WASM@");
         let section =
             template.split("http_filters:\n").nth(1).and_then(|rest| rest.split("route_config").next());
-        assert!(keygate.contains(section.expect("the filters")));
+        assert!(keygate.replace(ROOMY, CONFIGURATION).contains(section.expect("the filters")));
         let empty = of(Listener::WasmEmpty);
         assert!(
             empty.contains("vm_id: empty")
