@@ -46,4 +46,5 @@ pub mod sync;
 pub mod telemetry;
 pub mod token;
 pub mod version;
+pub mod wall_clock;
 pub mod wire;

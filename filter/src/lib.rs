@@ -16,7 +16,6 @@
     clippy::disallowed_methods
 )]
 
-mod clock;
 mod es256;
 mod host;
 mod leader;

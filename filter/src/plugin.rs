@@ -11,9 +11,9 @@ use keygate_core::replica::Replica;
 use keygate_core::shared::{self, Census};
 use keygate_core::telemetry::Tally;
 use keygate_core::telemetry::ledger::Ledger;
+use keygate_core::wall_clock::WallClock;
 use serde::Deserialize;
 
-use crate::clock::Clock;
 use crate::es256;
 use crate::host::{self, Answer};
 use crate::leader::{Leader, Now};
@@ -71,7 +71,7 @@ pub struct Plugin {
     /// What is counted.
     pub metrics: Metrics,
     /// The wall clock.
-    pub clock: Clock,
+    pub clock: WallClock,
     /// What this VM spends of limits.
     pub units: Worker,
     /// What this VM has counted for the control plane.
@@ -115,7 +115,7 @@ impl Plugin {
             replica: Replica::default(),
             cache: TokenCache::new(configuration.token_cache_bytes),
             metrics,
-            clock: Clock::default(),
+            clock: WallClock::default(),
             leader: Leader::new(vm, configuration, token),
             serves: false,
             counted: false,

@@ -80,7 +80,7 @@ impl Plugin {
         let client = if wants_client { host::client_address() } else { None };
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
-        let now_s = self.replica.now_s(self.clock.unix_ms(now_ns), now_ns);
+        let now_s = self.replica.now_s(self.clock.unix_ms(now_ns, host::unix_ms), now_ns);
         let decided = self.decide(request, now_ns, now_s, false).or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
