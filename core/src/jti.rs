@@ -1,5 +1,5 @@
 //! Token ids that nobody else makes up: a proxy drops a forged token for the price of an HMAC, before it verifies a
-//! signature, which costs some thirty times as much.
+//! signature, which costs many times as much.
 //!
 //! ```text
 //!  jti = base64url( random, 16 bytes │ first 8 bytes of HMAC-SHA-256(key, random) )

@@ -366,7 +366,7 @@ mod tests {
     fn every_error_is_named_at_once() {
         let policy = policy(
             r#"{"routes":[
-                {"name":"","path":"x","methods":["get"],"access":"public","scopes":["a b"]},
+                {"name":"","path":"x","methods":["get"],"access":"public","scopes":["a b"],"forward":[]},
                 {"name":"a","path":"/a*b","access":"key","roles":[""]},
                 {"name":"a","path":"/a/../b","access":"key"},
                 {"name":"b","path":"/a?x=1","access":"key"}]}"#,
@@ -379,6 +379,7 @@ mod tests {
                 "routes[0].path",
                 "routes[0].methods",
                 "routes[0].scopes",
+                "routes[0].forward",
                 "routes[0].access",
                 "routes[1].path",
                 "routes[1].roles",

@@ -315,11 +315,10 @@ impl TryFrom<Rules> for Ruleset {
             let material = key.material.expose();
             let decoding = key.alg.verification_key(material).filter(|_| token::is_identifier(&key.kid));
             let Some(decoding) = decoding else { return Err(RulesError::Key(key.kid)) };
-            let jti_key = match key.jti_key.as_ref().map(|material| JtiKey::new(material.expose())) {
-                Some(None) => return Err(RulesError::Key(key.kid)),
-                Some(jti_key) => jti_key,
-                None => None,
-            };
+            let jti_key = key.jti_key.as_ref().map(|material| JtiKey::new(material.expose()));
+            if jti_key.as_ref().is_some_and(Option::is_none) {
+                return Err(RulesError::Key(key.kid));
+            }
             let tag = Sha256::new()
                 .chain_update(key.alg.name())
                 .chain_update([0])
@@ -333,7 +332,7 @@ impl TryFrom<Rules> for Ruleset {
                 alg: key.alg,
                 key: decoding,
                 not_after: key.not_after,
-                jti_key,
+                jti_key: jti_key.flatten(),
                 tag,
             });
         }

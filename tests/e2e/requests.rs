@@ -1,6 +1,6 @@
 //! What a client sees through Envoy, and what the upstream behind it.
 
-use keygate_e2e::{Connection, Request, Stack};
+use keygate_e2e::{Connection, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
 
 /// Panics unless good requests are served, by every worker.
@@ -332,6 +332,15 @@ fn envoys_own_stats_count_decisions_by_reason() {
     assert_eq!((count("no_route"), count("revoked")), (0, 0), "every series is there from the start");
     stack.call(&Request::get("/nowhere")).expect(403);
     assert_eq!(count("no_route"), 1);
+    // More than the filter tells Envoy of at once: the others come with a tick, and none is lost or told of twice.
+    let mut connection = stack.envoy.connect();
+    for _ in 0..1_000 {
+        connection.send(&Request::get("/nowhere")).expect(403);
+    }
+    wait_until(SOON, "all decisions in Envoy's stats", || count("no_route") >= 1_001);
+    stack.call(&Request::get("/nowhere")).expect(403);
+    wait_until(SOON, "one more", || count("no_route") >= 1_002);
+    assert_eq!(count("no_route"), 1_002);
 }
 
 #[test]

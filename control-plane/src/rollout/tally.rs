@@ -194,3 +194,22 @@ fn each(counters: &prometheus::IntCounterVec, mut note: impl FnMut(&BTreeMap<Str
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::roles;
+
+    #[test]
+    fn what_somebody_without_a_key_makes_up_is_no_fault_of_v2() {
+        let metrics = Metrics::new(&roles::expand(roles::defaults()));
+        let refused =
+            |reason: Reason, count| metrics.refusals.with_label_values(&[reason.label()]).inc_by(count);
+        refused(Reason::ForgedId, 1_000);
+        refused(Reason::Revoked, 100);
+        assert_eq!(Tally::of(&metrics).v2.refused, 0);
+        refused(Reason::BadSignature, 3);
+        refused(Reason::MissingScope, 4);
+        assert_eq!(Tally::of(&metrics).v2.refused, 7);
+    }
+}

@@ -10,7 +10,7 @@ use crate::wire::{Reader, WireError};
 
 /// Accounts are spread over so many values of the shared data.
 pub(super) const PAGES: u16 = 1_024;
-/// The most accounts of a page, whose number is a byte. Some 200,000 of a proxy, before one page of many is full.
+/// The most accounts of a page: their number is a byte. So there is room for 200,000 of a proxy before one page is full.
 const MAX_RECORDS: usize = 255;
 /// Each failure is another VM's success, so that so many in a row take as many VMs that are faster.
 const MAX_TRIES: u32 = 64;

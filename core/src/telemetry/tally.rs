@@ -9,7 +9,7 @@ use crate::rollout::ApiVersion;
 /// Of so many decisions the time of one is taken.
 const SAMPLE: u32 = 16;
 /// Between two ticks so many answers of upstreams are looked at, each; beyond that one of so many, which counts for all of
-/// them. To look at one is a call into the proxy that takes as long as the decision.
+/// them. To look at one is a call into the proxy that takes longer than the decision.
 const ANSWERS_LOOKED_AT: u32 = 128;
 const ANSWERS_SAMPLE: u32 = 16;
 /// So many pairs of a route and a role are looked for one after the other, before they are hashed.

@@ -845,3 +845,27 @@ proptest! {
         prop_assert_eq!(Spends::decode(&mut crate::wire::Reader::new(&bytes)).unwrap(), spends);
     }
 }
+
+#[test]
+fn two_hundred_thousand_accounts_have_room_and_a_page_that_is_full_says_so() {
+    let mut dice = Dice(1);
+    let mut pages: BTreeMap<u16, Vec<Account>> = BTreeMap::new();
+    for _ in 0..200_000 {
+        let account = Account { key: dice.roll(), window_s: HOUR_S };
+        pages.entry(Page::index(account)).or_default().push(account);
+    }
+    let mut fullest = pages.into_values().max_by_key(Vec::len).unwrap();
+    let mut page = Page::default();
+    while fullest.len() < 255 {
+        fullest.push(Account { key: dice.roll(), window_s: HOUR_S });
+    }
+    for account in &fullest {
+        page.record(*account, 100).unwrap();
+    }
+    // All of a full page are read again, and one more is refused.
+    let mut read = Page::decode(page.encode()).unwrap();
+    assert_eq!(read.records().unwrap().len(), fullest.len());
+    let one_more = Account { key: dice.roll(), window_s: HOUR_S };
+    assert_eq!(read.record(one_more, 100).err(), Some(page::PageError::Crowded));
+    assert!(fullest.iter().all(|account| read.find(*account).unwrap().is_some()));
+}

@@ -22,10 +22,9 @@ use super::{SEED, number};
 
 /// A variant. Fifty times as slow as without callgrind.
 const REQUESTS: usize = 1_024;
-/// Before that, not counted: until V8 has optimised what runs often, which takes it some ten thousand calls.
-const WARM_UP: usize = 60_000;
-/// The same of keys that were not seen before, each of which has to be issued.
-const WARM_UP_NEW: usize = 12_000;
+/// Before that, not counted: until connections, remembered keys and records of limits are as they stay. V8 optimises all
+/// that it compiles in Envoy at once: ten times as many make no difference.
+const WARM_UP: usize = 6_000;
 /// For how long it is watched while there are no requests.
 const IDLE: std::time::Duration = std::time::Duration::from_secs(5);
 /// So many keys come again and again: with more, a request would pay for the slowness of all, since each came seldom.
@@ -40,7 +39,7 @@ pub fn run() {
     let (bed, prepared) = Bed::start(cpus, &mut dice, Under::Callgrind);
     let mut tokens =
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
-    tokens.have_new(&bed.api(), requests + WARM_UP_NEW);
+    tokens.have_new(&bed.api(), requests + WARM_UP);
     cpu::pin_this_thread(cpus.rest);
     cpu::prefer(None);
     let kept = binaries::root().join("target/bench/profile");
@@ -77,11 +76,7 @@ fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requ
         Load::Known => tokens.every_known().take(KEYS).collect::<Vec<_>>().repeat(count.div_ceil(KEYS)),
         load => tokens.draw(load, count),
     };
-    let warm_up = match variant.load {
-        Load::Known => WARM_UP,
-        _ => WARM_UP_NEW,
-    };
-    client.closed(draw(warm_up).into_iter()).expect_right(variant.name);
+    client.closed(draw(WARM_UP).into_iter()).expect_right(variant.name);
     callgrind.watch();
     pass(IDLE);
     let idle = Counts::of(&callgrind.dump("idle"));
