@@ -14,6 +14,7 @@ WASM_TARGET=wasm32-wasip1
 KEYGATE=$TARGET/debug/keygate
 UPSTREAM=$TARGET/debug/demo-upstream
 FILTER=$TARGET/$WASM_TARGET/filter/keygate_filter.wasm
+MODULE=$TARGET/module/libkeygate_filter.so
 
 # Which compiler makes the filter: `rustup`, or `debian` where rustup cannot fetch the target.
 WASM_TOOLCHAIN_FILE=$CACHE/wasm-toolchain
@@ -121,7 +122,12 @@ pid_of() { cat "$STATE/$1.pid"; }
 # Whether what runs is older than what was built since.
 is_outdated() {
   case $1 in
-    envoy) [ "$FILTER" -nt "$STATE/envoy.pid" ] ;;
+    envoy)
+      case $(cat "$STATE/filter" 2>/dev/null) in
+        module) [ "$MODULE" -nt "$STATE/envoy.pid" ] ;;
+        *) [ "$FILTER" -nt "$STATE/envoy.pid" ] ;;
+      esac
+      ;;
     *) [ "$(program_of "$1")" -nt "$STATE/$1.pid" ] ;;
   esac
 }

@@ -23,6 +23,27 @@ impl HeaderMap {
         (map.iter().count() == count).then_some(map)
     }
 
+    /// Copies headers from where a proxy has them; `None` when one is longer than the layout can say.
+    pub fn copied<'h>(headers: impl ExactSizeIterator<Item = (&'h [u8], &'h [u8])> + Clone) -> Option<Self> {
+        let count = headers.len();
+        let text = |(name, value): (&[u8], &[u8])| name.len().saturating_add(value.len()).saturating_add(2);
+        let texts = headers.clone().map(text).fold(0, usize::saturating_add);
+        let numbers = count.saturating_mul(2).saturating_add(1).saturating_mul(NUMBER);
+        let mut bytes = Vec::with_capacity(texts.saturating_add(numbers));
+        bytes.extend(u32::try_from(count).ok()?.to_le_bytes());
+        for (name, value) in headers.clone() {
+            bytes.extend(u32::try_from(name.len()).ok()?.to_le_bytes());
+            bytes.extend(u32::try_from(value.len()).ok()?.to_le_bytes());
+        }
+        for (name, value) in headers {
+            for text in [name, value] {
+                bytes.extend_from_slice(text);
+                bytes.push(0);
+            }
+        }
+        Some(Self { bytes, count })
+    }
+
     /// Name and value of each.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], &[u8])> {
         let after_count = self.bytes.get(NUMBER..).unwrap_or_default();
@@ -76,6 +97,16 @@ mod tests {
 
     fn all(map: &HeaderMap) -> Headers {
         map.iter().map(|(name, value)| (name.to_vec(), value.to_vec())).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn headers_are_copied_as_they_are(headers: Headers) {
+            let pairs = headers.iter().map(|(name, value)| (name.as_slice(), value.as_slice()));
+            let copied = HeaderMap::copied(pairs).unwrap();
+            prop_assert_eq!(all(&copied), headers.clone());
+            prop_assert_eq!(copied, HeaderMap::new(encode(&headers)).unwrap());
+        }
     }
 
     #[test]

@@ -42,6 +42,7 @@ pub mod revocation;
 pub mod rollout;
 pub mod rules;
 pub mod shared;
+pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod token;

@@ -1,30 +1,17 @@
-//! ES256 by the proxy: BoringSSL behind Envoy's foreign function `verify_signature`, twenty times as fast
-//! as the same in WebAssembly.
-//!
-//! Its arguments and result are the protobuf messages `VerifySignatureArguments` (hash_function = 1,
-//! public_key = 2, signature = 3, text = 4) and `VerifySignatureResult` (result = 1), written and read
-//! here by hand: five fields are no reason for a protobuf library in every proxy.
+//! ES256 as the proxy has it: in WebAssembly Envoy itself verifies, natively a library does.
 
 use jsonwebtoken::crypto::CryptoProvider;
-use keygate_core::crypto::{Es256, ecdsa_der, p256_spki, provider};
+use keygate_core::crypto::{Es256, provider};
 
 use crate::host;
 
-static PROVIDER: CryptoProvider = provider::<ByProxy>();
+static PROVIDER: CryptoProvider = provider::<ByHost>();
 
-struct ByProxy;
+struct ByHost;
 
-impl Es256 for ByProxy {
+impl Es256 for ByHost {
     fn verify(point: &[u8], message: &[u8], signature: &[u8]) -> bool {
-        let (Some(key), Some(signature)) = (p256_spki(point), ecdsa_der(signature)) else { return false };
-        let mut arguments = Vec::new();
-        for (field, value) in [(1, b"sha256".as_slice()), (2, &key), (3, &signature), (4, message)] {
-            bytes_field(&mut arguments, field, value);
-        }
-        // Only the result counts: a bad signature is an answer, not an error. `true` is field 1, a varint
-        // of 1, and stands first.
-        host::foreign_function("verify_signature", &arguments)
-            .is_some_and(|result| result.starts_with(&[0x08, 0x01]))
+        host::verify_es256(point, message, signature)
     }
 
     fn sign(_: &[u8], _: &[u8]) -> Option<Vec<u8>> {
@@ -32,20 +19,7 @@ impl Es256 for ByProxy {
     }
 }
 
-/// A length-delimited field of a protobuf message.
-fn bytes_field(out: &mut Vec<u8>, field: u8, value: &[u8]) {
-    const LENGTH_DELIMITED: u8 = 2;
-    out.push(field.wrapping_shl(3) | LENGTH_DELIMITED);
-    let mut length = value.len();
-    while length >= 0x80 {
-        out.push(u8::try_from(length & 0x7f).unwrap_or(0) | 0x80);
-        length >>= 7;
-    }
-    out.push(u8::try_from(length).unwrap_or(0));
-    out.extend_from_slice(value);
-}
-
-/// Gives `jsonwebtoken` its algorithms in this VM, and finds out whether the proxy can verify.
+/// Gives `jsonwebtoken` its algorithms here, and finds out whether the proxy can verify.
 ///
 /// # Errors
 /// When the proxy does not accept a good signature, or accepts a bad one.
@@ -54,11 +28,11 @@ pub fn install() -> Result<(), &'static str> {
     // Known answer: RFC 6979, appendix A.2.5, SHA-256 of "sample".
     let point = [&[4], POINT_X.as_slice(), POINT_Y.as_slice()].concat();
     let mut signature = [SIGNATURE_R, SIGNATURE_S].concat();
-    if !ByProxy::verify(&point, b"sample", &signature) {
+    if !ByHost::verify(&point, b"sample", &signature) {
         return Err("this proxy has no working 'verify_signature' function; Envoy 1.40 or newer is needed");
     }
     signature.reverse();
-    if ByProxy::verify(&point, b"sample", &signature) {
+    if ByHost::verify(&point, b"sample", &signature) {
         return Err("this proxy's 'verify_signature' function accepts a bad signature");
     }
     Ok(())

@@ -10,7 +10,7 @@ use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
 use keygate_core::wire::{FORMAT, Poll, Proxy};
 
 use crate::VERSION;
-use crate::host::{self, Answer, Shared};
+use crate::host::{self, Answer, CallId, Shared};
 use crate::metrics::Metrics;
 use crate::plugin::Configuration;
 use crate::reporter::{REPORT_PATH, Reporter};
@@ -56,7 +56,7 @@ struct Leading {
     follower: Follower,
     publishing: Option<Publishing>,
     sweep: Option<Sweep>,
-    call: Option<u32>,
+    call: Option<CallId>,
     reporter: Reporter,
     teller: Teller,
     /// Of the last poll that was answered: what is then published is as new as that.
@@ -119,7 +119,7 @@ impl From<PublishError> for Trouble {
 impl Leader {
     /// A VM that does not lead yet.
     pub fn new(vm: u64, configuration: Configuration, token: Option<String>) -> Self {
-        let proxy_id = host::property(&["xds", "node", "id"]).filter(|id| !id.is_empty());
+        let proxy_id = host::node_id();
         if proxy_id.is_none() {
             host::warn("this proxy has no node id (--service-node); it will be known by a random one");
         }
@@ -128,7 +128,7 @@ impl Leader {
             configuration,
             token,
             proxy_id: proxy_id.unwrap_or_default(),
-            proxy_cluster: host::property(&["xds", "node", "cluster"]).unwrap_or_default(),
+            proxy_cluster: host::node_cluster().unwrap_or_default(),
             leading: None,
             refused_answers: 0,
             failed_calls: 0,
@@ -163,7 +163,7 @@ impl Leader {
     }
 
     /// Takes an answer; how soon it wants to be called again.
-    pub fn on_answer(&mut self, token: u32, answer: Option<Answer>, now: Now<'_>) -> Option<Duration> {
+    pub fn on_answer(&mut self, token: CallId, answer: Option<Answer>, now: Now<'_>) -> Option<Duration> {
         let leading = self.leading.as_mut()?;
         if leading.teller.on_answer(token, answer.as_ref(), now.ns) {
             self.ask_for_units(now);

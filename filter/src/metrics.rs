@@ -42,15 +42,22 @@ pub struct Metrics {
     pub slice_us: Histogram,
 }
 
+/// Decisions for a reason.
+pub fn decisions(reason: Reason) -> Counter {
+    Counter::define(&format!("keygate_decisions.reason.{}", reason.label()))
+}
+
+/// Panics that were caught, in a dynamic module. In WebAssembly they trap, and Envoy counts what comes of that.
+pub fn panics() -> Counter {
+    Counter::define("keygate_panics")
+}
+
 impl Metrics {
     /// Defines them all, so that they are there before anything happened.
     pub fn define() -> Self {
+        let _there_from_the_start = panics();
         Self {
-            decisions: Reason::ALL
-                .iter()
-                .map(|reason| Counter::define(&format!("keygate_decisions.reason.{}", reason.label())))
-                .map(|counter| (counter, 0))
-                .collect(),
+            decisions: Reason::ALL.iter().map(|reason| (decisions(*reason), 0)).collect(),
             since_tick: 0,
             shadowed: Counter::define("keygate_shadowed"),
             fair_share: Counter::define("keygate_fair_share"),

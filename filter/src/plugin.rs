@@ -1,8 +1,6 @@
 //! What one VM of the filter holds, and its part in the process: the configuration, the copy of the
 //! state, the cache, and the leader when it leads.
 
-use std::cell::RefCell;
-use std::rc::Rc;
 use std::time::Duration;
 
 use keygate_core::cache::TokenCache;
@@ -15,7 +13,7 @@ use keygate_core::wall_clock::WallClock;
 use serde::Deserialize;
 
 use crate::es256;
-use crate::host::{self, Answer};
+use crate::host::{self, Answer, CallId};
 use crate::leader::{Leader, Now};
 use crate::metrics::Metrics;
 
@@ -56,9 +54,6 @@ fn default_token_cache_bytes() -> usize {
 
 /// The environment variable with the fleet token.
 pub const FLEET_TOKEN: &str = "KEYGATE_FLEET_TOKEN";
-
-/// One VM's state, for its root context and the requests of its worker.
-pub type Shared = Rc<RefCell<Plugin>>;
 
 /// One VM's state.
 pub struct Plugin {
@@ -134,11 +129,6 @@ impl Plugin {
         Ok(plugin)
     }
 
-    /// For its contexts.
-    pub fn shared(self) -> Shared {
-        Rc::new(RefCell::new(self))
-    }
-
     /// What is done now and then.
     pub fn on_tick(&mut self) {
         let now_ns = host::monotonic_ns();
@@ -168,7 +158,7 @@ impl Plugin {
     }
 
     /// An answer of the control plane, `None` when the call failed.
-    pub fn on_answer(&mut self, token: u32, answer: Option<Answer>) {
+    pub fn on_answer(&mut self, token: CallId, answer: Option<Answer>) {
         let now_ns = host::monotonic_ns();
         let now = now(now_ns, self.census, &self.replica, &self.metrics);
         let wanted = self.leader.on_answer(token, answer, now);

@@ -4,7 +4,7 @@
 use keygate_core::telemetry::{Counts, Receipt, Report, grown, ledger};
 use keygate_core::wire::FORMAT;
 
-use crate::host::{Answer, Shared};
+use crate::host::{Answer, CallId, Shared};
 
 /// Where reports go.
 pub const REPORT_PATH: &str = "/sync/v1/report";
@@ -20,7 +20,7 @@ const TIDY_EVERY_NS: u64 = 10_000_000_000;
 /// Reports for one process.
 #[derive(Default)]
 pub struct Reporter {
-    call: Option<u32>,
+    call: Option<CallId>,
     /// What is acknowledged when the report under way is.
     under_way: Vec<(String, u64)>,
     acknowledged: Option<Counts>,
@@ -35,7 +35,7 @@ impl Reporter {
         &mut self,
         now_ns: u64,
         (proxy, incarnation): (&str, u64),
-        send: impl FnOnce(&[u8]) -> Option<u32>,
+        send: impl FnOnce(&[u8]) -> Option<CallId>,
     ) {
         if now_ns >= self.tidy_at_ns {
             self.tidy_at_ns = now_ns.saturating_add(TIDY_EVERY_NS);
@@ -64,7 +64,7 @@ impl Reporter {
     }
 
     /// Takes the answer to a report; whether it is one.
-    pub fn on_answer(&mut self, token: u32, answer: Option<&Answer>, now_ns: u64) -> bool {
+    pub fn on_answer(&mut self, token: CallId, answer: Option<&Answer>, now_ns: u64) -> bool {
         if self.call != Some(token) {
             return false;
         }

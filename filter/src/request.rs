@@ -6,8 +6,7 @@ use keygate_core::forward::{self, Forwarded};
 use keygate_core::header_map::HeaderMap;
 use keygate_core::limits::Left;
 use keygate_core::refusal::Refusal;
-use keygate_core::telemetry::{self, Stopwatch};
-use proxy_wasm::types::Action;
+use keygate_core::telemetry::{self, Stopwatch, Trouble};
 
 use crate::host;
 use crate::plugin::Plugin;
@@ -172,21 +171,19 @@ fn record(decision: &Decision<'_>) {
     }
 }
 
-/// Gives the upstream the client's headers without those that are ours to set, then ours; whether that worked.
+/// Takes out of the request what is ours to set, as clients may forge it, then adds ours; whether that worked.
 fn forward(headers: &HeaderMap, forwarded: &Forwarded) -> bool {
-    if !headers.iter().any(|(name, _)| forward::is_reserved(name)) {
-        // As nearly always: nothing is to be taken away.
-        return forwarded.headers().all(|(name, value)| host::add_request_header(name, value));
-    }
-    let kept = headers.iter().filter(|(name, _)| !forward::is_reserved(name));
-    // A proxy lets no other names pass.
-    let kept = kept.map(|(name, value)| std::str::from_utf8(name).ok().zip(Some(value)));
-    let ours = forwarded.headers().map(|(name, value)| Some((name, value.as_bytes())));
-    kept.chain(ours).collect::<Option<Vec<_>>>().is_some_and(host::replace_request_headers)
+    let forged = headers.iter().map(|(name, _)| name).filter(|name| forward::is_reserved(name));
+    // A proxy lets no names pass that are no text.
+    let mut removed = forged.map(|name| std::str::from_utf8(name).is_ok_and(host::remove_request_header));
+    let done = removed.all(|removed| removed)
+        && forwarded.headers().all(|(name, value)| host::add_request_header(name, value));
+    host::request_headers_changed();
+    done
 }
 
 /// What a client is told of its limit: draft-ietf-httpapi-ratelimit-headers in its widespread form.
-pub fn limit_headers(left: Left) -> [(&'static str, String); 3] {
+fn limit_headers(left: Left) -> [(&'static str, String); 3] {
     [
         ("x-ratelimit-limit", left.limit.units.to_string()),
         ("x-ratelimit-remaining", left.remaining.to_string()),
@@ -210,12 +207,20 @@ fn refuse(refusal: Refusal, realm: &str, scopes: &[String], left: Option<Left>) 
     Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
 }
 
-/// Carries an outcome out, and says what answer is to be counted. The only pause is that after a local reply.
-pub fn carry_out(outcome: Outcome) -> (Action, Option<Awaited>) {
+/// What becomes of a request.
+pub enum Then {
+    /// It goes on to the upstream, and this is to be done when that answers.
+    Continue(Option<Awaited>),
+    /// It is answered.
+    Answered,
+}
+
+/// Carries an outcome out.
+pub fn carry_out(outcome: Outcome) -> Then {
     match outcome {
         Outcome::Pass { headers, forwarded, awaited } => {
             if forward(&headers, &forwarded) {
-                return (Action::Continue, awaited);
+                return Then::Continue(awaited);
             }
             // A forged identity could be among those that were to be removed.
             carry_out(Outcome::unavailable())
@@ -223,7 +228,17 @@ pub fn carry_out(outcome: Outcome) -> (Action, Option<Awaited>) {
         Outcome::Respond { status, headers, body } => {
             let pairs = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
             host::respond(status, pairs, body.as_bytes());
-            (Action::Pause, None)
+            Then::Answered
         }
     }
+}
+
+/// The upstream answers: the client is told what is left of its limit. What is to be counted, while a rollout is under
+/// way: what that costs is not for everybody to pay.
+pub fn on_response(awaited: Awaited) -> Option<(telemetry::Awaited, Trouble)> {
+    if let Some(left) = awaited.left {
+        host::add_response_headers(&limit_headers(left));
+    }
+    let counted = awaited.counted?;
+    Some((counted, host::response_status().and_then(Trouble::of)?))
 }

@@ -3,7 +3,7 @@
 use keygate_core::limits::{Limit, Meter, Metered};
 use keygate_core::quota::{Account, Answer, Basis, Leader, Worker};
 
-use crate::host::{self, Shared};
+use crate::host::{self, CallId, Shared};
 use crate::metrics::Metrics;
 
 /// Where the leader asks.
@@ -33,7 +33,7 @@ impl Meter for Till<'_> {
 /// Asks for one process.
 pub struct Teller {
     leader: Leader,
-    call: Option<(u32, u64)>,
+    call: Option<(CallId, u64)>,
     /// After a failure, when to ask again.
     ask_at_ns: u64,
 }
@@ -48,7 +48,7 @@ impl Teller {
     }
 
     /// Asks what is to be asked. `send` sends it, and gives the number of the call.
-    pub fn on_tick(&mut self, now_ns: u64, send: impl FnOnce(&[u8]) -> Option<u32>) {
+    pub fn on_tick(&mut self, now_ns: u64, send: impl FnOnce(&[u8]) -> Option<CallId>) {
         if now_ns < self.ask_at_ns {
             return;
         }
@@ -61,7 +61,7 @@ impl Teller {
     }
 
     /// Takes an answer; whether it is one to a question of this.
-    pub fn on_answer(&mut self, token: u32, answer: Option<&host::Answer>, now_ns: u64) -> bool {
+    pub fn on_answer(&mut self, token: CallId, answer: Option<&host::Answer>, now_ns: u64) -> bool {
         let Some((_, number)) = self.call.take_if(|(call, _)| *call == token) else { return false };
         let taken = answer
             .filter(|answer| answer.status == 200)

@@ -15,6 +15,7 @@ mod flood;
 mod fsync;
 mod hostile;
 mod hsm;
+mod module;
 mod monitoring;
 mod notify;
 mod outage;

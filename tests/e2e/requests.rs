@@ -78,8 +78,10 @@ fn what_a_client_forges_never_reaches_the_upstream() {
     assert_eq!(headers["x-keygate-role"], "basic");
     assert_eq!(headers["x-keygate-key-id"], key.id.as_str());
     assert_eq!(headers["x-keygate-version"], "v2");
-    assert_eq!(headers["x-keygate-owner"], "", "no owner, and not a forged one");
-    assert_eq!(look_alikes(&answer).len(), 5, "{answer}");
+    // Modules cannot set empty headers.
+    let (nobody, told) = if stack.envoy.has_module() { (Value::Null, 4) } else { (json!(""), 5) };
+    assert_eq!(headers["x-keygate-owner"], nobody, "no owner, and not a forged one");
+    assert_eq!(look_alikes(&answer).len(), told, "{answer}");
 
     // On a public route there is nobody to speak for, so nothing but the version.
     let answer = stack.call(&forged(Request::get("/"))).expect(200).json();

@@ -22,6 +22,16 @@ pub fn trap_filter() -> PathBuf {
     existing("KEYGATE_TRAP_WASM", target().join("wasm32-wasip1/filter-trap/keygate_filter.wasm"))
 }
 
+/// The filter as a dynamic module.
+pub fn module() -> PathBuf {
+    existing("KEYGATE_MODULE", target().join("module/libkeygate_filter.so"))
+}
+
+/// The same, for tests that make it panic.
+pub fn trap_module() -> PathBuf {
+    existing("KEYGATE_TRAP_MODULE", target().join("debug/libkeygate_filter.so"))
+}
+
 /// The filter that does nothing.
 pub fn empty_filter() -> PathBuf {
     existing("KEYGATE_EMPTY_WASM", target().join("wasm32-wasip1/filter/examples/empty.wasm"))

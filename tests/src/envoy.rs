@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
 
 use serde_json::Value;
 
@@ -28,15 +29,52 @@ pub struct Neighbours {
     pub fleet_token: String,
 }
 
+/// The filter that an Envoy has.
+#[derive(Debug, Clone)]
+enum Filter {
+    /// In WebAssembly.
+    Wasm(PathBuf),
+    /// As a dynamic module.
+    Module(PathBuf),
+}
+
+impl Filter {
+    /// The one in WebAssembly, but for runs of all tests with the other.
+    fn usual() -> Self {
+        match std::env::var("KEYGATE_E2E_FILTER").as_deref() {
+            Ok("module") => Self::Module(binaries::module()),
+            Ok("wasm") | Err(_) => Self::Wasm(binaries::filter()),
+            Ok(other) => panic!("KEYGATE_E2E_FILTER is {other:?}; it may be wasm or module"),
+        }
+    }
+
+    /// Puts it into Envoy's configuration.
+    fn put_into(&self, template: &str) -> String {
+        match self {
+            Self::Wasm(file) => template.replace("@FILTER_WASM@", &file.display().to_string()),
+            Self::Module(file) => {
+                let begin = template.find("                  - name: keygate\n").expect("the filter's entry");
+                let end =
+                    template.find("                  - name: envoy.filters.http.router").expect("the next");
+                let entry = fs::read_to_string(binaries::root().join("envoy/module.yaml.in"));
+                let entry = entry.expect("the module's entry");
+                let entry = entry.replace("@FILTER_MODULE@", &file.display().to_string());
+                [&template[..begin], &entry, &template[end..]].concat()
+            }
+        }
+    }
+}
+
 /// One Envoy with the filter, with a directory and ports of its own, running or not.
 #[derive(Debug)]
 pub struct Envoy {
     directory: PathBuf,
     node: String,
     workers: usize,
-    filter: PathBuf,
+    filter: Filter,
     source: Option<Ipv4Addr>,
     moved_clock: Option<Clock>,
+    listeners_of_a_file: bool,
     port: Port,
     admin_port: Port,
     process: Option<Process>,
@@ -51,9 +89,10 @@ impl Envoy {
             directory,
             node: node.to_owned(),
             workers,
-            filter: binaries::filter(),
+            filter: Filter::usual(),
             source: None,
             moved_clock: None,
+            listeners_of_a_file: false,
             port: Port::reserve(),
             admin_port: Port::reserve(),
             process: None,
@@ -62,7 +101,15 @@ impl Envoy {
 
     /// With the filter that a test can make trap.
     pub fn use_trap_filter(&mut self) {
-        self.filter = binaries::trap_filter();
+        self.filter = match self.filter {
+            Filter::Wasm(_) => Filter::Wasm(binaries::trap_filter()),
+            Filter::Module(_) => Filter::Module(binaries::trap_module()),
+        };
+    }
+
+    /// With the filter as a dynamic module.
+    pub fn use_module(&mut self) {
+        self.filter = Filter::Module(binaries::module());
     }
 
     /// Connects to the control plane from an address of its own, for filters alone.
@@ -73,6 +120,23 @@ impl Envoy {
     /// From the next start on it goes by this clock.
     pub fn use_moved_clock(&mut self, clock: &Clock) {
         self.moved_clock = Some(clock.clone());
+    }
+
+    /// From the next start on it has its listeners from a file, and watches that.
+    pub fn use_listeners_of_a_file(&mut self) {
+        self.listeners_of_a_file = true;
+    }
+
+    /// Gives it other listeners than it has: the filter of the new ones polls for so long.
+    pub fn change_listeners(&self, poll_wait_ms: u64) {
+        let file = self.listeners_file();
+        let text = fs::read_to_string(&file).expect("the listeners");
+        let (before, rest) = text.split_once("\"keygate_sync\"").expect("the filter's configuration");
+        let (_, after) = rest.split_once('}').expect("its end");
+        let text = format!("{before}\"keygate_sync\", \"poll_wait_ms\": {poll_wait_ms}}}{after}");
+        let new = self.directory.join("listeners.new");
+        fs::write(&new, text).expect("the listeners");
+        fs::rename(new, file).expect("the listeners");
     }
 
     /// Starts it; it then listens, and is ready or not.
@@ -89,8 +153,12 @@ impl Envoy {
     #[track_caller]
     pub fn launch(&mut self, neighbours: &Neighbours) {
         assert!(self.process.is_none(), "Envoy runs already");
-        let config = self.directory.join("keygate-envoy.yaml");
-        fs::write(&config, self.config(neighbours)).expect("Envoy's configuration");
+        let config = self.config_file();
+        let mut text = self.config(neighbours);
+        if self.listeners_of_a_file {
+            text = self.with_listeners_of_a_file(&text);
+        }
+        fs::write(&config, text).expect("Envoy's configuration");
         let started = Process::start("envoy", &binaries::envoy(), &self.log(), |command| {
             command
                 .arg("--config-path")
@@ -98,8 +166,12 @@ impl Envoy {
                 .args(["--concurrency", &self.workers.to_string()])
                 .args(["--service-node", &self.node, "--service-cluster", "e2e"])
                 .args(["--disable-hot-restart", "--file-flush-interval-msec", "50"])
-                .args(["--log-level", "warning", "--component-log-level", "wasm:info"])
+                .args(["--log-level", "warning", "--component-log-level", "wasm:info,dynamic_modules:info"])
                 .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token);
+            if self.listeners_of_a_file {
+                // Old ones end soon.
+                command.args(["--drain-time-s", "1", "--drain-strategy", "immediate"]);
+            }
             if let Some(clock) = &self.moved_clock {
                 clock.give_to(command);
             }
@@ -119,10 +191,36 @@ impl Envoy {
             ("@UPSTREAM_PORT@", neighbours.upstream_port.to_string()),
             ("@UPSTREAM_V1_PORT@", neighbours.upstream_v1_port.to_string()),
             ("@ACCESS_LOG@", self.access_log_file().display().to_string()),
-            ("@FILTER_WASM@", self.filter.display().to_string()),
         ]
         .iter()
-        .fold(self.with_source(template), |text, (place, value)| text.replace(place, value))
+        .fold(self.with_source(self.filter.put_into(&template)), |text, (place, value)| {
+            text.replace(place, value)
+        })
+    }
+
+    /// Puts the listeners into their file, and its name in their place.
+    fn with_listeners_of_a_file(&self, text: &str) -> String {
+        let (head, rest) = text.split_once("  listeners:\n    - ").expect("the listeners");
+        let (listener, clusters) = rest.split_once("\n  clusters:\n").expect("the clusters");
+        let kind = r#""@type": type.googleapis.com/envoy.config.listener.v3.Listener"#;
+        let listeners = format!("resources:\n    - {kind}\n      {listener}\n");
+        fs::write(self.listeners_file(), listeners).expect("the listeners");
+        let source = format!("{{ path_config_source: {{ path: {} }} }}", self.listeners_file().display());
+        format!("{head}  clusters:\n{clusters}\ndynamic_resources: {{ lds_config: {source} }}\n")
+    }
+
+    fn listeners_file(&self) -> PathBuf {
+        self.directory.join("listeners.yaml")
+    }
+
+    /// Its configuration.
+    pub fn config_file(&self) -> PathBuf {
+        self.directory.join("keygate-envoy.yaml")
+    }
+
+    /// Whether its filter is a dynamic module.
+    pub fn has_module(&self) -> bool {
+        matches!(self.filter, Filter::Module(_))
     }
 
     fn with_source(&self, template: String) -> String {
@@ -149,8 +247,8 @@ impl Envoy {
 
     /// Stops it the polite way.
     #[track_caller]
-    pub fn stop(&mut self) {
-        self.process.take().expect("it runs").stop();
+    pub fn stop(&mut self) -> ExitStatus {
+        self.process.take().expect("it runs").stop()
     }
 
     /// Kills it as a crash would.

@@ -23,6 +23,7 @@ pub struct Builder {
     control_plane: bool,
     envoy: bool,
     trap_filter: bool,
+    module: bool,
     limits: bool,
     redis: Option<String>,
 }
@@ -70,6 +71,12 @@ impl Builder {
         self
     }
 
+    /// Uses the filter as a dynamic module.
+    pub fn module(mut self) -> Self {
+        self.module = true;
+        self
+    }
+
     /// Starts it, and waits until all of it is ready that can be.
     #[track_caller]
     pub fn start(self) -> Stack {
@@ -83,6 +90,9 @@ impl Builder {
         };
         if self.limits {
             stack.control_plane.use_variable("KEYGATE_LIMITS_ENFORCE", "true");
+        }
+        if self.module {
+            stack.envoy.use_module();
         }
         if self.trap_filter {
             stack.envoy.use_trap_filter();
@@ -130,6 +140,7 @@ impl Stack {
             control_plane: true,
             envoy: true,
             trap_filter: false,
+            module: false,
             limits: false,
             redis: None,
         }

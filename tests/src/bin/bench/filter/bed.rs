@@ -122,6 +122,7 @@ impl Bed {
             ext_authz_port,
             filter: &binaries::filter(),
             empty_filter: &binaries::empty_filter(),
+            module: &binaries::module(),
             es256: &public_key(&api, &es256_kid),
             eddsa: &public_key(&api, &eddsa_kid),
             hs256: &json!({ "kty": "oct", "alg": "HS256", "kid": signer.kid, "k": signer.secret }),
@@ -156,16 +157,18 @@ impl Bed {
     }
 
     fn wait_ready(&mut self) {
-        let port = self.port(Listener::Keygate);
-        let is_ready =
-            |path: &str| http::try_call(port, &Request::get(path)).is_ok_and(|answer| answer.status == 200);
+        let ports = [Listener::Keygate, Listener::Module].map(|listener| self.port(listener));
         wait_until(LONG, "Envoy to be ready", || {
             self.envoy.assert_runs();
-            is_ready("/.keygate/ready")
+            let is_ready =
+                |port| http::try_call(port, &Request::get("/.keygate/ready")).map(|answer| answer.status);
+            ports.into_iter().all(|port| is_ready(port).is_ok_and(|status| status == 200))
         });
         let held = self.api().get("/api/admin/revocations/stats").expect(200).json();
-        wait_until(LONG, "the worker's gates", || {
-            Some(self.stat("keygate_gate_bytes") * 8) >= held["bloom_bits"].as_u64()
+        let bits = held["bloom_bits"].as_u64();
+        wait_until(LONG, "the workers' gates", || {
+            let of = |name: &str| Some(self.stat(&format!("{name}.keygate_gate_bytes")) * 8);
+            of("wasmcustom") >= bits && of("keygate") >= bits
         });
         for port in [self.port(Listener::WasmEmpty), self.port(Listener::Bare)] {
             wait_until(SOON, "the upstream", || {
@@ -221,7 +224,7 @@ impl Bed {
     /// The CPU time of all that takes part in the requests to a listener, but for client and upstream.
     pub fn taken(&self, listener: Listener) -> Taken {
         match listener {
-            Listener::Keygate => Taken::now(&[self.envoy.id(), self.control_plane.id()]),
+            Listener::Keygate | Listener::Module => Taken::now(&[self.envoy.id(), self.control_plane.id()]),
             Listener::ExtAuthz => Taken::now(&[self.envoy.id(), self.ext_authz.id()]),
             _ => Taken::now(&[self.envoy.id()]),
         }
@@ -349,6 +352,8 @@ fn envoy(
             .arg(&file)
             .args(["--concurrency", "1", "--service-node", "bench", "--service-cluster", "bench"])
             .args(["--disable-hot-restart", "--log-level", "warning", "--component-log-level", "wasm:info"])
-            .env("KEYGATE_FLEET_TOKEN", fleet_token);
+            .env("KEYGATE_FLEET_TOKEN", fleet_token)
+            // The module alone reads it: there are two proxies in this Envoy.
+            .env("KEYGATE_PROXY_ID", "bench-module");
     })
 }

@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use keygate_e2e::binaries;
 use serde_json::{Value, json};
 
 use super::variant::Listener;
@@ -18,6 +19,7 @@ pub struct Places<'a> {
     pub ext_authz_port: u16,
     pub filter: &'a Path,
     pub empty_filter: &'a Path,
+    pub module: &'a Path,
     /// For jwt_authn: the public keys, and the secret, as JWKs.
     pub es256: &'a Value,
     pub eddsa: &'a Value,
@@ -81,6 +83,11 @@ fn filters(listener: Listener, keygate: &str, places: &Places<'_>) -> String {
         Listener::WasmEmpty => {
             let text = keygate.replace(": keygate\n", ": empty\n");
             put(&text, "@FILTER_WASM@", &places.empty_filter.display().to_string())
+        }
+        Listener::Module => {
+            let entry = binaries::root().join("envoy/module.yaml.in");
+            let entry = std::fs::read_to_string(entry).expect("the module's entry");
+            put(&put(&entry, "@FILTER_MODULE@", &places.module.display().to_string()), CONFIGURATION, ROOMY)
         }
         Listener::JwtHs256 => one(&jwt_authn(places, places.hs256, None)),
         Listener::JwtCached => one(&jwt_authn(places, places.hs256, Some(places.cached_tokens))),
@@ -172,6 +179,7 @@ mod tests {
             ext_authz_port: 6,
             filter: Path::new("/filter.wasm"),
             empty_filter: Path::new("/empty.wasm"),
+            module: Path::new("/module.so"),
             es256: &key,
             eddsa: &key,
             hs256: &key,
@@ -189,6 +197,12 @@ mod tests {
         let section =
             template.split("http_filters:\n").nth(1).and_then(|rest| rest.split("route_config").next());
         assert!(keygate.replace(ROOMY, CONFIGURATION).contains(section.expect("the filters")));
+        let module = of(Listener::Module);
+        assert!(
+            module.contains("/module.so")
+                && module.contains("token_cache_bytes")
+                && !module.contains("wasm.v3")
+        );
         let empty = of(Listener::WasmEmpty);
         assert!(
             empty.contains("vm_id: empty")

@@ -7,7 +7,7 @@ use keygate_e2e::durability::Dice;
 use super::bed::Bed;
 use super::client::{Client, Shot};
 use super::tokens::Tokens;
-use super::variant::{ALL, Listener, Load, Variant};
+use super::variant::{ALL, Load, Variant};
 use crate::estimate::{Estimate, lower_quartile};
 
 /// As many requests at a time.
@@ -114,7 +114,7 @@ fn turn(variant: &Variant, requests: usize) -> usize {
 
 /// Has those keys known that are to be, whatever others pushed out of the filter's memory.
 fn warm_up(client: &mut Client, variant: &Variant, tokens: &Tokens, next: &[Shot<'_>]) {
-    if variant.listener == Listener::Keygate {
+    if variant.listener.is_keygate() {
         let of = |shot: &Shot<'_>| shot.request.as_ptr();
         let wanted: HashSet<*const u8> = next.iter().map(of).collect();
         let known = tokens.every_known().filter(|shot| wanted.contains(&of(shot)));

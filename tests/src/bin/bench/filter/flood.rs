@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::bed::Bed;
 use super::client::{Answers, Client, Shot};
-use super::speed::{self, Latency, STEADY_CONNECTIONS};
+use super::speed::{Latency, STEADY_CONNECTIONS};
 use super::tokens::Tokens;
-use super::variant::{ALL, Load, named};
+use super::variant::{Listener, Load};
 use crate::estimate::median;
 
 /// What comes beside good requests, and how many of either there are, of what Keygate can do at saturation. As many good
@@ -26,6 +26,8 @@ const EACH_FOR: Duration = Duration::from_secs(2);
 /// What they notice at one rate.
 #[derive(Debug)]
 pub struct Flood {
+    /// Of which filter.
+    pub listener: Listener,
     /// What the others are.
     pub load: Load,
     /// Of what Keygate can do at saturation.
@@ -56,17 +58,28 @@ impl Flood {
     }
 }
 
-/// Measures it, where Keygate can do so many a second.
+/// Measures it, where Keygate in WebAssembly can do so many a second.
 pub fn measure(bed: &Bed, tokens: &mut Tokens, most: f64) -> Vec<Flood> {
-    let known = &ALL[named("keygate_known")];
-    let mut client = Client::connect(bed.port(known.listener), STEADY_CONNECTIONS);
-    speed::warm(bed, tokens, known, &mut client);
-    let at = |(load, share)| at(bed, tokens, &mut client, (load, share), most * share);
-    FLOODS.into_iter().map(at).collect()
+    let mut all = Vec::new();
+    for listener in [Listener::Keygate, Listener::Module] {
+        let mut client = Client::connect(bed.port(listener), STEADY_CONNECTIONS);
+        client.closed(tokens.every_known()).expect_right("known keys");
+        let shots = tokens.draw(Load::Known, STEADY_CONNECTIONS);
+        client.closed(shots.into_iter()).expect_right("known keys");
+        all.extend(
+            FLOODS.map(|(load, share)| at(bed, tokens, &mut client, (listener, load, share), most * share)),
+        );
+    }
+    all
 }
 
-fn at(bed: &Bed, tokens: &Tokens, client: &mut Client, (load, share): (Load, f64), rate: f64) -> Flood {
-    let listener = ALL[named("keygate_known")].listener;
+fn at(
+    bed: &Bed,
+    tokens: &Tokens,
+    client: &mut Client,
+    (listener, load, share): (Listener, Load, f64),
+    rate: f64,
+) -> Flood {
     let count = (rate * EACH_FOR.as_secs_f64()) as usize;
     let (mut alone, mut beside) = (Answers::new(), Answers::new());
     let (mut costs, mut busy) = (Vec::new(), Vec::new());
@@ -87,9 +100,11 @@ fn at(bed: &Bed, tokens: &Tokens, client: &mut Client, (load, share): (Load, f64
         busy.push(cpu_beside / 1e6 / took.as_secs_f64());
     }
     let p99_us = (Latency::of(&alone).p99_us, Latency::of(&beside).p99_us);
-    let flood = Flood { load, share, rate, p99_us, cpu_us_per_forged: median(&costs), busy: median(&busy) };
+    let flood =
+        Flood { listener, load, share, rate, p99_us, cpu_us_per_forged: median(&costs), busy: median(&busy) };
     println!(
-        "  {:.0} good keys a second: p99 {:.2} times as long beside as many {} ones",
+        "  {}: {:.0} good keys a second: p99 {:.2} times as long beside as many {} ones",
+        listener.name(),
         rate,
         flood.ratio(),
         flood.kind()

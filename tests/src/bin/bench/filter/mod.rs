@@ -64,7 +64,7 @@ pub fn run() {
     let awake = Awake::start(cpus, bed.directory());
     println!("latency at {} % of {slowest:.0} requests a second", speed::RATES[speed::QUOTED]);
     let latencies = speed::latencies(&bed, &mut tokens, slowest);
-    println!("forged keys beside good ones");
+    println!("forged keys beside good ones, for Keygate in WebAssembly and as a module");
     let known = saturations[variant::named("keygate_known")].expect("it was measured").rate;
     let flood = flood::measure(&bed, &mut tokens, known);
     drop(awake);

@@ -36,13 +36,16 @@ pub struct Report {
 
 impl Report {
     /// What one costs beside another, each above bare Envoy.
-    fn ratios(&self) -> [(&'static str, Estimate); 4] {
+    fn ratios(&self) -> [(&'static str, Estimate); 7] {
         let of = |one, other| self.costs.ratio(named(one), named(other));
         [
             ("keygate_known / jwt_authn_hs256, added CPU", of("keygate_known", "jwt_authn_hs256")),
             ("keygate_known / jwt_authn_cached, added CPU", of("keygate_known", "jwt_authn_cached")),
             ("keygate_new / jwt_authn_es256, added CPU", of("keygate_new", "jwt_authn_es256")),
             ("keygate_known / wasm_empty, added CPU", of("keygate_known", "wasm_empty")),
+            ("module_known / jwt_authn_hs256, added CPU", of("module_known", "jwt_authn_hs256")),
+            ("module_known / jwt_authn_cached, added CPU", of("module_known", "jwt_authn_cached")),
+            ("module_new / jwt_authn_es256, added CPU", of("module_new", "jwt_authn_es256")),
         ]
     }
 
@@ -90,12 +93,14 @@ impl Report {
         for (name, ratio) in self.ratios() {
             println!("{name:<45} {:6.2} ± {:.2}", ratio.mean, ratio.ci95);
         }
-        let share = self.rate_share(named("keygate_known")).unwrap_or(f64::NAN);
-        println!("{:<45} {share:6.2}", "keygate_known / bare, requests per second");
+        for name in ["keygate_known", "module_known"] {
+            let share = self.rate_share(named(name)).unwrap_or(f64::NAN);
+            println!("{:<45} {share:6.2}", format!("{name} / bare, requests per second"));
+        }
         for flood in &self.flood {
             println!(
                 "{:<45} {:6.2}   at {:.0}/s each, {:.0} % of the CPU; {:.1} µs CPU one of those",
-                format!("good keys' p99 beside {} ones / alone", flood.kind()),
+                format!("{}: good keys' p99 beside {} ones / alone", flood.listener.name(), flood.kind()),
                 flood.ratio(),
                 flood.rate,
                 flood.busy * 100.0,
@@ -173,7 +178,8 @@ impl Report {
                 let by_rate = RATES.iter().zip(latencies).map(|(rate, at)| (rate.to_string(), at.json()));
                 figures["latency_by_rate_percent"] = Value::from_iter(by_rate);
             }
-            let to = if variant.aside { &mut further } else { &mut variants };
+            let aside = variant.aside || variant.listener == Listener::Module;
+            let to = if aside { &mut further } else { &mut variants };
             to.insert(variant.name.to_owned(), figures);
         }
         let ratios =
@@ -185,6 +191,7 @@ impl Report {
             "ratios": Value::from_iter(ratios),
             "rps_share_of_bare": self.rate_share(named("keygate_known")),
             "forged": self.flood.iter().map(|flood| json!({
+                "filter": flood.listener.name(),
                 "kind": flood.kind(),
                 "share_of_saturation": flood.share,
                 "good_per_second": flood.rate,
@@ -219,7 +226,7 @@ impl Report {
             .map(|(place, variant)| Bar {
                 name: variant.name,
                 value: self.costs.added(place),
-                ours: variant.listener == Listener::Keygate,
+                ours: variant.listener.is_keygate(),
             })
             .collect();
         chart::svg("CPU time added to a request, µs (95 %)", &bars)

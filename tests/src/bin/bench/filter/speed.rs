@@ -140,7 +140,7 @@ pub fn latencies(bed: &Bed, tokens: &mut Tokens, slowest: f64) -> Vec<Option<[La
 
 /// Has known keys known, and each connection used once.
 pub fn warm(bed: &Bed, tokens: &mut Tokens, variant: &Variant, client: &mut Client) {
-    let keygate = variant.listener == Listener::Keygate;
+    let keygate = variant.listener.is_keygate();
     if variant.load == Load::Known && (keygate || variant.listener == Listener::JwtCached) {
         client.closed(tokens.every_known()).expect_right(variant.name);
     }

@@ -17,11 +17,14 @@ pub enum Listener {
     JwtCached,
     /// ext_authz, which asks a service that says yes.
     ExtAuthz,
+    /// In WebAssembly.
     Keygate,
+    /// The same as a dynamic module.
+    Module,
 }
 
 impl Listener {
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Bare,
         Self::BareAgain,
         Self::WasmEmpty,
@@ -31,7 +34,13 @@ impl Listener {
         Self::JwtCached,
         Self::ExtAuthz,
         Self::Keygate,
+        Self::Module,
     ];
+
+    /// Whether it is Keygate, in whichever form.
+    pub fn is_keygate(self) -> bool {
+        matches!(self, Self::Keygate | Self::Module)
+    }
 
     pub const fn name(self) -> &'static str {
         match self {
@@ -44,6 +53,7 @@ impl Listener {
             Self::JwtCached => "jwt_authn_cached",
             Self::ExtAuthz => "ext_authz",
             Self::Keygate => "keygate",
+            Self::Module => "module",
         }
     }
 }
@@ -88,7 +98,7 @@ const fn aside(name: &'static str, listener: Listener, load: Load, share: usize)
 }
 
 /// All; the first is what the others are compared with.
-pub const ALL: [Variant; 15] = [
+pub const ALL: [Variant; 19] = [
     of("bare", Listener::Bare, Load::Known, 100),
     aside("bare_again", Listener::BareAgain, Load::Known, 100),
     of("wasm_empty", Listener::WasmEmpty, Load::Known, 100),
@@ -104,6 +114,10 @@ pub const ALL: [Variant; 15] = [
     of("keygate_new", Listener::Keygate, Load::New(100), 20),
     of("keygate_forged", Listener::Keygate, Load::Forged, 50),
     aside("keygate_altered", Listener::Keygate, Load::Altered, 25),
+    of("module_known", Listener::Module, Load::Known, 100),
+    of("module_new", Listener::Module, Load::New(100), 20),
+    of("module_forged", Listener::Module, Load::Forged, 50),
+    aside("module_altered", Listener::Module, Load::Altered, 25),
 ];
 
 /// The one of that name.

@@ -1,0 +1,273 @@
+//! The proxy as a dynamic module sees it: by function calls, in Envoy's own memory.
+//!
+//! Whoever calls into the filter says first for which configuration and which request ([`enter`]), as the functions here
+//! are the same as those for WebAssembly, where the proxy knows by itself.
+
+mod abi;
+mod here;
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use keygate_core::header_map::HeaderMap;
+use keygate_core::shared::{Conflict, SharedData};
+
+pub use abi::{Buffer, Config, Header, Scheduler, Stream, bytes, concurrency, worker_index};
+use abi::{HeaderKind, Level, Metric};
+use here::here;
+pub use here::{Envoy, enter, is_entered};
+
+use super::Answer;
+
+/// The number of a call to another service.
+pub type CallId = u64;
+
+/// What the plugins of a process share.
+pub struct Shared;
+
+impl SharedData for Shared {
+    fn get(&mut self, key: &str) -> Option<(Vec<u8>, u32)> {
+        here(|envoy, _| envoy.store().get(key))?
+    }
+
+    fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), Conflict> {
+        here(|envoy, _| envoy.store().set(key, value, cas)).unwrap_or(Err(Conflict))
+    }
+}
+
+/// The wall clock, Unix milliseconds.
+pub fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(0)
+}
+
+/// The monotonic clock of the process, nanoseconds: the same for all its threads, and never 0.
+pub fn monotonic_ns() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let since = START.get_or_init(Instant::now).elapsed();
+    // The end of time makes every state too old, so a clock that fails is answered with 503.
+    u64::try_from(since.as_nanos()).map_or(u64::MAX, |ns| ns.saturating_add(1_000_000_000))
+}
+
+/// All headers of the request, in order, as they came.
+pub fn request_headers() -> Option<HeaderMap> {
+    of_stream(|stream| {
+        let headers = abi::headers(stream, HeaderKind::Request)?;
+        HeaderMap::copied(headers.iter().map(|header| (header.name(), header.value())))
+    })?
+}
+
+/// Adds a header to the request, which has none of that name; whether that worked. Envoy gives modules no way to set an
+/// empty one, so there is none then.
+pub fn add_request_header(name: &str, value: &str) -> bool {
+    of_stream(|stream| abi::set_header(stream, HeaderKind::Request, name, value)).unwrap_or(false)
+}
+
+/// Takes all headers of that name out of the request; whether that worked.
+pub fn remove_request_header(name: &str) -> bool {
+    of_stream(|stream| abi::set_header(stream, HeaderKind::Request, name, "")).unwrap_or(false)
+}
+
+/// To be called once the request's headers were changed: a route may be matched by what was added.
+pub fn request_headers_changed() {
+    of_stream(abi::clear_route_cache);
+}
+
+/// The status of the response.
+pub fn response_status() -> Option<u16> {
+    of_stream(|stream| {
+        let status = abi::header(stream, HeaderKind::Response, ":status")?;
+        std::str::from_utf8(status.bytes()).ok()?.parse().ok()
+    })?
+}
+
+/// Sets headers of the response, in place of what the upstream said of the same.
+pub fn add_response_headers(headers: &[(&str, String)]) {
+    of_stream(|stream| {
+        for (name, value) in headers {
+            let _best_effort = abi::set_header(stream, HeaderKind::Response, name, value);
+        }
+    });
+}
+
+/// The client's address, without its port.
+pub fn client_address() -> Option<String> {
+    let address = of_stream(abi::source_address)??;
+    let address = std::str::from_utf8(address.bytes()).ok()?;
+    Some(address.rsplit_once(':').map_or(address, |(host, _port)| host).to_owned())
+}
+
+/// Answers the request here.
+pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
+    of_stream(|stream| abi::send_response(stream, status, &headers, body));
+}
+
+/// Sets filter state `wasm.<name>` of the request, which access logs can print: under the name that it has from
+/// WebAssembly, so that a proxy's log format does for both.
+pub fn set_filter_state(name: &str, value: &str) {
+    let name = ["wasm.", name].concat();
+    let _best_effort = of_stream(|stream| abi::set_filter_state(stream, &name, value));
+}
+
+/// Its id among the proxies, if it has one. Envoy does not tell modules, so it is taken from the environment variable
+/// `KEYGATE_PROXY_ID`, or from Envoy's command line.
+pub fn node_id() -> Option<String> {
+    std::env::var("KEYGATE_PROXY_ID").ok().or_else(|| argument("--service-node")).filter(|id| !id.is_empty())
+}
+
+/// The cluster of proxies that it is one of: `KEYGATE_PROXY_CLUSTER`, or Envoy's command line.
+pub fn node_cluster() -> Option<String> {
+    std::env::var("KEYGATE_PROXY_CLUSTER").ok().or_else(|| argument("--service-cluster"))
+}
+
+/// The value of an argument of this process.
+fn argument(name: &str) -> Option<String> {
+    let mut arguments = std::env::args_os().filter_map(|argument| argument.into_string().ok());
+    while let Some(argument) = arguments.next() {
+        if argument == name {
+            return arguments.next();
+        }
+        if let Some(value) = argument.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')) {
+            return Some(value.to_owned());
+        }
+    }
+    None
+}
+
+/// The filter's configuration.
+pub fn configuration() -> Vec<u8> {
+    here(|envoy, _| envoy.configuration().to_vec()).unwrap_or_default()
+}
+
+/// How often the plugin that is entered shall tick, from now on.
+pub fn set_tick_period(period: Duration) {
+    here(|envoy, plugin| envoy.set_tick_period(plugin, period, monotonic_ns()));
+}
+
+/// Posts a JSON document to a cluster. `None` when the proxy has no such cluster, or nobody to ask in it.
+pub fn post(
+    cluster: &str,
+    path: &str,
+    token: Option<&str>,
+    body: &[u8],
+    timeout: Duration,
+) -> Option<CallId> {
+    let bearer = token.map(|token| format!("Bearer {token}"));
+    let mut headers = vec![
+        (":method", "POST"),
+        (":path", path),
+        (":authority", cluster),
+        ("content-type", "application/json"),
+    ];
+    if let Some(bearer) = &bearer {
+        headers.push(("authorization", bearer));
+    }
+    here(|envoy, plugin| {
+        let call = abi::call(envoy.config(), cluster, &headers, body, timeout)?;
+        envoy.asked(call, plugin);
+        Some(call)
+    })?
+}
+
+/// What an answer consists of, from within its callback.
+pub fn call_answer(headers: &[Header], chunks: &[Buffer]) -> Answer {
+    let status = headers.iter().find(|header| header.name() == b":status");
+    let status = status.and_then(|status| std::str::from_utf8(status.value()).ok()?.parse().ok());
+    let body = chunks.iter().map(Buffer::bytes).collect::<Vec<_>>().concat();
+    Answer { status: status.unwrap_or(0), body }
+}
+
+/// Verifies an ES256 signature (r and s) by a public point.
+pub fn verify_es256(point: &[u8], message: &[u8], signature: &[u8]) -> bool {
+    use ring::signature::{ECDSA_P256_SHA256_FIXED, UnparsedPublicKey};
+    UnparsedPublicKey::new(&ECDSA_P256_SHA256_FIXED, point).verify(message, signature).is_ok()
+}
+
+/// A counter of the proxy's.
+#[derive(Debug, Clone, Copy)]
+pub struct Counter(Option<usize>);
+
+impl Counter {
+    /// Defines it; counting where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(define(Metric::Counter, name))
+    }
+
+    /// One more.
+    pub fn increment(self) {
+        self.add(1);
+    }
+
+    /// So many more.
+    pub fn add(self, number: u64) {
+        if number > 0 {
+            change(Metric::Counter, self.0, number);
+        }
+    }
+}
+
+/// A gauge of the proxy's, one for all plugins.
+#[derive(Debug, Clone, Copy)]
+pub struct Gauge(Option<usize>);
+
+impl Gauge {
+    /// Defines it; setting where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(define(Metric::Gauge, name))
+    }
+
+    /// Sets it.
+    pub fn set(self, value: u64) {
+        change(Metric::Gauge, self.0, value);
+    }
+}
+
+/// A histogram of the proxy's.
+#[derive(Debug, Clone, Copy)]
+pub struct Histogram(Option<usize>);
+
+impl Histogram {
+    /// Defines it; observing where that failed does nothing.
+    pub fn define(name: &str) -> Self {
+        Self(define(Metric::Histogram, name))
+    }
+
+    /// Adds an observation.
+    pub fn observe(self, value: u64) {
+        change(Metric::Histogram, self.0, value);
+    }
+}
+
+fn define(metric: Metric, name: &str) -> Option<usize> {
+    here(|envoy, _| envoy.metric(name, || abi::define_metric(envoy.config(), metric, name)))?
+}
+
+fn change(metric: Metric, id: Option<usize>, value: u64) {
+    if let Some(id) = id {
+        here(|envoy, _| abi::change_metric(envoy.config(), metric, id, value));
+    }
+}
+
+/// The memory that this plugin has from the proxy: it has none of its own.
+pub fn memory_bytes() -> u64 {
+    0
+}
+
+/// Writes a line to the proxy's log.
+pub fn info(message: &str) {
+    abi::log(Level::Info, message);
+}
+
+/// Writes a warning to the proxy's log.
+pub fn warn(message: &str) {
+    abi::log(Level::Warn, message);
+}
+
+/// Writes an error to the proxy's log.
+pub fn error(message: &str) {
+    abi::log(Level::Error, message);
+}
+
+fn of_stream<R>(f: impl FnOnce(Stream) -> R) -> Option<R> {
+    here::stream().map(f)
+}

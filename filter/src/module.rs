@@ -1,0 +1,200 @@
+//! The filter as a dynamic module of Envoy's: one plugin for the main thread and one for each worker, as there are VMs
+//! in WebAssembly. Workers decide on requests with theirs; all of them tick on the main thread, which also
+//! takes the control plane's answers. Envoy has no timers for modules, so a thread of our own wakes it.
+
+mod hooks;
+mod ticker;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use keygate_core::decision::Reason;
+
+use crate::host::{self, Answer, CallId, Config, Counter, Envoy, Stream};
+use crate::metrics;
+use crate::plugin::Plugin;
+use crate::request::{self, Awaited, Outcome, Then};
+use ticker::Ticker;
+
+/// The plugin of the main thread. It is asked first, so it leads.
+const MAIN: usize = 0;
+/// How long after a panic a plugin is made anew, in nanoseconds.
+const REVIVE_AFTER_NS: u64 = 100_000_000;
+
+/// What there is for one configuration of the filter.
+pub struct Module {
+    // In the order in which they end.
+    ticker: Ticker,
+    seats: Box<[Seat]>,
+    /// Answers that came while a plugin was at work on this thread.
+    answers: Mutex<Answers>,
+    panics: Counter,
+    /// Requests that found no plugin: a reason of decisions like others, which no plugin counts.
+    undecided: Counter,
+    envoy: Envoy,
+}
+
+/// Of calls, `None` where one failed.
+pub type Answers = VecDeque<(CallId, Option<Answer>)>;
+
+/// The place of a plugin, on cache lines of its own.
+#[repr(align(128))]
+struct Seat(Mutex<State>);
+
+enum State {
+    Works(Box<Plugin>),
+    /// It panicked, as WebAssembly traps.
+    Died {
+        at_ns: u64,
+    },
+}
+
+/// Nothing is left half-done where one of these locks is held and something panics: a plugin that does is thrown away.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Module {
+    /// Begins to work by a configuration. `early` are the calls that are answered before this returns.
+    ///
+    /// # Errors
+    /// What is wrong, for the operator.
+    pub fn start(
+        config: Config,
+        name: &str,
+        configuration: Vec<u8>,
+        early: &RefCell<Answers>,
+    ) -> Result<Box<Self>, String> {
+        let workers = usize::try_from(host::concurrency()).unwrap_or(1);
+        let plugins = workers.saturating_add(1);
+        let envoy = Envoy::new(config, name, configuration, plugins);
+        let seats = (0..plugins)
+            .map(|index| {
+                let plugin = host::enter(&envoy, index, None, Plugin::start)?;
+                Ok(Seat(Mutex::new(State::Works(Box::new(plugin)))))
+            })
+            .collect::<Result<_, String>>()?;
+        let ticker = Ticker::start(config).ok_or("no thread can be made that wakes the filter")?;
+        let (panics, undecided) =
+            host::enter(&envoy, MAIN, None, || (metrics::panics(), metrics::decisions(Reason::NoState)));
+        let answers = Mutex::new(early.take());
+        let module = Box::new(Self { ticker, seats, answers, panics, undecided, envoy });
+        module.deliver();
+        module.plan();
+        Ok(module)
+    }
+
+    /// Which plugin a request is for.
+    pub fn plugin_of(&self, stream: Stream) -> usize {
+        usize::try_from(host::worker_index(stream)).unwrap_or(usize::MAX).saturating_add(1)
+    }
+
+    /// Decides on a request, and carries that out.
+    pub fn on_request(&self, plugin: usize, stream: Stream) -> Then {
+        host::enter(&self.envoy, plugin, Some(stream), || match self.with(plugin, Plugin::on_request) {
+            Some(outcome) => request::carry_out(outcome),
+            None => self.refuse(),
+        })
+    }
+
+    /// Refuses a request that could not be decided on.
+    fn refuse(&self) -> Then {
+        self.undecided.increment();
+        request::carry_out(Outcome::unavailable())
+    }
+
+    /// The same, after a panic.
+    pub fn refuse_after_panic(&self, plugin: usize, stream: Stream) {
+        host::enter(&self.envoy, plugin, Some(stream), || self.refuse());
+    }
+
+    /// The upstream answers a request.
+    pub fn on_response(&self, plugin: usize, stream: Stream, awaited: Awaited) {
+        host::enter(&self.envoy, plugin, Some(stream), || {
+            if let Some((counted, trouble)) = request::on_response(awaited) {
+                self.with(plugin, |plugin| plugin.tally.answered(&counted, trouble));
+            }
+        });
+    }
+
+    /// The main thread was woken: those tick whose time it is.
+    pub fn on_tick(&self) {
+        for index in MAIN..self.seats.len() {
+            if host::monotonic_ns() >= self.envoy.due_ns(index) {
+                self.envoy.ticked(index, host::monotonic_ns());
+                host::enter(&self.envoy, index, None, || self.with(index, Plugin::on_tick));
+            }
+        }
+        self.deliver();
+        self.plan();
+    }
+
+    /// A call was answered, or `None` was the answer.
+    pub fn on_answer(&self, call: CallId, answer: Option<Answer>) {
+        lock(&self.answers).push_back((call, answer));
+        // Envoy may answer a call before it has told the number of it.
+        if !host::is_entered() {
+            self.deliver();
+            self.plan();
+        }
+    }
+
+    fn deliver(&self) {
+        loop {
+            // Not within the condition, where the lock would be held.
+            let next = lock(&self.answers).pop_front();
+            let Some((call, answer)) = next else { return };
+            if let Some(index) = self.envoy.answered(call) {
+                host::enter(&self.envoy, index, None, || {
+                    self.with(index, |plugin| plugin.on_answer(call, answer))
+                });
+            }
+        }
+    }
+
+    /// Says when the main thread is to be woken.
+    fn plan(&self) {
+        let due_ns = (MAIN..self.seats.len()).map(|index| self.envoy.due_ns(index)).min();
+        self.ticker.wake_at(due_ns.unwrap_or(u64::MAX));
+    }
+
+    /// Does something with a plugin that is entered; `None` when it is not there. One that panics is thrown away, and
+    /// made anew when it was dead for a while.
+    fn with<R>(&self, index: usize, work: impl FnOnce(&mut Plugin) -> R) -> Option<R> {
+        let mut state = lock(&self.seats.get(index)?.0);
+        if let State::Died { at_ns } = *state {
+            let now_ns = host::monotonic_ns();
+            if now_ns.saturating_sub(at_ns) < REVIVE_AFTER_NS {
+                return None;
+            }
+            *state = match caught(Plugin::start) {
+                Some(Ok(plugin)) => State::Works(Box::new(plugin)),
+                Some(Err(_)) | None => State::Died { at_ns: now_ns },
+            };
+        }
+        let State::Works(plugin) = &mut *state else { return None };
+        let result = caught(|| work(plugin));
+        if result.is_none() {
+            *state = State::Died { at_ns: host::monotonic_ns() };
+            self.panics.increment();
+            host::error("a plugin panicked and is made anew; its worker answers 503 meanwhile");
+        }
+        result
+    }
+}
+
+/// The configuration ends: another plugin of the process may lead at once, and nothing that was counted is lost.
+impl Drop for Module {
+    fn drop(&mut self) {
+        self.ticker.stop();
+        for index in MAIN..self.seats.len() {
+            host::enter(&self.envoy, index, None, || self.with(index, Plugin::on_end));
+        }
+    }
+}
+
+fn caught<R>(work: impl FnOnce() -> R) -> Option<R> {
+    catch_unwind(AssertUnwindSafe(work)).ok()
+}

@@ -1,0 +1,78 @@
+//! The thread that wakes Envoy's main thread when a plugin is to tick.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use crate::host::{self, Config, Scheduler};
+
+/// Wakes the main thread at the time it was told last, once.
+pub struct Ticker {
+    plan: Arc<(Mutex<Plan>, Condvar)>,
+    thread: Option<JoinHandle<()>>,
+}
+
+struct Plan {
+    /// By the monotonic clock; `None` when it was done.
+    wake_at_ns: Option<u64>,
+    stopped: bool,
+}
+
+impl Ticker {
+    /// Begins to wait for a time. From the main thread.
+    pub fn start(config: Config) -> Option<Self> {
+        let scheduler = Scheduler::new(config)?;
+        let plan = Arc::new((Mutex::new(Plan { wake_at_ns: None, stopped: false }), Condvar::new()));
+        let shared = Arc::clone(&plan);
+        let thread = thread::Builder::new()
+            .name("keygate-ticker".into())
+            .spawn(move || wake(&scheduler, &shared.0, &shared.1))
+            .ok()?;
+        Some(Self { plan, thread: Some(thread) })
+    }
+
+    /// When to wake the main thread next.
+    pub fn wake_at(&self, ns: u64) {
+        lock(&self.plan.0).wake_at_ns = Some(ns);
+        self.plan.1.notify_one();
+    }
+
+    /// Ends the thread.
+    pub fn stop(&mut self) {
+        lock(&self.plan.0).stopped = true;
+        self.plan.1.notify_one();
+        if let Some(thread) = self.thread.take() {
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// Also where a configuration is refused half-way: Envoy frees what the thread would call.
+impl Drop for Ticker {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
+    plan.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn wake(scheduler: &Scheduler, plan: &Mutex<Plan>, changed: &Condvar) {
+    let mut plan = lock(plan);
+    while !plan.stopped {
+        let Some(wake_at_ns) = plan.wake_at_ns else {
+            plan = changed.wait(plan).unwrap_or_else(PoisonError::into_inner);
+            continue;
+        };
+        let wait_ns = wake_at_ns.saturating_sub(host::monotonic_ns());
+        if wait_ns == 0 {
+            // The next time is told when the main thread has done what it is woken for.
+            plan.wake_at_ns = None;
+            scheduler.commit();
+        } else {
+            let waited = changed.wait_timeout(plan, Duration::from_nanos(wait_ns));
+            plan = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+}

@@ -1,0 +1,105 @@
+//! The filter as a dynamic module of Envoy's: what is different from WebAssembly. That it decides the same is what other
+//! tests say, which `scripts/test` runs with it once more.
+
+use std::fs;
+use std::process::Command;
+
+use keygate_e2e::{Request, SOON, Stack, binaries, wait_until};
+use serde_json::json;
+
+fn stack() -> Stack {
+    Stack::builder().workers(2).module().start()
+}
+
+#[test]
+fn a_panic_costs_one_request_and_is_counted() {
+    let stack = Stack::builder().workers(1).module().trap_filter().start();
+    let key = stack.api().issue("basic");
+    stack.get("/api/chat", &key.token).expect(200);
+    let undecided = || stack.envoy.stat("keygate_decisions.reason.no_state");
+    let before = undecided();
+    stack
+        .call(&Request::get("/api/chat").bearer(&key.token).header("x-trap", "worker"))
+        .expect_problem(503, "unavailable");
+    assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
+    // Nobody has to ask: another plugin is made for the worker by the next tick after the pause.
+    wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts") == 3);
+    stack.get("/api/chat", &key.token).expect(200);
+    assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
+}
+
+#[test]
+fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
+    let mut stack = Stack::builder().workers(2).module().without_envoy().start();
+    stack.envoy.use_listeners_of_a_file();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let api = stack.api();
+    let (good, revoked) = (api.issue("basic"), api.issue("basic"));
+    api.post(&format!("/api/admin/keys/{}/revoke?wait=applied", revoked.id), &json!({})).expect(200);
+    for round in 0..4 {
+        let starts = stack.envoy.stat("keygate_vm_starts");
+        // From now on whatever is known was known before.
+        stack.control_plane.kill();
+        stack.envoy.change_listeners(9_000 + round);
+        wait_until(SOON, "the new configuration alone", || {
+            stack.get("/api/chat", &good.token).expect(200);
+            stack.get("/api/chat", &revoked.token).expect(401);
+            let draining =
+                ["listeners", "filter_chains"].map(|of| format!("listener_manager.total_{of}_draining"));
+            let draining: u64 = draining.iter().map(|name| stack.envoy.stat(name)).sum();
+            stack.envoy.stat("keygate_vm_starts") == starts + 3 && draining == 0
+        });
+        // The old one's plugin that led has resigned, so a new one leads at once.
+        stack.control_plane.start();
+        let next = api.issue("basic");
+        stack.get("/api/chat", &next.token).expect(200);
+        let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=10s", next.id);
+        let answer = api.post(&path, &json!({})).expect(200).json();
+        assert_eq!(answer["propagation"]["missing"], json!([]), "round {round}");
+        stack.get("/api/chat", &next.token).expect(401);
+    }
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_with_what_to_write() {
+    let stack = stack();
+    let config = fs::read_to_string(stack.envoy.config_file()).expect("the configuration");
+    let validate = |text: &str| {
+        let file = stack.directory().join("wrong.yaml");
+        fs::write(&file, text).expect("a file");
+        let output = Command::new(binaries::envoy())
+            .args(["--mode", "validate", "--config-path"])
+            .arg(&file)
+            .args(["--component-log-level", "dynamic_modules:info"])
+            .output()
+            .expect("Envoy");
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (valid, said) = validate(&config);
+    assert!(valid && said.contains("ABI version v0.2.0 matched"), "{said}");
+    let (valid, said) = validate(&config.replace("sync_cluster", "sink_cluster"));
+    assert!(
+        !valid && said.contains("unknown field `sink_cluster`") && said.contains("an Envoy cluster"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_proxy_says_who_it_is_and_ends_in_peace() {
+    let mut stack = stack();
+    // It says who it is when it asks for news, and asks again when there was some.
+    let ended = stack.api().issue("basic");
+    stack.api().post(&format!("/api/admin/keys/{}/revoke?wait=applied", ended.id), &json!({})).expect(200);
+    wait_until(SOON, "both workers and the main thread in the fleet", || {
+        let proxy = &stack.api().fleet()[0];
+        let is_module = proxy["filter"].as_str().is_some_and(|version| version.ends_with("+module"));
+        proxy["workers"] == 3 && proxy["id"] == "envoy-1" && proxy["cluster"] == "e2e" && is_module
+    });
+    let key = stack.api().issue("basic");
+    for _ in 0..100 {
+        stack.get("/api/chat", &key.token).expect(200);
+    }
+    let status = stack.envoy.stop();
+    assert!(status.success(), "{status}: {}", stack.envoy.log_text());
+}
