@@ -8,7 +8,7 @@ use keygate_core::limits::Left;
 use keygate_core::refusal::Refusal;
 use keygate_core::telemetry::{self, Stopwatch, Trouble};
 
-use crate::host;
+use crate::host::{self, Entry};
 use crate::plugin::Plugin;
 use crate::till::Till;
 
@@ -163,11 +163,11 @@ impl Plugin {
 /// For access logs: whose key, and precisely what became of it. Also of a refused request.
 fn record(decision: &Decision<'_>) {
     if let Some(key) = &decision.key {
-        host::set_filter_state("keygate.key_id", &key.claims.sub);
+        host::set_filter_state(Entry::KeyId, &key.claims.sub);
     }
-    host::set_filter_state("keygate.outcome", decision.reason.label());
+    host::set_filter_state(Entry::Outcome, decision.reason.label());
     if decision.shadowed {
-        host::set_filter_state("keygate.shadowed", "true");
+        host::set_filter_state(Entry::Shadowed, "true");
     }
 }
 
@@ -183,11 +183,11 @@ fn forward(headers: &HeaderMap, forwarded: &Forwarded) -> bool {
 }
 
 /// What a client is told of its limit: draft-ietf-httpapi-ratelimit-headers in its widespread form.
-fn limit_headers(left: Left) -> [(&'static str, String); 3] {
+fn limit_headers(left: Left) -> [(&'static str, u64); 3] {
     [
-        ("x-ratelimit-limit", left.limit.units.to_string()),
-        ("x-ratelimit-remaining", left.remaining.to_string()),
-        ("x-ratelimit-reset", left.reset_s.to_string()),
+        ("x-ratelimit-limit", left.limit.units.into()),
+        ("x-ratelimit-remaining", left.remaining.into()),
+        ("x-ratelimit-reset", left.reset_s),
     ]
 }
 
@@ -203,7 +203,8 @@ fn refuse(refusal: Refusal, realm: &str, scopes: &[String], left: Option<Left>) 
     if let Some(seconds) = wait.or(refusal.retry_after().map(u64::from)) {
         headers.push(("retry-after", seconds.to_string()));
     }
-    headers.extend(left.map(limit_headers).into_iter().flatten());
+    let left = left.map(limit_headers).into_iter().flatten();
+    headers.extend(left.map(|(name, number)| (name, number.to_string())));
     Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
 }
 
@@ -237,7 +238,14 @@ pub fn carry_out(outcome: Outcome) -> Then {
 /// way: what that costs is not for everybody to pay.
 pub fn on_response(awaited: Awaited) -> Option<(telemetry::Awaited, Trouble)> {
     if let Some(left) = awaited.left {
-        host::add_response_headers(&limit_headers(left));
+        // Written where they stand: a number needs no memory of its own.
+        let mut digits = [itoa::Buffer::new(); 3];
+        let mut headers = [("", ""); 3];
+        for ((place, digits), (name, number)) in headers.iter_mut().zip(&mut digits).zip(limit_headers(left))
+        {
+            *place = (name, digits.format(number));
+        }
+        host::add_response_headers(&headers);
     }
     let counted = awaited.counted?;
     Some((counted, host::response_status().and_then(Trouble::of)?))

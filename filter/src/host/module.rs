@@ -17,7 +17,7 @@ use abi::{HeaderKind, Level, Metric};
 use here::here;
 pub use here::{Envoy, enter, is_entered};
 
-use super::Answer;
+use super::{Answer, Entry};
 
 /// The number of a call to another service.
 pub type CallId = u64;
@@ -52,15 +52,17 @@ pub fn monotonic_ns() -> u64 {
 /// All headers of the request, in order, as they came.
 pub fn request_headers() -> Option<HeaderMap> {
     of_stream(|stream| {
-        let headers = abi::headers(stream, HeaderKind::Request)?;
-        HeaderMap::copied(headers.iter().map(|header| (header.name(), header.value())))
-    })?
+        abi::with_headers(stream, HeaderKind::Request, |headers| {
+            HeaderMap::copied(headers.iter().map(|header| (header.name(), header.value())))
+        })
+    })??
 }
 
 /// Adds a header to the request, which has none of that name; whether that worked. Envoy gives modules no way to set an
 /// empty one, so there is none then.
 pub fn add_request_header(name: &str, value: &str) -> bool {
-    of_stream(|stream| abi::set_header(stream, HeaderKind::Request, name, value)).unwrap_or(false)
+    value.is_empty()
+        || of_stream(|stream| abi::add_header(stream, HeaderKind::Request, name, value)).unwrap_or(false)
 }
 
 /// Takes all headers of that name out of the request; whether that worked.
@@ -82,10 +84,13 @@ pub fn response_status() -> Option<u16> {
 }
 
 /// Sets headers of the response, in place of what the upstream said of the same.
-pub fn add_response_headers(headers: &[(&str, String)]) {
+pub fn add_response_headers(headers: &[(&str, &str)]) {
     of_stream(|stream| {
+        let is_ours = |there: &Header| headers.iter().any(|(name, _)| there.name() == name.as_bytes());
+        let any = abi::with_headers(stream, HeaderKind::Response, |there| there.iter().any(is_ours));
+        let put = if any == Some(false) { abi::add_header } else { abi::set_header };
         for (name, value) in headers {
-            let _best_effort = abi::set_header(stream, HeaderKind::Response, name, value);
+            let _best_effort = put(stream, HeaderKind::Response, name, value);
         }
     });
 }
@@ -102,11 +107,15 @@ pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
     of_stream(|stream| abi::send_response(stream, status, &headers, body));
 }
 
-/// Sets filter state `wasm.<name>` of the request, which access logs can print: under the name that it has from
-/// WebAssembly, so that a proxy's log format does for both.
-pub fn set_filter_state(name: &str, value: &str) {
-    let name = ["wasm.", name].concat();
-    let _best_effort = of_stream(|stream| abi::set_filter_state(stream, &name, value));
+/// Sets filter state of the request, which access logs can print: under the name that it has from WebAssembly, so that a
+/// proxy's log format does for both.
+pub fn set_filter_state(entry: Entry, value: &str) {
+    let name = match entry {
+        Entry::KeyId => "wasm.keygate.key_id",
+        Entry::Outcome => "wasm.keygate.outcome",
+        Entry::Shadowed => "wasm.keygate.shadowed",
+    };
+    let _best_effort = of_stream(|stream| abi::set_filter_state(stream, name, value));
 }
 
 /// Its id among the proxies, if it has one. Envoy does not tell modules, so it is taken from the environment variable

@@ -11,7 +11,7 @@ use keygate_core::shared::{Conflict, SharedData};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType};
 
-use super::{Answer, raw};
+use super::{Answer, Entry, raw};
 
 /// The number of a call to another service.
 pub type CallId = u32;
@@ -72,7 +72,7 @@ pub fn response_status() -> Option<u16> {
 }
 
 /// Sets headers of the response, in place of what the upstream said of the same.
-pub fn add_response_headers(headers: &[(&str, String)]) {
+pub fn add_response_headers(headers: &[(&str, &str)]) {
     for (name, value) in headers {
         let _best_effort =
             hostcalls::set_map_value_bytes(MapType::HttpResponseHeaders, name, Some(value.as_bytes()));
@@ -95,8 +95,13 @@ pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
     }
 }
 
-/// Sets filter state `wasm.<name>` of the request, which access logs can print.
-pub fn set_filter_state(name: &str, value: &str) {
+/// Sets filter state of the request, which access logs can print. The proxy puts `wasm.` before the name.
+pub fn set_filter_state(entry: Entry, value: &str) {
+    let name = match entry {
+        Entry::KeyId => "keygate.key_id",
+        Entry::Outcome => "keygate.outcome",
+        Entry::Shadowed => "keygate.shadowed",
+    };
     let _best_effort = hostcalls::set_property(vec![name], Some(value.as_bytes()));
 }
 

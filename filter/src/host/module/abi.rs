@@ -147,6 +147,12 @@ unsafe extern "C" {
         index: usize,
         count: *mut usize,
     ) -> bool;
+    fn envoy_dynamic_module_callback_http_add_header(
+        stream: *mut c_void,
+        kind: u32,
+        name: Buffer,
+        value: Buffer,
+    ) -> bool;
     fn envoy_dynamic_module_callback_http_set_header(
         stream: *mut c_void,
         kind: u32,
@@ -254,17 +260,26 @@ pub fn worker_index(stream: Stream) -> u32 {
     unsafe { envoy_dynamic_module_callback_http_filter_get_worker_index(stream.0.as_ptr()) }
 }
 
-/// All headers.
-pub fn headers(stream: Stream, kind: HeaderKind) -> Option<Vec<Header>> {
+/// Does something with all headers.
+pub fn with_headers<R>(stream: Stream, kind: HeaderKind, f: impl FnOnce(&[Header]) -> R) -> Option<R> {
+    /// Of so many the places are on the stack.
+    const FEW: usize = 32;
     // SAFETY: see above.
     let count =
         unsafe { envoy_dynamic_module_callback_http_get_headers_size(stream.0.as_ptr(), kind as u32) };
-    let mut headers = vec![Header::NONE; count];
+    let (mut few, mut many) = ([Header::NONE; FEW], Vec::new());
+    let headers = match few.get_mut(..count) {
+        Some(few) => few,
+        None => {
+            many.resize(count, Header::NONE);
+            many.as_mut_slice()
+        }
+    };
     // SAFETY: see above; there is room for so many.
     let done = unsafe {
         envoy_dynamic_module_callback_http_get_headers(stream.0.as_ptr(), kind as u32, headers.as_mut_ptr())
     };
-    done.then_some(headers)
+    done.then(|| f(headers))
 }
 
 /// The first header of that name.
@@ -282,6 +297,14 @@ pub fn header(stream: Stream, kind: HeaderKind, name: &str) -> Option<Buffer> {
         )
     };
     found.then_some(value)
+}
+
+/// Adds a header, and leaves others of that name; whether that worked. Envoy takes no empty value. It costs a third of
+/// [`set_header`], which has Envoy make an index of all headers.
+pub fn add_header(stream: Stream, kind: HeaderKind, name: &str, value: &str) -> bool {
+    let (name, value) = (Buffer::of(name.as_bytes()), Buffer::of(value.as_bytes()));
+    // SAFETY: see above.
+    unsafe { envoy_dynamic_module_callback_http_add_header(stream.0.as_ptr(), kind as u32, name, value) }
 }
 
 /// Gives the headers of that name that value, or takes them out where it is empty; whether that worked.
