@@ -49,7 +49,8 @@ impl Identity {
         }
     }
 
-    /// An owner that is not there is an empty header, so that an upstream can tell "no owner" from "not through Keygate".
+    /// What is not there, as a key's owner, is an empty header, so that an upstream can tell "none" from "not through
+    /// Keygate". (From a dynamic module it is no header: Envoy does not let modules set empty ones.)
     fn of(self, key: &Verified) -> &str {
         match self {
             Self::KeyId => &key.claims.sub,

@@ -29,11 +29,13 @@ pub fn install() -> Result<(), &'static str> {
     let point = [&[4], POINT_X.as_slice(), POINT_Y.as_slice()].concat();
     let mut signature = [SIGNATURE_R, SIGNATURE_S].concat();
     if !ByHost::verify(&point, b"sample", &signature) {
-        return Err("this proxy has no working 'verify_signature' function; Envoy 1.40 or newer is needed");
+        return Err(
+            "this proxy cannot verify ES256 signatures; in WebAssembly that takes Envoy 1.40 or newer",
+        );
     }
     signature.reverse();
     if ByHost::verify(&point, b"sample", &signature) {
-        return Err("this proxy's 'verify_signature' function accepts a bad signature");
+        return Err("this proxy accepts a bad ES256 signature");
     }
     Ok(())
 }

@@ -138,7 +138,7 @@ impl Leader {
 
     /// Renews or tries the lease, works, and asks when it is time; how soon it wants to be called again.
     pub fn on_tick(&mut self, now: Now<'_>) -> Option<Duration> {
-        if !shared::hold_lease(&mut Shared, self.vm, now.ns) {
+        if !host::may_lead() || !shared::hold_lease(&mut Shared, self.vm, now.ns) {
             if self.leading.take().is_some() {
                 host::info("another worker's VM leads now");
             }

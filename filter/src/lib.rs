@@ -18,6 +18,9 @@
     clippy::disallowed_methods
 )]
 
+#[cfg(all(not(target_family = "wasm"), panic = "abort"))]
+compile_error!("the module catches panics: build it with profile `module` (scripts/build module)");
+
 mod es256;
 mod host;
 mod leader;

@@ -18,7 +18,7 @@ use crate::plugin::Plugin;
 use crate::request::{self, Awaited, Outcome, Then};
 use ticker::Ticker;
 
-/// The plugin of the main thread. It is asked first, so it leads.
+/// The plugin of the main thread, which leads.
 const MAIN: usize = 0;
 /// How long after a panic a plugin is made anew, in nanoseconds.
 const REVIVE_AFTER_NS: u64 = 100_000_000;
@@ -72,7 +72,12 @@ impl Module {
         let envoy = Envoy::new(config, name, configuration, plugins);
         let seats = (0..plugins)
             .map(|index| {
-                let plugin = host::enter(&envoy, index, None, Plugin::start)?;
+                let plugin = host::enter(&envoy, index, None, || {
+                    let mut plugin = Plugin::start()?;
+                    // The first tick of the first process finds no lease, and makes it; the second takes it.
+                    plugin.on_tick();
+                    Ok::<_, String>(plugin)
+                })?;
                 Ok(Seat(Mutex::new(State::Works(Box::new(plugin)))))
             })
             .collect::<Result<_, String>>()?;
@@ -123,12 +128,15 @@ impl Module {
     pub fn on_tick(&self) {
         for index in MAIN..self.seats.len() {
             if host::monotonic_ns() >= self.envoy.due_ns(index) {
+                host::enter(&self.envoy, index, None, || {
+                    self.revive(index);
+                    self.with(index, Plugin::on_tick)
+                });
+                // A period after its end, so that what takes longer than that leaves time for others.
                 self.envoy.ticked(index, host::monotonic_ns());
-                host::enter(&self.envoy, index, None, || self.with(index, Plugin::on_tick));
             }
         }
         self.deliver();
-        self.plan();
     }
 
     /// A call was answered, or `None` was the answer.
@@ -137,7 +145,6 @@ impl Module {
         // Envoy may answer a call before it has told the number of it.
         if !host::is_entered() {
             self.deliver();
-            self.plan();
         }
     }
 
@@ -154,26 +161,15 @@ impl Module {
         }
     }
 
-    /// Says when the main thread is to be woken.
-    fn plan(&self) {
+    /// Says when the main thread is to be woken next. To be called after each time, whatever came of it.
+    pub fn plan(&self) {
         let due_ns = (MAIN..self.seats.len()).map(|index| self.envoy.due_ns(index)).min();
         self.ticker.wake_at(due_ns.unwrap_or(u64::MAX));
     }
 
-    /// Does something with a plugin that is entered; `None` when it is not there. One that panics is thrown away, and
-    /// made anew when it was dead for a while.
+    /// Does something with a plugin that is entered; `None` when it is not there, or panics, and is thrown away.
     fn with<R>(&self, index: usize, work: impl FnOnce(&mut Plugin) -> R) -> Option<R> {
         let mut state = lock(&self.seats.get(index)?.0);
-        if let State::Died { at_ns } = *state {
-            let now_ns = host::monotonic_ns();
-            if now_ns.saturating_sub(at_ns) < REVIVE_AFTER_NS {
-                return None;
-            }
-            *state = match caught(Plugin::start) {
-                Some(Ok(plugin)) => State::Works(Box::new(plugin)),
-                Some(Err(_)) | None => State::Died { at_ns: now_ns },
-            };
-        }
         let State::Works(plugin) = &mut *state else { return None };
         let result = caught(|| work(plugin));
         if result.is_none() {
@@ -182,6 +178,26 @@ impl Module {
             host::error("a plugin panicked and is made anew; its worker answers 503 meanwhile");
         }
         result
+    }
+
+    /// Makes a plugin anew that died a while ago. On the main thread: a plugin may have to call, as it starts.
+    fn revive(&self, index: usize) {
+        let Some(seat) = self.seats.get(index) else { return };
+        let mut state = lock(&seat.0);
+        let State::Died { at_ns } = *state else { return };
+        let now_ns = host::monotonic_ns();
+        if now_ns.saturating_sub(at_ns) < REVIVE_AFTER_NS {
+            return;
+        }
+        *state = match caught(Plugin::start) {
+            Some(Ok(plugin)) => State::Works(Box::new(plugin)),
+            failed => {
+                self.panics.increment();
+                let problem = failed.and_then(Result::err).unwrap_or_else(|| "it panicked again".to_owned());
+                host::error(&format!("a plugin that panicked cannot be made anew: {problem}"));
+                State::Died { at_ns: now_ns }
+            }
+        };
     }
 }
 
@@ -194,6 +210,14 @@ impl Drop for Module {
         }
     }
 }
+
+/// Workers share it, and their requests; pointers do not have the compiler check that.
+const _: () = {
+    const fn is_shared<T: Send + Sync>() {}
+    const fn is_sent<T: Send>() {}
+    is_shared::<Module>();
+    is_sent::<Awaited>();
+};
 
 fn caught<R>(work: impl FnOnce() -> R) -> Option<R> {
     catch_unwind(AssertUnwindSafe(work)).ok()

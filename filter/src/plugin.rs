@@ -97,7 +97,7 @@ impl Plugin {
         let token = std::env::var(FLEET_TOKEN).ok().filter(|token| !token.is_empty());
         if token.is_none() {
             host::warn(&format!(
-                "no {FLEET_TOKEN} in the environment (vm_config.environment_variables.host_env_keys): \
+                "no {FLEET_TOKEN} in the environment (in WebAssembly: of vm_config.environment_variables.host_env_keys): \
                  the control plane will refuse this proxy"
             ));
         }

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use keygate_e2e::{Request, SOON, Stack, binaries, wait_until};
 use serde_json::json;
@@ -17,15 +18,47 @@ fn a_panic_costs_one_request_and_is_counted() {
     let key = stack.api().issue("basic");
     stack.get("/api/chat", &key.token).expect(200);
     let undecided = || stack.envoy.stat("keygate_decisions.reason.no_state");
-    let before = undecided();
-    stack
-        .call(&Request::get("/api/chat").bearer(&key.token).header("x-trap", "worker"))
-        .expect_problem(503, "unavailable");
+    let (before, seen) = (undecided(), stack.upstream.seen());
+    // With a body that comes after it: nothing of it goes on.
+    let request = Request::new("POST", "/api/chat").bearer(&key.token).body(vec![b'x'; 300_000]);
+    stack.call(&request.clone().header("x-trap", "worker")).expect_problem(503, "unavailable");
     assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
     // Nobody has to ask: another plugin is made for the worker by the next tick after the pause.
     wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts") == 3);
-    stack.get("/api/chat", &key.token).expect(200);
+    assert_eq!(stack.upstream.seen(), seen);
+    stack.call(&request).expect(200);
+    stack.call(&request.clone().header("x-api-key", "another")).expect(400);
+    assert_eq!(stack.upstream.seen(), seen + 1, "the one that was let pass");
     assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
+}
+
+#[test]
+fn workers_that_panic_all_the_time_hold_up_no_revocation() {
+    let stack = Stack::builder().workers(2).module().trap_filter().start();
+    let api = stack.api();
+    let (revoked, good) = (api.issue("basic"), api.issue("basic"));
+    let begun = Instant::now();
+    // For longer than a lease.
+    while begun.elapsed() < Duration::from_secs(3) {
+        stack.call(&Request::get("/api/chat").bearer(&good.token).header("x-trap", "worker")).expect(503);
+    }
+    assert!(stack.envoy.stat("keygate_panics") > 10);
+    assert_eq!(
+        stack.envoy.stat("keygate_leader_takeovers"),
+        1,
+        "the main thread's plugin leads, and no other"
+    );
+    let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=10s", revoked.id);
+    let answer = api.post(&path, &json!({})).expect(200).json();
+    assert_eq!(answer["propagation"]["missing"], json!([]));
+    for connection in &mut stack.envoy.connect_to_all_workers() {
+        wait_until(SOON, "the worker's plugin", || {
+            let refused = connection.send(&Request::get("/api/chat").bearer(&revoked.token)).status;
+            assert!(matches!(refused, 401 | 503), "{refused}");
+            connection.send(&Request::get("/api/chat").bearer(&good.token)).status == 200
+        });
+        connection.send(&Request::get("/api/chat").bearer(&revoked.token)).expect(401);
+    }
 }
 
 #[test]
@@ -50,7 +83,10 @@ fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
             let draining: u64 = draining.iter().map(|name| stack.envoy.stat(name)).sum();
             stack.envoy.stat("keygate_vm_starts") == starts + 3 && draining == 0
         });
-        // The old one's plugin that led has resigned, so a new one leads at once.
+        // The old one's plugin that led has resigned, so the new one leads without waiting for the end of a lease.
+        wait_until(Duration::from_secs(1), "another leader", || {
+            stack.envoy.stat("keygate_leader_takeovers") == 2 + round
+        });
         stack.control_plane.start();
         let next = api.issue("basic");
         stack.get("/api/chat", &next.token).expect(200);
@@ -88,18 +124,15 @@ fn a_wrong_configuration_is_refused_with_what_to_write() {
 #[test]
 fn a_proxy_says_who_it_is_and_ends_in_peace() {
     let mut stack = stack();
-    // It says who it is when it asks for news, and asks again when there was some.
-    let ended = stack.api().issue("basic");
-    stack.api().post(&format!("/api/admin/keys/{}/revoke?wait=applied", ended.id), &json!({})).expect(200);
     wait_until(SOON, "both workers and the main thread in the fleet", || {
+        // It says who it is when it asks for news, and asks again when there was some.
+        let ended = stack.api().issue("basic");
+        let path = format!("/api/admin/keys/{}/revoke?wait=applied", ended.id);
+        stack.api().post(&path, &json!({})).expect(200);
         let proxy = &stack.api().fleet()[0];
         let is_module = proxy["filter"].as_str().is_some_and(|version| version.ends_with("+module"));
         proxy["workers"] == 3 && proxy["id"] == "envoy-1" && proxy["cluster"] == "e2e" && is_module
     });
-    let key = stack.api().issue("basic");
-    for _ in 0..100 {
-        stack.get("/api/chat", &key.token).expect(200);
-    }
     let status = stack.envoy.stop();
     assert!(status.success(), "{status}: {}", stack.envoy.log_text());
 }

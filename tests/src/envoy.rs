@@ -54,8 +54,8 @@ impl Filter {
             Self::Wasm(file) => template.replace("@FILTER_WASM@", &file.display().to_string()),
             Self::Module(file) => {
                 let begin = template.find("                  - name: keygate\n").expect("the filter's entry");
-                let end =
-                    template.find("                  - name: envoy.filters.http.router").expect("the next");
+                let length = template[begin..].find("\n                  - name: ").expect("the next one");
+                let end = begin + length + 1;
                 let entry = fs::read_to_string(binaries::root().join("envoy/module.yaml.in"));
                 let entry = entry.expect("the module's entry");
                 let entry = entry.replace("@FILTER_MODULE@", &file.display().to_string());

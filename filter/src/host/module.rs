@@ -67,7 +67,7 @@ pub fn add_request_header(name: &str, value: &str) -> bool {
 
 /// Takes all headers of that name out of the request; whether that worked.
 pub fn remove_request_header(name: &str) -> bool {
-    of_stream(|stream| abi::set_header(stream, HeaderKind::Request, name, "")).unwrap_or(false)
+    of_stream(|stream| abi::remove_header(stream, HeaderKind::Request, name)).unwrap_or(false)
 }
 
 /// To be called once the request's headers were changed: a route may be matched by what was added.
@@ -121,23 +121,36 @@ pub fn set_filter_state(entry: Entry, value: &str) {
 /// Its id among the proxies, if it has one. Envoy does not tell modules, so it is taken from the environment variable
 /// `KEYGATE_PROXY_ID`, or from Envoy's command line.
 pub fn node_id() -> Option<String> {
-    std::env::var("KEYGATE_PROXY_ID").ok().or_else(|| argument("--service-node")).filter(|id| !id.is_empty())
+    variable("KEYGATE_PROXY_ID").or_else(|| argument("--service-node"))
 }
 
 /// The cluster of proxies that it is one of: `KEYGATE_PROXY_CLUSTER`, or Envoy's command line.
 pub fn node_cluster() -> Option<String> {
-    std::env::var("KEYGATE_PROXY_CLUSTER").ok().or_else(|| argument("--service-cluster"))
+    variable("KEYGATE_PROXY_CLUSTER").or_else(|| argument("--service-cluster"))
+}
+
+/// Whether the plugin that is entered may lead: only the main thread's, so that what a leader does holds up no worker,
+/// and calls are made on that thread.
+pub fn may_lead() -> bool {
+    here(|_, plugin| plugin == 0).unwrap_or(false)
+}
+
+/// A variable of the environment, if there is anything in it.
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
 }
 
 /// The value of an argument of this process.
 fn argument(name: &str) -> Option<String> {
     let mut arguments = std::env::args_os().filter_map(|argument| argument.into_string().ok());
     while let Some(argument) = arguments.next() {
-        if argument == name {
-            return arguments.next();
-        }
-        if let Some(value) = argument.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')) {
-            return Some(value.to_owned());
+        let value = if argument == name {
+            arguments.next()
+        } else {
+            argument.strip_prefix(name).and_then(|rest| rest.strip_prefix('=')).map(str::to_owned)
+        };
+        if let Some(value) = value.filter(|value| !value.is_empty()) {
+            return Some(value);
         }
     }
     None
@@ -170,6 +183,9 @@ pub fn post(
     ];
     if let Some(bearer) = &bearer {
         headers.push(("authorization", bearer));
+    }
+    if here::stream().is_some() {
+        return None; // A worker's thread: Envoy takes calls on the main thread alone.
     }
     here(|envoy, plugin| {
         let call = abi::call(envoy.config(), cluster, &headers, body, timeout)?;

@@ -115,6 +115,11 @@ pub fn node_cluster() -> Option<String> {
     property(&["xds", "node", "cluster"])
 }
 
+/// Whether the VM may lead: any may, as none is made anew by itself.
+pub fn may_lead() -> bool {
+    true
+}
+
 /// A property of the proxy as text; what is no text is nothing.
 fn property(path: &[&str]) -> Option<String> {
     let bytes = hostcalls::get_property(path.to_vec()).ok()??;

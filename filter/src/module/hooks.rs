@@ -16,8 +16,11 @@ const ABI_VERSION: &std::ffi::CStr = c"v0.2.0";
 
 /// Of headers, bodies and trailers: go on.
 const CONTINUE: u32 = 0;
-/// Of headers: the request is answered.
-const STOP: u32 = 1;
+/// Of headers: go no further, nor with body and trailers.
+const STOP: u32 = 4;
+/// Of a body and of trailers: the same.
+const STOP_BODY: u32 = 3;
+const STOP_TRAILERS: u32 = 1;
 /// A call was answered.
 const SUCCESS: u32 = 0;
 
@@ -25,6 +28,8 @@ const SUCCESS: u32 = 0;
 struct Request {
     module: *const Module,
     plugin: usize,
+    /// Nothing of it goes on before this is so.
+    passes: bool,
     awaited: Option<Awaited>,
 }
 
@@ -83,6 +88,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_scheduled(
     // SAFETY: see above.
     if let Some(module) = unsafe { module.cast::<Module>().as_ref() } {
         guarded(|| module.on_tick());
+        guarded(|| module.plan());
     }
 }
 
@@ -107,6 +113,9 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_http_callout_done(
             None => EARLY.with_borrow_mut(|early| early.push_back((call, answer))),
         }
     });
+    if let Some(module) = module {
+        guarded(|| module.plan());
+    }
 }
 
 #[unsafe(no_mangle)]
@@ -119,7 +128,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_new(
     let (Some(there), Some(stream)) = (unsafe { module.as_ref() }, Stream::new(stream)) else {
         return ptr::null(); // Envoy closes the stream.
     };
-    let request = Request { module, plugin: there.plugin_of(stream), awaited: None };
+    let request = Request { module, plugin: there.plugin_of(stream), passes: false, awaited: None };
     Box::into_raw(Box::new(request)).cast_const().cast()
 }
 
@@ -144,6 +153,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_request_headers(
     let Some(module) = (unsafe { request.module.as_ref() }) else { return STOP };
     match guarded(|| module.on_request(request.plugin, stream)) {
         Some(Then::Continue(awaited)) => {
+            request.passes = true;
             request.awaited = awaited;
             CONTINUE
         }
@@ -173,6 +183,28 @@ extern "C" fn envoy_dynamic_module_on_http_filter_response_headers(
     CONTINUE
 }
 
+#[unsafe(no_mangle)]
+extern "C" fn envoy_dynamic_module_on_http_filter_request_body(
+    _stream: *mut c_void,
+    request: *const c_void,
+    _end_of_stream: bool,
+) -> u32 {
+    if passes(request) { CONTINUE } else { STOP_BODY }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn envoy_dynamic_module_on_http_filter_request_trailers(
+    _stream: *mut c_void,
+    request: *const c_void,
+) -> u32 {
+    if passes(request) { CONTINUE } else { STOP_TRAILERS }
+}
+
+fn passes(request: *const c_void) -> bool {
+    // SAFETY: see above.
+    unsafe { request.cast::<Request>().as_ref() }.is_some_and(|request| request.passes)
+}
+
 fn guarded<R>(work: impl FnOnce() -> R) -> Option<R> {
     catch_unwind(AssertUnwindSafe(work)).ok()
 }
@@ -191,8 +223,6 @@ type Envoys = *mut c_void;
 type Ours = *const c_void;
 
 unused! {
-    envoy_dynamic_module_on_http_filter_request_body(Envoys, Ours, bool) -> u32 = CONTINUE;
-    envoy_dynamic_module_on_http_filter_request_trailers(Envoys, Ours) -> u32 = CONTINUE;
     envoy_dynamic_module_on_http_filter_response_body(Envoys, Ours, bool) -> u32 = CONTINUE;
     envoy_dynamic_module_on_http_filter_response_trailers(Envoys, Ours) -> u32 = CONTINUE;
     envoy_dynamic_module_on_http_filter_stream_complete(Envoys, Ours);

@@ -307,7 +307,16 @@ pub fn add_header(stream: Stream, kind: HeaderKind, name: &str, value: &str) -> 
     unsafe { envoy_dynamic_module_callback_http_add_header(stream.0.as_ptr(), kind as u32, name, value) }
 }
 
-/// Gives the headers of that name that value, or takes them out where it is empty; whether that worked.
+/// Takes all headers of that name out; whether that worked.
+pub fn remove_header(stream: Stream, kind: HeaderKind, name: &str) -> bool {
+    let name = Buffer::of(name.as_bytes());
+    // SAFETY: see above; no value means so.
+    unsafe {
+        envoy_dynamic_module_callback_http_set_header(stream.0.as_ptr(), kind as u32, name, Buffer::NONE)
+    }
+}
+
+/// Gives the headers of that name that value, which must not be empty; whether that worked.
 pub fn set_header(stream: Stream, kind: HeaderKind, name: &str, value: &str) -> bool {
     let (name, value) = (Buffer::of(name.as_bytes()), Buffer::of(value.as_bytes()));
     // SAFETY: see above.
