@@ -70,22 +70,20 @@ impl Module {
         let workers = usize::try_from(host::concurrency()).unwrap_or(1);
         let plugins = workers.saturating_add(1);
         let envoy = Envoy::new(config, name, configuration, plugins);
-        let seats = (0..plugins)
-            .map(|index| {
-                let plugin = host::enter(&envoy, index, None, || {
-                    let mut plugin = Plugin::start()?;
-                    // The first tick of the first process finds no lease, and makes it; the second takes it.
-                    plugin.on_tick();
-                    Ok::<_, String>(plugin)
-                })?;
-                Ok(Seat(Mutex::new(State::Works(Box::new(plugin)))))
-            })
-            .collect::<Result<_, String>>()?;
+        let start = |index| {
+            let plugin = host::enter(&envoy, index, None, Plugin::start)?;
+            Ok::<_, String>(Seat(Mutex::new(State::Works(Box::new(plugin)))))
+        };
+        let workers = (MAIN.saturating_add(1)..plugins).map(start).collect::<Result<Vec<_>, _>>()?;
+        // Last, so that it knows of all when it first tells the control plane.
+        let seats = std::iter::once(start(MAIN)?).chain(workers).collect();
         let ticker = Ticker::start(config).ok_or("no thread can be made that wakes the filter")?;
         let (panics, undecided) =
             host::enter(&envoy, MAIN, None, || (metrics::panics(), metrics::decisions(Reason::NoState)));
         let answers = Mutex::new(early.take());
         let module = Box::new(Self { ticker, seats, answers, panics, undecided, envoy });
+        // The first tick of a process finds no lease, and makes one; this takes it.
+        host::enter(&module.envoy, MAIN, None, || module.with(MAIN, Plugin::on_tick));
         module.deliver();
         module.plan();
         Ok(module)

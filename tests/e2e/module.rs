@@ -124,15 +124,14 @@ fn a_wrong_configuration_is_refused_with_what_to_write() {
 #[test]
 fn a_proxy_says_who_it_is_and_ends_in_peace() {
     let mut stack = stack();
-    wait_until(SOON, "both workers and the main thread in the fleet", || {
-        // It says who it is when it asks for news, and asks again when there was some.
-        let ended = stack.api().issue("basic");
-        let path = format!("/api/admin/keys/{}/revoke?wait=applied", ended.id);
-        stack.api().post(&path, &json!({})).expect(200);
-        let proxy = &stack.api().fleet()[0];
-        let is_module = proxy["filter"].as_str().is_some_and(|version| version.ends_with("+module"));
-        proxy["workers"] == 3 && proxy["id"] == "envoy-1" && proxy["cluster"] == "e2e" && is_module
-    });
+    let fleet = stack.api().fleet();
+    let (proxy, version) = (&fleet[0], fleet[0]["filter"].as_str().unwrap_or_default());
+    assert_eq!(
+        (&proxy["id"], &proxy["cluster"], version.ends_with("+module")),
+        (&json!("envoy-1"), &json!("e2e"), true)
+    );
+    // Both workers' and the main thread's, from the first question on.
+    assert_eq!(proxy["workers"], 3, "{proxy}");
     let status = stack.envoy.stop();
     assert!(status.success(), "{status}: {}", stack.envoy.log_text());
 }
