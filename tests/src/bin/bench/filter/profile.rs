@@ -39,7 +39,8 @@ pub fn run() {
     let (bed, prepared) = Bed::start(cpus, &mut dice, Under::Callgrind);
     let mut tokens =
         Tokens::new(&bed.api(), dice.split(), prepared.owners, &prepared.signer, &prepared.eddsa);
-    tokens.have_new(&bed.api(), requests + WARM_UP);
+    let of_new = ALL.iter().filter(|variant| !variant.aside && matches!(variant.load, Load::New(_))).count();
+    tokens.have_new(&bed.api(), of_new * (requests + WARM_UP));
     cpu::pin_this_thread(cpus.rest);
     cpu::prefer(None);
     let kept = binaries::root().join("target/bench/profile");
