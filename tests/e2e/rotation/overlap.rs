@@ -1,7 +1,7 @@
 //! What becomes of the keys of a secret that signs no more: they end with its overlap, or they go on and its private
 //! half is gone.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use keygate::clock::{rfc3339, unix_ms};
 use keygate_e2e::clock::Clock;
@@ -204,6 +204,10 @@ fn after_a_day_the_previous_secrets_keys_end_to_the_minute_also_where_nobody_tel
     for (at, wanted) in [(since + 60, 200), (end - 60, 200), (end + 60, 401)] {
         clock.go_ahead_by(i64::try_from(at - now_s()).expect("small"));
         println!("{}: {wanted}", rfc3339(at));
+        // A worker goes by the wall clock as it read it last, at most 2 ms ago.
+        wait_until(Duration::from_secs(1), "each worker to look at the clock", || {
+            workers.iter_mut().all(|worker| worker.send(&chat(&key)).status == wanted)
+        });
         assert_all_answer(&mut workers, &key, wanted);
         assert_all_answer(&mut workers, &new, 200);
         let request = Request::get("/api/auth/validate").bearer(&key.token);
