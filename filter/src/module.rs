@@ -12,14 +12,12 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use keygate_core::decision::Reason;
 
-use crate::host::{self, Answer, CallId, Config, Counter, Envoy, Stream};
+use crate::host::{self, Answer, CallId, Config, Counter, Envoy, MAIN, Stream};
 use crate::metrics;
 use crate::plugin::Plugin;
 use crate::request::{self, Awaited, Outcome, Then};
 use ticker::Ticker;
 
-/// The plugin of the main thread, which leads.
-const MAIN: usize = 0;
 /// How long after a panic a plugin is made anew, in nanoseconds.
 const REVIVE_AFTER_NS: u64 = 100_000_000;
 
@@ -217,6 +215,7 @@ const _: () = {
     is_sent::<Awaited>();
 };
 
+/// What came of it, if it did not panic.
 fn caught<R>(work: impl FnOnce() -> R) -> Option<R> {
     catch_unwind(AssertUnwindSafe(work)).ok()
 }

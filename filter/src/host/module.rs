@@ -15,9 +15,9 @@ use keygate_core::shared::{Conflict, SharedData};
 pub use abi::{Buffer, Config, Header, Scheduler, Stream, bytes, concurrency, worker_index};
 use abi::{HeaderKind, Level, Metric};
 use here::here;
-pub use here::{Envoy, enter, is_entered};
+pub use here::{Envoy, MAIN, enter, is_entered};
 
-use super::{Answer, Entry};
+use super::{Answer, Entry, headers_to, status, without_port};
 
 /// The number of a call to another service.
 pub type CallId = u64;
@@ -77,10 +77,7 @@ pub fn request_headers_changed() {
 
 /// The status of the response.
 pub fn response_status() -> Option<u16> {
-    of_stream(|stream| {
-        let status = abi::header(stream, HeaderKind::Response, ":status")?;
-        std::str::from_utf8(status.bytes()).ok()?.parse().ok()
-    })?
+    of_stream(|stream| status(abi::header(stream, HeaderKind::Response, ":status")?.bytes()))?
 }
 
 /// Sets headers of the response, in place of what the upstream said of the same.
@@ -99,7 +96,7 @@ pub fn add_response_headers(headers: &[(&str, &str)]) {
 pub fn client_address() -> Option<String> {
     let address = of_stream(abi::source_address)??;
     let address = std::str::from_utf8(address.bytes()).ok()?;
-    Some(address.rsplit_once(':').map_or(address, |(host, _port)| host).to_owned())
+    Some(without_port(address).to_owned())
 }
 
 /// Answers the request here.
@@ -107,15 +104,9 @@ pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
     of_stream(|stream| abi::send_response(stream, status, &headers, body));
 }
 
-/// Sets filter state of the request, which access logs can print: under the name that it has from WebAssembly, so that a
-/// proxy's log format does for both.
+/// Sets filter state of the request, which access logs can print.
 pub fn set_filter_state(entry: Entry, value: &str) {
-    let name = match entry {
-        Entry::KeyId => "wasm.keygate.key_id",
-        Entry::Outcome => "wasm.keygate.outcome",
-        Entry::Shadowed => "wasm.keygate.shadowed",
-    };
-    let _best_effort = of_stream(|stream| abi::set_filter_state(stream, name, value));
+    let _best_effort = of_stream(|stream| abi::set_filter_state(stream, entry.name(), value));
 }
 
 /// Its id among the proxies, if it has one. Envoy does not tell modules, so it is taken from the environment variable
@@ -132,7 +123,7 @@ pub fn node_cluster() -> Option<String> {
 /// Whether the plugin that is entered may lead: only the main thread's, so that what a leader does holds up no worker,
 /// and calls are made on that thread.
 pub fn may_lead() -> bool {
-    here(|_, plugin| plugin == 0).unwrap_or(false)
+    here(|_, plugin| plugin == MAIN).unwrap_or(false)
 }
 
 /// A variable of the environment, if there is anything in it.
@@ -174,19 +165,11 @@ pub fn post(
     body: &[u8],
     timeout: Duration,
 ) -> Option<CallId> {
-    let bearer = token.map(|token| format!("Bearer {token}"));
-    let mut headers = vec![
-        (":method", "POST"),
-        (":path", path),
-        (":authority", cluster),
-        ("content-type", "application/json"),
-    ];
-    if let Some(bearer) = &bearer {
-        headers.push(("authorization", bearer));
-    }
     if here::stream().is_some() {
         return None; // A worker's thread: Envoy takes calls on the main thread alone.
     }
+    let bearer = token.map(|token| format!("Bearer {token}"));
+    let headers = headers_to(cluster, path, bearer.as_deref());
     here(|envoy, plugin| {
         let call = abi::call(envoy.config(), cluster, &headers, body, timeout)?;
         envoy.asked(call, plugin);
@@ -196,10 +179,9 @@ pub fn post(
 
 /// What an answer consists of, from within its callback.
 pub fn call_answer(headers: &[Header], chunks: &[Buffer]) -> Answer {
-    let status = headers.iter().find(|header| header.name() == b":status");
-    let status = status.and_then(|status| std::str::from_utf8(status.value()).ok()?.parse().ok());
+    let found = headers.iter().find(|header| header.name() == b":status");
     let body = chunks.iter().map(Buffer::bytes).collect::<Vec<_>>().concat();
-    Answer { status: status.unwrap_or(0), body }
+    Answer { status: found.and_then(|header| status(header.value())).unwrap_or(0), body }
 }
 
 /// Verifies an ES256 signature (r and s) by a public point.

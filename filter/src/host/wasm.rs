@@ -11,7 +11,7 @@ use keygate_core::shared::{Conflict, SharedData};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType};
 
-use super::{Answer, Entry, raw};
+use super::{Answer, Entry, headers_to, raw, status, without_port};
 
 /// The number of a call to another service.
 pub type CallId = u32;
@@ -67,8 +67,7 @@ pub fn request_headers_changed() {}
 
 /// The status of the response.
 pub fn response_status() -> Option<u16> {
-    let status = hostcalls::get_map_value_bytes(MapType::HttpResponseHeaders, ":status").ok()??;
-    std::str::from_utf8(&status).ok()?.parse().ok()
+    status(&hostcalls::get_map_value_bytes(MapType::HttpResponseHeaders, ":status").ok()??)
 }
 
 /// Sets headers of the response, in place of what the upstream said of the same.
@@ -81,11 +80,7 @@ pub fn add_response_headers(headers: &[(&str, &str)]) {
 
 /// The client's address, without its port.
 pub fn client_address() -> Option<String> {
-    let mut address = property(&["source", "address"])?;
-    if let Some(colon) = address.rfind(':') {
-        address.truncate(colon);
-    }
-    Some(address)
+    property(&["source", "address"]).map(|address| without_port(&address).to_owned())
 }
 
 /// Answers the request here.
@@ -97,11 +92,8 @@ pub fn respond(status: u16, headers: Vec<(&str, &str)>, body: &[u8]) {
 
 /// Sets filter state of the request, which access logs can print. The proxy puts `wasm.` before the name.
 pub fn set_filter_state(entry: Entry, value: &str) {
-    let name = match entry {
-        Entry::KeyId => "keygate.key_id",
-        Entry::Outcome => "keygate.outcome",
-        Entry::Shadowed => "keygate.shadowed",
-    };
+    let name = entry.name();
+    let name = name.strip_prefix("wasm.").unwrap_or(name);
     let _best_effort = hostcalls::set_property(vec![name], Some(value.as_bytes()));
 }
 
@@ -145,15 +137,7 @@ pub fn post(
     timeout: Duration,
 ) -> Option<CallId> {
     let bearer = token.map(|token| format!("Bearer {token}"));
-    let mut headers = vec![
-        (":method", "POST"),
-        (":path", path),
-        (":authority", cluster),
-        ("content-type", "application/json"),
-    ];
-    if let Some(bearer) = &bearer {
-        headers.push(("authorization", bearer));
-    }
+    let headers = headers_to(cluster, path, bearer.as_deref());
     hostcalls::dispatch_http_call(cluster, headers, Some(body), Vec::new(), timeout).ok()
 }
 
@@ -162,7 +146,7 @@ pub fn call_answer(body_bytes: usize) -> Answer {
     let status = hostcalls::get_map_value_bytes(MapType::HttpCallResponseHeaders, ":status")
         .ok()
         .flatten()
-        .and_then(|status| std::str::from_utf8(&status).ok()?.parse().ok())
+        .and_then(|value| self::status(&value))
         .unwrap_or(0);
     let body = hostcalls::get_buffer(BufferType::HttpCallResponseBody, 0, body_bytes)
         .ok()

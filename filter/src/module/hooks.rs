@@ -4,10 +4,9 @@
 
 use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr;
 
-use super::{Answers, Module};
+use super::{Answers, Module, caught};
 use crate::host::{self, Buffer, Config, Header, Stream};
 use crate::request::{Awaited, Then};
 
@@ -54,19 +53,18 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_new(
     configuration: Buffer,
 ) -> *const c_void {
     EARLY.take();
-    let started = guarded(|| {
+    let started = caught(|| {
         let config = Config::new(config).ok_or("Envoy gave no configuration")?;
         let name = String::from_utf8_lossy(name.bytes());
         EARLY.with(|early| Module::start(config, &name, configuration.bytes().to_vec(), early))
     });
-    match started {
-        Some(Ok(module)) => Box::into_raw(module).cast_const().cast(),
-        Some(Err(problem)) => {
+    match started.unwrap_or_else(|| Err("the filter panicked over it".to_owned())) {
+        Ok(module) => Box::into_raw(module).cast_const().cast(),
+        Err(problem) => {
             // Envoy keeps the configuration it had, or does not start with this one.
             host::error(&format!("configuration refused: {problem}"));
             ptr::null()
         }
-        None => ptr::null(),
     }
 }
 
@@ -75,7 +73,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_destroy(module: *const 
     if !module.is_null() {
         // SAFETY: see above; this is the last time.
         let module = unsafe { Box::from_raw(module.cast_mut().cast::<Module>()) };
-        guarded(|| drop(module));
+        caught(|| drop(module));
     }
 }
 
@@ -87,8 +85,8 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_scheduled(
 ) {
     // SAFETY: see above.
     if let Some(module) = unsafe { module.cast::<Module>().as_ref() } {
-        guarded(|| module.on_tick());
-        guarded(|| module.plan());
+        caught(|| module.on_tick());
+        caught(|| module.plan());
     }
 }
 
@@ -105,7 +103,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_http_callout_done(
 ) {
     // SAFETY: see above.
     let module = unsafe { module.cast::<Module>().as_ref() };
-    guarded(|| {
+    caught(|| {
         let (headers, chunks) = (host::bytes(headers, headers_count), host::bytes(chunks, chunks_count));
         let answer = (result == SUCCESS).then(|| host::call_answer(headers, chunks));
         match module {
@@ -114,7 +112,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_config_http_callout_done(
         }
     });
     if let Some(module) = module {
-        guarded(|| module.plan());
+        caught(|| module.plan());
     }
 }
 
@@ -151,7 +149,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_request_headers(
     let (Some(request), Some(stream)) = (request, Stream::new(stream)) else { return STOP };
     // SAFETY: see above.
     let Some(module) = (unsafe { request.module.as_ref() }) else { return STOP };
-    match guarded(|| module.on_request(request.plugin, stream)) {
+    match caught(|| module.on_request(request.plugin, stream)) {
         Some(Then::Continue(awaited)) => {
             request.passes = true;
             request.awaited = awaited;
@@ -159,7 +157,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_request_headers(
         }
         Some(Then::Answered) => STOP,
         None => {
-            guarded(|| module.refuse_after_panic(request.plugin, stream));
+            caught(|| module.refuse_after_panic(request.plugin, stream));
             STOP
         }
     }
@@ -178,7 +176,7 @@ extern "C" fn envoy_dynamic_module_on_http_filter_response_headers(
         // SAFETY: see above.
         && let Some(module) = unsafe { request.module.as_ref() }
     {
-        guarded(|| module.on_response(request.plugin, stream, awaited));
+        caught(|| module.on_response(request.plugin, stream, awaited));
     }
     CONTINUE
 }
@@ -203,10 +201,6 @@ extern "C" fn envoy_dynamic_module_on_http_filter_request_trailers(
 fn passes(request: *const c_void) -> bool {
     // SAFETY: see above.
     unsafe { request.cast::<Request>().as_ref() }.is_some_and(|request| request.passes)
-}
-
-fn guarded<R>(work: impl FnOnce() -> R) -> Option<R> {
-    catch_unwind(AssertUnwindSafe(work)).ok()
 }
 
 /// Hooks that do nothing.

@@ -1,9 +1,10 @@
 //! The thread that wakes Envoy's main thread when a plugin is to tick.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use super::lock;
 use crate::host::{self, Config, Scheduler};
 
 /// Wakes the main thread at the time it was told last, once.
@@ -52,10 +53,6 @@ impl Drop for Ticker {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-fn lock(plan: &Mutex<Plan>) -> MutexGuard<'_, Plan> {
-    plan.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn wake(scheduler: &Scheduler, plan: &Mutex<Plan>, changed: &Condvar) {

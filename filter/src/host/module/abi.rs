@@ -299,7 +299,7 @@ pub fn header(stream: Stream, kind: HeaderKind, name: &str) -> Option<Buffer> {
     found.then_some(value)
 }
 
-/// Adds a header, and leaves others of that name; whether that worked. Envoy takes no empty value. It costs a third of
+/// Adds a header, and leaves others of that name; whether that worked. Envoy takes no empty value. It costs less than
 /// [`set_header`], which has Envoy make an index of all headers.
 pub fn add_header(stream: Stream, kind: HeaderKind, name: &str, value: &str) -> bool {
     let (name, value) = (Buffer::of(name.as_bytes()), Buffer::of(value.as_bytes()));

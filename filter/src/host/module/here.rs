@@ -15,6 +15,9 @@ use keygate_core::store::Store;
 use super::CallId;
 use super::abi::{Config, Stream};
 
+/// The plugin of the main thread; those of workers follow it.
+pub const MAIN: usize = 0;
+
 /// A configuration of the filter in Envoy, and what its plugins want of it.
 pub struct Envoy {
     config: Config,
