@@ -48,9 +48,7 @@ fn workers_that_panic_all_the_time_hold_up_no_revocation() {
         1,
         "the main thread's plugin leads, and no other"
     );
-    let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=10s", revoked.id);
-    let answer = api.post(&path, &json!({})).expect(200).json();
-    assert_eq!(answer["propagation"]["missing"], json!([]));
+    api.revoke(&revoked.id).expect_everywhere(1);
     for connection in &mut stack.envoy.connect_to_all_workers() {
         wait_until(SOON, "the worker's plugin", || {
             let refused = connection.send(&Request::get("/api/chat").bearer(&revoked.token)).status;
@@ -69,7 +67,7 @@ fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
     stack.envoy.wait_ready();
     let api = stack.api();
     let (good, revoked) = (api.issue("basic"), api.issue("basic"));
-    api.post(&format!("/api/admin/keys/{}/revoke?wait=applied", revoked.id), &json!({})).expect(200);
+    api.revoke(&revoked.id).expect_everywhere(1);
     for round in 0..4 {
         let starts = stack.envoy.stat("keygate_vm_starts");
         // From now on whatever is known was known before.
@@ -90,9 +88,7 @@ fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
         stack.control_plane.start();
         let next = api.issue("basic");
         stack.get("/api/chat", &next.token).expect(200);
-        let path = format!("/api/admin/keys/{}/revoke?wait=applied&timeout=10s", next.id);
-        let answer = api.post(&path, &json!({})).expect(200).json();
-        assert_eq!(answer["propagation"]["missing"], json!([]), "round {round}");
+        api.revoke(&next.id).expect_everywhere(1);
         stack.get("/api/chat", &next.token).expect(401);
     }
 }
@@ -134,4 +130,13 @@ fn a_proxy_says_who_it_is_and_ends_in_peace() {
     assert_eq!(proxy["workers"], 3, "{proxy}");
     let status = stack.envoy.stop();
     assert!(status.success(), "{status}: {}", stack.envoy.log_text());
+
+    // Where the command line does not say, or not so, the environment does; nothing in it says nothing.
+    stack.envoy.use_variable("KEYGATE_PROXY_ID", "by-variable");
+    stack.envoy.use_variable("KEYGATE_PROXY_CLUSTER", "");
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let fleet = stack.api().fleet();
+    let named = fleet.iter().find(|proxy| proxy["id"] == "by-variable");
+    assert_eq!(named.map(|proxy| &proxy["cluster"]), Some(&json!("e2e")), "{fleet:?}");
 }

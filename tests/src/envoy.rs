@@ -75,6 +75,7 @@ pub struct Envoy {
     source: Option<Ipv4Addr>,
     moved_clock: Option<Clock>,
     listeners_of_a_file: bool,
+    variables: Vec<(String, String)>,
     port: Port,
     admin_port: Port,
     process: Option<Process>,
@@ -93,6 +94,7 @@ impl Envoy {
             source: None,
             moved_clock: None,
             listeners_of_a_file: false,
+            variables: Vec::new(),
             port: Port::reserve(),
             admin_port: Port::reserve(),
             process: None,
@@ -120,6 +122,11 @@ impl Envoy {
     /// From the next start on it goes by this clock.
     pub fn use_moved_clock(&mut self, clock: &Clock) {
         self.moved_clock = Some(clock.clone());
+    }
+
+    /// From the next start on it has this in its environment.
+    pub fn use_variable(&mut self, name: &str, value: &str) {
+        self.variables.push((name.to_owned(), value.to_owned()));
     }
 
     /// From the next start on it has its listeners from a file, and watches that.
@@ -167,7 +174,8 @@ impl Envoy {
                 .args(["--service-node", &self.node, "--service-cluster", "e2e"])
                 .args(["--disable-hot-restart", "--file-flush-interval-msec", "50"])
                 .args(["--log-level", "warning", "--component-log-level", "wasm:info,dynamic_modules:info"])
-                .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token);
+                .env("KEYGATE_FLEET_TOKEN", &neighbours.fleet_token)
+                .envs(self.variables.iter().cloned());
             if self.listeners_of_a_file {
                 // Old ones end soon.
                 command.args(["--drain-time-s", "1", "--drain-strategy", "immediate"]);

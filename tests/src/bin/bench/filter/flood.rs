@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use super::bed::Bed;
 use super::client::{Answers, Client, Shot};
-use super::speed::{Latency, STEADY_CONNECTIONS};
+use super::speed::{self, Latency, STEADY_CONNECTIONS};
 use super::tokens::Tokens;
-use super::variant::{Listener, Load};
+use super::variant::{ALL, Listener, Load, named};
 use crate::estimate::median;
 
 /// What comes beside good requests, and how many of either there are, of what Keygate can do at saturation. As many good
@@ -61,11 +61,10 @@ impl Flood {
 /// Measures it, where Keygate in WebAssembly can do so many a second.
 pub fn measure(bed: &Bed, tokens: &mut Tokens, most: f64) -> Vec<Flood> {
     let mut all = Vec::new();
-    for listener in [Listener::Keygate, Listener::Module] {
+    for known in ["keygate_known", "module_known"].map(|name| &ALL[named(name)]) {
+        let listener = known.listener;
         let mut client = Client::connect(bed.port(listener), STEADY_CONNECTIONS);
-        client.closed(tokens.every_known()).expect_right("known keys");
-        let shots = tokens.draw(Load::Known, STEADY_CONNECTIONS);
-        client.closed(shots.into_iter()).expect_right("known keys");
+        speed::warm(bed, tokens, known, &mut client);
         all.extend(
             FLOODS.map(|(load, share)| at(bed, tokens, &mut client, (listener, load, share), most * share)),
         );
