@@ -302,6 +302,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         self.trace.step("limit", || match metered {
             Metered::Within(left) => format!("{} of {} left", left.remaining, limit.units),
             Metered::Beyond(_) => format!("{} in {} s are reached", limit.units, limit.window_s),
+            Metered::Pending(left) => format!("{} of {} left, elsewhere", left.remaining, limit.units),
             Metered::Unknown => "not known".into(),
             Metered::Not => format!("{} in {} s, not counted here", limit.units, limit.window_s),
         });
@@ -309,6 +310,10 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             Metered::Not => decision,
             Metered::Unknown => Decision::new(Reason::LimitUnknown, decision.route, decision.key),
             Metered::Within(left) => Decision { left: Some(left), ..decision },
+            Metered::Pending(left) => {
+                let refused = Decision::new(Reason::LimitPending, decision.route, decision.key);
+                Decision { left: Some(left), ..refused }
+            }
             Metered::Beyond(left) => {
                 let refused = Decision::new(Reason::RateLimited, decision.route, decision.key);
                 Decision { left: Some(left), ..refused }

@@ -130,6 +130,8 @@ pub enum Metered {
     Within(Left),
     /// It is not.
     Beyond(Left),
+    /// Units are left in the fleet, but not at this proxy yet: they come within a second.
+    Pending(Left),
     /// It is not known: what was counted cannot be read, or this proxy has no part of the limit yet.
     Unknown,
     /// Nobody counts here.

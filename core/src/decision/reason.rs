@@ -59,11 +59,13 @@ pub enum Reason {
     RateLimited,
     /// How much it has done is not known at the moment.
     LimitUnknown,
+    /// The limit is not reached, but the units that are left are elsewhere in the fleet at the moment.
+    LimitPending,
 }
 
 impl Reason {
     /// All of them, for metrics that exist before they are needed.
-    pub const ALL: [Self; 27] = [
+    pub const ALL: [Self; 28] = [
         Self::Allowed,
         Self::Public,
         Self::V1,
@@ -91,6 +93,7 @@ impl Reason {
         Self::WrongRole,
         Self::RateLimited,
         Self::LimitUnknown,
+        Self::LimitPending,
     ];
 
     /// Its name in metrics and logs.
@@ -123,6 +126,7 @@ impl Reason {
             Self::WrongRole => "wrong_role",
             Self::RateLimited => "rate_limited",
             Self::LimitUnknown => "limit_unknown",
+            Self::LimitPending => "limit_pending",
         }
     }
 
@@ -169,7 +173,7 @@ impl Reason {
             | Self::Suspended
             | Self::Cutoff => Refusal::InvalidToken,
             Self::MissingScope | Self::WrongRole => Refusal::InsufficientScope,
-            Self::RateLimited => Refusal::RateLimited,
+            Self::RateLimited | Self::LimitPending => Refusal::RateLimited,
         })
     }
 }
