@@ -15,6 +15,7 @@ use crate::canary::{Health, History};
 use crate::fleet::Summary;
 use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
+use crate::quota::Doubts;
 use crate::redis_store;
 use crate::roles::Roles;
 use crate::rollout::Flags;
@@ -59,6 +60,14 @@ pub struct Metrics {
     pub quota_questions: IntCounter,
     /// Whether nothing is leased of limits, since what was leased before is not known.
     pub quota_in_doubt: Gauge,
+    /// Nothing is granted of limits.
+    pub quota_suspended: Gauge,
+    /// Proxies that the ledger does not hear.
+    pub quota_silent: Gauge,
+    /// Proxies that were released without a word.
+    pub quota_released_proxies: IntCounter,
+    /// Units that were released with them.
+    pub quota_released_units: IntCounter,
     /// Whether the ledger of limits is kept here.
     pub quota_keeper: Gauge,
     /// Questions that did not get to the control plane that keeps it.
@@ -306,7 +315,23 @@ impl Metrics {
             ),
             quota_in_doubt: gauge(
                 "keygate_quota_in_doubt",
-                "1: nothing more is leased of limits until all has ended that may have been leased before.",
+                "1: caps of limits do not grow for 15 s, until proxies have told what another ledger granted them.",
+            ),
+            quota_suspended: gauge(
+                "keygate_quota_suspended",
+                "1: nothing is granted of limits, since another control plane may keep the ledger; proxies go by their shares.",
+            ),
+            quota_silent: gauge(
+                "keygate_quota_silent_proxies",
+                "Proxies that the ledger of limits has not heard of for 3 s, and not released yet.",
+            ),
+            quota_released_proxies: counter(
+                "keygate_quota_released_proxies_total",
+                "Proxies that ended or were lost without reporting what they spent of limits.",
+            ),
+            quota_released_units: counter(
+                "keygate_quota_released_units_total",
+                "Units of limits granted to those proxies and not reported as spent: as many may have been admitted once more.",
             ),
             quota_keeper: gauge(
                 "keygate_quota_keeper",
@@ -556,6 +581,24 @@ impl Metrics {
         self.fleet_behind.set(fleet.behind as f64);
         self.fleet_lag.set(fleet.lag.as_secs_f64());
         self.fleet_stale.set(fleet.stale as f64);
+    }
+
+    /// Shows what the ledger of limits does not know, if it is kept here.
+    #[allow(clippy::cast_precision_loss)] // Far below 2^53.
+    pub fn show_quotas(&self, doubts: Option<&Doubts>) {
+        let flag = |set: bool| f64::from(u8::from(set));
+        self.quota_keeper.set(flag(doubts.is_some_and(|doubts| !doubts.suspended)));
+        self.quota_in_doubt.set(flag(doubts.is_some_and(|doubts| !doubts.recovers_in.is_zero())));
+        self.quota_suspended.set(flag(doubts.is_some_and(|doubts| doubts.suspended)));
+        self.quota_silent.set(doubts.map_or(0.0, |doubts| doubts.silent.len() as f64));
+        let Some(doubts) = doubts else { return };
+        // A ledger that is opened again counts from 0.
+        for (counter, total) in [
+            (&self.quota_released_proxies, doubts.released_proxies),
+            (&self.quota_released_units, doubts.released_units),
+        ] {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
     }
 
     /// Shows the health of canaries, and when they were run last, Unix milliseconds.

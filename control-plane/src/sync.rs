@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
-use crate::quota::{self, Basis, Keeping, QuotaError};
+use crate::quota::{self, LedgerService, QuotaError};
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -70,6 +70,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
         .route(DRAIN, post(drain))
+        .route(quota::OWNER, post(owner))
         .route(QUOTA, post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
         .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
@@ -159,16 +160,35 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
 async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
-    let Some(keeping) = app.quotas.here() else { return quota::pass_on(&app, &headers, QUOTA, body).await };
-    let state = app.state();
-    let basis = Basis::of(&app, &state);
-    let answer =
-        keeping.answer(&question, basis, app.stopping.clone()).await.map_err(|error| match error {
-            QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
-            QuotaError::NotKept | QuotaError::Over => Problem::unavailable(error.to_string()),
-        })?;
+    let Some(service) = app.quotas.here() else { return quota::pass_on(&app, &headers, QUOTA, body).await };
+    let answer = service.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
+        QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
+        QuotaError::NotKept | QuotaError::Over | QuotaError::Suspended => {
+            Problem::unavailable(error.to_string())
+        }
+    })?;
     app.metrics.quota_questions.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
+}
+
+/// Another control plane's call of the one that keeps the ledger.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CallOfOwner {
+    /// Its line of history, in hexadecimal.
+    from: String,
+}
+
+async fn owner(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let call: CallOfOwner = read(&body)?;
+    let from = u64::from_str_radix(&call.from, 16)
+        .map_err(|_| Problem::bad_request("'from' must be a hexadecimal number."))?;
+    if app.quotas.called_by(from) {
+        Ok(json(StatusCode::OK, serde_json::json!({ "owner": true })))
+    } else {
+        Err(Problem::unavailable("This control plane does not keep the ledger of limits."))
+    }
 }
 
 /// A proxy that is about to end.
@@ -185,8 +205,8 @@ async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
     authenticate(&app, &headers)?;
     let drain: Drain = read(&body)?;
     check_proxy(drain.format, &drain.proxy, "-")?;
-    let Some(keeping) = app.quotas.here() else { return quota::pass_on(&app, &headers, DRAIN, body).await };
-    drained(&keeping, &drain.proxy).await
+    let Some(service) = app.quotas.here() else { return quota::pass_on(&app, &headers, DRAIN, body).await };
+    drained(&service, &drain.proxy).await
 }
 
 /// Has a proxy give back what it has of limits, wherever the ledger is kept.
@@ -196,15 +216,15 @@ async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
 pub async fn drain_proxy(app: &App, proxy: String) -> Result<Response, Problem> {
     let drain = Drain { format: FORMAT, proxy };
     check_proxy(drain.format, &drain.proxy, "-")?;
-    let Some(keeping) = app.quotas.here() else {
+    let Some(service) = app.quotas.here() else {
         let body = serde_json::to_vec(&drain).unwrap_or_default();
         return quota::pass_on(app, &HeaderMap::new(), DRAIN, body.into()).await;
     };
-    drained(&keeping, &drain.proxy).await
+    drained(&service, &drain.proxy).await
 }
 
-async fn drained(keeping: &Keeping, proxy: &str) -> Result<Response, Problem> {
-    match keeping.drain(Fingerprint::of(proxy).0, DRAINED_WITHIN).await {
+async fn drained(service: &LedgerService, proxy: &str) -> Result<Response, Problem> {
+    match service.drain(Fingerprint::of(proxy).0, DRAINED_WITHIN).await {
         Some(true) => Ok(json(StatusCode::OK, serde_json::json!({ "proxy": proxy, "drained": true }))),
         Some(false) => {
             Ok(json(StatusCode::ACCEPTED, serde_json::json!({ "proxy": proxy, "drained": false })))

@@ -15,7 +15,7 @@ use keygate_core::crypto::{self, Algorithm, Es256};
 use keygate_core::decision::{Judge, Reason, Request, State, decide};
 use keygate_core::gate::{Gate, Gated, ShardSource};
 use keygate_core::limits::{Limit, Meter, Metered};
-use keygate_core::quota::{self, Account, Leader, Ledger, Terms, Worker};
+use keygate_core::quota::{self, Account, Leader, Ledger, Worker};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::rules::{self, Material, Rules, Ruleset, VerificationKey};
 use keygate_core::shared::{Conflict, SharedData};
@@ -114,7 +114,7 @@ impl Default for Proxy {
         let mut memory = Memory::with_share();
         for key in 0..NEIGHBOURS {
             let account = Account { key, window_s: 3_600 };
-            assert!(Worker::new(1).spend(&mut memory, account, RARE_LIMIT, 1, NOW_NS).is_admitted());
+            assert!(Worker::new(1).spend(&mut memory, account, (RARE_LIMIT, 1, false), NOW_NS).is_admitted());
         }
         Self {
             cache: TokenCache::new(1_000_000),
@@ -152,7 +152,7 @@ impl Proxy {
     fn spend_of_rare_key(&mut self) {
         self.looked += 1;
         let account = Account { key: self.looked % NEIGHBOURS, window_s: 3_600 };
-        let verdict = Worker::new(1).spend(&mut self.memory, account, RARE_LIMIT, 1, NOW_NS);
+        let verdict = Worker::new(1).spend(&mut self.memory, account, (RARE_LIMIT, 1, false), NOW_NS);
         assert!(verdict.is_admitted(), "{verdict:?}");
     }
 
@@ -290,9 +290,9 @@ impl Memory {
     /// That of a proxy to which the control plane has given its share of limits.
     fn with_share() -> Self {
         let mut memory = Self::default();
-        let (mut leader, mut ledger) = (Leader::new(1, 1), Ledger::new(Terms::default(), 1));
+        let (mut leader, mut ledger) = (Leader::new(1, 1), Ledger::new(1, false, 0));
         let mut now_ns = NOW_NS - 1_000_000_000;
-        while !quota::has_share(&mut memory, now_ns) {
+        while !quota::is_member(&mut memory) {
             now_ns += 10_000_000;
             assert!(now_ns < NOW_NS, "a share within a second");
             let Some(question) = leader.on_tick(&mut memory, now_ns) else { continue };
@@ -312,7 +312,7 @@ struct Till<'p> {
 impl Meter for Till<'_> {
     fn spend(&mut self, key: u64, limit: Limit, cost: u32) -> Metered {
         let account = Account { key, window_s: limit.window_s };
-        self.worker.spend(self.memory, account, limit.units, cost, NOW_NS).metered(limit)
+        self.worker.spend(self.memory, account, (limit.units, cost, false), NOW_NS).metered(limit)
     }
 }
 

@@ -121,7 +121,7 @@ impl Replica {
     pub fn ready(&mut self, data: &mut impl SharedData, now_ns: u64) -> Option<Version> {
         let limited = self.rules.as_ref().is_some_and(|rules| !rules.limits.is_empty());
         let serves = self.view(data, now_ns).0.serves();
-        self.version().filter(|_| serves && (!limited || quota::has_share(data, now_ns)))
+        self.version().filter(|_| serves && (!limited || quota::is_member(data)))
     }
 
     /// Derives one gate that is missing, in an idle moment; whether there was one.
@@ -283,7 +283,7 @@ mod tests {
         leader.publish(&mut data, publication, Contact { asked_ns: S, heard_ns: S }).unwrap();
         replica.look(&mut data, S);
         assert_eq!(replica.ready(&mut data, S), None);
-        let mut ledger = quota::Ledger::new(quota::Terms::default(), 1);
+        let mut ledger = quota::Ledger::new(1, false, S);
         let mut asker = quota::Leader::new(1, 1);
         let mut now = S;
         while replica.ready(&mut data, now).is_none() {

@@ -21,10 +21,12 @@ use crate::metrics::Metrics;
 const TICK: Duration = Duration::from_millis(100);
 /// The same until there is a first state, which everybody waits for.
 const EAGER_TICK: Duration = Duration::from_millis(10);
+/// The same where there are limits: what a VM spent is reported within 100 ms.
+const LIMITS_TICK: Duration = Duration::from_millis(50);
 /// How often a VM says that it lives, in nanoseconds.
 const ROLL_CALL_NS: u64 = 1_000_000_000;
-/// How often a VM tells the others what it spent of limits, in nanoseconds.
-const TELL_UNITS_NS: u64 = 90_000_000;
+/// How often a VM writes down what it spent of limits, in nanoseconds.
+const TELL_UNITS_NS: u64 = 40_000_000;
 /// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
 /// it traps.
 const WRITE_DOWN_NS: u64 = 200_000_000;
@@ -197,7 +199,12 @@ impl Plugin {
     }
 
     fn set_tick(&mut self, wanted: Option<Duration>) {
-        let usual = if self.replica.version().is_some() { TICK } else { EAGER_TICK };
+        let limits = self.replica.rules().is_some_and(|rules| !rules.limits.is_empty());
+        let usual = match self.replica.version() {
+            None => EAGER_TICK,
+            Some(_) if limits => LIMITS_TICK,
+            Some(_) => TICK,
+        };
         let tick = wanted.unwrap_or(usual).clamp(Duration::from_millis(1), TICK);
         if tick != self.tick {
             self.tick = tick;

@@ -105,7 +105,7 @@ impl Plugin {
         let mut watch = Stopwatch::new(sampled.then_some(host::monotonic_ns));
         let judge = Judge {
             cache: &mut self.cache,
-            meter: Till { worker: &mut self.units, now_ns, metrics: &self.metrics },
+            meter: Till { worker: &mut self.units, now_ns, again: false, metrics: &self.metrics },
             revocations,
             now: now_s,
             trace: &mut watch,

@@ -15,6 +15,8 @@ pub struct Till<'w> {
     pub worker: &'w mut Worker,
     /// The monotonic clock, nanoseconds.
     pub now_ns: u64,
+    /// The request was pending before.
+    pub again: bool,
     /// What is counted.
     pub metrics: &'w Metrics,
 }
@@ -22,8 +24,8 @@ pub struct Till<'w> {
 impl Meter for Till<'_> {
     fn spend(&mut self, key: u64, limit: Limit, cost: u32) -> Metered {
         let account = Account { key, window_s: limit.window_s };
-        let verdict = self.worker.spend(&mut Shared, account, limit.units, cost, self.now_ns);
-        if verdict.notice().basis == Basis::FairShare {
+        let verdict = self.worker.spend(&mut Shared, account, (limit.units, cost, self.again), self.now_ns);
+        if !self.again && verdict.status().basis == Basis::FairShare {
             self.metrics.fair_share.increment();
         }
         verdict.metered(limit)

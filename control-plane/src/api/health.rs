@@ -27,17 +27,21 @@ struct Check {
     /// What is wrong with it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<String>,
+    /// What is worth knowing although nothing is wrong.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    note: Option<String>,
 }
 
 impl Check {
     fn new(name: &'static str, reasons: Vec<String>) -> Self {
-        Self { name, status: if reasons.is_empty() { "ok" } else { "failed" }, reasons }
+        Self { name, status: if reasons.is_empty() { "ok" } else { "failed" }, reasons, note: None }
     }
 
     /// A line as Kubernetes writes it.
     fn line(&self) -> String {
         if self.reasons.is_empty() {
-            return format!("[+]{} ok\n", self.name);
+            let note = self.note.as_ref().map(|note| format!(": {note}")).unwrap_or_default();
+            return format!("[+]{} ok{note}\n", self.name);
         }
         format!("[-]{} failed: {}\n", self.name, self.reasons.join("; "))
     }
@@ -58,6 +62,7 @@ fn checks(app: &App) -> Vec<Check> {
         let wrong = (!is_well).then(|| format!("canaries: {status}, see /api/admin/canary/health"));
         checks.push(Check::new("canary", wrong.into_iter().collect()));
     }
+    checks.push(of_limits(app));
     let fleet = app.fleet.summary(&state, &app.deltas);
     let (behind, live) = (fleet.behind, fleet.live);
     let wrong =
@@ -120,6 +125,28 @@ fn of_keyring(state: &state::State) -> Vec<String> {
         reasons.push("secrets: the one that signs cannot be used here; no key can be issued".into());
     }
     reasons
+}
+
+fn of_limits(app: &App) -> Check {
+    let Some(doubts) = app.quotas.doubts() else { return Check::new("limits", Vec::new()) };
+    let mut reasons = Vec::new();
+    if doubts.suspended {
+        reasons.push(
+            "limits: neither Redis nor every other control plane can be reached; proxies go by their shares"
+                .into(),
+        );
+    }
+    if !doubts.recovers_in.is_zero() {
+        let seconds = doubts.recovers_in.as_secs().saturating_add(1);
+        reasons.push(format!(
+            "limits: proxies tell what they have; for {seconds} s, no proxy gets more units of a limit"
+        ));
+    }
+    let silent = doubts.silent.len();
+    let note = (silent > 0).then(|| {
+        format!("{silent} proxies not heard of for 3 s go by their shares; after 30 s what they have is free")
+    });
+    Check { note, ..Check::new("limits", reasons) }
 }
 
 /// Whether nothing can be written any more.
@@ -223,7 +250,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     app.metrics.state_seq.set(as_f64(state.version.seq));
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
-    app.metrics.quota_in_doubt.set(f64::from(u8::from(app.quotas.is_in_doubt())));
+    app.metrics.show_quotas(app.quotas.doubts().as_ref());
     app.metrics.show_canary(&runner::health(&app), app.canary.history().last_run_ms());
     app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()

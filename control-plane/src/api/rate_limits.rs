@@ -8,6 +8,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::limits::Override;
+use keygate_core::quota::SHARES;
 use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
 use serde_json::Value;
@@ -99,7 +100,36 @@ pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let keeper = keeper.map(|(source, here, url)| {
         serde_json::json!({ "source": format!("{source:x}"), "here": here, "url": url })
     });
-    let usage = serde_json::json!({ "keys": keys, "in_doubt": app.quotas.is_in_doubt(), "keeper": keeper });
+    let doubts = app.quotas.doubts().unwrap_or_default();
+    let names: HashMap<u64, String> = app
+        .fleet
+        .view(&app.state())
+        .into_iter()
+        .map(|proxy| (Fingerprint::of(&proxy.id).0, proxy.id))
+        .collect();
+    // What they spend is not known until they are heard of, at most 30 s.
+    let silent: Vec<Value> = doubts
+        .silent
+        .iter()
+        .map(|proxy| {
+            serde_json::json!({
+                "proxy": names.get(&proxy.member.proxy),
+                "incarnation": format!("{:016x}", proxy.member.incarnation),
+                "silent_s": proxy.silent_ns / 1_000_000_000,
+                "unreported_units": proxy.units,
+                "share": f64::from(proxy.share) / f64::from(SHARES),
+            })
+        })
+        .collect();
+    let usage = serde_json::json!({
+        "keys": keys,
+        "in_doubt": !doubts.recovers_in.is_zero(),
+        "grows_in_s": doubts.recovers_in.as_secs_f64().ceil(),
+        "suspended": doubts.suspended,
+        "silent_proxies": silent,
+        "released": { "proxies": doubts.released_proxies, "units": doubts.released_units },
+        "keeper": keeper,
+    });
     Ok(json(StatusCode::OK, usage))
 }
 

@@ -1,5 +1,5 @@
-//! Passes a proxy's question on to the control plane that keeps the ledger. Over HTTP and not through Redis, so that limits
-//! hold while Redis is away.
+//! Passes a proxy's question on to the control plane that keeps the ledger: over HTTP and not through Redis, so that limits
+//! hold without Redis.
 
 use std::time::Duration;
 
@@ -16,9 +16,13 @@ use super::Role;
 use crate::app::App;
 use crate::problem::Problem;
 
-/// Says that a question was passed on already, so that it is not passed on in a circle.
+/// Header of a question that was passed on already, so that it is not passed on in a circle.
 const PASSED_ON: &str = "keygate-passed-on";
-/// A question is held back for 3 s; a proxy waits for 5 s.
+/// Path of the call by which the others see that the owner is there.
+pub const OWNER: &str = "/sync/v1/quota/owner";
+/// A call of the owner is not held back.
+const CALLED_WITHIN: Duration = Duration::from_millis(900);
+/// A question is held back for up to 2 s; a proxy waits for 5 s.
 const WITHIN: Duration = Duration::from_millis(4_500);
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 
@@ -52,6 +56,17 @@ pub async fn pass_on(app: &App, headers: &HeaderMap, path: &str, body: Bytes) ->
     }
     // A problem stays one.
     Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
+}
+
+/// Calls the owner of the ledger; whether it is there and keeps it.
+pub async fn call_owner(app: &App, owner: u64) -> bool {
+    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(owner));
+    let Some(url) = url else { return false };
+    let body = serde_json::json!({ "from": format!("{:x}", app.state().version.source) });
+    let body = Bytes::from(body.to_string());
+    let call = app.quotas.forwarder.post(&url, OWNER, &app.fleet_token, body);
+    let called = tokio::time::timeout(CALLED_WITHIN, call).await;
+    matches!(called, Ok(Ok(Passed { status: StatusCode::OK, .. })))
 }
 
 /// What was answered.

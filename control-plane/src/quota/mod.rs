@@ -1,34 +1,35 @@
-//! Limits over the fleet: who keeps the ledger that divides them among proxies, and how a proxy's question gets there.
+//! Limits over the fleet: the control plane that keeps the ledger, and the way of a proxy's question to it.
 //!
-//! A fleet has one ledger at a time ([`Keeping`]), at one control plane. Which one that is stands in the journal and so is
-//! known to all of them; the others pass questions on. The first one to begin keeps it for good: nobody takes over by
-//! itself, since from outside a control plane that is dead looks like one that is cut off and goes on to hand out. When
-//! it is gone for good an operator has another keep it, which begins in doubt: what is out may be used, and nothing more
-//! is handed out until all of that has ended. Proxies go on with their shares meanwhile.
+//! A fleet has one ledger at a time ([`LedgerService`]), at one control plane. The journal says at which; the others pass
+//! questions on. When that one ends or is lost, another takes over by itself: [`ownership`].
 
-mod book;
+mod disk;
 mod forward;
-mod keeper;
-mod keeping;
+mod handover;
+mod ownership;
+mod service;
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Instant;
 
 use keygate_core::quota::Account;
 
-pub use self::book::BookError;
+pub use self::disk::DiskError;
 use self::forward::Forwarder;
-pub use self::forward::pass_on;
-pub use self::keeper::{run, take_over};
-pub use self::keeping::{Basis, Keeping, QuotaError};
+pub use self::forward::{OWNER, pass_on};
+pub use self::ownership::{run, take_over};
+pub use self::service::{Doubts, LedgerService, QuotaError};
 
-/// Who keeps the ledger, as seen from here.
+/// The control plane that keeps the ledger, as seen from here.
 #[derive(Debug, Clone, Default)]
 pub enum Role {
-    /// It is not known yet, or nobody does.
+    /// It is not known yet, or none does.
     #[default]
     Unknown,
     /// This control plane does.
-    Here(Arc<Keeping>),
+    Here(Arc<LedgerService>),
     /// Another one does, with this line of history.
     Elsewhere(u64),
 }
@@ -38,18 +39,22 @@ pub enum Role {
 pub struct Quotas {
     role: RwLock<Role>,
     forwarder: Forwarder,
+    /// Other control planes that called this one as the owner, and when.
+    callers: Mutex<BTreeMap<u64, Instant>>,
+    /// An operator had this one take over.
+    claimed: AtomicBool,
 }
 
 impl Quotas {
-    /// Who keeps the ledger.
+    /// The control plane that keeps the ledger.
     pub fn role(&self) -> Role {
         self.role.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The ledger, if it is kept here.
-    pub fn here(&self) -> Option<Arc<Keeping>> {
+    pub fn here(&self) -> Option<Arc<LedgerService>> {
         match self.role() {
-            Role::Here(keeping) => Some(keeping),
+            Role::Here(service) => Some(service),
             Role::Unknown | Role::Elsewhere(_) => None,
         }
     }
@@ -57,19 +62,19 @@ impl Quotas {
     /// The accounts of which the greatest part of their limit is in use, with that and the limit; none if the ledger is
     /// elsewhere.
     pub fn busiest(&self, count: usize) -> Vec<(Account, u32, u32)> {
-        self.here().map(|keeping| keeping.busiest(count)).unwrap_or_default()
+        self.here().map(|service| service.busiest(count)).unwrap_or_default()
     }
 
-    /// Whether the ledger is here and hands out nothing for now.
-    pub fn is_in_doubt(&self) -> bool {
-        self.here().is_some_and(|keeping| keeping.is_in_doubt())
+    /// What the ledger does not know, if it is here.
+    pub fn doubts(&self) -> Option<Doubts> {
+        self.here().map(|service| service.doubts())
     }
 
-    /// From now on it is so. A ledger that is kept here no more hands out nothing more.
+    /// From now on it is so. A ledger that is kept here no more grants nothing more.
     fn play(&self, role: Role) {
         let before = std::mem::replace(&mut *self.role.write().unwrap_or_else(PoisonError::into_inner), role);
-        if let Role::Here(keeping) = before {
-            keeping.end();
+        if let Role::Here(service) = before {
+            service.end();
         }
     }
 }

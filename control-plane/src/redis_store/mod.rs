@@ -300,8 +300,48 @@ impl Mirror {
 
     /// Claims a work for one control plane for a moment; `None` when Redis cannot be asked.
     pub async fn claim(&self, work: &str, source: u64) -> Option<bool> {
-        let link = self.asking.lock().unwrap_or_else(PoisonError::into_inner).clone()?;
-        session::lease(&link, work, source, CLAIMED_FOR).await.ok().map(|token| token.is_some())
+        self.lease(work, source, CLAIMED_FOR).await
+    }
+
+    /// Takes or renews the lease of a work for one control plane; `None` when Redis cannot be asked.
+    pub async fn lease(&self, work: &str, source: u64, period: Duration) -> Option<bool> {
+        let link = self.asking()?;
+        session::lease(&link, work, source, period).await.ok().map(|token| token.is_some())
+    }
+
+    /// Gives the lease of a work back, if this control plane has it.
+    pub async fn release(&self, work: &str, source: u64) {
+        let [lease, _] = names::lease(work);
+        let mut command = redis::cmd("EVAL");
+        command.arg(scripts::RELEASE).arg(1).arg(lease).arg(format!("{source:x}"));
+        if let Some(link) = self.asking() {
+            let _expires_anyway: Result<u64, _> = link.query(&command).await;
+        }
+    }
+
+    /// Takes the lease of a work from any control plane that has it.
+    pub async fn release_any(&self, work: &str) {
+        let [lease, _] = names::lease(work);
+        if let Some(link) = self.asking() {
+            let _expires_anyway: Result<u64, _> = link.query(redis::cmd("DEL").arg(lease)).await;
+        }
+    }
+
+    /// Writes a value for a time; whether Redis has it.
+    pub async fn put(&self, key: &str, value: &[u8], ttl_s: u64) -> bool {
+        let Some(link) = self.asking() else { return false };
+        let set = link.query::<String>(redis::cmd("SET").arg(key).arg(value).arg("EX").arg(ttl_s)).await;
+        set.is_ok()
+    }
+
+    /// Reads a value.
+    pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
+        let link = self.asking()?;
+        link.query::<Option<Vec<u8>>>(redis::cmd("GET").arg(key)).await.ok().flatten()
+    }
+
+    fn asking(&self) -> Option<Link> {
+        self.asking.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn timeouts(&self) -> Timeouts {

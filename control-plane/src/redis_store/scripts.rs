@@ -120,3 +120,10 @@ if holder and holder ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 if holder then return tonumber(redis.call('GET', KEYS[2]) or redis.call('INCR', KEYS[2])) end
 return redis.call('INCR', KEYS[2])";
+
+/// Gives a lease back. The fencing token stays.
+///
+/// KEYS\[1\]: who has it. ARGV\[1\]: who gives it back. Returns 1 if it had it.
+pub const RELEASE: &str = "
+if redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
+return redis.call('DEL', KEYS[1])";

@@ -1,110 +1,92 @@
-//! What the leader of a proxy's VMs does: asks the control plane, and writes down what it answers.
+//! The leader of a proxy's VMs: reports to the ledger, and writes down what it grants.
 //!
-//! All that must outlive it stands in the shared data, so that another VM can go on at any point. Two leaders at
-//! once do no harm: a question takes its number from the shared data, and an answer counts only where the last
-//! number that was written is its own.
+//! Whatever must outlive the leader is in shared data, so that another VM can go on at any point. Two leaders at once do no
+//! harm: a question takes its number from shared data, and an answer counts only where the last number that was written is
+//! its own.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
-use super::page::{self, ABSENT, PAGES, Page, Write};
-use super::record::{Holding, Record};
+use super::page::{self, ABSENT, PAGES, Page, PageError, Write};
 use super::standing::Standing;
-use super::{Account, SECOND_NS, bell, fair_share};
+use super::{ANSWER_NS, Account, dirty};
 use crate::shared::SharedData;
 
-/// An answer that comes later than so long after the question is not taken. It must be less than a lease; see
-/// [`super::MIN_LEASE_S`].
-pub const ANSWER_NS: u64 = 5_000_000_000;
-/// The control plane may hold back the answer to a question without reports for so long, if there is no news.
-pub const HOLD_NS: u64 = 3_000_000_000;
-/// How often pages are looked at, and how many: all of them in 6.4 s.
+/// Time that a spend takes from a VM to the leader's queue: a tick of the VM and one of the leader.
+const TICKS_NS: u64 = 60_000_000;
+/// Interval at which the leader looks at pages that nobody marked, and how many: all of them in 6.4 s.
 const SCAN_NS: u64 = 100_000_000;
 const PAGES_PER_SCAN: u16 = 16;
-/// The same while a share is being lowered.
-const PAGES_PER_SWEEP: u16 = 128;
+/// Pages per tick while all of them have to be looked at.
+const PAGES_PER_HURRY: u16 = 128;
+/// Pause before the ledger is asked again about an account of which the proxy has no more units: while units are left
+/// elsewhere, and when the limit was exhausted.
+const SOON_NS: u64 = 100_000_000;
+const EXHAUSTED_NS: u64 = 500_000_000;
+const MS: u64 = 1_000_000;
 
 /// The leader.
 #[derive(Debug)]
 pub struct Leader {
-    proxy: u64,
-    incarnation: u64,
-    queue: VecDeque<Account>,
-    queued: BTreeSet<Account>,
+    member: Member,
+    /// Accounts to report; true: at once.
+    queue: BTreeMap<Account, bool>,
     asking: Option<Asking>,
-    /// When to renew what is leased. What is missing here is found when all pages are gone through.
-    renewals: BTreeSet<(u64, Account)>,
+    /// Time by which the queue is reported.
+    report_at_ns: u64,
+    /// All pages before this one were looked at since this VM leads, since what was granted is void, or, while the proxy
+    /// leaves, since something was in use.
+    looked_at: u16,
+    /// Every record is to be reported.
+    report_all: bool,
     next_page: u16,
     next_scan_ns: u64,
-    sweep: Sweep,
-    /// What the sweep found that was not answered yet.
-    swept: BTreeSet<Account>,
+    /// The epoch of the standing that was seen last.
+    epoch: u64,
 }
 
 /// A question that was not answered yet.
 #[derive(Debug)]
 struct Asking {
     number: u64,
-    /// What it says of the share.
-    share: u32,
-    asked_ns: u64,
-    accounts: Vec<Account>,
-}
-
-/// How far the lowering of a share is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Sweep {
-    /// Nothing known yet.
-    Unknown,
-    /// Pages before this one fit the share.
-    At { page: u16, share: u32 },
-    /// All pages were looked at.
-    Done { share: u32 },
+    said: u32,
+    sent_ns: u64,
+    accounts: BTreeSet<Account>,
 }
 
 impl Leader {
-    /// A leader that has just taken over. `proxy` is a fingerprint of what names the proxy, `incarnation` the number
-    /// that was drawn for the process.
+    /// A leader that has just taken over. `proxy` is the fingerprint of the proxy's node id, `incarnation` the number that
+    /// was drawn for the process.
     pub fn new(proxy: u64, incarnation: u64) -> Self {
         Self {
-            proxy,
-            incarnation,
-            queue: VecDeque::new(),
-            queued: BTreeSet::new(),
+            member: Member { proxy, incarnation },
+            queue: BTreeMap::new(),
             asking: None,
-            renewals: BTreeSet::new(),
+            report_at_ns: 0,
+            looked_at: 0,
+            report_all: false,
             next_page: 0,
             next_scan_ns: 0,
-            sweep: Sweep::Unknown,
-            swept: BTreeSet::new(),
+            epoch: 0,
         }
     }
 
-    /// The question to ask now, if there is one. To be called often: every 10 ms or so, since it is
-    /// cheap, and a key that is new to the proxy waits for it. A question that is still out
-    /// is given up then: its answer will not be taken.
+    /// The question to send now, if there is one. To be called every 10 ms or so: a key that is new to the proxy may wait
+    /// for it. A question that is still out is given up then; its answer will not be taken.
     pub fn on_tick(&mut self, data: &mut impl SharedData, now_ns: u64) -> Option<Question> {
-        let Some((mut standing, cas)) = Standing::read(data) else {
-            let standing = Standing { term: 1, ..Standing::default() };
-            // If another VM made it meanwhile, so much the better.
-            let _raced = standing.write(data, ABSENT);
+        let Some((standing, _)) = Standing::read(data) else {
+            // If another VM wrote it meanwhile, so much the better.
+            let _raced = Standing::default().write(data, ABSENT);
             return None;
         };
-        if standing.applied > 0 && !standing.belongs(now_ns) {
-            standing = Standing {
-                term: standing.term.saturating_add(1),
-                share: 0,
-                reported: 0,
-                applied: 0,
-                ..standing
-            };
-            let _raced = standing.write(data, cas);
-            return None;
+        if self.epoch != standing.epoch {
+            self.epoch = standing.epoch;
+            self.look_at_all(self.report_all);
         }
-        for page in bell::answer(data) {
+        for page in dirty::drain(data) {
             self.visit(data, page, now_ns);
         }
-        self.sweep(data, &standing, now_ns);
+        self.look_on(data, &standing, now_ns);
         if now_ns >= self.next_scan_ns {
             self.next_scan_ns = now_ns.saturating_add(SCAN_NS);
             for _ in 0..PAGES_PER_SCAN {
@@ -112,63 +94,75 @@ impl Leader {
                 self.next_page = self.next_page.saturating_add(1).checked_rem(PAGES).unwrap_or(0);
             }
         }
-        while let Some(renewal) = self.renewals.pop_first() {
-            if renewal.0 > now_ns {
-                self.renewals.insert(renewal);
-                break;
-            }
-            self.enqueue(renewal.1);
+        if self.queue.is_empty() {
+            self.report_at_ns = now_ns.saturating_add(standing.report_ns.saturating_sub(TICKS_NS));
         }
-        self.is_due(&standing, now_ns).then(|| self.ask(data, now_ns)).flatten()
+        let is_due = self.queue.values().any(|urgent| *urgent) || now_ns >= self.report_at_ns;
+        let has_reports = is_due && !self.queue.is_empty();
+        let asks = match &self.asking {
+            None => true,
+            Some(asking) if standing.question != asking.number => true,
+            // It may be held back, but not if there is something to say.
+            Some(asking) if asking.accounts.is_empty() && has_reports => true,
+            Some(asking) if asking.accounts.is_empty() && self.may_say(&standing) != asking.said => true,
+            Some(asking) if asking.accounts.is_empty() && standing.leaving && self.may_leave(&standing) => {
+                true
+            }
+            Some(asking) => now_ns.saturating_sub(asking.sent_ns) > ANSWER_NS,
+        };
+        asks.then(|| self.ask(data, has_reports, now_ns)).flatten()
     }
 
     /// Takes an answer; whether it was to the last question and in time.
     pub fn on_answer(&mut self, data: &mut impl SharedData, answer: &Answer, now_ns: u64) -> bool {
         let Some(asking) = self.asking.take_if(|asking| asking.number == answer.number) else { return false };
         let Some((standing, cas)) = Standing::read(data) else { return false };
-        let late = now_ns.saturating_sub(asking.asked_ns) > ANSWER_NS;
-        if standing.question != answer.number || late {
+        if standing.question != answer.number || now_ns.saturating_sub(asking.sent_ns) > ANSWER_NS {
             self.requeue(asking);
             return false;
         }
         if answer.rejoin {
-            let term = standing.term.saturating_add(1);
-            let next = Standing { term, share: 0, reported: 0, applied: 0, ..standing };
+            let next = Standing {
+                epoch: standing.epoch.saturating_add(1),
+                era: 0,
+                share: 0,
+                said: 0,
+                leaving: false,
+                ..standing
+            };
+            self.look_at_all(true);
             return next.write(data, cas).is_ok();
         }
-        let seconds = |s: u32| u64::from(s).saturating_mul(SECOND_NS);
-        // Less comes before longer: nothing that was taken back is renewed.
+        // Less comes before more: by the larger share or caps, nothing that was recalled may be spent.
         for recall in &answer.recalls {
-            if take_back(data, answer.era, recall, now_ns).is_err() {
+            if recalled(data, recall, now_ns).is_err() {
                 self.requeue(asking);
                 return false;
             }
-            self.enqueue(recall.account);
+            self.queue.insert(recall.account, true);
         }
         for grant in &answer.grants {
-            take(data, answer, grant, asking.asked_ns, now_ns);
-            if grant.held.is_some_and(|held| held > fair_share(grant.limit, answer.share)) {
-                let third_ns = seconds(answer.lease_s).checked_div(3).unwrap_or(0);
-                self.renewals.insert((asking.asked_ns.saturating_add(third_ns), grant.account));
-            }
+            granted(data, answer, grant, now_ns);
         }
         let answered: BTreeSet<Account> = answer.grants.iter().map(|grant| grant.account).collect();
-        for account in asking.accounts {
-            if answered.contains(&account) {
-                self.swept.remove(&account);
-            } else {
-                self.enqueue(account);
-            }
+        for account in asking.accounts.difference(&answered) {
+            self.queue.insert(*account, true);
+        }
+        if standing.era != answer.era {
+            self.look_at_all(true);
+        }
+        if answer.leave && !standing.leaving {
+            self.look_at_all(false);
         }
         let next = Standing {
             share: answer.share,
-            reported: standing.reported.max(answer.share),
+            said: asking.said.max(answer.share),
+            joined: true,
+            leaving: answer.leave,
             era: answer.era,
-            lease_ns: seconds(answer.lease_s),
-            keep_ns: seconds(answer.keep_s),
-            asked_ns: asking.asked_ns,
+            sent_ns: asking.sent_ns,
             heard_ns: now_ns,
-            applied: answer.number,
+            report_ns: u64::from(answer.report_ms).saturating_mul(MS),
             ..standing
         };
         next.write(data, cas).is_ok()
@@ -182,242 +176,204 @@ impl Leader {
     }
 
     fn requeue(&mut self, asking: Asking) {
-        for account in asking.accounts {
-            self.enqueue(account);
+        self.queue.extend(asking.accounts.into_iter().map(|account| (account, true)));
+    }
+
+    fn look_at_all(&mut self, report: bool) {
+        self.looked_at = 0;
+        self.report_all = report;
+    }
+
+    /// Goes on to look at all pages.
+    fn look_on(&mut self, data: &mut impl SharedData, standing: &Standing, now_ns: u64) {
+        let last = self.looked_at.saturating_add(PAGES_PER_HURRY).min(PAGES);
+        for page in self.looked_at..last {
+            let in_use = self.visit(data, page, now_ns);
+            if in_use && standing.leaving {
+                // VMs return what they hold within a tick.
+                self.looked_at = page;
+                return;
+            }
+        }
+        self.looked_at = last;
+        if last == PAGES {
+            self.report_all = false;
         }
     }
 
-    fn enqueue(&mut self, account: Account) {
-        if self.queued.insert(account) {
-            self.queue.push_back(account);
-        }
-    }
-
-    /// Looks through a page for accounts to ask about, and forgets what is over.
-    fn visit(&mut self, data: &mut impl SharedData, index: u16, now_ns: u64) {
+    /// Queues the accounts of a page that are to be reported, and drops records without use; whether VMs hold units of any.
+    fn visit(&mut self, data: &mut impl SharedData, index: u16, now_ns: u64) -> bool {
         let out = self.asking.as_ref().map_or(0, |asking| asking.number);
+        let report_all = self.report_all;
         let found = page::change(data, index, false, |page, standing| {
-            let mut wanted = Vec::new();
+            let (mut due, mut held, mut changed) = (Vec::new(), false, false);
             for record in page.records()? {
                 record.roll(standing, now_ns);
-                if is_to_report(record, standing, out, now_ns) {
-                    wanted.push(record.account);
+                held |= !record.draws.is_empty();
+                // From now on a worker marks the page again.
+                changed |= std::mem::take(&mut record.marked);
+                match record.is_due(standing, out, now_ns) {
+                    Some(urgent) => due.push((record.account, urgent)),
+                    None if report_all && record.asked == 0 => due.push((record.account, true)),
+                    None => {}
                 }
             }
-            let write = if page.tidy() { Write::Yes } else { Write::No };
-            Ok((wanted, write))
+            let write = if page.tidy() || changed { Write::Yes } else { Write::No };
+            Ok(((due, held), write))
         });
-        for account in found.ok().flatten().unwrap_or_default() {
-            self.enqueue(account);
+        let Ok(Some((due, held))) = found else { return found.is_err() };
+        for (account, urgent) in due {
+            *self.queue.entry(account).or_default() |= urgent;
         }
+        held
     }
 
-    /// While the share is being lowered: fixes what uses more than the lower one, so that it is reported before
-    /// the control plane may count on the lower one.
-    fn sweep(&mut self, data: &mut impl SharedData, standing: &Standing, now_ns: u64) {
-        if standing.reported <= standing.share {
-            self.sweep = Sweep::Unknown;
-            return;
-        }
-        let share = standing.share;
-        let first = match self.sweep {
-            Sweep::At { page, share: of } if of == share => page,
-            Sweep::Done { share: of } if of == share => {
-                if self.swept.is_empty() {
-                    let Some((current, cas)) = Standing::read(data) else { return };
-                    if current.share == share {
-                        let _raced = Standing { reported: share, ..current }.write(data, cas);
-                    }
-                }
-                return;
-            }
-            _ => {
-                self.swept.clear();
-                0
-            }
-        };
-        let last = first.saturating_add(PAGES_PER_SWEEP).min(PAGES);
-        for index in first..last {
-            // Written in any case: what a worker is about to write by the share before will fail.
-            let swept = page::change(data, index, false, |page, standing| {
-                let mut wanted = Vec::new();
-                for record in page.records()? {
-                    record.roll(standing, now_ns);
-                    if record.in_use() > record.cap(standing, now_ns) {
-                        record.unreported = true;
-                    }
-                    if record.unreported || record.asked > 0 {
-                        wanted.push(record.account);
-                    }
-                }
-                Ok((wanted, Write::Yes))
-            });
-            let Ok(swept) = swept else {
-                self.sweep = Sweep::At { page: index, share };
-                return;
-            };
-            for account in swept.unwrap_or_default() {
-                self.swept.insert(account);
-                self.enqueue(account);
-            }
-        }
-        self.sweep = if last >= PAGES { Sweep::Done { share } } else { Sweep::At { page: last, share } };
+    /// The share that the next question may say: see the proof, "a share that shrinks".
+    fn may_say(&self, standing: &Standing) -> u32 {
+        if self.queue.is_empty() && self.looked_at == PAGES { standing.share } else { standing.said }
     }
 
-    fn is_due(&self, standing: &Standing, now_ns: u64) -> bool {
-        match &self.asking {
-            None => true,
-            // It may be held back, but not for long if there is something to say.
-            Some(asking) if asking.accounts.is_empty() && !self.queue.is_empty() => true,
-            Some(asking) if asking.accounts.is_empty() && asking.share != standing.reported => true,
-            Some(asking) if standing.question != asking.number => true,
-            Some(asking) => now_ns.saturating_sub(asking.asked_ns) > ANSWER_NS,
-        }
+    fn may_leave(&self, standing: &Standing) -> bool {
+        standing.leaving && self.looked_at == PAGES && self.queue.is_empty()
     }
 
-    fn ask(&mut self, data: &mut impl SharedData, now_ns: u64) -> Option<Question> {
+    fn ask(&mut self, data: &mut impl SharedData, mut has_reports: bool, now_ns: u64) -> Option<Question> {
         if let Some(asking) = self.asking.take() {
+            has_reports |= !asking.accounts.is_empty();
             self.requeue(asking);
         }
         let (standing, cas) = Standing::read(data)?;
         let number = standing.question.saturating_add(1);
-        Standing { question: number, question_ns: now_ns, ..standing }.write(data, cas).ok()?;
+        let standing = Standing { question: number, ..standing };
+        standing.write(data, cas).ok()?;
         let mut reports = Vec::new();
-        let mut crowded_out = Vec::new();
-        // Each account once, whatever comes back into the queue.
-        for _ in 0..self.queue.len() {
-            if reports.len() >= MAX_ENTRIES {
-                break;
-            }
-            let Some(account) = self.queue.pop_front() else { break };
-            self.queued.remove(&account);
+        let mut contended = Vec::new();
+        while has_reports && reports.len() < MAX_ENTRIES {
+            let Some((account, _)) = self.queue.pop_first() else { break };
             match report(data, account, number, now_ns) {
                 Ok(Some(report)) => reports.push(report),
-                Ok(None) => {
-                    self.swept.remove(&account);
-                }
-                Err(_) => crowded_out.push(account),
+                Ok(None) => {}
+                Err(_) => contended.push((account, true)),
             }
         }
-        for account in crowded_out {
-            self.enqueue(account);
-        }
+        self.queue.extend(contended);
+        let said = self.may_say(&standing);
+        let left = reports.is_empty() && self.may_leave(&standing);
         let accounts = reports.iter().map(|report| report.account).collect();
-        self.asking = Some(Asking { number, share: standing.reported, asked_ns: now_ns, accounts });
+        self.asking = Some(Asking { number, said, sent_ns: now_ns, accounts });
         Some(Question {
             format: FORMAT,
-            member: Member { proxy: self.proxy, incarnation: self.incarnation, term: standing.term },
+            member: self.member,
             number,
-            applied: standing.applied,
             era: standing.era,
-            share: standing.reported,
+            new: !standing.joined,
+            share: said,
+            left,
             reports,
         })
     }
 }
 
-/// Whether there is something to say of an account; `out` is the number of the question that is out.
-fn is_to_report(record: &Record, standing: &Standing, out: u64, now_ns: u64) -> bool {
-    if record.asked > 0 {
-        return record.asked != out;
-    }
-    let in_excess = record.in_use() > record.cap(standing, now_ns) && record.holding == Holding::Own;
-    if record.rung || record.unreported || in_excess || record.wants_more(standing, now_ns) {
-        return true;
-    }
-    let Holding::Agreed { held, .. } = record.holding else { return false };
-    let refresh_ns = if held > standing.own(record.limit) {
-        standing.lease_ns.checked_div(3).unwrap_or(0)
-    } else {
-        record.account.window_ns().checked_div(4).unwrap_or(0).clamp(1_000_000_000, 60_000_000_000)
-    };
-    now_ns >= record.reported_ns.saturating_add(refresh_ns)
-}
-
-/// The report on an account, which is fixed at that until it is answered.
+/// The report of an account. From then until the answer, the proxy goes by the cap that it says.
 fn report(
     data: &mut impl SharedData,
     account: Account,
     number: u64,
     now_ns: u64,
-) -> Result<Option<Report>, page::PageError> {
+) -> Result<Option<Report>, PageError> {
     let report = page::change(data, Page::index(account), false, |page, standing| {
         let Some(record) = page.find(account)? else { return Ok((None, Write::No)) };
         record.roll(standing, now_ns);
-        let own = record.holding == Holding::Own;
-        record.fix(standing, now_ns);
+        let idle = record.is_unused(now_ns) && record.refused == 0;
+        if idle {
+            record.cap = record.cap.min(standing.own(record.limit));
+        }
         record.asked = number;
-        record.rung = false;
         record.reported_ns = now_ns;
-        record.forget_refused_if_over(now_ns);
-        let used = record.in_use();
+        record.unreported = false;
+        record.urgent = false;
         let report = Report {
             account,
             limit: record.limit,
-            held: record.cap(standing, now_ns).max(used),
-            used,
-            wanted: record.demand(now_ns),
-            dearest: record.dearest,
-            own,
+            cap: record.cap.min(record.limit),
+            used: record.in_use(),
+            spent: record.spent,
+            age_ms: now_ns.saturating_sub(record.spent_ns).checked_div(MS).unwrap_or(0),
+            wanted: if idle { 0 } else { record.demand(now_ns) },
+            lacks: record.refused.min(record.limit),
+            idle,
         };
+        record.refused = 0;
         Ok((Some(report), Write::Yes))
     })?;
     Ok(report.flatten())
 }
 
-/// Keeps no more than others leave.
-fn take_back(
-    data: &mut impl SharedData,
-    era: u64,
-    recall: &Recall,
-    now_ns: u64,
-) -> Result<(), page::PageError> {
-    let Recall { account, limit, at_most } = *recall;
+/// Keeps no more than the ledger leaves.
+fn recalled(data: &mut impl SharedData, recall: &Recall, now_ns: u64) -> Result<(), PageError> {
+    let Recall { account, limit, keep } = *recall;
     page::change(data, Page::index(account), true, |page, standing| {
-        let record = page.record(account, limit)?;
+        let record = page.record(account, limit, standing)?;
         record.roll(standing, now_ns);
-        record.next_ask_ns = 0;
-        if at_most < u32::MAX {
-            // Also if that is no less: it must not become more with a larger share.
-            let goes_by = record.limit;
-            record.limit = goes_by.max(limit);
-            let held = record.cap(standing, now_ns).min(at_most);
-            record.fix(standing, now_ns);
-            record.holding = Holding::Agreed { held, of: record.limit };
-            record.era = era;
-            record.limit = goes_by;
-        }
+        record.set_limit(limit, standing);
+        record.cap = record.cap.min(keep);
+        record.agreed = true;
         record.unreported = true;
+        record.urgent = true;
         Ok(((), Write::Yes))
     })?;
     Ok(())
 }
 
-/// Holds what was granted.
-fn take(data: &mut impl SharedData, answer: &Answer, grant: &Grant, asked_ns: u64, now_ns: u64) {
-    // Without it, the proxy has what it reported, and the control plane counts no less.
-    let _held = page::change(data, Page::index(grant.account), false, |page, standing| {
+/// Goes by the cap that was granted.
+fn granted(data: &mut impl SharedData, answer: &Answer, grant: &Grant, now_ns: u64) {
+    // If that fails, the proxy has what it reported, and the ledger counts no less.
+    let _reported_again = page::change(data, Page::index(grant.account), false, |page, standing| {
         let Some(record) = page.find(grant.account)? else { return Ok(((), Write::No)) };
-        // Another leader has asked since, or fewer are left since a recall.
-        if record.asked != answer.number {
+        // It was reported by another question since then, or what it is based on is void.
+        if record.asked != 0 && record.asked != answer.number || record.epoch != standing.epoch {
             return Ok(((), Write::No));
         }
-        record.holding = match grant.held {
-            Some(held) => Holding::Agreed { held, of: grant.limit },
-            None => Holding::Own,
-        };
-        record.leased_ns = asked_ns;
-        record.era = answer.era;
-        record.term = standing.term;
         record.asked = 0;
-        record.unreported = false;
+        match grant.cap {
+            Some(cap) => {
+                // By a larger limit than that of the rules here, nothing was divided that there is.
+                let is_other = grant.limit > record.limit;
+                let cap = if is_other { cap.min(standing.own(record.limit)) } else { cap };
+                record.unreported |= is_other;
+                record.urgent |= is_other;
+                // What it has no more is free for others once that is reported.
+                let less = cap < record.cap;
+                record.unreported |= less;
+                record.urgent |= less;
+                record.cap = cap;
+                record.agreed = true;
+            }
+            // The ledger counts the share from now on.
+            None => {
+                record.cap = record.cap.min(standing.own(record.limit));
+                record.agreed = false;
+                let used = !record.is_unused(now_ns);
+                record.unreported |= used;
+                record.urgent |= used;
+            }
+        }
         record.elsewhere = grant.elsewhere;
-        record.forget_refused(standing, now_ns);
-        let again_ns =
-            grant.account.window_ns().checked_div(8).unwrap_or(0).clamp(200_000_000, 10_000_000_000);
-        // There is nothing more to be had now for whom there was not enough.
-        let enough = record.has_headroom(standing, now_ns);
-        record.next_ask_ns = if enough { now_ns } else { now_ns.saturating_add(again_ns) };
+        record.elsewhere_until_ns = if grant.elsewhere > 0 {
+            now_ns.saturating_add(grant.elsewhere_ms.saturating_mul(MS))
+        } else {
+            0
+        };
+        // The ledger tells when there is more for whom there was not enough. What others spend it does not tell.
+        let left = record.limit.saturating_sub(record.elsewhere(now_ns)).saturating_sub(record.spends.used());
+        let pause_ns = if record.cap > record.in_use() {
+            0
+        } else if left > 0 {
+            SOON_NS
+        } else {
+            EXHAUSTED_NS
+        };
+        record.next_ask_ns = now_ns.saturating_add(pause_ns);
         Ok(((), Write::Yes))
     });
 }

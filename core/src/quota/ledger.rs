@@ -1,50 +1,228 @@
-//! What the control plane knows of who holds what, and how it divides limits. Counting and dividing are one thing:
-//! each rule of the one is what makes a rule of the other safe.
+//! The ledger: caps of all proxies, by account. Counting and dividing are one thing: each rule of the one is what makes a
+//! rule of the other safe. See the proof in [`super`].
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use serde::{Deserialize, Serialize};
+
 use super::division::{Need, divide};
-use super::fellow::{Fellow, Holder};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
-use super::{AHEAD_PART, ANSWER_NS, Account, SHARES, Terms, UNSAID_PART, fair_share};
+use super::spends::{self, Spends};
+use super::{
+    Account, RECOVER_NS, RELEASE_NS, REPORT_NS, REPORT_NS_PER_PROXY, SHARES, SILENCE_NS, fair_share, hold_ns,
+};
 
-/// One part in so many of all limits is nobody's own, so that a new proxy has something from its first request.
+const MS: u64 = 1_000_000;
+/// With this many proxies and more, one part in [`RESERVE_PART`] of all limits is in no share, and a share may be larger
+/// than its target by one part in [`TOLERANCE_PART`]: so a proxy that joins does not change the share of every other one.
+const LARGE_FLEET: u32 = 16;
 const RESERVE_PART: u32 = 16;
+const TOLERANCE_PART: u32 = 32;
+/// Noise in what is asked for moves no units: one part in so many of a limit.
+const NOISE_PART: u32 = 64;
+/// Interval between two looks for silent proxies, and pools that are tidied at each.
+const LOOK_NS: u64 = 100_000_000;
+const TIDIED: usize = 256;
+/// Owner of the spends of proxies that are gone, where they are kept.
+const NOBODY: Member = Member { proxy: 0, incarnation: 0 };
 
-/// Who holds what. There must be one for a fleet at a time.
+/// Caps and spends of all proxies. There must be one for a fleet at a time.
 ///
-/// Every change must be kept, as [`Exchange`] says, before the answer is sent. Then [`Ledger::resume`] goes on
-/// from what was kept. To keep all of [`Ledger::saved`] now and then, as when the control plane is told to stop, lets
-/// proxies that restart meanwhile leave less behind. Where anything may have been lost, [`Ledger::in_doubt`] starts over.
+/// Changes ([`Ledger::take_changes`]) must be kept before the answer is sent; then [`Ledger::resume`] goes on from them.
 #[derive(Debug)]
 pub struct Ledger {
-    pub(super) terms: Terms,
-    pub(super) era: u64,
-    /// Until when proxies may spend of whom nothing is known; 0: there are none.
-    pub(super) doubt_until_ns: u64,
-    pub(super) members: BTreeMap<Member, Fellow>,
-    pub(super) pools: BTreeMap<Account, BTreeMap<Member, Holder>>,
+    era: u64,
+    hot_restart: bool,
+    began_ns: u64,
+    /// Nothing grows before this time; see [`Ledger::recovering`].
+    recovering_until_ns: u64,
+    members: BTreeMap<Member, Process>,
+    pools: BTreeMap<Account, Pool>,
+    /// Number of members with each share that is counted.
+    shares: BTreeMap<u32, u32>,
+    /// Members that do not leave.
+    staying: u32,
+    next_look_ns: u64,
+    tidied: Option<Account>,
+    released_units: u64,
+    released_members: u64,
+    changes: Changes,
 }
 
-/// An answer, and what has to be kept before it is sent.
+/// What the ledger knows of a process of a proxy.
+#[derive(Debug, Clone, Default)]
+struct Process {
+    /// Number of its last question.
+    number: u64,
+    /// The share it goes by at most, as it says.
+    said: u32,
+    /// The share it was told.
+    told: u32,
+    heard_ns: u64,
+    leaving: bool,
+    left: bool,
+    /// Accounts with news for it.
+    news: BTreeSet<Account>,
+    /// Accounts with a holder of its own.
+    accounts: BTreeSet<Account>,
+}
+
+impl Process {
+    fn share(&self) -> u32 {
+        self.said.max(self.told)
+    }
+
+    fn is_heard(&self, now_ns: u64) -> bool {
+        !self.left && now_ns < self.heard_ns.saturating_add(SILENCE_NS)
+    }
+}
+
+/// One account.
+#[derive(Debug, Clone, Default)]
+struct Pool {
+    /// As it was last reported.
+    limit: u32,
+    holders: BTreeMap<Member, Holder>,
+    /// Spends of proxies that are gone.
+    gone: Spends,
+}
+
+/// A proxy's part of an account.
+#[derive(Debug, Clone, Default)]
+struct Holder {
+    cap: u32,
+    /// Units that its VMs held by the last report.
+    held: u32,
+    /// Units asked for in a window's time.
+    wanted: u32,
+    /// Units refused since the report before the last.
+    lacks: u32,
+    /// Units spent since its record was made.
+    total: u64,
+    spends: Spends,
+}
+
+impl Holder {
+    /// Units in use, as far as they were reported.
+    fn used(&self, now_ns: u64, window_ns: u64) -> u32 {
+        self.spends.used_at(now_ns, window_ns).saturating_add(self.held)
+    }
+
+    /// Units that the proxy may have in use.
+    fn counted(&self, now_ns: u64, window_ns: u64) -> u32 {
+        self.cap.max(self.used(now_ns, window_ns))
+    }
+
+    /// Whether it could use more than its cap.
+    fn is_short(&self, limit: u32) -> bool {
+        self.wanted > self.cap && self.cap < limit
+    }
+}
+
+/// What is to be kept of what changed since the last time: what is named here is to be read again from the ledger, and
+/// removed where it is not there.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// See [`Ledger::member`].
+    pub members: BTreeSet<Member>,
+    /// See [`Ledger::holder`].
+    pub holders: BTreeSet<(Account, Member)>,
+    /// See [`Ledger::spend`].
+    pub spends: BTreeSet<SpendKey>,
+}
+
+impl Changes {
+    /// Whether nothing is to be kept.
+    pub fn is_empty(&self) -> bool {
+        self.members.is_empty() && self.holders.is_empty() && self.spends.is_empty()
+    }
+}
+
+/// Key of the units that a proxy spent of an account in a 128th of its window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SpendKey {
+    /// The account.
+    pub account: Account,
+    /// The proxy's process; zeros: proxies that are gone.
+    pub member: Member,
+    /// The slot of the window.
+    pub slot: u64,
+}
+
+impl SpendKey {
+    /// The key of a row.
+    pub fn of(row: &SpendRow) -> Self {
+        let slot = spends::slot(row.last_ns, row.account.window_ns());
+        Self { account: row.account, member: row.member, slot }
+    }
+}
+
+/// What is kept of a member.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemberRow {
+    /// The process.
+    pub member: Member,
+    /// Its share, of [`SHARES`].
+    pub share: u32,
+}
+
+/// What is kept of a proxy's part of an account.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HolderRow {
+    /// The account.
+    pub account: Account,
+    /// The process.
+    pub member: Member,
+    /// The limit.
+    pub limit: u32,
+    /// Its cap.
+    pub cap: u32,
+    /// Units spent since its record was made.
+    pub total: u64,
+}
+
+/// What is kept of spends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SpendRow {
+    /// The account.
+    pub account: Account,
+    /// The proxy's process; zeros: proxies that are gone.
+    pub member: Member,
+    /// The limit.
+    pub limit: u32,
+    /// Time of the last of them.
+    pub last_ns: u64,
+    /// Units.
+    pub units: u32,
+}
+
+/// Everything that is kept.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Saved {
+    /// The ledger's number.
+    pub era: u64,
+    /// Nothing grew yet, see [`Ledger::recovering`].
+    #[serde(default)]
+    pub recovering: bool,
+    /// All members.
+    pub members: Vec<MemberRow>,
+    /// Their parts of accounts.
+    pub holders: Vec<HolderRow>,
+    /// Their spends.
+    pub spends: Vec<SpendRow>,
+}
+
+/// An answer, and who else has news.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Exchange {
     /// The answer.
     pub answer: Answer,
-    /// The proxies whose [`Ledger::member`] was changed.
-    pub members_changed: Vec<Member>,
-    /// The accounts whose [`Ledger::pool`] was changed.
-    pub pools_changed: Vec<Account>,
-}
-
-impl Exchange {
-    fn new(answer: Answer, members: BTreeSet<Member>, pools: BTreeSet<Account>) -> Self {
-        Self {
-            answer,
-            members_changed: members.into_iter().collect(),
-            pools_changed: pools.into_iter().collect(),
-        }
-    }
+    /// Members whose held question is to be answered now; `None`: perhaps any.
+    pub wake: Option<BTreeSet<Member>>,
 }
 
 /// A question that is not answered.
@@ -55,29 +233,82 @@ pub enum ExchangeError {
     Superseded,
 }
 
-/// What a proxy is to have of an account.
-struct Decision {
-    /// So many units; `None`: its own.
-    held: Option<u32>,
-    /// How many it should have.
-    target: u32,
-    /// Units that others have in use.
-    elsewhere: u32,
-    /// Units that nobody has.
-    free: u32,
+/// A proxy that was not heard of for longer than [`SILENCE_NS`]: it spends its share of each limit, and what it spends is
+/// not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SilentProxy {
+    /// The process.
+    pub member: Member,
+    /// Nanoseconds since it was heard of.
+    pub silent_ns: u64,
+    /// Units of accounts that it used, granted and not reported as spent.
+    pub units: u64,
+    /// Its share of all other limits, of [`SHARES`].
+    pub share: u32,
 }
 
 impl Ledger {
-    /// A ledger of which nothing was ever handed out: of a control plane that never had one before. `era` tells it
-    /// from all other ledgers.
-    pub fn new(terms: Terms, era: u64) -> Self {
-        Self { terms, era, doubt_until_ns: 0, members: BTreeMap::new(), pools: BTreeMap::new() }
+    /// A ledger of which nothing was ever granted. `era` tells it from all other ledgers.
+    pub fn new(era: u64, hot_restart: bool, now_ns: u64) -> Self {
+        Self {
+            era,
+            hot_restart,
+            began_ns: now_ns,
+            recovering_until_ns: 0,
+            members: BTreeMap::new(),
+            pools: BTreeMap::new(),
+            shares: BTreeMap::new(),
+            staying: 0,
+            next_look_ns: 0,
+            tidied: None,
+            released_units: 0,
+            released_members: 0,
+            changes: Changes::default(),
+        }
     }
 
-    /// Starts over where it is not known what was handed out: what is not known to be unused counts as used, until
-    /// a share has ended of whoever does not come forward, and then a window has passed. `era` must be new.
-    pub fn in_doubt(terms: Terms, era: u64, now_ns: u64) -> Self {
-        Self { doubt_until_ns: now_ns.saturating_add(terms.keep_ns()), ..Self::new(terms, era) }
+    /// A ledger that does not know what the one before it granted: proxies tell. Nothing grows for [`RECOVER_NS`].
+    pub fn recovering(era: u64, hot_restart: bool, now_ns: u64) -> Self {
+        Self::take_over(&Saved { era, ..Saved::default() }, era, hot_restart, now_ns)
+    }
+
+    /// A ledger that knows what the one before it had granted a while ago; proxies tell the rest. Nothing grows for
+    /// [`RECOVER_NS`].
+    pub fn take_over(saved: &Saved, era: u64, hot_restart: bool, now_ns: u64) -> Self {
+        let before = Self::resume(saved, hot_restart, now_ns);
+        Self { era, recovering_until_ns: now_ns.saturating_add(RECOVER_NS), ..before }
+    }
+
+    /// Goes on from what was kept; its times must be of the clock of `now_ns`.
+    pub fn resume(saved: &Saved, hot_restart: bool, now_ns: u64) -> Self {
+        let mut ledger = Self::new(saved.era, hot_restart, now_ns);
+        for row in &saved.members {
+            ledger.join(row.member, row.share, now_ns);
+        }
+        for row in &saved.holders {
+            let Some(process) = ledger.members.get_mut(&row.member) else { continue };
+            process.accounts.insert(row.account);
+            let pool = ledger.pools.entry(row.account).or_default();
+            pool.limit = row.limit;
+            let holder = pool.holders.entry(row.member).or_default();
+            holder.cap = row.cap;
+            holder.total = row.total;
+        }
+        for row in &saved.spends {
+            let pool = ledger.pools.entry(row.account).or_default();
+            pool.limit = pool.limit.max(row.limit);
+            let spends = match pool.holders.get_mut(&row.member) {
+                Some(holder) => &mut holder.spends,
+                None => &mut pool.gone,
+            };
+            // A clock that was set back must not keep units in use for ever.
+            spends.add(row.last_ns.min(now_ns), row.units, row.account.window_ns());
+        }
+        ledger.changes = Changes::default();
+        if saved.recovering {
+            ledger.recovering_until_ns = now_ns.saturating_add(RECOVER_NS);
+        }
+        ledger
     }
 
     /// The ledger's number.
@@ -85,490 +316,832 @@ impl Ledger {
         self.era
     }
 
-    /// Units in use of each account that more than a little is used of, as far as is known, with the limit.
-    pub fn usage(&self) -> impl Iterator<Item = (Account, u32, u32)> {
-        self.pools.iter().map(|(account, pool)| {
-            let used = pool.values().fold(0_u32, |sum, holder| sum.saturating_add(holder.used));
-            (*account, used, pool.values().map(|holder| holder.of).max().unwrap_or(0))
+    /// Everything that is to be kept.
+    pub fn saved(&self) -> Saved {
+        let recovering = self.recovering_until_ns > 0;
+        let mut saved = Saved { era: self.era, recovering, ..Saved::default() };
+        saved.members.extend(self.members.keys().filter_map(|member| self.member(member)));
+        for (account, pool) in &self.pools {
+            for member in pool.holders.keys() {
+                saved.holders.extend(self.holder(*account, member));
+            }
+            let spends = pool.holders.iter().map(|(member, holder)| (*member, &holder.spends));
+            for (member, spends) in spends.chain([(NOBODY, &pool.gone)]) {
+                saved.spends.extend(spends.groups().map(|group| SpendRow {
+                    account: *account,
+                    member,
+                    limit: pool.limit,
+                    last_ns: group.last_ns,
+                    units: group.units,
+                }));
+            }
+        }
+        saved
+    }
+
+    /// What is to be kept of a member.
+    pub fn member(&self, member: &Member) -> Option<MemberRow> {
+        let process = self.members.get(member).filter(|process| !process.left)?;
+        Some(MemberRow { member: *member, share: process.share() })
+    }
+
+    /// What is to be kept of a member's part of an account.
+    pub fn holder(&self, account: Account, member: &Member) -> Option<HolderRow> {
+        let pool = self.pools.get(&account)?;
+        let holder = pool.holders.get(member)?;
+        let (limit, cap, total) = (pool.limit, holder.cap, holder.total);
+        Some(HolderRow { account, member: *member, limit, cap, total })
+    }
+
+    /// What is to be kept of spends.
+    pub fn spend(&self, key: &SpendKey) -> Option<SpendRow> {
+        let SpendKey { account, member, slot } = *key;
+        let pool = self.pools.get(&account)?;
+        let spends = match pool.holders.get(&member) {
+            Some(holder) => &holder.spends,
+            None if member == NOBODY => &pool.gone,
+            None => return None,
+        };
+        let window_ns = account.window_ns();
+        let group = spends.groups().find(|group| spends::slot(group.last_ns, window_ns) == slot)?;
+        let (limit, last_ns, units) = (pool.limit, group.last_ns, group.units);
+        Some(SpendRow { account, member, limit, last_ns, units })
+    }
+
+    /// What is to be kept since the last time.
+    pub fn take_changes(&mut self) -> Changes {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Units in use of each account, as far as they were reported, with the limit.
+    pub fn usage(&self, now_ns: u64) -> impl Iterator<Item = (Account, u32, u32)> {
+        self.pools.iter().map(move |(account, pool)| {
+            let window_ns = account.window_ns();
+            let used = pool.holders.values().map(|holder| holder.spends.used_at(now_ns, window_ns));
+            let used = used.fold(pool.gone.used_at(now_ns, window_ns), u32::saturating_add);
+            (*account, used, pool.limit)
         })
     }
 
-    /// Whether a proxy is to be answered although it has nothing to report: otherwise its question may be held
-    /// back for [`super::HOLD_NS`], and is then to be handed to [`Ledger::exchange`].
-    pub fn has_news(&self, member: &Member, now_ns: u64) -> bool {
-        match self.members.get(member) {
-            None => true,
-            Some(fellow) => {
-                !fellow.looks.is_empty() || self.next_share(member, fellow.share, now_ns) != fellow.told
-            }
-        }
+    /// Processes of proxies that take part.
+    pub fn proxies(&self) -> usize {
+        usize::try_from(self.staying).unwrap_or(usize::MAX)
     }
 
-    /// Answers a question that came at a time of the control plane's monotonic clock.
+    /// Whether nothing grows since it is not known what the ledger before granted.
+    pub fn is_recovering(&self, now_ns: u64) -> bool {
+        now_ns < self.recovering_until_ns
+    }
+
+    /// Whether it recovers, as [`Ledger::saved`] has it: until the first look after the end of that.
+    pub fn saves_recovering(&self) -> bool {
+        self.recovering_until_ns > 0
+    }
+
+    /// Nanoseconds until caps and shares grow again; 0: they do.
+    pub fn recovers_in_ns(&self, now_ns: u64) -> u64 {
+        self.recovering_until_ns.saturating_sub(now_ns)
+    }
+
+    /// Proxies that are not heard of, and not released yet.
+    pub fn silent(&self, now_ns: u64) -> Vec<SilentProxy> {
+        let silent = self.members.iter().filter(|(_, process)| !process.left && !process.is_heard(now_ns));
+        let silent = silent.map(|(member, process)| SilentProxy {
+            member: *member,
+            silent_ns: now_ns.saturating_sub(process.heard_ns),
+            units: self.unreported(member, process, now_ns),
+            share: process.share(),
+        });
+        silent.collect()
+    }
+
+    /// Units that were granted to proxies that were released without a word: as many may have been admitted once more.
+    /// Shares of accounts that they never used are not among them.
+    pub fn released_units(&self) -> u64 {
+        self.released_units
+    }
+
+    /// Proxies that were released without a word.
+    pub fn released_members(&self) -> u64 {
+        self.released_members
+    }
+
+    fn unreported(&self, member: &Member, process: &Process, now_ns: u64) -> u64 {
+        let holders = process.accounts.iter().filter_map(|account| {
+            let holder = self.pools.get(account)?.holders.get(member)?;
+            let used = holder.spends.used_at(now_ns, account.window_ns());
+            Some(u64::from(holder.cap.saturating_sub(used)))
+        });
+        holders.fold(0, u64::saturating_add)
+    }
+
+    /// Whether a member is to be answered although it has nothing to report: otherwise its question may be held back for
+    /// [`Ledger::hold_ns`].
+    pub fn has_news(&self, question: &Question, now_ns: u64) -> bool {
+        let Some(process) = self.members.get(&question.member) else { return true };
+        !process.news.is_empty()
+            || process.number >= question.number
+            || question.era != self.era
+            || question.left && !process.left
+            || !process.left && process.leaving && process.told > 0
+            || !process.left && self.next_share(process, question.share, now_ns) != process.told
+    }
+
+    /// Time for which a question without reports may be held back.
+    pub fn hold_ns(&self) -> u64 {
+        hold_ns(self.proxies())
+    }
+
+    /// Whether a process takes part.
+    pub fn knows(&self, member: &Member) -> bool {
+        self.members.contains_key(member)
+    }
+
+    /// Has a proxy leave: it is to spend nothing more and to report everything; the next process of it is not meant. Whether
+    /// the proxy is known.
+    pub fn drain(&mut self, proxy: u64) -> bool {
+        let mut known = false;
+        for (member, process) in &mut self.members {
+            if member.proxy == proxy {
+                known = true;
+                if !process.leaving {
+                    process.leaving = true;
+                    self.staying = self.staying.saturating_sub(1);
+                }
+            }
+        }
+        known
+    }
+
+    /// Whether a proxy that was told to leave has left.
+    pub fn has_left(&self, proxy: u64) -> bool {
+        let mut processes = self.members.iter().filter(|(member, _)| member.proxy == proxy);
+        processes.all(|(_, process)| process.left)
+    }
+
+    /// Answers a question.
     ///
     /// # Errors
     /// [`ExchangeError`]; nothing changes then.
     pub fn exchange(&mut self, question: &Question, now_ns: u64) -> Result<Exchange, ExchangeError> {
-        let (mut members_changed, mut pools_changed) = self.forget(now_ns);
-        let member = &question.member;
-        let mut answer = self.blank(question.number);
-        let known = self.members.get(member);
-        let later = |(other, _): (&Member, &Fellow)| {
-            (other.proxy, other.incarnation) == (member.proxy, member.incarnation) && other.term > member.term
-        };
-        if known.is_some_and(|fellow| question.number <= fellow.number) || self.members.iter().any(later) {
+        let member = question.member;
+        if self.members.get(&member).is_some_and(|process| question.number <= process.number) {
             return Err(ExchangeError::Superseded);
         }
-        let unknown = known.is_none() && question.applied > 0 && now_ns >= self.doubt_until_ns;
-        if unknown || known.is_some_and(|fellow| fellow.ended.is_some()) {
-            answer.rejoin = true;
-            return Ok(Exchange::new(answer, members_changed, pools_changed));
+        let mut wake = if self.on_time(now_ns) { None } else { Some(BTreeSet::new()) };
+        let mut answer = self.blank(question.number);
+        let is_void = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
+        if is_void && self.members.contains_key(&member) {
+            // It comes too late with what another ledger granted.
+            self.release(&member, now_ns);
+            wake = None;
         }
-        let before = known.map(|fellow| (fellow.share, fellow.acked_ns));
-        if known.is_none() {
-            self.take_over(member, now_ns, &mut members_changed, &mut pools_changed);
-        }
-        members_changed.extend(self.acknowledge(question, now_ns));
-        pools_changed.extend(self.note(member, &question.reports, now_ns));
-        if let Some(fellow) = self.members.get_mut(member) {
-            fellow.number = question.number;
-            if question.share > 0 {
-                fellow.owed = 0;
+        if !self.members.contains_key(&member) {
+            if !self.admit(question, now_ns) {
+                answer.rejoin = true;
+                return Ok(Exchange { answer, wake });
             }
-            fellow.share = question.share.max(fellow.owed);
-            fellow.told = fellow.told.min(question.share);
-            fellow.answered_ns = now_ns;
-            fellow.sent_ns = Some(now_ns);
+            wake = None;
         }
+        let Some(process) = self.members.get_mut(&member) else { return Err(ExchangeError::Superseded) };
+        process.number = question.number;
+        process.heard_ns = now_ns;
+        let said = if question.era == self.era || self.recovering_until_ns > 0 { question.share } else { 0 };
+        let (said_before, told) = (process.said, process.told);
+        self.set_share(&member, said, told);
         for report in &question.reports {
-            let (grant, changed) = self.grant(member, report, now_ns);
+            self.note(&member, report, now_ns);
+        }
+        if question.left {
+            self.leave(&member, now_ns);
+            wake = None;
+        }
+        answer.leave = self.members.get(&member).is_some_and(|process| process.leaving);
+        for report in &question.reports {
+            let grant = self.grant(&member, report, &mut wake, now_ns);
             answer.grants.push(grant);
-            if changed {
-                pools_changed.insert(report.account);
-            }
         }
-        let mut share = self.next_share(member, question.share, now_ns);
-        if share > question.share {
-            let (exceptions, all) = self.exceptions(member, share, now_ns);
-            pools_changed.extend(exceptions.iter().map(|recall| recall.account));
-            answer.recalls = exceptions;
-            if !all {
-                share = question.share;
-            }
-        }
-        if let Some(fellow) = self.members.get_mut(member) {
-            fellow.share = question.share.max(share).max(fellow.owed);
-            fellow.told = share;
-        }
+        let share = self.share(&member, question.share, &mut answer, now_ns);
+        self.set_share(&member, said, share);
         answer.share = share;
-        self.recall(member, &mut answer.recalls, now_ns);
-        if !pools_changed.is_empty() || self.is_to_keep(member, before) {
-            members_changed.insert(member.clone());
+        if said_before > said && self.staying > 1 {
+            // There is more for others.
+            wake = None;
         }
-        Ok(Exchange::new(answer, members_changed, pools_changed))
+        self.news(&member, &mut answer, now_ns);
+        Ok(Exchange { answer, wake })
+    }
+
+    /// Does what is due at a time: releases silent proxies and forgets what is over. Whether any proxy may have news then.
+    pub fn on_time(&mut self, now_ns: u64) -> bool {
+        if now_ns < self.next_look_ns {
+            return false;
+        }
+        self.next_look_ns = now_ns.saturating_add(LOOK_NS);
+        let mut any = false;
+        if self.recovering_until_ns > 0 && now_ns >= self.recovering_until_ns {
+            self.recovering_until_ns = 0;
+            any = true;
+        }
+        let is_lost = |process: &Process| now_ns >= process.heard_ns.saturating_add(RELEASE_NS);
+        let lost: Vec<Member> =
+            self.members.iter().filter(|(_, process)| is_lost(process)).map(|(member, _)| *member).collect();
+        for member in lost {
+            self.release(&member, now_ns);
+            any = true;
+        }
+        self.tidy(now_ns);
+        any
     }
 
     fn blank(&self, number: u64) -> Answer {
+        let report_ns = u64::from(self.staying).saturating_mul(REPORT_NS_PER_PROXY).max(REPORT_NS);
         Answer {
             format: FORMAT,
             number,
             era: self.era,
             rejoin: false,
+            leave: false,
             share: 0,
-            lease_s: self.terms.lease_s,
-            keep_s: self.terms.keep_s,
+            report_ms: u32::try_from(report_ns.checked_div(MS).unwrap_or(0)).unwrap_or(u32::MAX),
             grants: Vec::new(),
             recalls: Vec::new(),
         }
     }
 
-    /// Whether it began in doubt, and that is not over: then shares and grants do not grow.
-    pub fn is_in_doubt(&self, now_ns: u64) -> bool {
-        self.doubts(self.terms.longest_window_ns(), now_ns)
-    }
-
-    fn doubts(&self, window_ns: u64, now_ns: u64) -> bool {
-        self.doubt_until_ns > 0 && now_ns < self.doubt_until_ns.saturating_add(window_ns)
-    }
-
-    /// Drops members whose shares have ended, and whose spends have left all windows.
-    fn forget(&mut self, now_ns: u64) -> (BTreeSet<Member>, BTreeSet<Account>) {
-        if !self.is_in_doubt(now_ns) {
-            self.doubt_until_ns = 0;
-        }
-        let window_ns = self.terms.longest_window_ns();
-        let keep_ns = self.terms.keep_ns();
-        let is_over = |fellow: &Fellow| now_ns >= fellow.end_ns(keep_ns).saturating_add(window_ns);
-        let gone = self.members.extract_if(.., |_, fellow| is_over(fellow));
-        let gone: BTreeSet<Member> = gone.map(|(member, _)| member).collect();
-        let mut changed = BTreeSet::new();
-        if !gone.is_empty() {
-            self.pools.retain(|account, pool| {
-                let before = pool.len();
-                pool.retain(|member, _| !gone.contains(member));
-                if pool.len() < before {
-                    changed.insert(*account);
+    /// Takes in a process that is not known; `false`: it has to join as a new one.
+    fn admit(&mut self, question: &Question, now_ns: u64) -> bool {
+        let member = question.member;
+        if question.era == 0 {
+            // A proxy is one process at a time: those before it have ended.
+            if question.new && !self.hot_restart {
+                let before = |other: &&Member| other.proxy == member.proxy;
+                let before: Vec<Member> = self.members.keys().filter(before).copied().collect();
+                for other in before {
+                    self.release(&other, now_ns);
                 }
-                !pool.is_empty()
-            });
+            }
+            self.join(member, 0, now_ns);
+            return true;
         }
-        (gone, changed)
+        // It was released, or has an older ledger than the one before this.
+        let recovered_ns = self.began_ns.saturating_add(RECOVER_NS);
+        let adopts = now_ns < recovered_ns;
+        if question.era == self.era || !adopts {
+            return false;
+        }
+        // There was another ledger: nothing grows until all have told what they have of it.
+        self.recovering_until_ns = recovered_ns;
+        self.join(member, question.share, now_ns);
+        true
     }
 
-    /// Whether something changed that has to be kept.
-    fn is_to_keep(&self, member: &Member, before: Option<(u32, Option<u64>)>) -> bool {
-        let Some(fellow) = self.members.get(member) else { return true };
-        before.is_none_or(|(share, acked_ns)| share != fellow.share || acked_ns.is_none())
+    fn join(&mut self, member: Member, share: u32, now_ns: u64) {
+        let process = Process { said: share, told: share, heard_ns: now_ns, ..Process::default() };
+        self.members.insert(member, process);
+        self.count_share(share, 1);
+        self.staying = self.staying.saturating_add(1);
+        self.changes.members.insert(member);
     }
 
-    /// A process that was lost and is a new member goes on with what it had, and counts what it spent itself.
-    fn take_over(
+    fn count_share(&mut self, share: u32, by: i32) {
+        let count = self.shares.entry(share).or_default();
+        *count = count.saturating_add_signed(by);
+        if *count == 0 {
+            self.shares.remove(&share);
+        }
+    }
+
+    fn set_share(&mut self, member: &Member, said: u32, told: u32) {
+        let Some(process) = self.members.get_mut(member) else { return };
+        let before = process.share();
+        (process.said, process.told) = (said, told);
+        let after = process.share();
+        if before != after {
+            self.count_share(before, -1);
+            self.count_share(after, 1);
+            self.changes.members.insert(*member);
+        }
+    }
+
+    /// All shares together.
+    fn shared_out(&self) -> u32 {
+        self.shares
+            .iter()
+            .fold(0, |sum: u32, (share, count)| sum.saturating_add(share.saturating_mul(*count)))
+    }
+
+    /// A process has left: what it spent counts, and nothing else.
+    fn leave(&mut self, member: &Member, now_ns: u64) {
+        self.bequeath(member, now_ns);
+        self.set_share(member, 0, 0);
+        if let Some(process) = self.members.get_mut(member) {
+            process.left = true;
+            process.news.clear();
+            if !process.leaving {
+                process.leaving = true;
+                self.staying = self.staying.saturating_sub(1);
+            }
+        }
+        self.changes.members.insert(*member);
+    }
+
+    /// A process is gone: what it reported counts, and nothing else.
+    fn release(&mut self, member: &Member, now_ns: u64) {
+        let Some(process) = self.members.get(member) else { return };
+        if !process.left {
+            let units = self.unreported(member, process, now_ns);
+            self.released_units = self.released_units.saturating_add(units);
+            self.released_members = self.released_members.saturating_add(1);
+        }
+        self.bequeath(member, now_ns);
+        self.set_share(member, 0, 0);
+        if let Some(process) = self.members.remove(member) {
+            self.count_share(0, -1);
+            if !process.leaving {
+                self.staying = self.staying.saturating_sub(1);
+            }
+        }
+        self.changes.members.insert(*member);
+    }
+
+    /// Moves a member's spends to those of nobody, and drops its caps; others may have news then.
+    fn bequeath(&mut self, member: &Member, now_ns: u64) {
+        let Some(process) = self.members.get_mut(member) else { return };
+        let accounts = std::mem::take(&mut process.accounts);
+        process.news.clear();
+        let mut waiting = BTreeSet::new();
+        for account in accounts {
+            let window_ns = account.window_ns();
+            let Some(pool) = self.pools.get_mut(&account) else { continue };
+            let Some(mut holder) = pool.holders.remove(member) else { continue };
+            self.changes.holders.insert((account, *member));
+            for group in holder.spends.groups() {
+                let slot = spends::slot(group.last_ns, window_ns);
+                self.changes.spends.insert(SpendKey { account, member: *member, slot });
+                self.changes.spends.insert(SpendKey { account, member: NOBODY, slot });
+            }
+            holder.spends.expire(now_ns, window_ns, drop);
+            for group in holder.spends.groups() {
+                pool.gone.add(group.last_ns, group.units, window_ns);
+            }
+            if pool.holders.values().any(|holder| holder.is_short(pool.limit)) {
+                waiting.insert(account);
+            }
+        }
+        for account in waiting {
+            self.tell_waiting(account, None, &mut None);
+        }
+    }
+
+    /// Takes over what a proxy reports.
+    fn note(&mut self, member: &Member, report: &Report, now_ns: u64) {
+        let Report { account, limit, cap, used, spent, age_ms, wanted, lacks, idle: _ } = *report;
+        let window_ns = account.window_ns();
+        let pool = self.pools.entry(account).or_default();
+        pool.limit = limit;
+        let holder = pool.holders.entry(*member).or_default();
+        // A record that was made since then begins to count at 0.
+        let new = spent.checked_sub(holder.total).unwrap_or(spent).min(used.into());
+        let new = u32::try_from(new).unwrap_or(u32::MAX);
+        if new > 0 {
+            let at_ns = now_ns.saturating_sub(age_ms.saturating_mul(MS));
+            holder.spends.add(at_ns, new, window_ns);
+            let slot = spends::slot(at_ns, window_ns);
+            self.changes.spends.insert(SpendKey { account, member: *member, slot });
+        }
+        holder.spends.expire(now_ns, window_ns, |group| {
+            let slot = spends::slot(group.last_ns, window_ns);
+            self.changes.spends.insert(SpendKey { account, member: *member, slot });
+        });
+        if (holder.cap, holder.total) != (cap, spent) {
+            self.changes.holders.insert((account, *member));
+        }
+        holder.cap = cap;
+        holder.total = spent;
+        holder.held = used.saturating_sub(holder.spends.used());
+        holder.wanted = wanted.max(used.saturating_add(lacks));
+        holder.lacks = lacks;
+        if let Some(process) = self.members.get_mut(member) {
+            process.accounts.insert(account);
+            process.news.remove(&account);
+        }
+    }
+
+    /// The cap of a member that reported an account; calls others where units are to move.
+    fn grant(
         &mut self,
         member: &Member,
+        report: &Report,
+        wake: &mut Option<BTreeSet<Member>>,
         now_ns: u64,
-        members_changed: &mut BTreeSet<Member>,
-        pools_changed: &mut BTreeSet<Account>,
-    ) {
-        let lost = |(other, fellow): &(&Member, &Fellow)| {
-            fellow.ended.is_none() && (other.proxy, other.incarnation) == (member.proxy, member.incarnation)
-        };
-        let Some(before) = self.members.iter().find(lost).map(|(other, _)| other.clone()) else { return };
-        let Some(fellow) = self.members.remove(&before) else { return };
-        let moved = self.pools.iter_mut().filter_map(|(account, pool)| {
-            let holder = pool.remove(&before)?;
-            pool.insert(member.clone(), Holder { unsure: true, told: true, ..holder });
-            Some(*account)
-        });
-        let looks: BTreeSet<Account> = moved.collect();
-        pools_changed.extend(&looks);
-        members_changed.insert(before);
-        let back = Fellow {
-            share: fellow.share,
-            owed: fellow.share,
-            steady_since_ns: now_ns,
-            looks,
-            joined_ns: now_ns,
-            leaves_since_ns: fellow.leaves_since_ns,
-            ..Fellow::default()
-        };
-        self.members.insert(member.clone(), back);
+    ) -> Grant {
+        let account = report.account;
+        let (elsewhere, elsewhere_ms) = self.elsewhere(account, member, now_ns);
+        let mut grant = Grant { account, limit: report.limit, cap: None, elsewhere, elsewhere_ms };
+        let leaving = self.members.get(member).is_none_or(|process| process.leaving);
+        if leaving {
+            grant.cap = Some(0);
+            self.set_cap(account, member, 0, report.cap);
+            self.tell_waiting(account, Some(member), wake);
+            return grant;
+        }
+        if report.idle && self.forget(account, member, now_ns) {
+            self.tell_waiting(account, Some(member), wake);
+            return grant;
+        }
+        let plan = self.plan(account, now_ns);
+        let mut cap = plan.cap_of(member, report.cap);
+        if report.wanted == 0 && plan.moves && !plan.is_short() {
+            // Its share, as far as that is free, for its first request.
+            let own = fair_share(report.limit, self.target_share().0);
+            let used = report.cap.max(report.used);
+            cap = cap.max(report.cap.saturating_add(own.saturating_sub(used).min(plan.free)));
+        }
+        grant.cap = Some(cap);
+        self.set_cap(account, member, cap, report.cap);
+        let target = plan.target_of(member);
+        if target > cap && report.wanted.max(report.lacks) > cap {
+            self.recall_for(account, member, target.saturating_sub(cap), wake, now_ns);
+        }
+        if plan.over > 0 {
+            self.recall_for(account, member, plan.over, wake, now_ns);
+        }
+        if cap < report.cap || plan.free > cap.saturating_sub(report.cap) {
+            self.tell_waiting(account, Some(member), wake);
+        }
+        grant
     }
 
-    /// A process took an answer that was sent at a time, so it was there after that. Others of the same proxy that
-    /// were heard of before have ended.
-    fn end_others(&mut self, member: &Member, sent_ns: u64, now_ns: u64) -> Vec<Member> {
-        let mut ended = Vec::new();
-        if self.terms.hot_restart {
-            return ended;
-        }
-        for (other, fellow) in &mut self.members {
-            let same = other.proxy == member.proxy && other.incarnation != member.incarnation;
-            if same && fellow.ended.is_none() && fellow.joined_ns < sent_ns {
-                fellow.end(self.terms, now_ns);
-                ended.push(other.clone());
+    /// Units that others have spent, and milliseconds until the first of them is free.
+    fn elsewhere(&self, account: Account, member: &Member, now_ns: u64) -> (u32, u64) {
+        let Some(pool) = self.pools.get(&account) else { return (0, 0) };
+        let window_ns = account.window_ns();
+        let others =
+            pool.holders.iter().filter(|(other, _)| *other != member).map(|(_, holder)| &holder.spends);
+        let (mut units, mut first_ns) = (0_u32, u64::MAX);
+        for spends in others.chain([&pool.gone]) {
+            let used = spends.used_at(now_ns, window_ns);
+            if used > 0 {
+                units = units.saturating_add(used);
+                let live = spends.groups().map(|group| group.last_ns.saturating_add(window_ns));
+                first_ns = live.filter(|free_ns| *free_ns > now_ns).min().unwrap_or(u64::MAX).min(first_ns);
             }
         }
-        ended
+        if units == 0 { (0, 0) } else { (units, first_ns.saturating_sub(now_ns).div_ceil(MS)) }
     }
 
-    /// Notes which answer a proxy has taken; which other processes of it have ended.
-    fn acknowledge(&mut self, question: &Question, now_ns: u64) -> Vec<Member> {
-        // Of one that comes from another ledger it is not known for how long it was in touch.
-        let steady_since_ns = if question.applied > 0 { now_ns } else { 0 };
-        let new = Fellow { told: question.share, joined_ns: now_ns, steady_since_ns, ..Fellow::default() };
-        let fellow = self.members.entry(question.member.clone()).or_insert(new);
-        if question.applied == 0 || question.applied != fellow.number {
-            return Vec::new();
-        }
-        let Some(sent_ns) = fellow.sent_ns else { return Vec::new() };
-        let gap_ns = fellow.acked_ns.map_or(u64::MAX, |acked_ns| sent_ns.saturating_sub(acked_ns));
-        let joined = fellow.acked_ns.is_none() && fellow.steady_since_ns == 0;
-        fellow.acked_ns = Some(sent_ns);
-        // It is in touch for a lease from when it asked, and asks and hears of an answer near when it was sent.
-        let steady_ns = self.terms.lease_ns().saturating_sub(ANSWER_NS.saturating_mul(2));
-        if gap_ns > steady_ns && !joined {
-            fellow.steady_since_ns = sent_ns.saturating_add(ANSWER_NS);
-        }
-        let was_away = gap_ns > self.terms.lease_ns().saturating_mul(2);
-        let ended = self.end_others(&question.member, sent_ns, now_ns);
-        let Some(fellow) = self.members.get_mut(&question.member).filter(|_| was_away) else { return ended };
-        // It may have been alone for long enough to take back its own.
-        for (account, pool) in &mut self.pools {
-            if let Some(holder) = pool.get_mut(&question.member) {
-                holder.unsure = true;
-                fellow.looks.insert(*account);
+    /// Sets a cap that was `before` by the last report. A lower one counts once it is reported.
+    fn set_cap(&mut self, account: Account, member: &Member, cap: u32, before: u32) {
+        let holder = self.pools.get_mut(&account).and_then(|pool| pool.holders.get_mut(member));
+        if let Some(holder) = holder {
+            holder.cap = cap.max(before);
+            if cap != before {
+                self.changes.holders.insert((account, *member));
             }
-        }
-        ended
-    }
-
-    /// Takes over what a proxy says that it has; which accounts were changed.
-    fn note(&mut self, member: &Member, reports: &[Report], now_ns: u64) -> BTreeSet<Account> {
-        let mut changed = BTreeSet::new();
-        for report in reports {
-            let Report { account, limit, held, used, wanted, dearest, own } = *report;
-            let (unsure, told) = (false, false);
-            let holder =
-                Holder { held, of: limit, used, wanted, dearest, answered_ns: now_ns, unsure, told, own };
-            let before = self.pools.entry(account).or_default().insert(member.clone(), holder);
-            if before.is_none_or(|before| (before.held, before.of) != (held, limit)) {
-                changed.insert(account);
-            }
-            if let Some(fellow) = self.members.get_mut(member) {
-                fellow.looks.remove(&account);
-            }
-        }
-        changed
-    }
-
-    /// What share a proxy is to have that has `share`.
-    fn next_share(&self, member: &Member, share: u32, now_ns: u64) -> u32 {
-        // What it was before is only given back by whoever has it, step by step.
-        if self.leaves(member) && self.members.get(member).is_some_and(|fellow| fellow.owed == 0) {
-            return 0;
-        }
-        if self.is_in_doubt(now_ns) {
-            return share;
-        }
-        let mut others = 0_u32;
-        let mut locked = 0_u32;
-        let mut living = 1_u32;
-        for (_, fellow) in self.members.iter().filter(|(other, _)| *other != member) {
-            others = others.saturating_add(fellow.locked_share());
-            if fellow.lives(self.terms, now_ns) {
-                living = living.saturating_add(1);
-            } else {
-                locked = locked.saturating_add(fellow.locked_share());
-            }
-        }
-        let usable = SHARES.saturating_sub(locked);
-        let reserve = usable.checked_div(RESERVE_PART).unwrap_or(0);
-        let target = usable.saturating_sub(reserve).checked_div(living).unwrap_or(0);
-        let free = SHARES.saturating_sub(others).saturating_sub(share);
-        let owed = self.members.get(member).map_or(0, |fellow| fellow.owed);
-        if share < owed {
-            owed
-        } else if share == 0 {
-            target.min(free.checked_div(2).unwrap_or(0))
-        } else if share < target {
-            share.saturating_add(target.saturating_sub(share).min(free.saturating_sub(reserve)))
-        } else if share > target.saturating_add(target.checked_div(32).unwrap_or(0)) {
-            target
-        } else {
-            share
         }
     }
 
-    /// What a proxy is to have of an account that it has reported on, and whether that is something else.
-    fn grant(&mut self, member: &Member, report: &Report, now_ns: u64) -> (Grant, bool) {
-        let Report { account, limit, held, wanted, .. } = *report;
-        let decision = self.decide(member, account, limit, now_ns);
-        let now_held = decision.held.unwrap_or(held);
-        let short = wanted.min(decision.target) > now_held;
-        let left = decision.free.saturating_add(held).saturating_sub(now_held);
-        let mut calls = Vec::new();
-        if let Some(pool) = self.pools.get_mut(&account) {
-            match (decision.held, pool.get_mut(member)) {
-                (Some(granted), Some(holder)) => holder.held = held.max(granted),
-                _ => {
-                    pool.remove(member);
-                }
+    /// Forgets a member's part of an account that it does not use, if its share of the limit is free.
+    fn forget(&mut self, account: Account, member: &Member, now_ns: u64) -> bool {
+        let Some(share) = self.members.get(member).map(Process::share) else { return false };
+        let Some(pool) = self.pools.get(&account) else { return true };
+        let Some(holder) = pool.holders.get(member) else { return true };
+        let others =
+            self.counted(account, pool, now_ns).saturating_sub(holder.counted(now_ns, account.window_ns()));
+        // Its share may grow: what would have to be explicit again stays so.
+        let own = fair_share(pool.limit, share.max(self.target_share().0));
+        // Its spends, as far as the ledger counts them a little longer, stay.
+        let is_unused = holder.spends.used_at(now_ns, account.window_ns()) == 0;
+        let is_needed =
+            pool.holders.iter().any(|(other, holder)| other != member && holder.is_short(pool.limit));
+        if !is_unused || is_needed || others.saturating_add(own) > pool.limit || self.is_recovering(now_ns) {
+            return false;
+        }
+        self.drop_holder(account, member);
+        true
+    }
+
+    fn drop_holder(&mut self, account: Account, member: &Member) {
+        if let Some(pool) = self.pools.get_mut(&account)
+            && let Some(holder) = pool.holders.remove(member)
+        {
+            for group in holder.spends.groups() {
+                let slot = spends::slot(group.last_ns, account.window_ns());
+                self.changes.spends.insert(SpendKey { account, member: *member, slot });
             }
-            // Others are asked to give what this one needs, or told that there is something for them.
-            for (other, fellow) in self.members.iter().filter(|(other, _)| *other != member) {
-                let waits = pool.get(other).is_some_and(|holder| holder.wanted > holder.held);
-                if short && left == 0 || waits && left > 0 {
-                    calls.push((other.clone(), fellow.share));
-                }
-            }
-            if pool.is_empty() {
+            if pool.holders.is_empty() && pool.gone.is_empty() {
                 self.pools.remove(&account);
             }
         }
-        for (other, _) in calls {
-            let living = self.members.get(&other).is_some_and(|fellow| fellow.lives(self.terms, now_ns));
-            if !living {
-                continue;
-            }
-            let theirs = self.decide(&other, account, limit, now_ns);
-            let has = self.held_by(&other, account, limit);
-            let moves = theirs.held.is_some_and(|held| held != has);
-            if moves && let Some(fellow) = self.members.get_mut(&other) {
-                fellow.looks.insert(account);
-            }
+        if let Some(process) = self.members.get_mut(member) {
+            process.accounts.remove(&account);
         }
-        let grant = Grant { account, limit, held: decision.held, elsewhere: decision.elsewhere };
-        (grant, decision.held != Some(held))
+        self.changes.holders.insert((account, *member));
     }
 
-    fn held_by(&self, member: &Member, account: Account, limit: u32) -> u32 {
-        let holder = self.pools.get(&account).and_then(|pool| pool.get(member));
-        let share = self.members.get(member).map_or(0, |fellow| fellow.share);
-        holder.map_or(fair_share(limit, share), |holder| holder.held)
+    /// Units of an account that are counted for anyone.
+    fn counted(&self, account: Account, pool: &Pool, now_ns: u64) -> u32 {
+        let window_ns = account.window_ns();
+        let holders = pool.holders.values().map(|holder| holder.counted(now_ns, window_ns));
+        holders
+            .fold(pool.gone.used_at(now_ns, window_ns), u32::saturating_add)
+            .saturating_add(self.implicit(pool))
     }
 
-    /// The accounts of which a proxy must not have a larger share since others have it, and whether that is all of
-    /// them. It has no more of them than now, if it takes the answer.
-    fn exceptions(&mut self, member: &Member, share: u32, now_ns: u64) -> (Vec<Recall>, bool) {
-        let Some(now) = self.members.get(member) else { return (Vec::new(), false) };
-        let then = Fellow { share, ..now.clone() };
-        let mut exceptions = Vec::new();
-        for (account, pool) in &self.pools {
-            let Some(limit) = pool.values().map(|holder| holder.of).max() else { continue };
-            if pool.get(member).is_some_and(|holder| !holder.told) {
-                continue;
-            }
-            let others = self.members.iter().filter(|(other, _)| *other != member);
-            let taken = others.fold(0_u32, |sum, (other, fellow)| {
-                let units = fellow.counted(pool.get(other), self.terms, *account, limit, now_ns);
-                sum.saturating_add(units)
-            });
-            // It may not have heard what it was told.
-            let told = pool.get(member).map_or(0, |holder| holder.held);
-            let then_has = then.counted(None, self.terms, *account, limit, now_ns).max(told);
-            let one_limit = pool.values().all(|holder| holder.of == limit);
-            if !one_limit || taken.saturating_add(then_has) > limit {
-                if exceptions.len() >= MAX_ENTRIES {
-                    return (exceptions, false);
-                }
-                let at_most = fair_share(limit, now.told);
-                exceptions.push(Recall { account: *account, limit, at_most });
-            }
-        }
-        for (account, pool) in &mut self.pools {
-            if let Some(holder) = pool.get_mut(member).filter(|holder| holder.told) {
-                holder.unsure = true;
-            }
-            if let Ok(place) = exceptions.binary_search_by_key(account, |recall| recall.account)
-                && let Some(Recall { limit, at_most, .. }) = exceptions.get(place)
-            {
-                let told = pool.get(member).map_or(0, |holder| holder.held);
-                let holder = Holder {
-                    held: told.max(*at_most),
-                    of: *limit,
-                    used: 0,
-                    wanted: 0,
-                    dearest: 0,
-                    answered_ns: now_ns,
-                    unsure: false,
-                    told: true,
-                    own: false,
-                };
-                pool.insert(member.clone(), holder);
-            }
-        }
-        (exceptions, true)
-    }
-
-    /// Adds what a proxy is to report on.
-    fn recall(&mut self, member: &Member, recalls: &mut Vec<Recall>, now_ns: u64) {
-        let looks = self.members.get_mut(member).map(|fellow| std::mem::take(&mut fellow.looks));
-        let looks = looks.map(|mut looks| {
-            looks.extend(self.not_given_back(member));
-            looks
+    /// Units of shares of members without a part of their own.
+    fn implicit(&self, pool: &Pool) -> u32 {
+        let all = self.shares.iter().fold(0_u32, |sum, (share, count)| {
+            sum.saturating_add(fair_share(pool.limit, *share).saturating_mul(*count))
         });
-        let mut rest = BTreeSet::new();
-        for account in looks.unwrap_or_default() {
-            if recalls.iter().any(|recall| recall.account == account) {
-                continue;
+        let explicit = pool.holders.keys().filter_map(|member| self.members.get(member));
+        explicit.fold(all, |sum, process| sum.saturating_sub(fair_share(pool.limit, process.share())))
+    }
+
+    /// The division of an account among the proxies that use it.
+    fn plan(&self, account: Account, now_ns: u64) -> Plan {
+        let mut plan = Plan::default();
+        let Some(pool) = self.pools.get(&account) else { return plan };
+        let window_ns = account.window_ns();
+        let counted = self.counted(account, pool, now_ns);
+        plan.free = pool.limit.saturating_sub(counted);
+        plan.over = counted.saturating_sub(pool.limit);
+        plan.moves = !self.is_recovering(now_ns);
+        plan.noise = pool.limit.checked_div(NOISE_PART).unwrap_or(0);
+        // What proxies hold that are not heard of cannot be divided.
+        let mut divisible = pool.limit.saturating_sub(pool.gone.used_at(now_ns, window_ns));
+        for (member, holder) in &pool.holders {
+            let divides =
+                self.members.get(member).is_some_and(|process| process.is_heard(now_ns) && !process.leaving);
+            if divides {
+                let used = holder.used(now_ns, window_ns);
+                let Holder { cap, wanted, lacks, .. } = *holder;
+                let needed = used.saturating_add(lacks).min(pool.limit);
+                plan.parts.push(Part { member: *member, cap, wanted, used, target: needed });
+            } else {
+                divisible = divisible.saturating_sub(holder.counted(now_ns, window_ns));
             }
-            if recalls.len() >= MAX_ENTRIES {
-                rest.insert(account);
-                continue;
+        }
+        let needed = plan.parts.iter().fold(0_u32, |sum, part| sum.saturating_add(part.target));
+        if needed > divisible {
+            // Not enough for what is in use and was refused: in proportion to what is asked for.
+            plan.parts.iter_mut().for_each(|part| part.target = 0);
+        }
+        let rest = if needed > divisible { divisible } else { divisible.saturating_sub(needed) };
+        let need = |part: &Part| Need {
+            wanted: part.wanted.saturating_sub(part.target),
+            most: if part.wanted > 0 { pool.limit.saturating_sub(part.target) } else { 0 },
+        };
+        let needs: Vec<Need> = plan.parts.iter().map(need).collect();
+        for (part, more) in plan.parts.iter_mut().zip(divide(rest, &needs)) {
+            part.target = part.target.saturating_add(more);
+        }
+        plan
+    }
+
+    /// Has others report an account, so that `units` become free for a member.
+    fn recall_for(
+        &mut self,
+        account: Account,
+        member: &Member,
+        units: u32,
+        wake: &mut Option<BTreeSet<Member>>,
+        now_ns: u64,
+    ) {
+        let Some(pool) = self.pools.get(&account) else { return };
+        let plan = self.plan(account, now_ns);
+        let mut called = BTreeSet::new();
+        let mut coming = 0_u32;
+        for part in plan.parts.iter().filter(|part| part.member != *member) {
+            let next = plan.cap_of(&part.member, part.cap);
+            if next < part.cap {
+                called.insert(part.member);
+                coming = coming.saturating_add(part.cap.saturating_sub(next));
+            }
+        }
+        let has_more = self.shares.keys().any(|share| fair_share(pool.limit, *share) > 0);
+        if has_more {
+            for (other, process) in &self.members {
+                if coming >= units {
+                    break;
+                }
+                let own = fair_share(pool.limit, process.share());
+                if own > 0 && other != member && process.is_heard(now_ns) && !pool.holders.contains_key(other)
+                {
+                    called.insert(*other);
+                    coming = coming.saturating_add(own);
+                }
+            }
+        }
+        for other in called {
+            self.call(account, &other, wake);
+        }
+    }
+
+    /// Tells members that have too few units of an account that there may be more.
+    fn tell_waiting(
+        &mut self,
+        account: Account,
+        member: Option<&Member>,
+        wake: &mut Option<BTreeSet<Member>>,
+    ) {
+        let Some(pool) = self.pools.get(&account) else { return };
+        let waiting = pool
+            .holders
+            .iter()
+            .filter(|(other, holder)| Some(*other) != member && holder.is_short(pool.limit));
+        let waiting: Vec<Member> = waiting.map(|(other, _)| *other).collect();
+        for other in waiting {
+            self.call(account, &other, wake);
+        }
+    }
+
+    fn call(&mut self, account: Account, member: &Member, wake: &mut Option<BTreeSet<Member>>) {
+        if let Some(process) = self.members.get_mut(member).filter(|process| !process.left) {
+            process.news.insert(account);
+            if let Some(wake) = wake {
+                wake.insert(*member);
+            }
+        }
+    }
+
+    /// Adds the news for a member to its answer.
+    fn news(&mut self, member: &Member, answer: &mut Answer, now_ns: u64) {
+        let Some(process) = self.members.get_mut(member) else { return };
+        let mut news = std::mem::take(&mut process.news);
+        let (share, leaving) = (process.share(), process.leaving);
+        while let Some(account) = news.pop_first() {
+            if answer.recalls.len() >= MAX_ENTRIES || answer.grants.len() >= MAX_ENTRIES.saturating_mul(2) {
+                news.insert(account);
+                break;
             }
             let Some(pool) = self.pools.get(&account) else { continue };
-            let Some(limit) = pool.values().map(|holder| holder.of).min() else { continue };
-            let at_most = match self.decide(member, account, limit, now_ns).held {
-                Some(held) if held < self.held_by(member, account, limit) => held,
-                _ => u32::MAX,
+            let limit = pool.limit;
+            let Some(holder) = pool.holders.get(member) else {
+                if fair_share(limit, share) > 0 {
+                    answer.recalls.push(Recall { account, limit, keep: 0 });
+                }
+                continue;
             };
-            recalls.push(Recall { account, limit, at_most });
+            let before = holder.cap;
+            if leaving || answer.recalls.iter().any(|recall| recall.account == account) {
+                continue;
+            }
+            let cap = self.plan(account, now_ns).cap_of(member, before);
+            if cap < before {
+                answer.recalls.push(Recall { account, limit, keep: cap });
+            } else if cap > before {
+                let (elsewhere, elsewhere_ms) = self.elsewhere(account, member, now_ns);
+                answer.grants.push(Grant { account, limit, cap: Some(cap), elsewhere, elsewhere_ms });
+                self.set_cap(account, member, cap, before);
+            }
         }
-        if let Some(fellow) = self.members.get_mut(member) {
-            fellow.looks = rest;
+        if let Some(process) = self.members.get_mut(member) {
+            process.news = news;
         }
     }
 
-    /// What a proxy should have of an account.
-    fn decide(&self, member: &Member, account: Account, limit: u32, now_ns: u64) -> Decision {
-        let pool = self.pools.get(&account);
-        let holder_of = |member: &Member| pool.and_then(|pool| pool.get(member));
-        let own = fair_share(limit, self.members.get(member).map_or(0, |fellow| fellow.told));
-        let mine = holder_of(member).copied().unwrap_or(Holder {
-            held: own,
-            of: limit,
-            used: 0,
-            wanted: 0,
-            dearest: 0,
-            answered_ns: now_ns,
-            unsure: false,
-            told: false,
-            own: false,
-        });
-        if self.leaves(member) {
-            // What is back is not for it.
-            let held = mine.held.min(mine.used);
-            let share = self.members.get(member).map_or(0, |fellow| fellow.share);
-            let kept = (mine.held > 0 || share > 0).then_some(held);
-            return Decision { held: kept, target: held, elsewhere: 0, free: 0 };
+    /// The share that each member should have, and how much more is not taken back.
+    fn target_share(&self) -> (u32, u32) {
+        let staying = self.staying.max(1);
+        if staying < LARGE_FLEET {
+            return (SHARES.checked_div(staying).unwrap_or(0), 0);
         }
-        if self.doubts(account.window_ns(), now_ns) {
-            // Of what was agreed on with the ledger before, others may count on what this one gave away.
-            let held = if mine.own { own } else { mine.held.min(own) };
-            return Decision { held: Some(held), target: held, elsewhere: 0, free: 0 };
+        let reserve = SHARES.checked_div(RESERVE_PART).unwrap_or(0);
+        let target = SHARES.saturating_sub(reserve).checked_div(staying).unwrap_or(0);
+        (target, target.checked_div(TOLERANCE_PART).unwrap_or(0))
+    }
+
+    /// The share that a member that says `said` is to have, as far as that can be told without a look at accounts.
+    fn next_share(&self, process: &Process, said: u32, now_ns: u64) -> u32 {
+        if process.leaving {
+            return 0;
         }
-        let ahead = limit.checked_div(AHEAD_PART).unwrap_or(0).max(1);
-        let most = |holder: &Holder| holder.used.saturating_add(ahead.max(holder.dearest));
-        let need = |holder: &Holder| Need { wanted: holder.wanted, most: most(holder) };
-        // The one who asks comes first.
-        let mut needs = vec![need(&mine)];
-        let mut others = Vec::new();
-        let mut taken = 0_u32;
-        let mut elsewhere = 0_u32;
-        // Whether somebody needs more than its own.
-        let mut hot = false;
-        for (other, fellow) in self.members.iter().filter(|(other, _)| *other != member) {
-            let holder = holder_of(other);
-            taken = taken.saturating_add(fellow.counted(holder, self.terms, account, limit, now_ns));
-            elsewhere = elsewhere.saturating_add(holder.map_or(0, |holder| holder.used));
-            let theirs = fair_share(limit, fellow.locked_share());
-            hot |= holder.is_some_and(|holder| holder.held.max(holder.wanted) > theirs);
-            if fellow.lives(self.terms, now_ns) {
-                needs.push(holder.map_or(Need { wanted: 0, most: ahead }, need));
-                others.push(holder);
-            }
+        let current = process.told.min(said);
+        if self.is_recovering(now_ns) {
+            return said;
         }
-        let targets = divide(limit, &needs);
-        let target = targets.first().copied().unwrap_or(0);
-        let short = others.iter().zip(targets.iter().skip(1)).fold(0_u32, |sum, (holder, target)| {
-            let missing = holder.map_or(0, |holder| {
-                let due = (*target).min(holder.wanted);
-                due.saturating_sub(holder.held)
-            });
-            sum.saturating_add(missing)
-        });
-        let available = limit.saturating_sub(taken);
-        let free = available.saturating_sub(mine.held);
-        // So little that nothing would be said of it.
-        let quiet = mine.wanted.max(mine.used).saturating_mul(4 * UNSAID_PART) <= own;
-        // Noise in what is wanted moves no units, but what is idle is free to go.
-        let tolerance = if mine.wanted < mine.held { 0 } else { limit.checked_div(64).unwrap_or(0).max(1) };
-        let surplus = mine.held.saturating_sub(target);
-        let held = if quiet && !hot && available >= own {
-            // Others may count on less, if they agreed when the limit was lower.
-            let one_limit = pool.is_none_or(|pool| pool.values().all(|holder| holder.of == limit));
-            if mine.held <= own && one_limit {
-                return Decision { held: None, target, elsewhere, free };
-            }
-            own
-        } else if target > mine.held {
-            if mine.wanted > mine.held || short == 0 { target } else { mine.held }
-        } else if short > free && surplus > tolerance {
-            mine.held.saturating_sub(surplus.min(short.saturating_sub(free)))
+        let (target, tolerance) = self.target_share();
+        let free = SHARES.saturating_sub(self.shared_out());
+        if current < target {
+            // What is counted for it beyond what it goes by is free for it.
+            let more = free.saturating_add(process.share().saturating_sub(said));
+            said.saturating_add(target.saturating_sub(said).min(more))
+        } else if process.told > target.saturating_add(tolerance) {
+            target
         } else {
-            mine.held
-        };
-        let held = held.min(most(&mine));
-        Decision { held: Some(held.min(available)), target, elsewhere, free }
+            process.told
+        }
+    }
+
+    /// The share that a member is told. One that grows is told once every account is explicit of which it would be too much.
+    fn share(&self, member: &Member, said: u32, answer: &mut Answer, now_ns: u64) -> u32 {
+        let Some(process) = self.members.get(member) else { return 0 };
+        let share = self.next_share(process, said, now_ns);
+        if share <= process.share() {
+            return share;
+        }
+        let now = process.share();
+        for (account, pool) in &self.pools {
+            if pool.holders.contains_key(member) {
+                continue;
+            }
+            let more = fair_share(pool.limit, share).saturating_sub(fair_share(pool.limit, now));
+            if more > 0 && self.counted(*account, pool, now_ns).saturating_add(more) > pool.limit {
+                answer.recalls.push(Recall {
+                    account: *account,
+                    limit: pool.limit,
+                    keep: fair_share(pool.limit, now),
+                });
+                if answer.recalls.len() >= MAX_ENTRIES {
+                    break;
+                }
+            }
+        }
+        if answer.recalls.is_empty() { share } else { now.min(process.told.max(said)) }
+    }
+
+    /// Forgets spends whose window is over, and accounts without any.
+    fn tidy(&mut self, now_ns: u64) {
+        let from = self.tidied.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
+        let accounts: Vec<Account> = self
+            .pools
+            .range((from, std::ops::Bound::Unbounded))
+            .map(|(account, _)| *account)
+            .take(TIDIED)
+            .collect();
+        self.tidied = if accounts.len() < TIDIED { None } else { accounts.last().copied() };
+        for account in accounts {
+            let window_ns = account.window_ns();
+            let Some(pool) = self.pools.get_mut(&account) else { continue };
+            let spends = pool.holders.iter_mut().map(|(member, holder)| (*member, &mut holder.spends));
+            for (member, spends) in spends.chain([(NOBODY, &mut pool.gone)]) {
+                spends.expire(now_ns, window_ns, |group| {
+                    let slot = spends::slot(group.last_ns, window_ns);
+                    self.changes.spends.insert(SpendKey { account, member, slot });
+                });
+            }
+            if pool.holders.is_empty() && pool.gone.is_empty() {
+                self.pools.remove(&account);
+            }
+        }
+    }
+}
+
+/// Division of an account.
+#[derive(Debug, Default)]
+struct Plan {
+    /// Units that are counted for nobody.
+    free: u32,
+    /// Units that are counted beyond the limit: what proxies spent that were cut off.
+    over: u32,
+    /// Caps may change.
+    moves: bool,
+    /// A difference in what is asked for that moves no units in use.
+    noise: u32,
+    /// Proxies in touch with a part.
+    parts: Vec<Part>,
+}
+
+#[derive(Debug)]
+struct Part {
+    member: Member,
+    cap: u32,
+    wanted: u32,
+    used: u32,
+    /// The cap that it should have.
+    target: u32,
+}
+
+impl Plan {
+    fn part(&self, member: &Member) -> Option<&Part> {
+        self.parts.iter().find(|part| part.member == *member)
+    }
+
+    fn is_short(&self) -> bool {
+        self.parts.iter().any(|part| part.wanted > part.cap && part.target > part.cap)
+    }
+
+    fn target_of(&self, member: &Member) -> u32 {
+        self.part(member).map_or(0, |part| part.target)
+    }
+
+    /// The next cap of a member that goes by `cap`.
+    fn cap_of(&self, member: &Member, cap: u32) -> u32 {
+        let Some(part) = self.part(member).filter(|_| self.moves) else { return cap };
+        let idle = cap.saturating_sub(part.used);
+        if self.over > 0 {
+            return cap.saturating_sub(idle.min(self.over));
+        }
+        if part.target >= cap {
+            return cap.saturating_add(part.target.saturating_sub(cap).min(self.free));
+        }
+        // It gives what others lack, and keeps the rest.
+        let others = self.parts.iter().filter(|part| part.member != *member);
+        let lack = others.fold(0_u32, |sum, part| {
+            sum.saturating_add(part.target.min(part.wanted).saturating_sub(part.cap))
+        });
+        let give = cap.saturating_sub(part.target).min(lack.saturating_sub(self.free));
+        cap.saturating_sub(if give <= self.noise { give.min(idle) } else { give })
     }
 }

@@ -1,77 +1,85 @@
-//! What the leader of a proxy's VMs asks the control plane, and what it answers. Both are JSON.
+//! Messages between a proxy's leader and the ledger, as JSON.
 
 use serde::{Deserialize, Serialize};
 
 use super::{Account, SHARES};
 
 /// The format of [`Question`] and [`Answer`] that this code reads and writes.
-pub const FORMAT: u32 = 1;
-/// The most accounts that a question reports on, and that an answer wants to know about.
+pub const FORMAT: u32 = 2;
+/// The most accounts that a question reports, and that each list of an answer names.
 pub const MAX_ENTRIES: usize = 256;
-/// The most bytes of a question or an answer: 256 entries of all members at their longest.
+/// The most bytes of a question or an answer.
 pub const MAX_BYTES: usize = 128 * 1024;
 
-/// What a proxy says of its accounts. A question supersedes all that it asked before: of answers, only the one to
-/// the last question counts.
+/// A proxy's report on its accounts. It supersedes all questions before it: the proxy takes the answer to its last
+/// question only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Question {
     /// [`FORMAT`].
     pub format: u32,
-    /// Who asks.
+    /// The process that asks.
     pub member: Member,
-    /// Its number, which grows from question to question.
+    /// Grows from question to question of a process; 1 is its first.
     pub number: u64,
-    /// The number of the question whose answer was taken last, in this term; 0: none.
-    #[serde(default)]
-    pub applied: u64,
-    /// The ledger that gave it.
+    /// The ledger whose answers the proxy goes by; 0: none.
     #[serde(default)]
     pub era: u64,
-    /// The share of every limit that the proxy may use, of [`SHARES`].
+    /// No question of this process was ever answered.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub new: bool,
+    /// The share of every limit that the proxy goes by at most, of [`SHARES`].
     #[serde(default)]
     pub share: u32,
-    /// What there is to say of accounts.
+    /// The proxy spends nothing more and has reported everything.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub left: bool,
+    /// Accounts with something to report.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub reports: Vec<Report>,
 }
 
-/// A process of a proxy, from when it became part of the fleet to when it was lost to it.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+/// A process of a proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Member {
-    /// A fingerprint of what names the proxy, whatever process it is; it must be the proxy's alone.
+    /// Fingerprint of the proxy's node id, which no other proxy may have.
     pub proxy: u64,
-    /// The number that was drawn when the process started.
+    /// Number drawn when the process started.
     pub incarnation: u64,
-    /// How often it became part of the fleet.
-    pub term: u64,
 }
 
-/// What a proxy says of an account.
+/// A proxy's report on one account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Report {
-    /// Of which account.
+    /// The account.
     pub account: Account,
     /// The limit that the proxy goes by.
     pub limit: u32,
-    /// The most units that it has in use within a window, until it is answered.
-    pub held: u32,
-    /// How many are in use.
-    pub used: u32,
-    /// How many are asked for in a window's time.
-    pub wanted: u32,
-    /// What the dearest request costs that was refused.
+    /// The most units that the proxy has in use until it is answered, unless more are in use already.
+    pub cap: u32,
+    /// Units in use: spent within the window, or held by VMs.
     #[serde(default)]
-    pub dearest: u32,
-    /// Nothing was agreed on of it: it is counted with all that is the proxy's own, which goes by less until it is
-    /// answered.
+    pub used: u32,
+    /// Units spent since the record was made; grows.
+    #[serde(default)]
+    pub spent: u64,
+    /// Milliseconds since the last of them was spent.
+    #[serde(default)]
+    pub age_ms: u64,
+    /// Units asked for in a window's time, including refused ones.
+    #[serde(default)]
+    pub wanted: u32,
+    /// Units refused since the last report.
+    #[serde(default)]
+    pub lacks: u32,
+    /// Nothing is in use and nothing is asked for: the record can be forgotten.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub own: bool,
+    pub idle: bool,
 }
 
-/// What a proxy may do.
+/// The ledger's answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Answer {
@@ -81,64 +89,68 @@ pub struct Answer {
     pub number: u64,
     /// The ledger that answers.
     pub era: u64,
-    /// The proxy is not known, or not any more: it has nothing, and is to ask as a new member.
-    #[serde(default)]
+    /// The proxy's caps and share are void; it is to ask as a new member.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rejoin: bool,
-    /// The share of every limit that the proxy may use, of [`SHARES`].
+    /// The proxy is to leave: to spend nothing more, and to report all it spent.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub leave: bool,
+    /// The share of every limit that the proxy has, of [`SHARES`].
     pub share: u32,
-    /// How long agreements hold from when they were asked for, in seconds.
-    pub lease_s: u32,
-    /// How long the share does.
-    pub keep_s: u32,
-    /// What was agreed about accounts that were reported on.
+    /// Milliseconds within which spends are to be reported.
+    pub report_ms: u32,
+    /// Caps of accounts that were reported, or for which units became free.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub grants: Vec<Grant>,
-    /// Accounts that the proxy is to report on.
+    /// Accounts of which the proxy is to keep less, and to report.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub recalls: Vec<Recall>,
 }
 
-/// What a proxy may use of an account.
+/// The cap of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Grant {
-    /// Of which account.
+    /// The account.
     pub account: Account,
-    /// Of this limit.
+    /// The limit that is divided.
     pub limit: u32,
-    /// So many units within a window; `None`: what is its own.
+    /// The cap in units; `None`: the record is forgotten, and the proxy's share of the limit counts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub held: Option<u32>,
-    /// Units that others had in use, as far as is known.
+    pub cap: Option<u32>,
+    /// Units that other proxies have spent within the window.
     #[serde(default)]
     pub elsewhere: u32,
+    /// Milliseconds until the first of those is free again.
+    #[serde(default)]
+    pub elsewhere_ms: u64,
 }
 
-/// An account that others need more of.
+/// An account of which other proxies need units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Recall {
-    /// Which.
+    /// The account.
     pub account: Account,
     /// The limit.
     pub limit: u32,
-    /// How many units to keep at most.
-    pub at_most: u32,
+    /// The cap that the proxy is to go by at most.
+    pub keep: u32,
 }
 
-/// Why a question or an answer is not read.
+/// A question or an answer that is not read.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
     /// Too long.
     #[error("longer than {MAX_BYTES} bytes")]
     TooLong,
-    /// No JSON of this kind.
+    /// Not JSON of this kind.
     #[error("{0}")]
     Json(String),
-    /// Of another version of Keygate.
+    /// A format of another version of Keygate.
     #[error("format {0} is not known")]
     Format(u32),
-    /// A number that cannot be.
+    /// A number out of range.
     #[error("{0}")]
     Invalid(&'static str),
 }
@@ -155,7 +167,7 @@ impl Question {
         Ok(question)
     }
 
-    /// The bytes of it.
+    /// Encodes it as JSON.
     pub fn encode(&self) -> Vec<u8> {
         // Writing a struct of numbers into memory cannot fail.
         serde_json::to_vec(self).unwrap_or_default()
@@ -169,13 +181,13 @@ impl Answer {
     /// See [`MessageError`].
     pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
         let answer: Self = json(bytes)?;
-        check(answer.format, answer.share, [answer.grants.len(), answer.recalls.len()])?;
+        check(answer.format, answer.share, [answer.grants.len().div_ceil(2), answer.recalls.len()])?;
         check_accounts(answer.grants.iter().map(|grant| grant.account))?;
         check_accounts(answer.recalls.iter().map(|recall| recall.account))?;
         Ok(answer)
     }
 
-    /// The bytes of it.
+    /// Encodes it as JSON.
     pub fn encode(&self) -> Vec<u8> {
         serde_json::to_vec(self).unwrap_or_default()
     }

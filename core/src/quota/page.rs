@@ -19,7 +19,7 @@ const MAX_TRIES: u32 = 64;
 /// away.)
 pub(super) const ABSENT: u32 = u32::MAX;
 
-const MAGIC: &[u8; 4] = b"KGqr";
+const MAGIC: &[u8; 4] = b"KGp2";
 
 /// Why a page could not be changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,10 +36,10 @@ pub(super) enum PageError {
 /// look at one does not cost more with many others beside it.
 ///
 /// ```text
-/// 0 4 magic "KGqr"   4 1 number of records, then the records in the order of their accounts:
-///   8 key   4 window, s   2 bytes that follow   1 flags: 1 agreed, 2 rung, 4 unreported
-///   15 numbers in LEB128: limit, held, of, leased, era, term, asked, next ask, reported, elsewhere, refused,
-///      dearest, and of the demand: began, before, now
+/// 0 4 magic "KGp2"   4 1 number of records, then the records in the order of their accounts:
+///   8 key   4 window, s   2 bytes that follow   1 flags: 1 agreed, 2 marked, 4 unreported, 8 short, 16 urgent
+///   14 numbers in LEB128: limit, cap, epoch, asked, spent, spent at, next ask, reported, elsewhere, elsewhere until,
+///      refused, and of the demand: began, before, now
 ///   1 number of draws; for each 8 VM, 4 units, 8 until
 ///   the spends: number, and for each the time since the one before and its units, in LEB128
 /// ```
@@ -99,14 +99,19 @@ impl Page {
     }
 
     /// The record of an account, made if there is none.
-    pub fn record(&mut self, account: Account, limit: u32) -> Result<&mut Record, PageError> {
+    pub fn record(
+        &mut self,
+        account: Account,
+        limit: u32,
+        standing: &Standing,
+    ) -> Result<&mut Record, PageError> {
         let place = match self.place(account) {
             Ok(place) => place,
             Err(place) => {
                 if self.places.len() >= MAX_RECORDS {
                     return Err(PageError::Crowded);
                 }
-                let record = Held::Record(Box::new(Record::new(account, limit)));
+                let record = Held::Record(Box::new(Record::new(account, limit, standing)));
                 self.places.insert(place, Place { account, record });
                 place
             }
@@ -200,7 +205,7 @@ pub(super) fn change<R>(
     make: bool,
     mut change: impl FnMut(&mut Page, &Standing) -> Result<(R, Write), PageError>,
 ) -> Result<Option<R>, PageError> {
-    let key = format!("keygate/1/quota/page/{index}");
+    let key = format!("keygate/2/quota/page/{index}");
     for _ in 0..MAX_TRIES {
         let Some((bytes, cas)) = data.get(&key) else {
             if !make {

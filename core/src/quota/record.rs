@@ -1,43 +1,34 @@
-//! What a proxy knows of an account, shared by its VMs.
+//! Record of an account, shared by a proxy's VMs.
 
+use super::Account;
 use super::spends::{self, Spends};
 use super::standing::Standing;
-use super::{AHEAD_PART, ANSWER_NS, Account};
 use crate::wire::{Reader, WireError};
 
 /// The most VMs that hold units of an account.
 const MAX_DRAWS: usize = 255;
 const AGREED: u8 = 1;
-const RUNG: u8 = 2;
+const MARKED: u8 = 2;
 const UNREPORTED: u8 = 4;
-
-/// What a proxy holds of an account.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(super) enum Holding {
-    /// Its own share of the limit.
-    #[default]
-    Own,
-    /// As agreed with the control plane.
-    Agreed {
-        /// So many units.
-        held: u32,
-        /// Of this limit.
-        of: u32,
-    },
-}
+const SHORT: u8 = 8;
+const URGENT: u8 = 16;
+/// The leader asks for more when fewer than one part in so many of the limit are free.
+const LOW_PART: u32 = 16;
+/// A record without use is reported as idle after a quarter of the window, within these bounds.
+const IDLE_NS: std::ops::RangeInclusive<u64> = 1_000_000_000..=60_000_000_000;
 
 /// Units that a VM holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Draw {
     /// The VM.
     pub vm: u64,
-    /// How many.
+    /// Units.
     pub units: u32,
-    /// It may spend them before this time.
+    /// The VM may spend them before this time.
     pub until_ns: u64,
 }
 
-/// How many units are asked for in a window's time, from what was asked for in the last two periods.
+/// Estimate of the units asked for in a window's time, from the last two periods.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Demand {
     began_ns: u64,
@@ -46,7 +37,7 @@ pub(super) struct Demand {
 }
 
 impl Demand {
-    /// Long enough for some requests of a limit that is in use, and for the noise of short windows.
+    /// Length of a period: some requests of a limit in use, and the noise of short windows averaged out.
     fn period_ns(window_ns: u64) -> u64 {
         window_ns.checked_div(8).unwrap_or(0).clamp(2_000_000_000, 600_000_000_000)
     }
@@ -78,138 +69,154 @@ impl Demand {
     }
 }
 
-/// What a proxy knows of an account.
+/// Record of an account.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Record {
-    /// Whose it is.
+    /// The account.
     pub account: Account,
-    /// The limit that was last asked about.
+    /// The limit by the rules that were last seen.
     pub limit: u32,
-    /// What the proxy holds.
-    pub holding: Holding,
-    /// When that was asked for; if it is agreed.
-    pub leased_ns: u64,
-    /// Of which ledger it is; if it is agreed.
-    pub era: u64,
-    /// Of which membership it is; if it is agreed.
-    pub term: u64,
-    /// The number of the question that it is part of and that was not answered yet; 0: none.
+    /// Units that may be in use while the proxy is in touch.
+    pub cap: u32,
+    /// The ledger has answered about this account. Until then, the proxy's share of the limit is the most.
+    pub agreed: bool,
+    /// The epoch of the standing that the cap is of; in another one the cap is void.
+    pub epoch: u64,
+    /// Number of the question that reports the record and was not answered yet; 0: none.
     pub asked: u64,
-    /// Whether the leader was told that there is something to ask.
-    pub rung: bool,
-    /// Whether what it holds was changed here and the control plane has not answered to that.
+    /// The page was marked for the leader.
+    pub marked: bool,
+    /// Something was changed that the ledger was not told of.
     pub unreported: bool,
-    /// When it may be asked about again.
+    /// The report should not wait.
+    pub urgent: bool,
+    /// A request was refused because other VMs hold units.
+    pub short: bool,
+    /// Units spent since the record was made.
+    pub spent: u64,
+    /// Time of the last spend.
+    pub spent_ns: u64,
+    /// Earliest time to ask for more.
     pub next_ask_ns: u64,
-    /// When it was last asked about.
+    /// Time of the last report.
     pub reported_ns: u64,
-    /// What other proxies had in use when it was last asked about.
+    /// Units that other proxies had spent by the last answer.
     pub elsewhere: u32,
-    /// What was refused since it was last asked about, in units.
+    /// Time at which the first of them is free again; from then on the number is not known.
+    pub elsewhere_until_ns: u64,
+    /// Units refused since the last report.
     pub refused: u32,
-    /// What the dearest of those requests costs.
-    pub dearest: u32,
-    /// How much is asked for.
+    /// Units asked for.
     pub demand: Demand,
-    /// What VMs hold.
+    /// Units that VMs hold.
     pub draws: Vec<Draw>,
-    /// What was spent.
+    /// Units spent.
     pub spends: Spends,
 }
 
 impl Record {
-    /// Nothing is known of the account.
-    pub fn new(account: Account, limit: u32) -> Self {
+    /// Record of an account of which this proxy spent nothing: its cap is the proxy's share of the limit.
+    pub fn new(account: Account, limit: u32, standing: &Standing) -> Self {
         Self {
             account,
             limit,
-            holding: Holding::Own,
-            leased_ns: 0,
-            era: 0,
-            term: 0,
+            cap: standing.own(limit),
+            agreed: false,
+            epoch: standing.epoch,
             asked: 0,
-            rung: false,
-            unreported: false,
+            marked: false,
+            unreported: true,
+            urgent: false,
+            short: false,
+            spent: 0,
+            spent_ns: 0,
             next_ask_ns: 0,
             reported_ns: 0,
             elsewhere: 0,
+            elsewhere_until_ns: 0,
             refused: 0,
-            dearest: 0,
             demand: Demand::default(),
             draws: Vec::new(),
             spends: Spends::default(),
         }
     }
 
-    /// Lets go of what is back. What a VM held for too long counts as spent at the last moment that it could be.
+    /// Brings the record up to a time: drops spends whose window is over, counts draws past their end as spent, and voids
+    /// a cap of another epoch.
     pub fn roll(&mut self, standing: &Standing, now_ns: u64) {
         let window_ns = self.account.window_ns();
+        let (mut lapsed, mut last_ns) = (0_u32, 0);
         let spends = &mut self.spends;
         self.draws.retain(|draw| {
             let holds = now_ns < draw.until_ns;
             if !holds {
                 spends.add(draw.until_ns, draw.units, window_ns);
+                lapsed = lapsed.saturating_add(draw.units);
+                last_ns = draw.until_ns.max(last_ns);
             }
             holds
         });
-        self.spends.expire(now_ns, window_ns);
-        // From here on the control plane counts the proxy's own, and goes on until it is told something else.
-        if self.term != standing.term
-            || self.is_lapsed(standing, now_ns) && standing.is_alone(window_ns, now_ns)
-        {
-            self.holding = Holding::Own;
-            self.term = standing.term;
+        self.note_spent(lapsed, last_ns);
+        self.spends.expire(now_ns, window_ns, drop);
+        if self.epoch != standing.epoch {
+            self.epoch = standing.epoch;
+            self.cap = 0;
+            self.agreed = true;
+            self.spent = self.spends.used().into();
+            self.elsewhere_until_ns = 0;
+            self.unreported = true;
+        }
+        if !self.agreed {
+            self.cap = self.cap.min(standing.own(self.limit));
         }
     }
 
-    /// Whether what was agreed holds no more beyond the proxy's own.
-    fn is_lapsed(&self, standing: &Standing, now_ns: u64) -> bool {
-        self.era != standing.era || now_ns >= self.leased_ns.saturating_add(standing.lease_ns)
+    /// Goes by a limit. A lower one is at once no more than the proxy's share of it.
+    pub fn set_limit(&mut self, limit: u32, standing: &Standing) {
+        if limit < self.limit {
+            self.cap = self.cap.min(standing.own(limit));
+        }
+        if limit != self.limit {
+            self.limit = limit;
+            self.elsewhere_until_ns = 0;
+            self.next_ask_ns = 0;
+            self.unreported = true;
+            self.urgent = true;
+        }
     }
 
-    /// Whether whatever others agreed on before this has ended and is back. Until then, they may hold what was this
-    /// proxy's when the limit was last as low as it is now.
-    fn is_past(&self, standing: &Standing, now_ns: u64) -> bool {
-        let life_ns = ANSWER_NS.saturating_add(standing.lease_ns).saturating_add(self.account.window_ns());
-        now_ns >= self.leased_ns.saturating_add(life_ns)
+    /// Notes units that were added to the spends.
+    pub fn note_spent(&mut self, units: u32, at_ns: u64) {
+        if units > 0 {
+            self.spent = self.spent.saturating_add(units.into());
+            self.spent_ns = self.spent_ns.max(at_ns);
+            self.unreported = true;
+        }
     }
 
-    /// Whether another limit was agreed on than the one that is gone by.
-    pub fn has_other_limit(&self) -> bool {
-        matches!(self.holding, Holding::Agreed { of, .. } if of != self.limit)
-    }
-
-    /// How many units may be in use.
+    /// Units that may be in use.
     pub fn cap(&self, standing: &Standing, now_ns: u64) -> u32 {
-        if !standing.belongs(now_ns) {
+        if !standing.is_member() {
             return 0;
         }
-        let own = standing.own(self.limit);
-        match self.holding {
-            Holding::Own => standing.unsaid(self.limit, now_ns),
-            Holding::Agreed { held, of } => {
-                let agreed = if of <= self.limit || self.is_past(standing, now_ns) { held } else { 0 };
-                if self.is_lapsed(standing, now_ns) { agreed.min(own) } else { agreed }
-            }
-        }
+        let granted = if now_ns < standing.granted_until_ns() { self.cap.min(self.limit) } else { 0 };
+        if standing.in_touch(now_ns) { granted } else { granted.max(standing.own(self.limit)) }
     }
 
-    /// Until when units may be handed to a VM: at that time there may be fewer.
+    /// Latest time until which units may be handed to a VM: then there may be fewer.
     pub fn holds_until(&self, standing: &Standing, now_ns: u64) -> u64 {
-        let keep_ns = standing.asked_ns.saturating_add(standing.keep_ns);
-        match self.holding {
-            Holding::Agreed { held, .. }
-                if held > standing.own(self.limit) && !self.is_lapsed(standing, now_ns) =>
-            {
-                keep_ns.min(self.leased_ns.saturating_add(standing.lease_ns))
-            }
-            Holding::Agreed { .. } | Holding::Own => keep_ns,
-        }
+        let by_share = !standing.in_touch(now_ns) && self.cap <= standing.own(self.limit);
+        if by_share { u64::MAX } else { standing.granted_until_ns() }
     }
 
-    /// Units that were spent and are not back, or that VMs hold.
+    /// Units spent within the window, or held by VMs.
     pub fn in_use(&self) -> u32 {
         self.draws.iter().fold(self.spends.used(), |sum, draw| sum.saturating_add(draw.units))
+    }
+
+    /// Units that other proxies are known to have in use.
+    pub fn elsewhere(&self, now_ns: u64) -> u32 {
+        if now_ns < self.elsewhere_until_ns { self.elsewhere } else { 0 }
     }
 
     /// Notes units that were asked for, `refused` of them in vain.
@@ -218,22 +225,7 @@ impl Record {
         self.refused = self.refused.saturating_add(refused);
     }
 
-    /// Forgets what was refused and would not be now.
-    pub fn forget_refused(&mut self, standing: &Standing, now_ns: u64) {
-        let free = self.cap(standing, now_ns).saturating_sub(self.in_use());
-        self.dearest = if free >= self.dearest { 0 } else { self.dearest };
-        self.refused = self.refused.min(self.dearest);
-    }
-
-    /// Forgets what was refused if nothing was asked for since for long.
-    pub fn forget_refused_if_over(&mut self, now_ns: u64) {
-        if self.demand.estimate(self.account.window_ns(), now_ns) == 0 {
-            self.dearest = 0;
-            self.refused = 0;
-        }
-    }
-
-    /// How many units are asked for in a window's time. What is in use is asked for too, and what was refused.
+    /// Units asked for in a window's time: those in use, and those refused, too.
     pub fn demand(&self, now_ns: u64) -> u32 {
         self.demand
             .estimate(self.account.window_ns(), now_ns)
@@ -241,69 +233,70 @@ impl Record {
             .min(self.limit.saturating_mul(64))
     }
 
-    /// Whether half of what a proxy gets ahead is left, at least.
-    pub fn has_headroom(&self, standing: &Standing, now_ns: u64) -> bool {
-        let free = self.cap(standing, now_ns).saturating_sub(self.in_use());
-        free >= self.limit.checked_div(2 * AHEAD_PART).unwrap_or(0).max(1)
-    }
-
-    /// Whether more will be needed than the proxy has, so that the control plane is to be asked now.
+    /// Whether the proxy runs short of units that it may get, so that the ledger is to be asked now.
     pub fn wants_more(&self, standing: &Standing, now_ns: u64) -> bool {
-        let cap = self.cap(standing, now_ns);
-        // The first word takes longest to be answered, so it is said sooner.
-        let short = match self.holding {
-            Holding::Own => self.in_use() >= cap.div_ceil(4),
-            Holding::Agreed { .. } => !self.has_headroom(standing, now_ns),
-        };
-        let short = short || self.refused > 0;
-        let due = now_ns >= self.next_ask_ns && short && cap < self.limit;
-        self.asked == 0 && (due || self.has_other_limit())
-    }
-
-    /// Fixes what the proxy holds at what it may use now.
-    pub fn fix(&mut self, standing: &Standing, now_ns: u64) {
-        let held = self.cap(standing, now_ns);
-        if !matches!(self.holding, Holding::Agreed { .. }) || self.is_lapsed(standing, now_ns) {
-            // No more than its own, or less: that needs no lease.
-            self.leased_ns = now_ns;
-            self.era = standing.era;
-            self.term = standing.term;
+        if self.asked != 0 || self.cap >= self.limit || now_ns < self.next_ask_ns {
+            return false;
         }
-        self.holding = Holding::Agreed { held, of: self.limit };
+        let (cap, in_use) = (self.cap(standing, now_ns), self.in_use());
+        let low = self.limit.checked_div(LOW_PART).unwrap_or(0).max(1);
+        // The first answer takes longest: the ledger has to recall what others have.
+        let low = if self.agreed { cap.saturating_sub(in_use) < low } else { in_use >= cap.div_ceil(4) };
+        low && self.unreported || self.refused > 0
     }
 
-    /// Whether nothing is lost when it is forgotten.
-    pub fn is_idle(&self) -> bool {
-        self.holding == Holding::Own
-            && self.asked == 0
-            && !self.rung
-            && !self.unreported
-            && self.draws.is_empty()
+    /// Whether the leader is to report the record, and if so, whether at once; `out` is the number of the question that
+    /// is not answered yet.
+    pub fn is_due(&self, standing: &Standing, out: u64, now_ns: u64) -> Option<bool> {
+        if self.asked > 0 {
+            // Asked by a leader before this one, or by a question that was given up.
+            return (self.asked != out).then_some(true);
+        }
+        let urgent = self.urgent || self.wants_more(standing, now_ns);
+        (urgent || self.unreported || self.is_to_forget(now_ns)).then_some(urgent)
+    }
+
+    /// Whether it was not used for so long that the ledger may forget it.
+    fn is_to_forget(&self, now_ns: u64) -> bool {
+        let idle_ns = self.account.window_ns().checked_div(4).unwrap_or(0);
+        let idle_ns = idle_ns.clamp(*IDLE_NS.start(), *IDLE_NS.end());
+        self.agreed && self.is_unused(now_ns) && now_ns >= self.reported_ns.saturating_add(idle_ns)
+    }
+
+    /// Whether nothing is in use and nothing is asked for.
+    pub fn is_unused(&self, now_ns: u64) -> bool {
+        self.draws.is_empty()
             && self.spends.is_empty()
+            && self.demand.estimate(self.account.window_ns(), now_ns) == 0
     }
 
-    /// The bytes of it but for the account, see [`super::page::Page`].
+    /// Whether nothing is lost when it is dropped.
+    pub fn is_idle(&self) -> bool {
+        !self.agreed && self.asked == 0 && !self.unreported && self.draws.is_empty() && self.spends.is_empty()
+    }
+
+    /// Appends the bytes of all but the account, see [`super::page::Page`].
     pub fn encode(&self, out: &mut Vec<u8>) {
-        let (agreed, held, of) = match self.holding {
-            Holding::Own => (0, 0, 0),
-            Holding::Agreed { held, of } => (AGREED, held, of),
-        };
-        let rung = if self.rung { RUNG } else { 0 };
-        let unreported = if self.unreported { UNREPORTED } else { 0 };
-        out.push(agreed | rung | unreported);
+        let flag = |set: bool, bit: u8| if set { bit } else { 0 };
+        out.push(
+            flag(self.agreed, AGREED)
+                | flag(self.marked, MARKED)
+                | flag(self.unreported, UNREPORTED)
+                | flag(self.short, SHORT)
+                | flag(self.urgent, URGENT),
+        );
         for number in [
             self.limit.into(),
-            held.into(),
-            of.into(),
-            self.leased_ns,
-            self.era,
-            self.term,
+            self.cap.into(),
+            self.epoch,
             self.asked,
+            self.spent,
+            self.spent_ns,
             self.next_ask_ns,
             self.reported_ns,
             self.elsewhere.into(),
+            self.elsewhere_until_ns,
             self.refused.into(),
-            self.dearest.into(),
             self.demand.began_ns,
             self.demand.before.into(),
             self.demand.now.into(),
@@ -326,24 +319,27 @@ impl Record {
         }
         let reader = &mut Reader::new(bytes);
         let flags = reader.u8()?;
-        let limit = small(reader)?;
-        let (held, of) = (small(reader)?, small(reader)?);
-        let holding = if flags & AGREED == 0 { Holding::Own } else { Holding::Agreed { held, of } };
         let mut record = Self {
-            holding,
-            rung: flags & RUNG != 0,
+            account,
+            agreed: flags & AGREED != 0,
+            marked: flags & MARKED != 0,
             unreported: flags & UNREPORTED != 0,
-            leased_ns: spends::take(reader)?,
-            era: spends::take(reader)?,
-            term: spends::take(reader)?,
+            short: flags & SHORT != 0,
+            urgent: flags & URGENT != 0,
+            limit: small(reader)?,
+            cap: small(reader)?,
+            epoch: spends::take(reader)?,
             asked: spends::take(reader)?,
+            spent: spends::take(reader)?,
+            spent_ns: spends::take(reader)?,
             next_ask_ns: spends::take(reader)?,
             reported_ns: spends::take(reader)?,
             elsewhere: small(reader)?,
+            elsewhere_until_ns: spends::take(reader)?,
             refused: small(reader)?,
-            dearest: small(reader)?,
             demand: Demand { began_ns: spends::take(reader)?, before: small(reader)?, now: small(reader)? },
-            ..Self::new(account, limit)
+            draws: Vec::new(),
+            spends: Spends::default(),
         };
         for _ in 0..reader.u8()? {
             record.draws.push(Draw { vm: reader.u64()?, units: reader.u32()?, until_ns: reader.u64()? });

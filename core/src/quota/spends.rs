@@ -1,11 +1,10 @@
-//! When units were spent: what a window has in use.
+//! Units spent within a window, by time.
 
 use std::collections::VecDeque;
 
 use crate::wire::{Reader, WireError};
 
-/// A window is remembered in so many slots. All units of a slot come back when the last of them does, so at most
-/// one part in as many is lost.
+/// Slots of a window. All units of a slot are free when the last of them is, so at most 1/128 of a window is lost.
 const SLOTS: u64 = 128;
 /// The most slots with a spend in them: those of a window, and the ones that it has begun and not yet left.
 const MAX_GROUPS: usize = 132;
@@ -32,7 +31,7 @@ impl Spends {
         if units == 0 {
             return;
         }
-        let slot = |ns: u64| ns.checked_div(window_ns.checked_div(SLOTS).unwrap_or(1).max(1)).unwrap_or(ns);
+        let slot = |ns| slot(ns, window_ns);
         let place = self.groups.partition_point(|group| slot(group.last_ns) < slot(at_ns));
         let full = self.groups.len() >= MAX_GROUPS;
         let place = if full { place.min(self.groups.len().saturating_sub(1)) } else { place };
@@ -46,19 +45,28 @@ impl Spends {
         }
     }
 
-    /// Lets go of what is back.
-    pub fn expire(&mut self, now_ns: u64, window_ns: u64) {
+    /// Drops the spends whose window is over; calls `dropped` with each group.
+    pub fn expire(&mut self, now_ns: u64, window_ns: u64, mut dropped: impl FnMut(Group)) {
         while self.groups.front().is_some_and(|group| group.last_ns.saturating_add(window_ns) <= now_ns) {
-            self.groups.pop_front();
+            if let Some(group) = self.groups.pop_front() {
+                dropped(group);
+            }
         }
     }
 
-    /// Units that are not back.
+    /// Units whose window is not over at a time.
+    pub fn used_at(&self, now_ns: u64, window_ns: u64) -> u32 {
+        let live = self.groups.iter().rev();
+        let live = live.take_while(|group| group.last_ns.saturating_add(window_ns) > now_ns);
+        live.fold(0, |sum, group| sum.saturating_add(group.units))
+    }
+
+    /// Units in use.
     pub fn used(&self) -> u32 {
         self.groups.iter().fold(0, |sum, group| sum.saturating_add(group.units))
     }
 
-    /// When `units` of them are back; `None` if there are not so many.
+    /// The time at which `units` of them are free again; `None` if there are not so many.
     pub fn back_at(&self, units: u32, window_ns: u64) -> Option<u64> {
         let mut back = 0_u32;
         for group in &self.groups {
@@ -106,6 +114,11 @@ impl Spends {
         }
         Ok(Self { groups })
     }
+}
+
+/// The slot of a time: a window has 128.
+pub(super) fn slot(at_ns: u64, window_ns: u64) -> u64 {
+    at_ns.checked_div(window_ns.checked_div(SLOTS).unwrap_or(1).max(1)).unwrap_or(at_ns)
 }
 
 /// Writes a number in LEB128.

@@ -1,46 +1,63 @@
-//! What a proxy may do by what the control plane last said.
+//! Standing of a proxy with the ledger, for all of its VMs.
 
-use super::{fair_share, unsaid};
+use super::{GRANT_NS, REPORT_NS, SILENCE_NS, fair_share};
 use crate::shared::{Conflict, SharedData};
 use crate::wire::{Reader, WireError};
 
-const KEY: &str = "keygate/1/quota/standing";
-const MAGIC: &[u8; 4] = b"KGqs";
+const KEY: &str = "keygate/2/quota/standing";
+const MAGIC: &[u8; 4] = b"KGq2";
+const JOINED: u32 = 1;
+const LEAVING: u32 = 2;
 
-/// How a proxy stands with the control plane, for all of its VMs. The leader writes it.
+/// Result of the last exchange with the ledger. The leader writes it.
 ///
 /// ```text
-///  0 4 magic "KGqs"   4 4 share   8 4 reported   12 8 era   20 8 term   28 8 lease, ns   36 8 keep, ns
-/// 44 8 asked, ns   52 8 heard, ns   60 8 question   68 8 question asked, ns   76 8 applied
+///  0 4 magic "KGq2"   4 4 share   8 4 share said   12 4 flags: 1 joined, 2 leaving   16 8 era   24 8 epoch
+/// 32 8 sent, ns   40 8 heard, ns   48 8 question   56 8 report interval, ns
 /// ```
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Standing {
     /// This proxy's share of every limit, of [`super::SHARES`].
     pub share: u32,
-    /// What the control plane is to count: `share`, but while it is being lowered still the larger one.
-    pub reported: u32,
-    /// The ledger that agreements are of.
+    /// The share that the ledger counts: `share`, or a larger one while the share shrinks.
+    pub said: u32,
+    /// A ledger answered this process before.
+    pub joined: bool,
+    /// The proxy was told to leave: nothing more is spent.
+    pub leaving: bool,
+    /// The ledger that answered last; 0: none, or what it granted is void.
     pub era: u64,
-    /// Which membership this is, counted from 1.
-    pub term: u64,
-    /// How long an agreement holds from when it was asked for.
-    pub lease_ns: u64,
-    /// How long the share holds from when it was asked for.
-    pub keep_ns: u64,
-    /// When the last question was asked that was answered.
-    pub asked_ns: u64,
-    /// When its answer came.
+    /// Grows each time that what was granted before is void.
+    pub epoch: u64,
+    /// Time at which the last question that was answered was sent.
+    pub sent_ns: u64,
+    /// Time at which its answer came.
     pub heard_ns: u64,
-    /// The number of the last question.
+    /// Number of the last question.
     pub question: u64,
-    /// When it was asked.
-    pub question_ns: u64,
-    /// The number of the last question whose answer was taken, in this term; 0: none yet.
-    pub applied: u64,
+    /// Time within which spends are to be reported.
+    pub report_ns: u64,
+}
+
+impl Default for Standing {
+    fn default() -> Self {
+        Self {
+            share: 0,
+            said: 0,
+            joined: false,
+            leaving: false,
+            era: 0,
+            epoch: 1,
+            sent_ns: 0,
+            heard_ns: 0,
+            question: 0,
+            report_ns: REPORT_NS,
+        }
+    }
 }
 
 impl Standing {
-    /// What is written, and its compare-and-swap number.
+    /// Reads what is written, and its compare-and-swap number.
     pub fn read(data: &mut impl SharedData) -> Option<(Self, u32)> {
         let (bytes, cas) = data.get(KEY)?;
         Self::decode(&bytes).ok().map(|standing| (standing, cas))
@@ -51,49 +68,39 @@ impl Standing {
         data.set(KEY, &self.encode(), Some(cas))
     }
 
-    /// Whether it is a member of the fleet, as far as it knows.
-    pub fn belongs(&self, now_ns: u64) -> bool {
-        self.applied > 0 && now_ns < self.asked_ns.saturating_add(self.keep_ns)
+    /// Whether limited requests can be decided.
+    pub fn is_member(&self) -> bool {
+        self.joined && !self.leaving
     }
 
-    /// Whether the control plane was heard of lately. Then so little is spent without a word that a restart of the
-    /// proxy makes little difference.
+    /// Whether the ledger answered lately. If not, the proxy also spends its share of each limit.
     pub fn in_touch(&self, now_ns: u64) -> bool {
-        now_ns < self.asked_ns.saturating_add(self.lease_ns)
+        now_ns < self.silent_from_ns()
     }
 
-    /// Whether everything that other proxies were granted of what is this one's own has come back, if this one
-    /// has no contact: see the proof.
-    pub fn is_alone(&self, window_ns: u64, now_ns: u64) -> bool {
-        let silence_ns = self.lease_ns.saturating_mul(3).saturating_add(window_ns);
-        self.applied > 0 && now_ns >= self.heard_ns.saturating_add(silence_ns)
+    /// Time from which the proxy also spends its share of each limit, if there is no answer.
+    pub fn silent_from_ns(&self) -> u64 {
+        self.heard_ns.saturating_add(SILENCE_NS)
     }
 
-    /// What is its own of a limit.
+    /// Time at which the proxy stops to spend by what it was granted, if there is no answer.
+    pub fn granted_until_ns(&self) -> u64 {
+        self.sent_ns.saturating_add(GRANT_NS)
+    }
+
+    /// Units of a limit that belong to the proxy's share.
     pub fn own(&self, limit: u32) -> u32 {
         fair_share(limit, self.share)
     }
 
-    /// What it may spend of a limit before it said a word.
-    pub fn unsaid(&self, limit: u32, now_ns: u64) -> u32 {
-        if self.in_touch(now_ns) { fair_share(limit, unsaid(self.share)) } else { self.own(limit) }
-    }
-
     fn encode(&self) -> Vec<u8> {
         let mut out = MAGIC.to_vec();
-        out.extend_from_slice(&self.share.to_le_bytes());
-        out.extend_from_slice(&self.reported.to_le_bytes());
-        for number in [
-            self.era,
-            self.term,
-            self.lease_ns,
-            self.keep_ns,
-            self.asked_ns,
-            self.heard_ns,
-            self.question,
-            self.question_ns,
-            self.applied,
-        ] {
+        let joined = if self.joined { JOINED } else { 0 };
+        let leaving = if self.leaving { LEAVING } else { 0 };
+        for number in [self.share, self.said, joined | leaving] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        for number in [self.era, self.epoch, self.sent_ns, self.heard_ns, self.question, self.report_ns] {
             out.extend_from_slice(&number.to_le_bytes());
         }
         out
@@ -104,18 +111,18 @@ impl Standing {
         if reader.take(4)? != MAGIC {
             return Err(WireError::UnknownFormat);
         }
+        let (share, said, flags) = (reader.u32()?, reader.u32()?, reader.u32()?);
         let standing = Self {
-            share: reader.u32()?,
-            reported: reader.u32()?,
+            share,
+            said,
+            joined: flags & JOINED != 0,
+            leaving: flags & LEAVING != 0,
             era: reader.u64()?,
-            term: reader.u64()?,
-            lease_ns: reader.u64()?,
-            keep_ns: reader.u64()?,
-            asked_ns: reader.u64()?,
+            epoch: reader.u64()?,
+            sent_ns: reader.u64()?,
             heard_ns: reader.u64()?,
             question: reader.u64()?,
-            question_ns: reader.u64()?,
-            applied: reader.u64()?,
+            report_ns: reader.u64()?,
         };
         reader.end()?;
         Ok(standing)

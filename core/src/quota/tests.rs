@@ -41,8 +41,8 @@ impl Dice {
     }
 }
 
-/// The most that was spent in any window, by how much it was more than allowed then.
-fn worst_excess(spends: &[(u64, u32)], window_ns: u64, allowed: impl Fn(u64) -> u32) -> i64 {
+/// The most units that were spent in a window beyond what was allowed at its end.
+fn worst_excess(spends: &[(u64, u32)], window_ns: u64, allowed: impl Fn(u64) -> u64) -> i64 {
     let mut spends = spends.to_vec();
     spends.sort_unstable();
     let mut inside = VecDeque::new();
@@ -54,7 +54,7 @@ fn worst_excess(spends: &[(u64, u32)], window_ns: u64, allowed: impl Fn(u64) -> 
         while inside.front().is_some_and(|(first, _)| first + window_ns <= at) {
             sum -= i64::from(inside.pop_front().unwrap().1);
         }
-        worst = worst.max(sum - i64::from(allowed(at)));
+        worst = worst.max(sum - i64::try_from(allowed(at)).unwrap());
     }
     worst
 }
