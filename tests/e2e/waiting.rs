@@ -4,6 +4,7 @@
 use std::time::Instant;
 
 use keygate_e2e::{Connection, Envoy, Request, SOON, Stack, wait_until};
+use serde_json::json;
 
 /// A stack whose requests are pending when they say so, see the filter's feature `trap`.
 fn stack(workers: usize) -> Stack {
@@ -28,7 +29,9 @@ fn a_request_goes_on_with_its_body_when_units_come_and_is_counted_once() {
         let (seen, allowed) = (stack.upstream.seen(), decisions(&stack.envoy, "allowed"));
         let agent = format!("waits-{round}");
         let request = request.clone().header("x-trap", "pending").header("user-agent", &agent);
-        stack.call(&request.header("x-keygate-key", "forged")).expect(200);
+        let answer = stack.call(&request.header("x-keygate-role", "admin")).expect(200).json();
+        let told = &answer["headers"];
+        assert_eq!((&told["x-keygate-role"], &told["x-keygate-key-id"]), (&json!("basic"), &json!(key.id)));
         assert_eq!(stack.upstream.seen(), seen + 1);
         assert_eq!(stack.envoy.logged(&agent)["outcome"], "allowed");
         wait_until(SOON, "the decision", || decisions(&stack.envoy, "allowed") == allowed + 1);
@@ -128,6 +131,21 @@ fn those_that_wait_outlive_the_configuration() {
         wait_until(SOON, "the new configuration", || stack.envoy.stat("keygate_vm_starts") == starts + 3);
     }
     stack.call(&request.header("x-trap", "pending")).expect(200);
+}
+
+#[test]
+fn a_proxy_that_ends_meanwhile_ends_in_peace() {
+    let mut stack = stack(2);
+    let key = stack.api().issue("basic");
+    let request = Request::get("/api/chat").bearer(&key.token).header("x-trap", "pending-always");
+    for _ in 0..3 {
+        let mut connections: Vec<Connection> = (0..100).map(|_| stack.envoy.connect()).collect();
+        connections.iter_mut().for_each(|connection| connection.begin(&request));
+        let status = stack.envoy.stop();
+        assert!(status.success(), "{status}: {}", stack.envoy.log_text());
+        stack.start_envoy();
+        stack.envoy.wait_ready();
+    }
 }
 
 #[test]
