@@ -10,8 +10,8 @@ use crate::host::{self, Stream, Waker};
 const WAIT_NS: u64 = 200_000_000 - TURN_EVERY_NS;
 /// How often those that wait are looked at, in nanoseconds: as often as the control plane is asked for units.
 const TURN_EVERY_NS: u64 = 10_000_000;
-/// The time between two turns where answers come more often than that, in nanoseconds: of a worker, decisions for those
-/// that wait then take some 10 % at most, at 8 µs each.
+/// The time between two turns where answers come more often than that, in nanoseconds. Of a worker's time, looks take a
+/// tenth at the pace above and a fifth at this one, at most.
 const TURN_AFTER_NS: u64 = 5_000_000;
 
 /// When requests that wait are looked at.
