@@ -47,5 +47,6 @@ pub mod sync;
 pub mod telemetry;
 pub mod token;
 pub mod version;
+pub mod waiting;
 pub mod wall_clock;
 pub mod wire;

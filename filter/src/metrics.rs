@@ -52,10 +52,15 @@ pub fn panics() -> Counter {
     Counter::define("keygate_panics")
 }
 
+/// Requests that waited for units of their limit, in a dynamic module. In WebAssembly none does.
+pub fn limit_waits() -> Counter {
+    Counter::define("keygate_limit_waits")
+}
+
 impl Metrics {
     /// Defines them all, so that they are there before anything happened.
     pub fn define() -> Self {
-        let _there_from_the_start = panics();
+        let _there_from_the_start = (panics(), limit_waits());
         Self {
             decisions: Reason::ALL.iter().map(|reason| (decisions(*reason), 0)).collect(),
             since_tick: 0,

@@ -4,6 +4,7 @@
 
 mod hooks;
 mod ticker;
+mod waiting;
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -11,12 +12,14 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use keygate_core::decision::Reason;
+use keygate_core::waiting::{Ticket, WaitingList};
 
-use crate::host::{self, Answer, CallId, Config, Counter, Envoy, MAIN, Stream};
+use crate::host::{self, Answer, CallId, Config, Counter, Envoy, MAIN, Stream, Waker};
 use crate::metrics;
 use crate::plugin::Plugin;
 use crate::request::{self, Awaited, Outcome, Then};
 use ticker::Ticker;
+use waiting::Turns;
 
 /// How long after a panic a plugin is made anew, in nanoseconds.
 const REVIVE_AFTER_NS: u64 = 100_000_000;
@@ -28,7 +31,11 @@ pub struct Module {
     seats: Box<[Seat]>,
     /// Answers that came while a plugin was at work on this thread.
     answers: Mutex<Answers>,
+    /// When requests that wait are looked at again.
+    turns: Mutex<Turns>,
     panics: Counter,
+    /// Requests that waited.
+    waits: Counter,
     /// Requests that found no plugin: a reason of decisions like others, which no plugin counts.
     undecided: Counter,
     envoy: Envoy,
@@ -39,7 +46,19 @@ pub type Answers = VecDeque<(CallId, Option<Answer>)>;
 
 /// The place of a plugin, on cache lines of its own.
 #[repr(align(128))]
-struct Seat(Mutex<State>);
+struct Seat {
+    state: Mutex<State>,
+    /// The requests of its worker that wait. Not the plugin's, so that they are answered also when that panics.
+    waiting: Mutex<WaitingList<Waker>>,
+}
+
+/// What comes next of a request.
+pub enum Next {
+    /// This.
+    Then(Then),
+    /// It waits, until it is woken.
+    Wait(Ticket),
+}
 
 enum State {
     Works(Box<Plugin>),
@@ -70,16 +89,18 @@ impl Module {
         let envoy = Envoy::new(config, name, configuration, plugins);
         let start = |index| {
             let plugin = host::enter(&envoy, index, None, Plugin::start)?;
-            Ok::<_, String>(Seat(Mutex::new(State::Works(Box::new(plugin)))))
+            let state = Mutex::new(State::Works(Box::new(plugin)));
+            Ok::<_, String>(Seat { state, waiting: Mutex::default() })
         };
         let workers = (MAIN.saturating_add(1)..plugins).map(start).collect::<Result<Vec<_>, _>>()?;
         // Last, so that it knows of all when it first tells the control plane.
         let seats = std::iter::once(start(MAIN)?).chain(workers).collect();
         let ticker = Ticker::start(config).ok_or("no thread can be made that wakes the filter")?;
-        let (panics, undecided) =
-            host::enter(&envoy, MAIN, None, || (metrics::panics(), metrics::decisions(Reason::NoState)));
-        let answers = Mutex::new(early.take());
-        let module = Box::new(Self { ticker, seats, answers, panics, undecided, envoy });
+        let (panics, waits, undecided) = host::enter(&envoy, MAIN, None, || {
+            (metrics::panics(), metrics::limit_waits(), metrics::decisions(Reason::NoState))
+        });
+        let (answers, turns) = (Mutex::new(early.take()), Mutex::default());
+        let module = Box::new(Self { ticker, seats, answers, turns, panics, waits, undecided, envoy });
         // The first tick of a process finds no lease, and makes one; this takes it.
         host::enter(&module.envoy, MAIN, None, || module.with(MAIN, Plugin::on_tick));
         module.deliver();
@@ -93,11 +114,19 @@ impl Module {
     }
 
     /// Decides on a request, and carries that out.
-    pub fn on_request(&self, plugin: usize, stream: Stream) -> Then {
-        host::enter(&self.envoy, plugin, Some(stream), || match self.with(plugin, Plugin::on_request) {
-            Some(outcome) => request::carry_out(outcome),
-            None => self.refuse(),
+    pub fn on_request(&self, plugin: usize, stream: Stream) -> Next {
+        host::enter(&self.envoy, plugin, Some(stream), || {
+            let decided = self.with(plugin, |it| it.on_request(|| self.has_room(plugin)));
+            match decided {
+                Some(None) => self.wait(plugin, stream),
+                decided => Next::Then(self.carry_out(decided.flatten())),
+            }
         })
+    }
+
+    /// Carries out what was decided on a request, if it was. Not under a lock: Envoy may call other hooks meanwhile.
+    fn carry_out(&self, outcome: Option<Outcome>) -> Then {
+        outcome.map_or_else(|| self.refuse(), request::carry_out)
     }
 
     /// Refuses a request that could not be decided on.
@@ -133,6 +162,7 @@ impl Module {
             }
         }
         self.deliver();
+        self.wake_waiting();
     }
 
     /// A call was answered, or `None` was the answer.
@@ -141,6 +171,7 @@ impl Module {
         // Envoy may answer a call before it has told the number of it.
         if !host::is_entered() {
             self.deliver();
+            self.units_may_have_come();
         }
     }
 
@@ -159,13 +190,14 @@ impl Module {
 
     /// Says when the main thread is to be woken next. To be called after each time, whatever came of it.
     pub fn plan(&self) {
-        let due_ns = (MAIN..self.seats.len()).map(|index| self.envoy.due_ns(index)).min();
+        let ticks = (MAIN..self.seats.len()).map(|index| self.envoy.due_ns(index));
+        let due_ns = ticks.chain(self.next_turn_ns()).min();
         self.ticker.wake_at(due_ns.unwrap_or(u64::MAX));
     }
 
     /// Does something with a plugin that is entered; `None` when it is not there, or panics, and is thrown away.
     fn with<R>(&self, index: usize, work: impl FnOnce(&mut Plugin) -> R) -> Option<R> {
-        let mut state = lock(&self.seats.get(index)?.0);
+        let mut state = lock(&self.seats.get(index)?.state);
         let State::Works(plugin) = &mut *state else { return None };
         let result = caught(|| work(plugin));
         if result.is_none() {
@@ -179,7 +211,7 @@ impl Module {
     /// Makes a plugin anew that died a while ago. On the main thread: a plugin may have to call, as it starts.
     fn revive(&self, index: usize) {
         let Some(seat) = self.seats.get(index) else { return };
-        let mut state = lock(&seat.0);
+        let mut state = lock(&seat.state);
         let State::Died { at_ns } = *state else { return };
         let now_ns = host::monotonic_ns();
         if now_ns.saturating_sub(at_ns) < REVIVE_AFTER_NS {

@@ -51,6 +51,7 @@ pub struct Awaited {
 enum Decided {
     Pass { forwarded: Forwarded, awaited: Option<Awaited> },
     Refuse(Outcome),
+    Wait,
 }
 
 impl Outcome {
@@ -61,18 +62,19 @@ impl Outcome {
 }
 
 impl Plugin {
-    /// Decides on the current request.
-    pub fn on_request(&mut self) -> Outcome {
+    /// Decides on the current request. `None` when it shall wait for units of its limit, which it does only where it
+    /// `may_wait`: then nothing is counted nor recorded, and it is to be decided on again.
+    pub fn on_request(&mut self, may_wait: impl Fn() -> bool) -> Option<Outcome> {
         self.serves = true;
         let now_ns = host::monotonic_ns();
         self.replica.refresh(&mut host::Shared, now_ns);
-        let Some(headers) = host::request_headers() else { return Outcome::unavailable() };
+        let Some(headers) = host::request_headers() else { return Some(Outcome::unavailable()) };
         #[cfg(feature = "trap")]
         crate::trap::on_request(&headers);
         let (method, path) = (headers.value(":method"), headers.value(":path"));
         let asks_readiness = matches!(method, b"GET" | b"HEAD");
         if asks_readiness && path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
-            return self.ready(now_ns);
+            return Some(self.ready(now_ns));
         }
         let credential = credential::find(headers.iter());
         let wants_client = self.limits_clients() || credential == Credential::None && self.rolls_out();
@@ -80,20 +82,28 @@ impl Plugin {
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
         let now_s = self.replica.now_s(self.clock.unix_ms(now_ns, host::unix_ms), now_ns);
-        let decided = self.decide(request, now_ns, now_s, false).or_else(|| {
+        let decided = self.decide(request, now_ns, now_s, false, &may_wait).or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
-            self.decide(request, now_ns, now_s, true)
+            self.decide(request, now_ns, now_s, true, &may_wait)
         });
-        match decided {
+        Some(match decided {
             Some(Decided::Pass { forwarded, awaited }) => Outcome::Pass { headers, forwarded, awaited },
             Some(Decided::Refuse(refusal)) => refusal,
+            Some(Decided::Wait) => return None,
             None => Outcome::unavailable(),
-        }
+        })
     }
 
     /// `None` when the revocation set could not be read and this is not `for_good`.
-    fn decide(&mut self, request: Request<'_>, now_ns: u64, now_s: u64, for_good: bool) -> Option<Decided> {
+    fn decide(
+        &mut self,
+        request: Request<'_>,
+        now_ns: u64,
+        now_s: u64,
+        for_good: bool,
+        may_wait: &impl Fn() -> bool,
+    ) -> Option<Decided> {
         let mut data = host::Shared;
         let rolls_out = self.rolls_out();
         let (state, revocations) = self.replica.view(&mut data, now_ns);
@@ -111,8 +121,14 @@ impl Plugin {
             trace: &mut watch,
         };
         let decision = decide(state, request, judge);
+        #[cfg(feature = "trap")]
+        let decision = crate::trap::on_decision(decision);
         if decision.reason == Reason::RevocationUnknown && !for_good {
             return None;
+        }
+        // In shadow mode it passes at once.
+        if decision.reason == Reason::LimitPending && !decision.shadowed && may_wait() {
+            return Some(Decided::Wait);
         }
         self.metrics.decided(decision.reason);
         self.tally.decided(&decision);

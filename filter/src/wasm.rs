@@ -96,11 +96,12 @@ impl Context for Http {}
 impl HttpContext for Http {
     fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
         let outcome = match self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut()) {
-            Some(Ok(mut plugin)) => plugin.on_request(),
+            // A request that is paused would hang for ever when its VM traps, so none waits.
+            Some(Ok(mut plugin)) => plugin.on_request(|| false),
             // Not configured, or called from within itself: nothing passes that was not decided on.
-            _ => Outcome::unavailable(),
+            _ => None,
         };
-        match request::carry_out(outcome) {
+        match request::carry_out(outcome.unwrap_or_else(Outcome::unavailable)) {
             Then::Continue(awaited) => {
                 self.awaited = awaited;
                 Action::Continue

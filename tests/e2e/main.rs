@@ -37,4 +37,5 @@ mod telemetry;
 mod trace_context;
 mod trap;
 mod upkeep;
+mod waiting;
 mod wasm_imports;

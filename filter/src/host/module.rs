@@ -12,7 +12,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use keygate_core::header_map::HeaderMap;
 use keygate_core::shared::{Conflict, SharedData};
 
-pub use abi::{Buffer, Config, Header, Scheduler, Stream, bytes, concurrency, worker_index};
+pub use abi::{
+    Buffer, Config, Header, Scheduler, Stream, Waker, bytes, concurrency, continue_decoding, worker_index,
+};
 use abi::{HeaderKind, Level, Metric};
 use here::here;
 pub use here::{Envoy, MAIN, enter, is_entered};

@@ -6,7 +6,9 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
-use super::{Answers, Module, caught};
+use keygate_core::waiting::Ticket;
+
+use super::{Answers, Module, Next, caught};
 use crate::host::{self, Buffer, Config, Header, Stream};
 use crate::request::{Awaited, Then};
 
@@ -30,6 +32,20 @@ struct Request {
     /// Nothing of it goes on before this is so.
     passes: bool,
     awaited: Option<Awaited>,
+    /// While it waits for units of its limit.
+    ticket: Option<Ticket>,
+}
+
+impl Request {
+    /// Takes it off the list of those that wait, if it is there: it must not be woken any more.
+    fn leave(&mut self) {
+        if let Some(ticket) = self.ticket.take()
+            // SAFETY: see below; a request does not outlive its configuration.
+            && let Some(module) = unsafe { self.module.as_ref() }
+        {
+            caught(|| module.leave(self.plugin, ticket));
+        }
+    }
 }
 
 thread_local! {
@@ -126,7 +142,8 @@ extern "C" fn envoy_dynamic_module_on_http_filter_new(
     let (Some(there), Some(stream)) = (unsafe { module.as_ref() }, Stream::new(stream)) else {
         return ptr::null(); // Envoy closes the stream.
     };
-    let request = Request { module, plugin: there.plugin_of(stream), passes: false, awaited: None };
+    let request =
+        Request { module, plugin: there.plugin_of(stream), passes: false, awaited: None, ticket: None };
     Box::into_raw(Box::new(request)).cast_const().cast()
 }
 
@@ -134,7 +151,8 @@ extern "C" fn envoy_dynamic_module_on_http_filter_new(
 extern "C" fn envoy_dynamic_module_on_http_filter_destroy(request: *const c_void) {
     if !request.is_null() {
         // SAFETY: see above; this is the last time.
-        drop(unsafe { Box::from_raw(request.cast_mut().cast::<Request>()) });
+        let mut request = unsafe { Box::from_raw(request.cast_mut().cast::<Request>()) };
+        request.leave();
     }
 }
 
@@ -150,15 +168,50 @@ extern "C" fn envoy_dynamic_module_on_http_filter_request_headers(
     // SAFETY: see above.
     let Some(module) = (unsafe { request.module.as_ref() }) else { return STOP };
     match caught(|| module.on_request(request.plugin, stream)) {
-        Some(Then::Continue(awaited)) => {
+        Some(Next::Then(Then::Continue(awaited))) => {
             request.passes = true;
             request.awaited = awaited;
             CONTINUE
         }
-        Some(Then::Answered) => STOP,
+        Some(Next::Then(Then::Answered)) => STOP,
+        Some(Next::Wait(ticket)) => {
+            request.ticket = Some(ticket);
+            STOP
+        }
         None => {
             caught(|| module.refuse_after_panic(request.plugin, stream));
             STOP
+        }
+    }
+}
+
+/// Of a request that waits: units of its limit may have come.
+#[unsafe(no_mangle)]
+extern "C" fn envoy_dynamic_module_on_http_filter_scheduled(
+    stream: *mut c_void,
+    request: *const c_void,
+    _event: u64,
+) {
+    let place = request.cast_mut().cast::<Request>();
+    // SAFETY: see above. What is answered or goes on may be ended by that, within the call that does it, so no reference
+    // into the request is held meanwhile.
+    let Some(Request { module, plugin, ticket: Some(ticket), .. }) = (unsafe { place.as_ref() }) else {
+        return;
+    };
+    let (module, plugin, ticket) = (*module, *plugin, *ticket);
+    // SAFETY: see above.
+    let (Some(module), Some(stream)) = (unsafe { module.as_ref() }, Stream::new(stream)) else { return };
+    match caught(|| module.on_woken(plugin, stream, ticket)) {
+        Some(Next::Then(Then::Continue(awaited))) => {
+            // SAFETY: it was not answered, so it is still there.
+            if let Some(request) = unsafe { place.as_mut() } {
+                (request.passes, request.awaited, request.ticket) = (true, awaited, None);
+            }
+            host::continue_decoding(stream);
+        }
+        Some(Next::Then(Then::Answered) | Next::Wait(_)) => {}
+        None => {
+            caught(|| module.refuse_after_panic(plugin, stream));
         }
     }
 }
@@ -170,7 +223,10 @@ extern "C" fn envoy_dynamic_module_on_http_filter_response_headers(
     _end_of_stream: bool,
 ) -> u32 {
     // SAFETY: see above; no other hook of this request runs meanwhile.
-    let request = unsafe { request.cast_mut().cast::<Request>().as_mut() };
+    let mut request = unsafe { request.cast_mut().cast::<Request>().as_mut() };
+    if let Some(request) = &mut request {
+        request.leave(); // Envoy answered by itself, as after a time-out.
+    }
     if let (Some(request), Some(stream)) = (request, Stream::new(stream))
         && let Some(awaited) = request.awaited.take()
         // SAFETY: see above.
@@ -220,7 +276,6 @@ unused! {
     envoy_dynamic_module_on_http_filter_response_body(Envoys, Ours, bool) -> u32 = CONTINUE;
     envoy_dynamic_module_on_http_filter_response_trailers(Envoys, Ours) -> u32 = CONTINUE;
     envoy_dynamic_module_on_http_filter_stream_complete(Envoys, Ours);
-    envoy_dynamic_module_on_http_filter_scheduled(Envoys, Ours, u64);
     envoy_dynamic_module_on_http_filter_http_callout_done(
         Envoys, Ours, u64, u32, *const Header, usize, *const Buffer, usize
     );

@@ -179,6 +179,10 @@ unsafe extern "C" {
         out: *mut Buffer,
     ) -> bool;
     fn envoy_dynamic_module_callback_http_filter_get_worker_index(stream: *mut c_void) -> u32;
+    fn envoy_dynamic_module_callback_http_filter_continue_decoding(stream: *mut c_void);
+    fn envoy_dynamic_module_callback_http_filter_scheduler_new(stream: *mut c_void) -> *mut c_void;
+    fn envoy_dynamic_module_callback_http_filter_scheduler_commit(scheduler: *mut c_void, event: u64);
+    fn envoy_dynamic_module_callback_http_filter_scheduler_delete(scheduler: *mut c_void);
 
     fn envoy_dynamic_module_callback_http_filter_config_define_counter(
         config: *mut c_void,
@@ -345,6 +349,12 @@ pub fn send_response(stream: Stream, status: u16, headers: &[(&str, &str)], body
     }
 }
 
+/// Lets a request go on whose headers were stopped. Envoy may call other hooks of it meanwhile, and end it.
+pub fn continue_decoding(stream: Stream) {
+    // SAFETY: see above.
+    unsafe { envoy_dynamic_module_callback_http_filter_continue_decoding(stream.0.as_ptr()) };
+}
+
 /// Sets filter state that access logs print as text; whether that worked.
 pub fn set_filter_state(stream: Stream, name: &str, value: &str) -> bool {
     let (name, value) = (Buffer::of(name.as_bytes()), Buffer::of(value.as_bytes()));
@@ -451,5 +461,35 @@ impl Drop for Scheduler {
     fn drop(&mut self) {
         // SAFETY: this is the only owner, and so the only time.
         unsafe { envoy_dynamic_module_callback_http_filter_config_scheduler_delete(self.0.as_ptr()) };
+    }
+}
+
+/// Has a request's worker call the filter about it. It must end before the worker does, which ends all its requests
+/// before: Envoy posts to the worker without a look whether it is still there.
+pub struct Waker(NonNull<c_void>);
+
+// SAFETY: Envoy lets any thread commit an event and end a scheduler. What it holds of the request is a weak reference,
+// which the worker alone follows.
+unsafe impl Send for Waker {}
+
+impl Waker {
+    /// One for a request. From its worker.
+    pub fn new(stream: Stream) -> Option<Self> {
+        // SAFETY: see above.
+        let scheduler = unsafe { envoy_dynamic_module_callback_http_filter_scheduler_new(stream.0.as_ptr()) };
+        NonNull::new(scheduler).map(Self)
+    }
+
+    /// The worker calls `envoy_dynamic_module_on_http_filter_scheduled` soon, if the request is still there.
+    pub fn wake(&self) {
+        // SAFETY: it is not ended yet.
+        unsafe { envoy_dynamic_module_callback_http_filter_scheduler_commit(self.0.as_ptr(), 0) };
+    }
+}
+
+impl Drop for Waker {
+    fn drop(&mut self) {
+        // SAFETY: this is the only owner, and so the only time.
+        unsafe { envoy_dynamic_module_callback_http_filter_scheduler_delete(self.0.as_ptr()) };
     }
 }
