@@ -20,8 +20,8 @@ type SlotKey = (u64, u32, u64, u64, u64);
 
 /// Share.
 const MEMBERS: TableDefinition<'_, MemberKey, u32> = TableDefinition::new("proxies");
-/// Limit, cap and units spent since the record was made.
-const HOLDERS: TableDefinition<'_, HolderKey, (u32, u32, u64)> = TableDefinition::new("caps");
+/// Limit, cap, units held by VMs, and units spent since the record was made.
+const HOLDERS: TableDefinition<'_, HolderKey, (u32, u32, u32, u64)> = TableDefinition::new("caps");
 /// Limit, time of the last spend, and units.
 const SPENDS: TableDefinition<'_, SlotKey, (u32, u64, u32)> = TableDefinition::new("spends");
 /// JSON of [`Head`].
@@ -114,9 +114,10 @@ impl Disk {
         }
         for entry in read.open_table(HOLDERS)?.iter()? {
             let (key, value) = entry?;
-            let ((key, window_s, proxy, incarnation), (limit, cap, total)) = (key.value(), value.value());
+            let ((key, window_s, proxy, incarnation), (limit, cap, held, total)) =
+                (key.value(), value.value());
             let (account, member) = (Account { key, window_s }, member((proxy, incarnation)));
-            saved.holders.push(HolderRow { account, member, limit, cap, total });
+            saved.holders.push(HolderRow { account, member, limit, cap, held, total });
         }
         for entry in read.open_table(SPENDS)?.iter()? {
             let (key, value) = entry?;
@@ -168,7 +169,10 @@ impl Disk {
             let mut holders = write.open_table(HOLDERS)?;
             holders.retain(|_, _| false)?;
             for row in &saved.holders {
-                holders.insert(holder_key(row.account, &row.member), (row.limit, row.cap, row.total))?;
+                holders.insert(
+                    holder_key(row.account, &row.member),
+                    (row.limit, row.cap, row.held, row.total),
+                )?;
             }
             let mut spends = write.open_table(SPENDS)?;
             spends.retain(|_, _| false)?;
@@ -202,7 +206,7 @@ impl Disk {
                 for ((account, member), row) in &rows.holders {
                     let key = holder_key(*account, member);
                     match row {
-                        Some(row) => drop(holders.insert(key, (row.limit, row.cap, row.total))?),
+                        Some(row) => drop(holders.insert(key, (row.limit, row.cap, row.held, row.total))?),
                         None => drop(holders.remove(key)?),
                     }
                 }

@@ -521,6 +521,7 @@ mod tests {
             number,
             era,
             new: number == 1,
+            void: false,
             share,
             left: false,
             reports,

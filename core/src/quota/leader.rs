@@ -267,6 +267,7 @@ impl Leader {
             number,
             era: standing.era,
             new: !standing.joined,
+            void: standing.era != 0 && now_ns >= standing.granted_until_ns(),
             share: said,
             left,
             reports,
@@ -337,9 +338,9 @@ fn granted(data: &mut impl SharedData, answer: &Answer, grant: &Grant, now_ns: u
         record.asked = 0;
         match grant.cap {
             Some(cap) => {
-                // By a larger limit than that of the rules here, nothing was divided that there is.
+                // A larger limit than that of the rules here was divided: there may be fewer units.
                 let is_other = grant.limit > record.limit;
-                let cap = if is_other { cap.min(standing.own(record.limit)) } else { cap };
+                let cap = if is_other { cap.min(record.cap) } else { cap };
                 record.unreported |= is_other;
                 record.urgent |= is_other;
                 // What it has no more is free for others once that is reported.

@@ -23,8 +23,6 @@ const NOISE_PART: u32 = 64;
 /// Interval between two looks for silent proxies, and pools that are tidied at each.
 const LOOK_NS: u64 = 100_000_000;
 const TIDIED: usize = 256;
-/// Owner of the spends of proxies that are gone, where they are kept.
-const NOBODY: Member = Member { proxy: 0, incarnation: 0 };
 
 /// Caps and spends of all proxies. There must be one for a fleet at a time.
 ///
@@ -83,8 +81,20 @@ struct Pool {
     /// As it was last reported.
     limit: u32,
     holders: BTreeMap<Member, Holder>,
-    /// Spends of proxies that are gone.
-    gone: Spends,
+    /// Spends of processes that are gone.
+    gone: BTreeMap<Member, Spends>,
+}
+
+impl Pool {
+    /// Units in use by processes that are gone.
+    fn gone(&self, now_ns: u64, window_ns: u64) -> u32 {
+        let gone = self.gone.values().map(|spends| spends.used_at(now_ns, window_ns));
+        gone.fold(0, u32::saturating_add)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.holders.is_empty() && self.gone.is_empty()
+    }
 }
 
 /// A proxy's part of an account.
@@ -143,7 +153,7 @@ impl Changes {
 pub struct SpendKey {
     /// The account.
     pub account: Account,
-    /// The proxy's process; zeros: proxies that are gone.
+    /// The proxy's process, which may be gone.
     pub member: Member,
     /// The slot of the window.
     pub slot: u64,
@@ -179,6 +189,8 @@ pub struct HolderRow {
     pub limit: u32,
     /// Its cap.
     pub cap: u32,
+    /// Units that its VMs held by its last report.
+    pub held: u32,
     /// Units spent since its record was made.
     pub total: u64,
 }
@@ -189,7 +201,7 @@ pub struct HolderRow {
 pub struct SpendRow {
     /// The account.
     pub account: Account,
-    /// The proxy's process; zeros: proxies that are gone.
+    /// The proxy's process, which may be gone.
     pub member: Member,
     /// The limit.
     pub limit: u32,
@@ -291,15 +303,14 @@ impl Ledger {
             let pool = ledger.pools.entry(row.account).or_default();
             pool.limit = row.limit;
             let holder = pool.holders.entry(row.member).or_default();
-            holder.cap = row.cap;
-            holder.total = row.total;
+            (holder.cap, holder.held, holder.total) = (row.cap, row.held, row.total);
         }
         for row in &saved.spends {
             let pool = ledger.pools.entry(row.account).or_default();
             pool.limit = pool.limit.max(row.limit);
             let spends = match pool.holders.get_mut(&row.member) {
                 Some(holder) => &mut holder.spends,
-                None => &mut pool.gone,
+                None => pool.gone.entry(row.member).or_default(),
             };
             // A clock that was set back must not keep units in use for ever.
             spends.add(row.last_ns.min(now_ns), row.units, row.account.window_ns());
@@ -326,7 +337,8 @@ impl Ledger {
                 saved.holders.extend(self.holder(*account, member));
             }
             let spends = pool.holders.iter().map(|(member, holder)| (*member, &holder.spends));
-            for (member, spends) in spends.chain([(NOBODY, &pool.gone)]) {
+            let gone = pool.gone.iter().map(|(member, spends)| (*member, spends));
+            for (member, spends) in spends.chain(gone) {
                 saved.spends.extend(spends.groups().map(|group| SpendRow {
                     account: *account,
                     member,
@@ -349,8 +361,8 @@ impl Ledger {
     pub fn holder(&self, account: Account, member: &Member) -> Option<HolderRow> {
         let pool = self.pools.get(&account)?;
         let holder = pool.holders.get(member)?;
-        let (limit, cap, total) = (pool.limit, holder.cap, holder.total);
-        Some(HolderRow { account, member: *member, limit, cap, total })
+        let Holder { cap, held, total, .. } = *holder;
+        Some(HolderRow { account, member: *member, limit: pool.limit, cap, held, total })
     }
 
     /// What is to be kept of spends.
@@ -359,8 +371,7 @@ impl Ledger {
         let pool = self.pools.get(&account)?;
         let spends = match pool.holders.get(&member) {
             Some(holder) => &holder.spends,
-            None if member == NOBODY => &pool.gone,
-            None => return None,
+            None => pool.gone.get(&member)?,
         };
         let window_ns = account.window_ns();
         let group = spends.groups().find(|group| spends::slot(group.last_ns, window_ns) == slot)?;
@@ -378,7 +389,7 @@ impl Ledger {
         self.pools.iter().map(move |(account, pool)| {
             let window_ns = account.window_ns();
             let used = pool.holders.values().map(|holder| holder.spends.used_at(now_ns, window_ns));
-            let used = used.fold(pool.gone.used_at(now_ns, window_ns), u32::saturating_add);
+            let used = used.fold(pool.gone(now_ns, window_ns), u32::saturating_add);
             (*account, used, pool.limit)
         })
     }
@@ -490,9 +501,9 @@ impl Ledger {
         }
         let mut wake = if self.on_time(now_ns) { None } else { Some(BTreeSet::new()) };
         let mut answer = self.blank(question.number);
-        let is_void = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
-        if is_void && self.members.contains_key(&member) {
-            // It comes too late with what another ledger granted.
+        let is_late = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
+        if (question.void || is_late) && self.members.contains_key(&member) {
+            // It comes too late with what it was granted.
             self.release(&member, now_ns);
             wake = None;
         }
@@ -587,7 +598,7 @@ impl Ledger {
         // It was released, or has an older ledger than the one before this.
         let recovered_ns = self.began_ns.saturating_add(RECOVER_NS);
         let adopts = now_ns < recovered_ns;
-        if question.era == self.era || !adopts {
+        if question.era == self.era || question.void || !adopts {
             return false;
         }
         // There was another ledger: nothing grows until all have told what they have of it.
@@ -665,7 +676,7 @@ impl Ledger {
         self.changes.members.insert(*member);
     }
 
-    /// Moves a member's spends to those of nobody, and drops its caps; others may have news then.
+    /// Drops a member's caps, and keeps its spends; others may have news then.
     fn bequeath(&mut self, member: &Member, now_ns: u64) {
         let Some(process) = self.members.get_mut(member) else { return };
         let accounts = std::mem::take(&mut process.accounts);
@@ -676,14 +687,12 @@ impl Ledger {
             let Some(pool) = self.pools.get_mut(&account) else { continue };
             let Some(mut holder) = pool.holders.remove(member) else { continue };
             self.changes.holders.insert((account, *member));
-            for group in holder.spends.groups() {
+            holder.spends.expire(now_ns, window_ns, |group| {
                 let slot = spends::slot(group.last_ns, window_ns);
                 self.changes.spends.insert(SpendKey { account, member: *member, slot });
-                self.changes.spends.insert(SpendKey { account, member: NOBODY, slot });
-            }
-            holder.spends.expire(now_ns, window_ns, drop);
-            for group in holder.spends.groups() {
-                pool.gone.add(group.last_ns, group.units, window_ns);
+            });
+            if !holder.spends.is_empty() {
+                pool.gone.insert(*member, holder.spends);
             }
             if pool.holders.values().any(|holder| holder.is_short(pool.limit)) {
                 waiting.insert(account);
@@ -696,10 +705,20 @@ impl Ledger {
 
     /// Takes over what a proxy reports.
     fn note(&mut self, member: &Member, report: &Report, now_ns: u64) {
-        let Report { account, limit, cap, used, spent, age_ms, wanted, lacks, idle: _ } = *report;
+        let Report { account, limit, cap, used, spent, age_ms, wanted, lacks, idle } = *report;
         let window_ns = account.window_ns();
         let pool = self.pools.entry(account).or_default();
-        pool.limit = limit;
+        // A proxy without requests does not look at the rules.
+        if !idle || pool.limit == 0 {
+            pool.limit = limit;
+        }
+        if let Some(before) = pool.gone.remove(member) {
+            // It was released, and tells all that it spent within the window.
+            for group in before.groups() {
+                let slot = spends::slot(group.last_ns, window_ns);
+                self.changes.spends.insert(SpendKey { account, member: *member, slot });
+            }
+        }
         let holder = pool.holders.entry(*member).or_default();
         // A record that was made since then begins to count at 0.
         let new = spent.checked_sub(holder.total).unwrap_or(spent).min(used.into());
@@ -714,12 +733,11 @@ impl Ledger {
             let slot = spends::slot(group.last_ns, window_ns);
             self.changes.spends.insert(SpendKey { account, member: *member, slot });
         });
-        if (holder.cap, holder.total) != (cap, spent) {
+        let held = used.saturating_sub(holder.spends.used());
+        if (holder.cap, holder.held, holder.total) != (cap, held, spent) {
             self.changes.holders.insert((account, *member));
         }
-        holder.cap = cap;
-        holder.total = spent;
-        holder.held = used.saturating_sub(holder.spends.used());
+        (holder.cap, holder.held, holder.total) = (cap, held, spent);
         holder.wanted = wanted.max(used.saturating_add(lacks));
         holder.lacks = lacks;
         if let Some(process) = self.members.get_mut(member) {
@@ -738,7 +756,8 @@ impl Ledger {
     ) -> Grant {
         let account = report.account;
         let (elsewhere, elsewhere_ms) = self.elsewhere(account, member, now_ns);
-        let mut grant = Grant { account, limit: report.limit, cap: None, elsewhere, elsewhere_ms };
+        let plan = self.plan(account, now_ns);
+        let mut grant = Grant { account, limit: plan.limit, cap: None, elsewhere, elsewhere_ms };
         let leaving = self.members.get(member).is_none_or(|process| process.leaving);
         if leaving {
             grant.cap = Some(0);
@@ -750,11 +769,10 @@ impl Ledger {
             self.tell_waiting(account, Some(member), wake);
             return grant;
         }
-        let plan = self.plan(account, now_ns);
         let mut cap = plan.cap_of(member, report.cap);
         if report.wanted == 0 && plan.moves && !plan.is_short() {
             // Its share, as far as that is free, for its first request.
-            let own = fair_share(report.limit, self.target_share().0);
+            let own = fair_share(report.limit.min(plan.limit), self.target_share().0);
             let used = report.cap.max(report.used);
             cap = cap.max(report.cap.saturating_add(own.saturating_sub(used).min(plan.free)));
         }
@@ -780,7 +798,7 @@ impl Ledger {
         let others =
             pool.holders.iter().filter(|(other, _)| *other != member).map(|(_, holder)| &holder.spends);
         let (mut units, mut first_ns) = (0_u32, u64::MAX);
-        for spends in others.chain([&pool.gone]) {
+        for spends in others.chain(pool.gone.values()) {
             let used = spends.used_at(now_ns, window_ns);
             if used > 0 {
                 units = units.saturating_add(used);
@@ -830,7 +848,7 @@ impl Ledger {
                 let slot = spends::slot(group.last_ns, account.window_ns());
                 self.changes.spends.insert(SpendKey { account, member: *member, slot });
             }
-            if pool.holders.is_empty() && pool.gone.is_empty() {
+            if pool.is_empty() {
                 self.pools.remove(&account);
             }
         }
@@ -844,9 +862,7 @@ impl Ledger {
     fn counted(&self, account: Account, pool: &Pool, now_ns: u64) -> u32 {
         let window_ns = account.window_ns();
         let holders = pool.holders.values().map(|holder| holder.counted(now_ns, window_ns));
-        holders
-            .fold(pool.gone.used_at(now_ns, window_ns), u32::saturating_add)
-            .saturating_add(self.implicit(pool))
+        holders.fold(pool.gone(now_ns, window_ns), u32::saturating_add).saturating_add(self.implicit(pool))
     }
 
     /// Units of shares of members without a part of their own.
@@ -864,12 +880,13 @@ impl Ledger {
         let Some(pool) = self.pools.get(&account) else { return plan };
         let window_ns = account.window_ns();
         let counted = self.counted(account, pool, now_ns);
+        plan.limit = pool.limit;
         plan.free = pool.limit.saturating_sub(counted);
         plan.over = counted.saturating_sub(pool.limit);
         plan.moves = !self.is_recovering(now_ns);
         plan.noise = pool.limit.checked_div(NOISE_PART).unwrap_or(0);
         // What proxies hold that are not heard of cannot be divided.
-        let mut divisible = pool.limit.saturating_sub(pool.gone.used_at(now_ns, window_ns));
+        let mut divisible = pool.limit.saturating_sub(pool.gone(now_ns, window_ns));
         for (member, holder) in &pool.holders {
             let divides =
                 self.members.get(member).is_some_and(|process| process.is_heard(now_ns) && !process.leaving);
@@ -1075,13 +1092,15 @@ impl Ledger {
             let window_ns = account.window_ns();
             let Some(pool) = self.pools.get_mut(&account) else { continue };
             let spends = pool.holders.iter_mut().map(|(member, holder)| (*member, &mut holder.spends));
-            for (member, spends) in spends.chain([(NOBODY, &mut pool.gone)]) {
+            let gone = pool.gone.iter_mut().map(|(member, spends)| (*member, spends));
+            for (member, spends) in spends.chain(gone) {
                 spends.expire(now_ns, window_ns, |group| {
                     let slot = spends::slot(group.last_ns, window_ns);
                     self.changes.spends.insert(SpendKey { account, member, slot });
                 });
             }
-            if pool.holders.is_empty() && pool.gone.is_empty() {
+            pool.gone.retain(|_, spends| !spends.is_empty());
+            if pool.is_empty() {
                 self.pools.remove(&account);
             }
         }
@@ -1091,6 +1110,8 @@ impl Ledger {
 /// Division of an account.
 #[derive(Debug, Default)]
 struct Plan {
+    /// The limit that is divided.
+    limit: u32,
     /// Units that are counted for nobody.
     free: u32,
     /// Units that are counted beyond the limit: what proxies spent that were cut off.

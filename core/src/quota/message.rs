@@ -28,6 +28,9 @@ pub struct Question {
     /// No question of this process was ever answered.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub new: bool,
+    /// What the proxy was granted has ended, since it heard nothing for long.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub void: bool,
     /// The share of every limit that the proxy goes by at most, of [`SHARES`].
     #[serde(default)]
     pub share: u32,

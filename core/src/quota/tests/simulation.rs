@@ -586,7 +586,7 @@ fn under_overload_what_is_allowed_is_admitted() {
 /// Thirty proxies are replaced one after the other within ten minutes, under load, every third one without a word.
 #[test]
 fn proxies_replaced_under_load_leave_the_limits_whole() {
-    for (window_s, limit) in [(60, 600), (3_600, 1_000), (10, 500)] {
+    for (window_s, limit) in [(600, 600), (3_600, 1_000)] {
         let mut fleet = Fleet::new(11, Faults::default(), window_s, limit, 6);
         fleet.run(50, 100 * MS, 0, &[1; 6]);
         let begun = fleet.now;
@@ -660,7 +660,7 @@ fn survives(seed: u64, faults: Faults, window_s: u32, limit: u32, cost: u32) -> 
         let weights = if weights == [0; 3] { [1, 0, 0] } else { weights };
         fleet.run(400, 100 * MS, rate.max(1_000), &weights);
     }
-    prop_assert!(fleet.excess() <= 0, "{} too many", fleet.excess());
+    prop_assert!(fleet.excess() <= 0, "{} too many with {faults:?}", fleet.excess());
     // Refusing everything is no way to keep a limit.
     let admitted: u64 = fleet.spends.iter().map(|(_, units)| u64::from(*units)).sum();
     prop_assert!(admitted >= u64::from(limit) / 2 || u64::from(limit) < 4 * u64::from(cost), "{admitted}");
