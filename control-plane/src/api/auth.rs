@@ -225,7 +225,14 @@ pub async fn revoke(
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {
-    Creator { role: &key.claims.role, scopes: &key.claims.scope, owner: key.claims.own.as_deref() }
+    let (claims, holder) = (&key.claims, key.claims.holder());
+    Creator {
+        key_id: Some(holder.key_id),
+        role: &claims.role,
+        limit_role: holder.limit_role,
+        scopes: &claims.scope,
+        owner: holder.owner,
+    }
 }
 
 fn signer_of(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
@@ -271,6 +278,7 @@ fn issued_view(issued: &Issued) -> serde_json::Value {
         "role": key.role,
         "scopes": key.scopes,
         "owner": key.owner,
+        "limit_role": key.holder().limit_role,
         "issued_at": clock::rfc3339(key.issued_at),
         "expires_at": clock::rfc3339(key.expires_at),
         "refresh_after": clock::rfc3339(key.refresh_after()),

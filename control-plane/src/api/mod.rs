@@ -579,6 +579,8 @@ fn key_view(key: &KeyRecord, ring: &Ring, now: u64) -> serde_json::Value {
         "role": key.role,
         "scopes": key.scopes,
         "owner": key.owner,
+        "limit_role": key.holder().limit_role,
+        "registered_by": key.registered_by,
         "metadata": key.metadata,
         "state": key.state(now),
         "issued_at": clock::rfc3339(key.issued_at),

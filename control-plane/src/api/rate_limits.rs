@@ -1,6 +1,5 @@
 //! `/api/admin/rate_limits`: how much keys may do.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use axum::Extension;
@@ -8,7 +7,6 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::limits::Override;
-use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -16,7 +14,7 @@ use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
-use crate::limits::{self, DEFAULT_TTL, TTL};
+use crate::limits::{self, AccountNames, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
 use crate::quota::{self, Role};
 use crate::store::StoreError;
@@ -55,34 +53,26 @@ pub async fn replace(
     Ok(request::finish(&app, committed, waits, StatusCode::OK, shown(&app)).await)
 }
 
-/// How many keys are shown that use most of their limits.
+/// How many accounts are shown that use most of their limits.
 const BUSIEST: usize = 20;
 
 pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let busiest = app.quotas.busiest(BUSIEST);
-    let wanted: HashMap<u64, usize> =
-        busiest.iter().enumerate().map(|(place, (account, ..))| (account.key, place)).collect();
+    let mut names = AccountNames::new(busiest.iter().map(|(account, ..)| account.key));
     let store = Arc::clone(&app.store);
-    // Proxies know keys by fingerprints; of a key that has left the store there is no more.
     let names = request::read(move || {
-        let mut names = HashMap::new();
-        store.each_key(|key| {
-            if let Some(place) = wanted.get(&Fingerprint::of(&key.key_id).0) {
-                names.insert(*place, (key.key_id, key.role, key.owner));
-            }
-        })?;
+        store.each_key(|key| names.note(&key))?;
         Ok::<_, StoreError>(names)
     })
     .await??;
     let keys: Vec<Value> = busiest
         .iter()
-        .enumerate()
-        .map(|(place, (account, used, limit))| {
-            let named = names.get(&place);
+        .map(|(account, used, limit)| {
+            let named = names.get(account.key);
             serde_json::json!({
-                "key_id": named.map(|(id, ..)| id),
-                "role": named.map(|(_, role, _)| role),
-                "owner": named.and_then(|(.., owner)| owner.as_ref()),
+                "key_id": named.and_then(|named| named.key_id.as_ref()),
+                "role": named.and_then(|named| named.role.as_ref()),
+                "owner": named.and_then(|named| named.owner.as_ref()),
                 "used": used,
                 "limit": limit,
                 "window_s": account.window_s,

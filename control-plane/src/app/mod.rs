@@ -421,7 +421,7 @@ fn first_changes(
 fn first_key(config: &Config, signer: &Signer, now: u64) -> Result<KeyRecord, OpenError> {
     let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
     let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
-    let creator = Creator { role: "admin", scopes: &scopes, owner: None };
+    let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
     request.record(creator, &config.roles, signer.identity(), &signer.kid, now).map_err(OpenError::FirstKey)
 }
 

@@ -198,6 +198,8 @@ mod tests {
             role: "basic".into(),
             scopes: Vec::new(),
             owner: owner.map(Into::into),
+            limit_role: None,
+            registered_by: None,
             metadata: serde_json::from_value(metadata).unwrap(),
             issued_at: 1,
             expires_at: 2,
