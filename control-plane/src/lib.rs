@@ -28,6 +28,7 @@ pub mod problem;
 pub mod quota;
 pub mod random;
 pub mod redis_store;
+pub mod registrations;
 pub mod roles;
 pub mod rollout;
 pub mod rotation;

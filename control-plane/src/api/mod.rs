@@ -18,6 +18,8 @@ mod rate_limits;
 mod request;
 mod revocations;
 mod secrets;
+#[cfg(test)]
+mod world;
 
 use std::sync::Arc;
 use std::time::Instant;
