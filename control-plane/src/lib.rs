@@ -32,6 +32,7 @@ pub mod registrations;
 pub mod roles;
 pub mod rollout;
 pub mod rotation;
+pub mod route_cost;
 pub mod secret;
 pub mod state;
 pub mod store;

@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::limits::Override;
+use keygate_core::limits::{Limits, Override};
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -17,6 +17,8 @@ use crate::change::Change;
 use crate::limits::{self, AccountNames, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
 use crate::quota::{self, Role};
+use crate::roles::Roles;
+use crate::route_cost;
 use crate::store::StoreError;
 use crate::writer::View;
 
@@ -45,6 +47,8 @@ pub async fn replace(
             };
             Problem::bad_request(detail).with("errors", serde_json::json!(errors))
         })?;
+        let limits = view.model.limits_with(&set, view.model.limits_override());
+        check_costs(view, &limits, &roles)?;
         let changes =
             if set == *current { Vec::new() } else { vec![Change::LimitsChanged { limits: Box::new(set) }] };
         Ok::<_, Problem>((changes, ()))
@@ -127,8 +131,13 @@ pub async fn override_for_a_time(
     let roles = limits::override_roles(&body.limits, |role| app.config.roles.contains_key(role))
         .map_err(|problem| Problem::bad_request(format!("'limits': {problem}; nothing was changed.")))?;
     let until = app.clock.now_s().saturating_add(ttl.as_secs().max(1));
-    let change = Change::LimitsOverridden { emergency: Some(Override { until, roles }) };
-    submit(&app, &caller, waits, move |_| vec![change]).await
+    let emergency = Override { until, roles };
+    let roles = app.config.roles.clone();
+    let plan = move |view: &View<'_>| {
+        check_costs(view, &view.model.limits_with(view.model.limits(), Some(&emergency)), &roles)?;
+        Ok(vec![Change::LimitsOverridden { emergency: Some(emergency) }])
+    };
+    submit(&app, &caller, waits, plan).await
 }
 
 pub async fn lift_override(
@@ -137,8 +146,8 @@ pub async fn lift_override(
     waits: Waits,
 ) -> Result<Response, Problem> {
     let lift = |view: &View<'_>| match view.model.limits_override() {
-        Some(_) => vec![Change::LimitsOverridden { emergency: None }],
-        None => Vec::new(),
+        Some(_) => Ok(vec![Change::LimitsOverridden { emergency: None }]),
+        None => Ok(Vec::new()),
     };
     submit(&app, &caller, waits, lift).await
 }
@@ -147,9 +156,60 @@ async fn submit(
     app: &Arc<App>,
     caller: &Caller,
     waits: Waits,
-    changes: impl FnOnce(&View<'_>) -> Vec<Change> + Send + 'static,
+    changes: impl FnOnce(&View<'_>) -> Result<Vec<Change>, Problem> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view), ()));
+    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view)?, ()));
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     Ok(request::finish(app, committed, waits, StatusCode::OK, shown(app)).await)
+}
+
+/// Refuses limits that are below the cost of a route which they apply to, and were not so before.
+fn check_costs(view: &View<'_>, limits: &Limits, roles: &Roles) -> Result<(), Problem> {
+    let policy = view.model.policy().0;
+    let before = view.model.limits_in_force();
+    Ok(route_cost::check((policy, &before), (policy, limits), roles, view.now)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::api::world::World;
+
+    const LIMITS: &str = "/api/admin/rate_limits";
+    const POLICY: &str = "/api/admin/policy";
+
+    #[tokio::test]
+    async fn a_cost_above_a_limit_is_refused_from_both_sides() {
+        let world = World::new("").await;
+        let policy = |cost: u32| {
+            json!({ "routes": [
+                { "name": "report", "path": "/report", "access": "key", "roles": ["basic"], "cost": cost },
+                { "name": "free", "path": "/free", "access": "key", "cost": 0 },
+            ]})
+        };
+        let refused = |(status, answer): (u16, serde_json::Value), limit: &str| {
+            assert_eq!((status, &answer["code"]), (400, &json!("bad_request")), "{answer}");
+            let error = &answer["errors"][0];
+            assert_eq!((&error["route"], &error["code"]), (&json!("report"), &json!("cost_above_limit")));
+            for text in [&error["detail"], &answer["detail"]] {
+                assert!(text.as_str().unwrap().contains(limit), "{text}");
+            }
+            assert!(answer["detail"].as_str().unwrap().contains("report"), "{answer}");
+        };
+        refused(world.call("PUT", POLICY, &world.admin, policy(101)).await, "role \"basic\" is 100");
+        assert_eq!(world.call("PUT", POLICY, &world.admin, policy(100)).await.0, 200);
+        let put = |limits| world.call("PUT", LIMITS, &world.admin, limits);
+        refused(put(json!({ "roles": { "basic": 99 } })).await, "role \"basic\" is 99");
+        refused(put(json!({ "owners": { "acme": 99 } })).await, "owner \"acme\" is 99");
+        let emergency = format!("{LIMITS}/emergency");
+        let body = json!({ "limits": { "basic": 50 } });
+        refused(world.call("POST", &emergency, &world.admin, body).await, "override, is 50");
+        let (status, shown) = put(json!({ "roles": { "basic": 0 }, "owners": { "acme": 500 } })).await;
+        assert_eq!(status, 200, "nothing at all may be allowed: {shown}");
+        assert_eq!(shown["owners"], json!({ "acme": { "requests": 500, "window": "1h" } }));
+        assert_eq!(world.call("PUT", POLICY, &world.admin, policy(500)).await.0, 200);
+        let public = json!({ "public": { "requests": 3, "window": "1m", "ipv6_prefix": 56 } });
+        assert_eq!(put(public.clone()).await.1["public"], public["public"]);
+    }
 }
