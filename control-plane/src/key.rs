@@ -167,7 +167,7 @@ impl KeyRecord {
         }
     }
 
-    /// What limits know of it.
+    /// The view of the key that limits have.
     pub fn holder(&self) -> Holder<'_> {
         Holder {
             key_id: &self.key_id,

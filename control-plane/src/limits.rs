@@ -255,7 +255,7 @@ pub fn show<'r>(limits: &Limits, roles: impl Iterator<Item = &'r String>, now_s:
 #[derive(Debug)]
 pub struct AccountNames(HashMap<u64, Option<Named>>);
 
-/// What an account is of.
+/// The key or owner of an account.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Named {
     /// The id of the key whose limit it is; `None`: it is an owner's.

@@ -1,5 +1,5 @@
-//! How many keys each owner registered within the last hour. A key that is no administrator's may make no more keys in
-//! an hour than its limit has units. Made again from the journal at a start; nothing else has it.
+//! Counts of the keys that each owner registered within the last hour. A key that is no administrator's may make no more
+//! keys in an hour than its limit has units. They are made again from the journal at a start; nothing else has them.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -632,7 +632,7 @@ impl Model {
         self.limits_with(&self.limits, self.limits_override.as_ref())
     }
 
-    /// What was registered by keys that are no administrator's within the last hour.
+    /// Registrations of the last hour by keys that are no administrator's.
     pub fn registrations(&self) -> &Registrations {
         &self.registrations
     }

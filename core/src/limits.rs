@@ -1,5 +1,5 @@
-//! How much a key may do within a time: by itself, by its owner, by its role, and for a while by an emergency override;
-//! and in which account that is counted, by a [`Meter`]. All keys of an owner share the limit of a role.
+//! Limits of keys: by key, by owner, by role, and for a while by an emergency override; and the accounts in which a
+//! [`Meter`] counts what was done. All keys of an owner share the limit of a role.
 //!
 //! ```text
 //! account = first 8 bytes, big-endian, of SHA-256 of its name; parts of a name end with NUL, which no identifier has
@@ -142,7 +142,9 @@ impl Limits {
         if let Some(owners) = named(&self.owners, effective) {
             return owners.map(|limit| (Share::Owner, limit));
         }
-        if let Some(makers) = named(&self.keys, effective) {
+        if key.owner.is_some()
+            && let Some(makers) = named(&self.keys, effective)
+        {
             return makers.map(|limit| (Share::Maker, limit));
         }
         if let Some(emergency) = self.emergency.as_ref().filter(|emergency| now < emergency.until)
@@ -189,7 +191,7 @@ impl Limits {
     }
 }
 
-/// What limits know of a key.
+/// The view of a key that limits have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Holder<'k> {
     /// The key's id.

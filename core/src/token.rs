@@ -61,7 +61,7 @@ impl Claims {
         Fingerprint::of(&self.jti)
     }
 
-    /// What limits know of the key.
+    /// The view of the key that limits have.
     pub fn holder(&self) -> Holder<'_> {
         Holder {
             key_id: &self.sub,

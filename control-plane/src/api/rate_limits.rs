@@ -57,7 +57,7 @@ pub async fn replace(
     Ok(request::finish(&app, committed, waits, StatusCode::OK, shown(&app)).await)
 }
 
-/// How many accounts are shown that use most of their limits.
+/// Number of accounts shown: those that use the greatest part of their limits.
 const BUSIEST: usize = 20;
 
 pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
