@@ -1,7 +1,9 @@
 //! Limits of people rather than of single keys: keys of one owner share one, and making keys is no way round it.
 
-use keygate_e2e::{Api, Connection, Key, Request, Response, SOON, Stack, wait_until};
+use keygate_e2e::{Api, Connection, Key, Redis, Request, Response, SOON, Stack, wait_until};
 use serde_json::{Value, json};
+
+use crate::redis_edits::wait_connected;
 
 const LIMITS: &str = "/api/admin/rate_limits";
 const POLICY: &str = "/api/admin/policy";
@@ -12,6 +14,29 @@ fn chat(key: &Key) -> Request {
 
 fn register(key: &Key) -> Request {
     Request::post("/api/auth/register", &json!({ "name": "e2e", "role": "basic" })).bearer(&key.token)
+}
+
+#[test]
+fn an_override_in_redis_below_the_cost_of_a_route_is_refused() {
+    let mut redis = Redis::new();
+    redis.run();
+    let stack = Stack::builder().limits().without_envoy().redis(&redis.url()).start();
+    let api = stack.api();
+    wait_connected(&api);
+    let route = json!({ "name": "report", "path": "/report", "access": "key", "cost": 50 });
+    api.send(Request::new("PUT", POLICY).json(&json!({ "routes": [route] }))).expect(200);
+    redis.cli(&["SETEX", "rate_limits:emergency", "600", r#"{"basic": 49}"#]);
+    wait_until(SOON, "the edit to be refused", || {
+        let records = api.get("/api/admin/audit?action=edit_refused").expect(200).json();
+        records["records"][0]["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("report") && why.contains("49"))
+    });
+    assert_eq!(api.get(LIMITS).expect(200).json()["emergency"], Value::Null);
+    redis.cli(&["SETEX", "rate_limits:emergency", "600", r#"{"basic": 50}"#]);
+    wait_until(SOON, "the next edit to be in force", || {
+        api.get(LIMITS).expect(200).json()["emergency"]["limits"] == json!({ "basic": 50 })
+    });
 }
 
 /// Makes a key through Envoy, which may refuse the first requests of a burst a few milliseconds too early.

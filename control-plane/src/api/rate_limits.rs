@@ -212,4 +212,23 @@ mod tests {
         let public = json!({ "public": { "requests": 3, "window": "1m", "ipv6_prefix": 56 } });
         assert_eq!(put(public.clone()).await.1["public"], public["public"]);
     }
+
+    #[tokio::test]
+    async fn a_history_does_not_begin_with_a_cost_above_a_limit_and_goes_on_with_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |cost: u32| {
+            let route = json!({ "name": "report", "path": "/report", "access": "key", "cost": cost });
+            std::fs::write(file.path(), json!({ "routes": [route] }).to_string()).unwrap();
+        };
+        let settings = format!("policy_file = {:?}", file.path().display().to_string());
+        write(101);
+        let refused = World::try_new(&settings).await.err().unwrap().to_string();
+        assert!(refused.contains("report") && refused.contains("role \"basic\" is 100"), "{refused}");
+        World::try_new(&format!("{settings}\nlimits.enforce = false")).await.unwrap();
+        write(100);
+        let world = World::new(&settings).await;
+        write(101);
+        // The file is for a new data directory only.
+        assert_eq!(world.restart().await.serving.app.state().rules.policy.routes[0].cost, 100);
+    }
 }

@@ -8,7 +8,7 @@ use axum::http::{HeaderMap, Request, header};
 use serde_json::{Value, json};
 use tower::ServiceExt as _;
 
-use crate::app::{self, Serving};
+use crate::app::{self, RunError, Serving};
 use crate::clock::Clock;
 use crate::config;
 
@@ -24,11 +24,16 @@ pub struct World {
 impl World {
     /// One with these settings, lines of `keygate.toml`.
     pub async fn new(settings: &str) -> Self {
+        Self::try_new(settings).await.unwrap()
+    }
+
+    /// The same, where it may not start.
+    pub async fn try_new(settings: &str) -> Result<Self, RunError> {
         let directory = tempfile::tempdir().unwrap();
         let now_s = Arc::new(AtomicU64::new(1_000_000_000));
-        let serving = start(&directory, settings, &now_s).await;
+        let serving = start(&directory, settings, &now_s).await?;
         let admin = std::fs::read_to_string(&serving.app.config.admin_key_file).unwrap().trim().to_owned();
-        Self { serving, now_s, admin, settings: settings.to_owned(), directory }
+        Ok(Self { serving, now_s, admin, settings: settings.to_owned(), directory })
     }
 
     pub fn pass(&self, seconds: u64) {
@@ -39,7 +44,7 @@ impl World {
     pub async fn restart(self) -> Self {
         let Self { serving, now_s, admin, settings, directory } = self;
         serving.run(std::future::ready(())).await.unwrap();
-        let serving = start(&directory, &settings, &now_s).await;
+        let serving = start(&directory, &settings, &now_s).await.unwrap();
         Self { serving, now_s, admin, settings, directory }
     }
 
@@ -86,11 +91,15 @@ impl World {
     }
 }
 
-async fn start(directory: &tempfile::TempDir, settings: &str, now_s: &Arc<AtomicU64>) -> Serving {
+async fn start(
+    directory: &tempfile::TempDir,
+    settings: &str,
+    now_s: &Arc<AtomicU64>,
+) -> Result<Serving, RunError> {
     let typed = format!("listen = \"127.0.0.1:0\"\nsync_listen = \"127.0.0.1:0\"\n{settings}");
     let data = directory.path().join("data").display().to_string();
     let config = config::read(&typed, &[("data_dir", data, "test".into())]).unwrap();
     let clock = Arc::clone(now_s);
     let clock = Clock::from_fn(move || clock.load(Ordering::Relaxed) * 1_000);
-    app::start(config, clock, app::FromEnvironment::default()).await.unwrap()
+    app::start(config, clock, app::FromEnvironment::default()).await
 }
