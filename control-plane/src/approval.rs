@@ -175,6 +175,7 @@ mod tests {
             role: "admin".into(),
             scope: "system:manage".into(),
             own: None,
+            lrole: None,
         }
     }
 
@@ -201,6 +202,8 @@ mod tests {
             role: "admin".into(),
             scopes: Vec::new(),
             owner: None,
+            limit_role: None,
+            registered_by: None,
             metadata: serde_json::Map::new(),
             issued_at: 900,
             expires_at: 2_000,

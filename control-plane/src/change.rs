@@ -6,9 +6,10 @@
 //! changes to the same thing the one with the later [`Mark`] counts.
 
 use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
-use keygate_core::limits::Override;
+use keygate_core::limits::{Limit, Override};
 use keygate_core::policy::Policy;
 use serde::{Deserialize, Serialize};
 
@@ -439,7 +440,12 @@ impl Change {
                 if owner.is_none() && metadata.is_none() {
                     return None;
                 }
-                Some(Personal { owner, metadata, body: idempotency.as_mut().map(|seen| &mut seen.body) })
+                let body = idempotency.as_mut().map(|seen| &mut seen.body);
+                Some(Personal { owner, metadata, body, limits: None })
+            }
+            Self::LimitsChanged { limits } => {
+                let limits = Some(&mut limits.owners).filter(|owners| !owners.is_empty())?;
+                Some(Personal { owner: None, metadata: None, body: None, limits: Some(limits) })
             }
             Self::CutoffAdded { cutoff, .. } => Personal::of(&mut cutoff.scope.owner),
             Self::CutoffProposed { proposal } => Personal::of(&mut proposal.cutoff.scope.owner),
@@ -464,7 +470,6 @@ impl Change {
             | Self::CanaryTestPut { .. }
             | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. }
-            | Self::LimitsChanged { .. }
             | Self::LimitsOverridden { .. }
             | Self::LimitsKept { .. }
             | Self::RolloutChanged { .. } => None,
@@ -544,11 +549,13 @@ pub struct Personal<'c> {
     pub metadata: Option<&'c mut serde_json::Map<String, serde_json::Value>>,
     /// The digest of a request that has these: whoever has it can try them out.
     pub body: Option<&'c mut String>,
+    /// The limits of owners, by these.
+    pub limits: Option<&'c mut BTreeMap<String, Option<Limit>>>,
 }
 
 impl<'c> Personal<'c> {
     fn of(owner: &'c mut Option<String>) -> Option<Self> {
-        owner.as_mut().map(|owner| Self { owner: Some(owner), metadata: None, body: None })
+        owner.as_mut().map(|owner| Self { owner: Some(owner), metadata: None, body: None, limits: None })
     }
 }
 

@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use keygate_core::jti::JtiKey;
+use keygate_core::limits::Holder;
 use keygate_core::revocation::Fingerprint;
 use keygate_core::token::{Claims, is_identifier};
 use serde::{Deserialize, Serialize};
@@ -17,8 +18,8 @@ const MAX_NAME_CHARS: usize = 200;
 const MAX_METADATA_BYTES: usize = 4_096;
 /// Owners and ids travel in headers; long ones would crowd a token.
 const MAX_OWNER_BYTES: usize = 128;
-/// With this scope a key may create keys for any owner; without it, for its own.
-const ANY_OWNER: &str = "admin:write";
+/// The scope of an administrator's key: it may create keys for any owner, and these do not share its limit.
+const ADMIN_SCOPE: &str = "admin:write";
 
 /// What is known of a key. The token itself is kept nowhere.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -39,6 +40,12 @@ pub struct KeyRecord {
     /// Whose it is, an opaque identifier.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<String>,
+    /// The role whose limit holds for it, where that is not its own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit_role: Option<String>,
+    /// The key that registered it, unless that was an administrator's: such registrations are counted by owner.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub registered_by: Option<String>,
     /// Whatever its creator wants to keep with it.
     #[serde(default)]
     pub metadata: serde_json::Map<String, serde_json::Value>,
@@ -156,6 +163,16 @@ impl KeyRecord {
             role: self.role.clone(),
             scope: self.scopes.join(" "),
             own: self.owner.clone(),
+            lrole: self.limit_role.clone(),
+        }
+    }
+
+    /// The view of the key that limits have.
+    pub fn holder(&self) -> Holder<'_> {
+        Holder {
+            key_id: &self.key_id,
+            owner: self.owner.as_deref(),
+            limit_role: self.limit_role.as_deref().unwrap_or(&self.role),
         }
     }
 
@@ -201,7 +218,7 @@ pub enum KeyRequestError {
     #[error("a key cannot give what it does not have: {}", .0.join(" "))]
     ScopeNotHeld(Vec<String>),
     /// The caller would act for another owner.
-    #[error("only a key with the scope {ANY_OWNER} may create keys for another owner than its own")]
+    #[error("only a key with the scope {ADMIN_SCOPE} may create keys for another owner than its own")]
     OwnerNotAllowed,
     /// The caller's role may not create keys of this one.
     #[error("keys of role '{caller}' may not create keys of role '{wanted}'")]
@@ -216,12 +233,23 @@ pub enum KeyRequestError {
 /// Who asks for a key.
 #[derive(Debug, Clone, Copy)]
 pub struct Creator<'c> {
+    /// The id of its key; `None`: the control plane itself asks.
+    pub key_id: Option<&'c str>,
     /// The role of its key.
     pub role: &'c str,
+    /// The role whose limit holds for its key.
+    pub limit_role: &'c str,
     /// The scopes of its key, which may be fewer than its role has.
     pub scopes: &'c str,
     /// Whose its key is.
     pub owner: Option<&'c str>,
+}
+
+impl<'c> Creator<'c> {
+    /// The key whose limit holds for the keys that it makes, too; `None`: an administrator's, whose do not share it.
+    fn shares_limit(self) -> Option<&'c str> {
+        self.key_id.filter(|_| !self.scopes.split(' ').any(|scope| scope == ADMIN_SCOPE))
+    }
 }
 
 /// Random identifiers of a key to be.
@@ -300,14 +328,17 @@ impl KeyRequest {
             return Err(KeyRequestError::RoleNotAllowed { caller: creator.role.into(), wanted: self.role });
         }
         let held: Vec<&str> = creator.scopes.split(' ').collect();
-        // Upstreams take the owner for who calls: nobody may put another one there.
-        let owner = if held.contains(&ANY_OWNER) {
-            self.owner
-        } else if self.owner.is_none() || self.owner.as_deref() == creator.owner {
-            creator.owner.map(Into::into)
-        } else {
-            return Err(KeyRequestError::OwnerNotAllowed);
-        };
+        // Upstreams take the owner for who calls, and limits are an owner's: nobody may put another one there.
+        let (mut owner, mut limit_role, mut registered_by) = (self.owner, None, None);
+        if let Some(maker) = creator.shares_limit() {
+            let own = creator.owner.unwrap_or(maker);
+            if owner.is_some_and(|owner| owner != own) {
+                return Err(KeyRequestError::OwnerNotAllowed);
+            }
+            owner = Some(own.into());
+            limit_role = Some(creator.limit_role).filter(|role| *role != self.role).map(Into::into);
+            registered_by = Some(maker.into());
+        }
         let beyond: Vec<String> =
             scopes.iter().filter(|scope| !held.contains(&scope.as_str())).cloned().collect();
         if !beyond.is_empty() {
@@ -321,6 +352,8 @@ impl KeyRequest {
             role: self.role,
             scopes,
             owner,
+            limit_role,
+            registered_by,
             metadata: self.metadata,
             issued_at: now,
             expires_at: now.saturating_add(life.as_secs()),
@@ -346,7 +379,8 @@ fn life_of(expires_in: Option<&str>, role: &Role) -> Result<Duration, String> {
     }
 }
 
-/// The record of a key that renews `old`: the same in all but its ids, its secret and its time.
+/// The record of a key that renews `old`: the same in all but its ids, its secret and its time. One without owner is the
+/// owner of what renews it, so that both are counted in one account.
 pub fn renewal(old: &KeyRecord, role: Option<&Role>, identity: Identity, kid: &str, now: u64) -> KeyRecord {
     let life = old.expires_at.saturating_sub(old.issued_at);
     let longest = role.map_or(life, |role| role.life.as_secs());
@@ -356,6 +390,8 @@ pub fn renewal(old: &KeyRecord, role: Option<&Role>, identity: Identity, kid: &s
         kid: kid.into(),
         issued_at: now,
         expires_at: now.saturating_add(life.min(longest)),
+        owner: Some(old.holder().effective_owner().to_owned()),
+        registered_by: None,
         renews: Some(old.key_id.clone()),
         revoked: None,
         suspended: None,
@@ -375,7 +411,11 @@ mod tests {
     fn request(json: &str, caller: &str) -> Result<KeyRecord, KeyRequestError> {
         let roles = roles::expand(roles::defaults());
         let scopes = roles.get(caller).map_or_else(String::new, |role| role.scopes.join(" "));
-        request_of(json, Creator { role: caller, scopes: &scopes, owner: None })
+        request_of(json, creator(caller, &scopes, None))
+    }
+
+    fn creator<'c>(role: &'c str, scopes: &'c str, owner: Option<&'c str>) -> Creator<'c> {
+        Creator { key_id: Some("key_0"), role, limit_role: role, scopes, owner }
     }
 
     fn request_of(json: &str, creator: Creator<'_>) -> Result<KeyRecord, KeyRequestError> {
@@ -385,13 +425,13 @@ mod tests {
 
     #[test]
     fn a_key_gives_no_scope_that_it_does_not_have() {
-        let narrow = Creator { role: "admin", scopes: "admin:read", owner: None };
+        let narrow = creator("admin", "admin:read", None);
         assert!(matches!(
             request_of(r#"{"name":"a","role":"admin"}"#, narrow),
             Err(KeyRequestError::ScopeNotHeld(_))
         ));
         assert!(request_of(r#"{"name":"a","role":"admin","scopes":["admin:read"]}"#, narrow).is_ok());
-        let reader = Creator { role: "basic", scopes: "chat:read", owner: None };
+        let reader = creator("basic", "chat:read", None);
         assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:write"]}"#, reader).is_err());
         assert!(request_of(r#"{"name":"a","role":"basic","scopes":["chat:read"]}"#, reader).is_ok());
     }
@@ -402,16 +442,79 @@ mod tests {
         let of = |json: &str, creator| request_of(json, creator).map(|key| key.owner);
         let own = r#"{"name":"a","role":"basic","owner":"acme"}"#;
         let none = r#"{"name":"a","role":"basic"}"#;
-        let admin = Creator { role: "admin", scopes, owner: None };
+        let admin = creator("admin", scopes, None);
         assert_eq!(of(own, admin).unwrap().as_deref(), Some("acme"));
         assert_eq!(of(none, admin).unwrap(), None);
-        let acme = Creator { role: "basic", scopes: "chat:read chat:write", owner: Some("acme") };
+        let itself = Creator { key_id: None, ..creator("admin", "chat:read chat:write", None) };
+        assert_eq!(of(own, itself).unwrap().as_deref(), Some("acme"), "the control plane itself");
+        let acme = creator("basic", "chat:read chat:write", Some("acme"));
         assert_eq!(of(own, acme).unwrap().as_deref(), Some("acme"));
         assert_eq!(of(none, acme).unwrap().as_deref(), Some("acme"));
         for other in [Some("other"), None] {
             let creator = Creator { owner: other, ..acme };
             assert!(matches!(of(own, creator), Err(KeyRequestError::OwnerNotAllowed)));
         }
+        // Without an owner its keys belong to the key itself, which may be named.
+        let alone = Creator { owner: None, ..acme };
+        assert_eq!(of(none, alone).unwrap().as_deref(), Some("key_0"));
+        let named = r#"{"name":"a","role":"basic","owner":"key_0"}"#;
+        assert_eq!(of(named, alone).unwrap().as_deref(), Some("key_0"));
+    }
+
+    #[test]
+    fn a_key_shares_the_limit_of_the_key_that_made_it_unless_that_is_an_administrators() {
+        let json = r#"{"name":"a","role":"basic"}"#;
+        let made = |creator| {
+            let key = request_of(json, creator).unwrap();
+            (key.owner, key.limit_role, key.registered_by)
+        };
+        let some = |text: &str| Some(text.to_owned());
+        let scopes = "chat:read chat:write";
+        let contributor = creator("contributor", scopes, None);
+        assert_eq!(made(contributor), (some("key_0"), some("contributor"), some("key_0")));
+        let basic = creator("basic", scopes, Some("acme"));
+        assert_eq!(made(basic), (some("acme"), None, some("key_0")));
+        let child = Creator { limit_role: "contributor", ..basic };
+        assert_eq!(made(child), (some("acme"), some("contributor"), some("key_0")), "and so on");
+        let of_basic = Creator { limit_role: "basic", ..contributor };
+        assert_eq!(made(of_basic), (some("key_0"), None, some("key_0")));
+        let admin = creator("admin", "admin:write chat:read chat:write", Some("staff"));
+        assert_eq!(made(admin), (None, None, None));
+        let narrow = creator("admin", scopes, None);
+        assert_eq!(
+            made(narrow),
+            (some("key_0"), some("admin"), some("key_0")),
+            "the scope makes an administrator"
+        );
+
+        // The account is that of the key which made it.
+        let key = request_of(json, contributor).unwrap();
+        let maker = Holder { key_id: "key_0", owner: None, limit_role: "contributor" };
+        let role = keygate_core::limits::Share::Role;
+        assert_eq!(key.holder().accounts().of(role), maker.accounts().of(role));
+        assert_eq!(key.claims("keygate", None).holder(), key.holder());
+    }
+
+    #[test]
+    fn a_renewal_is_counted_in_the_account_of_the_first_key() {
+        let role = keygate_core::limits::Share::Role;
+        let mut key = request(r#"{"name":"a","role":"basic"}"#, "admin").unwrap();
+        key.registered_by = Some("key_0".into());
+        let account = key.holder().accounts().of(role);
+        for n in 2..5 {
+            let id = Identity { key_id: format!("key_{n}"), jti: format!("j{n}") };
+            key = renewal(&key, None, id, "k1", 2_000);
+            assert_eq!(key.holder().accounts().of(role), account, "{n}");
+            assert_eq!((key.owner.as_deref(), &key.registered_by), (Some("key_1"), &None));
+        }
+        let mut child = request(r#"{"name":"a","role":"basic","owner":"acme"}"#, "admin").unwrap();
+        child.limit_role = Some("contributor".into());
+        let id = Identity { key_id: "key_9".into(), jti: "j9".into() };
+        let renewed = renewal(&child, None, id, "k1", 2_000);
+        assert_eq!(
+            (renewed.owner.as_deref(), renewed.limit_role.as_deref()),
+            (Some("acme"), Some("contributor"))
+        );
     }
 
     #[test]

@@ -1,14 +1,16 @@
 //! The limits of keys as they are set: what roles have by the configuration, what was put in its place, and an emergency
 //! override for a time. As people write them, by HTTP and in Redis.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use keygate_core::limits::{AN_HOUR_S, Limit, Limits, MAX_UNITS, MAX_WINDOW_S, Override};
+use keygate_core::client::DEFAULT_IPV6_PREFIX;
+use keygate_core::limits::{AN_HOUR_S, ClientLimit, Limit, Limits, MAX_UNITS, MAX_WINDOW_S, Override, Share};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use crate::key::{self, KeyRecord};
 use crate::{canary, clock};
 
 /// How long an override lasts that does not say: the handbook's hour.
@@ -26,9 +28,12 @@ pub struct Set {
     /// By the key's id; `None`: unlimited.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub keys: BTreeMap<String, Option<Limit>>,
+    /// By owner, shared by its keys; `None`: unlimited.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub owners: BTreeMap<String, Option<Limit>>,
     /// Of each client's address on public routes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub public: Option<Limit>,
+    pub public: Option<ClientLimit>,
 }
 
 impl Set {
@@ -47,6 +52,7 @@ impl Set {
         let limits = Limits {
             roles,
             keys: self.keys.clone(),
+            owners: self.owners.clone(),
             public: self.public,
             emergency: emergency.cloned(),
             spares: None,
@@ -71,16 +77,22 @@ impl Set {
                     if is_role(role) { Ok(()) } else { Err(format!("there is no role {role:?}")) }
                 }),
                 "keys" => edit(&mut set.keys, "keys", value, &mut errors, |_| Ok(())),
+                "owners" => edit(&mut set.owners, "owners", value, &mut errors, |owner| {
+                    if key::is_owner(owner) {
+                        Ok(())
+                    } else {
+                        Err("an owner is visible ASCII, at most 128 bytes".into())
+                    }
+                }),
                 "public" if value.is_null() => set.public = None,
-                "public" => match limit(value) {
+                "public" => match client_limit(value) {
                     Ok(limit) => set.public = limit,
                     Err(problem) => errors.push(format!("public: {problem}")),
                 },
                 // Shown, and set by a call of its own.
                 "emergency" | "version" | "durability" => {}
-                other => {
-                    errors.push(format!("{other}: there is no such member; they are roles, keys, public"))
-                }
+                other => errors
+                    .push(format!("{other}: there is no such member; they are roles, keys, owners, public")),
             }
         }
         if let Err(problem) = set.in_force(&BTreeMap::new(), None).check() {
@@ -142,6 +154,21 @@ fn limit(value: &Value) -> Result<Option<Limit>, String> {
         }
         _ => Err(PROBLEM.into()),
     }
+}
+
+/// The limit of each client; the same, with the leading bits of an IPv6 address that make a client.
+fn client_limit(value: &Value) -> Result<Option<ClientLimit>, String> {
+    let mut value = value.clone();
+    let prefix = value.as_object_mut().and_then(|members| members.remove("ipv6_prefix"));
+    let ipv6_prefix = match prefix {
+        None => DEFAULT_IPV6_PREFIX,
+        Some(prefix) => prefix
+            .as_u64()
+            .and_then(|bits| u8::try_from(bits).ok())
+            .filter(|bits| (1..=128).contains(bits))
+            .ok_or("'ipv6_prefix' must be a whole number of bits from 1 to 128, such as 56")?,
+    };
+    Ok(limit(&value)?.map(|limit| ClientLimit { ipv6_prefix, ..limit.into() }))
 }
 
 fn units(value: &Value) -> Result<Option<u32>, String> {
@@ -206,19 +233,130 @@ pub fn show<'r>(limits: &Limits, roles: impl Iterator<Item = &'r String>, now_s:
         }
     };
     let roles: Map<String, Value> = roles.map(|role| (role.clone(), show(limits.roles.get(role)))).collect();
-    let keys: Map<String, Value> =
-        limits.keys.iter().map(|(key, limit)| (key.clone(), show(limit.as_ref()))).collect();
+    let named = |limits: &BTreeMap<String, Option<Limit>>| -> Map<String, Value> {
+        limits.iter().map(|(name, limit)| (name.clone(), show(limit.as_ref()))).collect()
+    };
+    let public = limits.public.map(|public| {
+        let mut shown = show(Some(&public.limit()));
+        shown["ipv6_prefix"] = public.ipv6_prefix.into();
+        shown
+    });
     json!({
         "roles": roles,
-        "keys": keys,
-        "public": limits.public.as_ref().map(|limit| show(Some(limit))),
+        "keys": named(&limits.keys),
+        "owners": named(&limits.owners),
+        "public": public,
         "emergency": show_override(limits.emergency.as_ref(), now_s),
     })
 }
 
+/// The names of accounts. Proxies know an account by a hash of its name, so each key that is known is tried; of one whose
+/// keys have all left the store, and of a client's, there is no name.
+#[derive(Debug)]
+pub struct AccountNames(HashMap<u64, Option<Named>>);
+
+/// The key or owner of an account.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Named {
+    /// The id of the key whose limit it is; `None`: it is an owner's.
+    pub key_id: Option<String>,
+    /// The role: the key's, or that whose limit the owner's keys share; `None`: it is the owner's own limit.
+    pub role: Option<String>,
+    /// The owner, if it has one.
+    pub owner: Option<String>,
+}
+
+impl AccountNames {
+    /// None yet, of these accounts.
+    pub fn new(accounts: impl Iterator<Item = u64>) -> Self {
+        Self(accounts.map(|account| (account, None)).collect())
+    }
+
+    /// Names those of a key.
+    pub fn note(&mut self, key: &KeyRecord) {
+        if self.0.is_empty() {
+            return;
+        }
+        let holder = key.holder();
+        let (accounts, owner) = (holder.accounts(), holder.effective_owner());
+        let key_id = || Some(key.key_id.clone());
+        if let Some(named) = self.0.get_mut(&accounts.of(Share::Key)) {
+            *named = Some(Named { key_id: key_id(), role: Some(key.role.clone()), owner: key.owner.clone() });
+        }
+        if let Some(named) = self.0.get_mut(&accounts.of(Share::Owner)) {
+            *named = Some(Named { key_id: None, role: None, owner: Some(owner.to_owned()) });
+        }
+        // Of a key without owner by that key, also where keys that it made are found before or after it.
+        if let Some(named) = self.0.get_mut(&accounts.of(Share::Role))
+            && (named.is_none() || key.owner.is_none())
+        {
+            let role = Some(holder.limit_role.to_owned());
+            *named = Some(match &key.owner {
+                None => Named { key_id: key_id(), role, owner: None },
+                Some(owner) => Named { key_id: None, role, owner: Some(owner.clone()) },
+            });
+        }
+    }
+
+    /// The name of an account, if a key of it was noted.
+    pub fn get(&self, account: u64) -> Option<&Named> {
+        self.0.get(&account)?.as_ref()
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use keygate_core::limits::AccountName;
+
     use super::*;
+
+    fn key(id: &str, owner: Option<&str>, limit_role: Option<&str>) -> KeyRecord {
+        serde_json::from_value(json!({
+            "key_id": id, "jti": "j", "kid": "k", "name": "n", "role": "basic", "scopes": [], "owner": owner,
+            "limit_role": limit_role, "issued_at": 1, "expires_at": 2,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn accounts_are_named_by_their_keys_and_owners() {
+        let role = |owner, role| AccountName::Role { owner, role }.account();
+        let accounts = [
+            AccountName::Key("key_1").account(),
+            AccountName::Owner("acme").account(),
+            role("key_1", "basic"),
+            role("acme", "basic"),
+            role("acme", "contributor"),
+            role("key_9", "basic"),
+            0,
+        ];
+        let keys = [
+            key("key_2", Some("key_1"), None),
+            key("key_1", None, None),
+            key("key_3", Some("key_1"), None),
+            key("key_4", Some("acme"), None),
+            key("key_5", Some("acme"), Some("contributor")),
+            key("key_6", Some("key_9"), None),
+        ];
+        let mut names = AccountNames::new(accounts.into_iter());
+        keys.iter().for_each(|key| names.note(key));
+        let named = accounts.map(|account| {
+            let named = names.get(account)?;
+            Some((named.key_id.as_deref(), named.role.as_deref(), named.owner.as_deref()))
+        });
+        assert_eq!(
+            named,
+            [
+                Some((Some("key_1"), Some("basic"), None)),
+                Some((None, None, Some("acme"))),
+                Some((Some("key_1"), Some("basic"), None)),
+                Some((None, Some("basic"), Some("acme"))),
+                Some((None, Some("contributor"), Some("acme"))),
+                Some((None, Some("basic"), Some("key_9"))),
+                None,
+            ]
+        );
+    }
 
     fn is_role(role: &str) -> bool {
         ["basic", "admin"].contains(&role)
@@ -236,7 +374,14 @@ mod tests {
         let set = set
             .edited(&json!({"keys": {"key_2": 7}, "public": {"requests": 9, "window": "1m"}}), is_role)
             .unwrap();
-        assert_eq!((set.keys["key_2"], set.public), (of(7, 3_600), of(9, 60)));
+        assert_eq!((set.keys["key_2"], set.public), (of(7, 3_600), of(9, 60).map(Into::into)));
+        let owners = json!({"owners": {"acme": 500, "other": -1, "third": {"requests": 5, "window": "1s"}}});
+        let set = set.edited(&owners, is_role).unwrap();
+        let names: Vec<_> = set.owners.iter().map(|(owner, limit)| (owner.as_str(), *limit)).collect();
+        assert_eq!(names, [("acme", of(500, 3_600)), ("other", None), ("third", of(5, 1))]);
+        let set = set.edited(&json!({"owners": {"acme": null}}), is_role).unwrap();
+        assert_eq!((set.owners.len(), set.keys.len()), (2, 2));
+        assert_eq!(set.in_force(&BTreeMap::new(), None).owners, set.owners);
         let configured = BTreeMap::from([("basic".into(), 100), ("other".into(), 5)]);
         let limits = set.in_force(&configured, None);
         assert_eq!((limits.roles["basic"].units, limits.roles["other"].units), (50, 5));
@@ -255,6 +400,13 @@ mod tests {
             (json!({"roles": {"basic": -2}, "x": 1}), vec!["roles.basic: must be a whole", "x: there is no"]),
             (json!({"keys": {"k": {"requests": 1, "window": "0s"}}}), vec!["keys.k: 'window' must be"]),
             (json!({"public": {"window": "1s"}}), vec!["public: must be"]),
+            (json!({"public": {"requests": 1, "ipv6_prefix": 0}}), vec!["public: 'ipv6_prefix' must be"]),
+            (json!({"public": {"requests": 1, "ipv6_prefix": 129}}), vec!["public: 'ipv6_prefix' must be"]),
+            (json!({"public": {"requests": 1, "ipv6_prefix": "56"}}), vec!["public: 'ipv6_prefix' must be"]),
+            (json!({"keys": {"k": {"requests": 1, "ipv6_prefix": 56}}}), vec!["keys.k: must be"]),
+            (json!({"owners": {"a b": 1}}), vec!["owners: an owner is"]),
+            (json!({"owners": {"acme": "1"}}), vec!["owners.acme: must be"]),
+            (json!({"owners": [1]}), vec!["owners: must be an object"]),
         ] {
             let errors = Set::default().edited(&document, is_role).unwrap_err();
             assert_eq!(errors.len(), starts.len(), "{document}: {errors:?}");
@@ -276,8 +428,14 @@ mod tests {
 
     #[test]
     fn what_is_shown_can_be_written_back() {
-        let document = json!({"roles": {"basic": {"requests": 50, "window": "90s"}}, "keys": {"key_1": -1}});
+        let document = json!({
+            "roles": {"basic": {"requests": 50, "window": "90s"}},
+            "keys": {"key_1": -1},
+            "owners": {"acme": 7},
+            "public": {"requests": 3, "window": "1m", "ipv6_prefix": 56},
+        });
         let set = Set::default().edited(&document, is_role).unwrap();
+        assert_eq!(set.public, Some(ClientLimit { units: 3, window_s: 60, ipv6_prefix: 56 }));
         let names = ["basic".to_owned()];
         let shown = show(&set.in_force(&BTreeMap::new(), None), names.iter(), 0);
         assert_eq!(set.edited(&shown, is_role).unwrap(), set);

@@ -8,6 +8,7 @@ use keygate_core::refusal::Refusal;
 use crate::approval::ApprovalError;
 use crate::key::KeyRequestError;
 use crate::rotation::RotationError;
+use crate::route_cost::CostAboveLimit;
 use crate::secret::ring::NoSigner;
 use crate::store::StoreError;
 use crate::writer::CommitError;
@@ -115,6 +116,19 @@ impl From<CommitError> for Problem {
             return Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string());
         }
         Self::unavailable(error.to_string())
+    }
+}
+
+/// Costs of routes that are above a limit.
+impl From<Vec<CostAboveLimit>> for Problem {
+    fn from(errors: Vec<CostAboveLimit>) -> Self {
+        let first = errors.first().map(ToString::to_string).unwrap_or_default();
+        let more = match errors.len() {
+            0 | 1 => String::new(),
+            count => format!(" ({} more in 'errors')", count - 1),
+        };
+        Self::bad_request(format!("{first}{more}; nothing was changed."))
+            .with("errors", serde_json::json!(errors))
     }
 }
 

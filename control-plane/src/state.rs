@@ -23,6 +23,7 @@ use crate::config::Config;
 use crate::expiry::Expiries;
 use crate::keyring::Keyring;
 use crate::limits;
+use crate::registrations::Registrations;
 use crate::roles::Role;
 use crate::rollout::{Flags, Past, Pasts};
 use crate::secret::{Ring, SecretError};
@@ -190,6 +191,7 @@ pub struct Model {
     suspension_marks: Arc<BTreeMap<Fingerprint, Mark>>,
     recent: Recent,
     census: Census,
+    registrations: Registrations,
     /// How far the journals of other control planes were taken in, by their source.
     merged: Arc<BTreeMap<u64, u64>>,
     /// The latest stamp of a change made here.
@@ -220,6 +222,15 @@ pub struct Settings {
 }
 
 impl Settings {
+    /// The limits that a new history begins with.
+    pub fn first_limits(&self) -> Limits {
+        if self.without_limits {
+            Limits::default()
+        } else {
+            limits::Set::default().in_force(&self.role_limits, None)
+        }
+    }
+
     /// Those of a configuration.
     pub fn of(config: &Config) -> Self {
         Self {
@@ -408,6 +419,9 @@ impl Model {
                     self.latest_s = self.latest_s.max(key.issued_at);
                 }
                 self.census.change(&key.role, key.expires_at, 1);
+                if let (Some(_), Some(owner)) = (&key.registered_by, &key.owner) {
+                    self.registrations.note(owner, key.issued_at, self.latest_s);
+                }
                 Arc::make_mut(&mut self.secrets).note_key(&key.kid, key.expires_at);
             }
             Change::KeyRevoked { jti, role, expires_at, revocation, .. } => {
@@ -605,6 +619,24 @@ impl Model {
         self.limits_override.as_ref()
     }
 
+    /// The limits that proxies would get, were these set and overridden so.
+    pub fn limits_with(&self, set: &limits::Set, emergency: Option<&Override>) -> Limits {
+        if self.settings.without_limits {
+            return Limits::default();
+        }
+        set.in_force(&self.settings.role_limits, emergency)
+    }
+
+    /// The limits that proxies have.
+    pub fn limits_in_force(&self) -> Limits {
+        self.limits_with(&self.limits, self.limits_override.as_ref())
+    }
+
+    /// Registrations of the last hour by keys that are no administrator's.
+    pub fn registrations(&self) -> &Registrations {
+        &self.registrations
+    }
+
     /// The rollout that is set.
     pub fn flags(&self) -> &Flags {
         &self.flags
@@ -642,11 +674,7 @@ impl Model {
             policy: (*self.policy).clone(),
             cutoffs,
             lockdown: self.lockdown.clone(),
-            limits: if settings.without_limits {
-                Limits::default()
-            } else {
-                self.limits.in_force(&settings.role_limits, self.limits_override.as_ref())
-            },
+            limits: self.limits_in_force(),
             // Where there is no V1, nothing is sent there, whatever was set when there was one.
             rollout: if settings.has_v1 { self.flags.in_force() } else { Rollout::default() },
             expired_until: self.expired_until,
@@ -859,6 +887,39 @@ mod tests {
         let live = |now| census.live(now).map(|(role, n)| (role.to_owned(), n)).collect::<Vec<_>>();
         assert_eq!(live(0), [("admin".to_owned(), 0), ("basic".to_owned(), 2)]);
         assert_eq!(live(6_060)[1].1, 1);
+    }
+
+    #[test]
+    fn registrations_are_counted_again_from_the_journal_also_those_made_elsewhere() {
+        let keys = Keyring::in_memory(MasterKey::of([7; 32]), RootKey::of([7; 32]));
+        let issued = |n: u64, owner: Option<&str>, registered_by: Option<&str>, origin| {
+            let Change::KeyIssued { mut key, .. } = key_of("k", 900_000 + n) else {
+                panic!("another change")
+            };
+            key.owner = owner.map(Into::into);
+            key.registered_by = registered_by.map(Into::into);
+            key.issued_at = 1_000 + n;
+            let change = Change::KeyIssued { key, idempotency: None };
+            Entry { actor: "a".into(), stamp: 1, origin, change }
+        };
+        let origin = Some(Origin { source: 9, seq: 1, at: String::new() });
+        let entries = [
+            issued(1, Some("acme"), Some("key_0"), None),
+            issued(2, Some("acme"), Some("key_0"), origin),
+            issued(3, Some("acme"), None, None),
+            issued(4, None, None, None),
+        ];
+        let mut model = Model::default();
+        for (seq, entry) in (1..).zip(&entries) {
+            model.apply(seq, entry, &keys).unwrap();
+        }
+        let limit = |units| Some(keygate_core::limits::Limit { units, window_s: 60 });
+        let check = |units| model.registrations().check("acme", limit(units), 1_010);
+        assert_eq!(
+            (check(2), check(3)),
+            (Err(4_601), Ok(())),
+            "but for those of administrators, and renewals"
+        );
     }
 
     /// A control plane, as far as its history goes.

@@ -484,6 +484,8 @@ mod tests {
             role: "basic".into(),
             scopes: Vec::new(),
             owner: None,
+            limit_role: None,
+            registered_by: None,
             metadata: serde_json::Map::new(),
             issued_at: 1_000,
             expires_at,

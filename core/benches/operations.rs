@@ -386,6 +386,7 @@ fn sign(kid: &str, secret: &[u8]) -> &'static str {
         scope: "chat:read chat:write models:read".into(),
         // In the half that is migrated, which the first decision sees.
         own: Some("globex".into()),
+        lrole: None,
     };
     let token = jsonwebtoken::encode(&header, &claims, &EncodingKey::from_secret(secret)).expect("a token");
     token.leak()

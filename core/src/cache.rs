@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use ahash::RandomState;
 
+use crate::limits::Accounts;
 use crate::revocation::Fingerprint;
 use crate::rollout::Subject;
 use crate::token::Claims;
@@ -32,8 +33,8 @@ pub struct Verified {
     pub fingerprint: Fingerprint,
     /// What a rollout draws it by, see [`Subject`].
     pub subject: u64,
-    /// What its requests are counted by: the fingerprint of the key's id.
-    pub account: u64,
+    /// The accounts that its requests are counted in, so that a known key costs no hash.
+    pub accounts: Accounts,
 }
 
 impl Verified {
@@ -42,8 +43,8 @@ impl Verified {
     pub fn new(kid: String, key_tag: u64, claims: Claims, subject: Option<u64>) -> Self {
         let fingerprint = claims.fingerprint();
         let subject = subject.unwrap_or_else(|| Subject::of_key(claims.own.as_deref(), &claims.sub).hash);
-        let account = Fingerprint::of(&claims.sub).0;
-        Self { kid, key_tag, claims, fingerprint, subject, account }
+        let accounts = claims.holder().accounts();
+        Self { kid, key_tag, claims, fingerprint, subject, accounts }
     }
 
     fn bytes(&self) -> usize {
@@ -57,6 +58,7 @@ impl Verified {
             claims.scope.len(),
             claims.aud.as_ref().map_or(0, String::len),
             claims.own.as_ref().map_or(0, String::len),
+            claims.lrole.as_ref().map_or(0, String::len),
         ]
         .into_iter()
         .fold(size_of::<Self>(), usize::saturating_add)
@@ -246,6 +248,7 @@ mod tests {
             role: "basic".into(),
             scope: String::new(),
             own: None,
+            lrole: None,
         };
         Arc::new(Verified::new("k1".into(), 1, claims, None))
     }

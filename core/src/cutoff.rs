@@ -97,6 +97,7 @@ mod tests {
             role: role.into(),
             scope: String::new(),
             own: own.map(Into::into),
+            lrole: None,
         }
     }
 

@@ -258,7 +258,8 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
             if too_old {
                 return refuse(Reason::StaleState, None);
             }
-            let account = rules.limits.public.map(|limit| (Subject::of_address(request.client).hash, limit));
+            let public = rules.limits.public.filter(|_| route.cost > 0);
+            let account = public.map(|public| (public.account(request.client), public.limit()));
             return self.meter(account, refuse(Reason::Public, None));
         }
         let token = match request.credential {
@@ -288,16 +289,20 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         if let Err(reason) = reason {
             return refuse(reason, Some(key));
         }
-        let limit =
-            rules.limits.of_key(&key.claims.sub, &key.claims.role, key.claims.own.as_deref(), self.now);
-        let account = limit.map(|limit| (key.account, limit));
+        let limit = rules.limits.of_key(key.claims.holder(), self.now);
+        let account = limit.map(|(share, limit)| (key.accounts.of(share), limit));
         self.meter(account, refuse(Reason::Allowed, Some(key)))
     }
 
-    /// Counts a request that may pass, if there is a limit; it may not if it is beyond that.
+    /// Counts a request that may pass, if there is a limit; it may not if it is beyond that. A request that costs
+    /// nothing is not counted.
     fn meter<'s>(&mut self, account: Option<(u64, Limit)>, decision: Decision<'s>) -> Decision<'s> {
         let Some((account, limit)) = account else { return decision };
         let cost = decision.route.map_or(1, |route| route.cost);
+        if cost == 0 {
+            self.trace.step("limit", || "costs nothing".into());
+            return decision;
+        }
         let metered = self.meter.spend(account, limit, cost);
         self.trace.step("limit", || match metered {
             Metered::Within(left) => format!("{} of {} left", left.remaining, limit.units),

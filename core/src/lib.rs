@@ -24,6 +24,7 @@
 #![deny(missing_docs, rustdoc::broken_intra_doc_links)]
 
 pub mod cache;
+pub mod client;
 pub mod credential;
 pub mod crypto;
 pub mod cutoff;

@@ -73,7 +73,7 @@ pub struct Route {
     /// Roles of which the key must have one; none named, any.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub roles: Vec<String>,
-    /// What a request costs of the key's quota.
+    /// Units that a request takes of its limit; 0: it is not counted.
     #[serde(default = "one")]
     pub cost: u32,
     /// What holds when the state is too old.

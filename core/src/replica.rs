@@ -277,7 +277,7 @@ mod tests {
         replica.look(&mut data, S);
         assert!(replica.ready(&mut data, S).is_some(), "there are no limits");
         let mut rules = Rules::decode(&rules_bytes(300)).unwrap();
-        rules.limits.public = Some(Limit { units: 100, window_s: 60 });
+        rules.limits.public = Some(Limit { units: 100, window_s: 60 }.into());
         let mut publication = delta(2, vec![]);
         publication.rules = Some(rules.encode());
         leader.publish(&mut data, publication, Contact { asked_ns: S, heard_ns: S }).unwrap();

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::crypto::Algorithm;
 use crate::json::{self, Value};
+use crate::limits::Holder;
 use crate::revocation::Fingerprint;
 
 /// The longest token read, in bytes. The longest issued one has about 900.
@@ -19,7 +20,7 @@ pub const MAX_TOKEN_BYTES: usize = 4096;
 pub const TYPE: &str = "apikey+jwt";
 /// The largest time read: the last second of the year 9999, beyond which RFC 3339 has no text.
 pub const MAX_TIME: u64 = 253_402_300_799;
-/// The longest identifier (`sub`, `jti`, `kid`, `role`, `iss`, `aud`, `own`), in bytes.
+/// The longest identifier (`sub`, `jti`, `kid`, `role`, `iss`, `aud`, `own`, `lrole`), in bytes.
 pub const MAX_IDENTIFIER_BYTES: usize = 256;
 
 /// The claims of a key (RFC 7519 section 4.1, RFC 9068 for `scope`). Field order is the order in which
@@ -49,12 +50,24 @@ pub struct Claims {
     /// The key's owner, an opaque identifier.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub own: Option<String>,
+    /// The role whose limit holds for the key, when that is not the limit of its own role.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lrole: Option<String>,
 }
 
 impl Claims {
     /// What revocation knows this token by.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(&self.jti)
+    }
+
+    /// The view of the key that limits have.
+    pub fn holder(&self) -> Holder<'_> {
+        Holder {
+            key_id: &self.sub,
+            owner: self.own.as_deref(),
+            limit_role: self.lrole.as_deref().unwrap_or(&self.role),
+        }
     }
 }
 
@@ -162,6 +175,7 @@ fn read_claims(text: &[u8]) -> Result<Claims, Malformed> {
             _ => return Err(Malformed::Claim),
         },
         own: identifier(take("own"))?,
+        lrole: identifier(take("lrole"))?,
     };
     if claims.exp <= claims.iat {
         return Err(Malformed::Claim);
@@ -237,6 +251,21 @@ mod tests {
         assert_eq!(read.signing_input, text.rsplit_once('.').unwrap().0.as_bytes());
         // What is written is read back the same.
         assert_eq!(serde_json::to_string(&read.claims).unwrap(), CLAIMS);
+        assert_eq!(read.claims.holder(), Holder { key_id: "key_1", owner: None, limit_role: "basic" });
+    }
+
+    #[test]
+    fn a_key_may_have_an_owner_and_the_limit_of_another_role() {
+        let claims = CLAIMS.replace('}', r#","own":"acme","lrole":"contributor"}"#);
+        let text = token(HEADER, &claims);
+        let read = read(text.as_bytes()).unwrap();
+        let holder = Holder { key_id: "key_1", owner: Some("acme"), limit_role: "contributor" };
+        assert_eq!(read.claims.holder(), holder);
+        assert_eq!(serde_json::to_string(&read.claims).unwrap(), claims);
+        for wrong in [r#""""#, r#""a b""#, "1", "null"] {
+            let claims = CLAIMS.replace('}', &format!(r#","lrole":{wrong}}}"#));
+            assert_eq!(error(&token(HEADER, &claims)), Malformed::Claim, "{wrong}");
+        }
     }
 
     #[test]

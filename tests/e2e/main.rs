@@ -20,6 +20,7 @@ mod monitoring;
 mod notify;
 mod outage;
 mod peers;
+mod people_limits;
 mod quotas;
 mod recovery;
 mod redis_edits;

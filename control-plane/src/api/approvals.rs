@@ -148,75 +148,14 @@ fn proposal_view(proposal: &Proposal) -> Value {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    use axum::body::{Body, to_bytes};
-    use axum::http::{Request, header};
-    use tower::ServiceExt as _;
-
     use super::*;
-    use crate::app::{self, Serving};
+    use crate::api::world::World;
     use crate::approval::LIFE_S;
-    use crate::clock::Clock;
-    use crate::config;
 
     const REVOKE: &str = "/api/admin/emergency/revoke";
-
-    /// A control plane in a directory of its own, at a time that the test sets.
-    struct World {
-        serving: Serving,
-        now_s: Arc<AtomicU64>,
-        admin: String,
-        _directory: tempfile::TempDir,
-    }
+    const SETTINGS: &str = "emergency.two_approvals_above = 0.25";
 
     impl World {
-        async fn new() -> Self {
-            let directory = tempfile::tempdir().unwrap();
-            let typed = "listen = \"127.0.0.1:0\"\nsync_listen = \"127.0.0.1:0\"\n\
-                         emergency.two_approvals_above = 0.25";
-            let data = directory.path().join("data").display().to_string();
-            let config = config::read(typed, &[("data_dir", data, "test".into())]).unwrap();
-            let now_s = Arc::new(AtomicU64::new(1_000_000_000));
-            let clock = Arc::clone(&now_s);
-            let clock = Clock::from_fn(move || clock.load(Ordering::Relaxed) * 1_000);
-            let key_file = config.admin_key_file.clone();
-            let serving = app::start(config, clock, app::FromEnvironment::default()).await.unwrap();
-            let admin = std::fs::read_to_string(key_file).unwrap().trim().to_owned();
-            Self { serving, now_s, admin, _directory: directory }
-        }
-
-        fn pass(&self, seconds: u64) {
-            self.now_s.fetch_add(seconds, Ordering::Relaxed);
-        }
-
-        async fn call(&self, method: &str, path: &str, key: &str, body: Value) -> (u16, Value) {
-            let request = Request::builder()
-                .method(method)
-                .uri(path)
-                .header(header::AUTHORIZATION, format!("Bearer {key}"))
-                .body(Body::from(body.to_string()))
-                .unwrap();
-            let response =
-                super::super::router(Arc::clone(&self.serving.app)).oneshot(request).await.unwrap();
-            let status = response.status().as_u16();
-            let bytes = to_bytes(response.into_body(), usize::MAX).await.unwrap();
-            (status, serde_json::from_slice(&bytes).unwrap())
-        }
-
-        /// Issues a key: the key, and its id.
-        async fn issue_with_id(&self, role: &str) -> (String, String) {
-            let body = value!({ "name": "n", "role": role });
-            let (status, key) = self.call("POST", "/api/auth/register", &self.admin, body).await;
-            assert_eq!(status, 201, "{key}");
-            let text = |member: &str| key[member].as_str().unwrap().to_owned();
-            (text("api_key"), text("key_id"))
-        }
-
-        async fn issue(&self, role: &str) -> String {
-            self.issue_with_id(role).await.0
-        }
-
         /// Asks to end every key; the path of its approval.
         async fn ask(&self) -> String {
             self.ask_as(&self.admin).await
@@ -235,7 +174,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_request_waits_for_an_hour_and_is_forgotten_with_the_next_one() {
-        let world = World::new().await;
+        let world = World::new(SETTINGS).await;
         let second = world.issue("admin").await;
         world.pass(1);
         let path = world.ask().await;
@@ -261,7 +200,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_a_key_asked_for_that_has_ended_since_cannot_be_approved() {
-        let world = World::new().await;
+        let world = World::new(SETTINGS).await;
         let (stolen, stolen_id) = world.issue_with_id("admin").await;
         let second = world.issue("admin").await;
         world.pass(1);
@@ -277,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn only_so_many_wait_and_proxies_hear_of_none() {
-        let world = World::new().await;
+        let world = World::new(SETTINGS).await;
         world.issue("basic").await;
         let version = world.serving.app.state().version;
         let first = world.ask().await;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use keygate_core::cache::Verified;
 use keygate_core::decision::Reason;
@@ -14,12 +14,13 @@ use zeroize::Zeroizing;
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
 use crate::app::App;
-use crate::canary::runner;
+use crate::canary::{self, runner};
 use crate::change::{Change, Idempotency};
 use crate::clock;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
 use crate::problem::Problem;
+use crate::registrations::MOST_UNLIMITED;
 use crate::rotation::driver;
 use crate::secret::{SecretState, Signer};
 use crate::writer::{Committed, View};
@@ -106,10 +107,12 @@ pub async fn register(
         let (request, identity) = (request.clone(), signer.identity());
         Ok(request.record(creator_of(&caller), &app.config.roles, identity, &signer.kid, now)?)
     };
+    let maker = Arc::clone(&caller);
     let plan = move |view: &View<'_>, key: &KeyRecord| {
         if let Some((key, signer)) = replay(view, idempotency.as_ref())? {
             return Ok((Vec::new(), Planned::Replayed(Box::new(key), signer)));
         }
+        check_registrations(view, &maker, key)?;
         let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
         Ok((vec![change], Planned::Issued))
     };
@@ -118,6 +121,25 @@ pub async fn register(
         app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
     }
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
+}
+
+/// Refuses a registration by a key that is no administrator's, when its owner has made as many keys within the hour as the
+/// key's limit has units. The canaries make one with each probe.
+fn check_registrations(view: &View<'_>, maker: &Verified, key: &KeyRecord) -> Result<(), Problem> {
+    let Some(owner) =
+        key.registered_by.as_ref().and(key.owner.as_deref()).filter(|owner| *owner != canary::OWNER)
+    else {
+        return Ok(());
+    };
+    let limit = view.model.limits_in_force().of_key(maker.claims.holder(), view.now).map(|(_, limit)| limit);
+    view.model.registrations().check(owner, limit, key.issued_at).map_err(|until| {
+        let wait_s = until.saturating_sub(view.now).max(1);
+        let most = limit.map_or(MOST_UNLIMITED, |limit| limit.units);
+        let detail =
+            format!("At most {most} keys are made within an hour for one owner; retry in {wait_s} s.");
+        Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail)
+            .with_header(header::RETRY_AFTER, wait_s.to_string())
+    })
 }
 
 pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, Problem> {
@@ -225,7 +247,14 @@ pub async fn revoke(
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {
-    Creator { role: &key.claims.role, scopes: &key.claims.scope, owner: key.claims.own.as_deref() }
+    let (claims, holder) = (&key.claims, key.claims.holder());
+    Creator {
+        key_id: Some(holder.key_id),
+        role: &claims.role,
+        limit_role: holder.limit_role,
+        scopes: &claims.scope,
+        owner: holder.owner,
+    }
 }
 
 fn signer_of(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
@@ -271,6 +300,7 @@ fn issued_view(issued: &Issued) -> serde_json::Value {
         "role": key.role,
         "scopes": key.scopes,
         "owner": key.owner,
+        "limit_role": key.holder().limit_role,
         "issued_at": clock::rfc3339(key.issued_at),
         "expires_at": clock::rfc3339(key.expires_at),
         "refresh_after": clock::rfc3339(key.refresh_after()),
@@ -292,4 +322,113 @@ pub async fn token(app: &App, signer: &Arc<Signer>, key: &KeyRecord) -> Result<Z
         tracing::error!(%error, "a key cannot be signed");
         Problem::unavailable(format!("The key cannot be signed: {error}."))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use crate::api::world::World;
+
+    const LIMITS: &str = "/api/admin/rate_limits";
+
+    fn basic() -> Value {
+        json!({ "name": "n", "role": "basic" })
+    }
+
+    impl World {
+        async fn limit(&self, limits: Value) {
+            let (status, answer) = self.call("PUT", LIMITS, &self.admin, limits).await;
+            assert_eq!(status, 200, "{answer}");
+        }
+
+        /// The seconds after which a registration that is refused may be tried again; `None`: it is not refused.
+        async fn refused(&self, key: &str) -> Option<u64> {
+            let (status, headers, answer) =
+                self.ask_for("POST", "/api/auth/register", key, basic(), &[]).await;
+            if status == 201 {
+                return None;
+            }
+            assert_eq!((status, &answer["code"]), (429, &json!("rate_limited")), "{answer}");
+            headers["retry-after"].to_str().unwrap().parse().ok()
+        }
+    }
+
+    #[tokio::test]
+    async fn keys_are_registered_within_the_limit_of_their_owner_also_after_a_restart() {
+        let world = World::new("").await;
+        world.limit(json!({ "roles": { "basic": 3 } })).await;
+        let (maker, maker_id) = world.issue_with_id("basic").await;
+        let (status, child) = world.register(&maker, basic()).await;
+        assert_eq!((status, &child["owner"]), (201, &json!(maker_id)), "{child}");
+        let child = child["api_key"].as_str().unwrap().to_owned();
+        world.pass(10);
+        let (status, grandchild) = world.register(&child, basic()).await;
+        assert_eq!((status, &grandchild["owner"]), (201, &json!(maker_id)));
+        // One that ends counts all the same.
+        let end = format!("/api/admin/keys/{}/revoke", grandchild["key_id"].as_str().unwrap());
+        assert_eq!(world.call("POST", &end, &world.admin, json!({})).await.0, 200);
+        assert_eq!(world.refused(&maker).await, None);
+        assert_eq!(world.refused(&maker).await, Some(3_590));
+        assert_eq!(world.refused(&child).await, Some(3_590), "together");
+
+        let world = world.restart().await;
+        assert_eq!(world.refused(&child).await, Some(3_590));
+        world.pass(3_589);
+        assert_eq!(world.refused(&maker).await, Some(1));
+        world.pass(1);
+        assert_eq!(world.refused(&maker).await, None, "it was told the truth");
+        assert_eq!(world.refused(&maker).await, Some(10));
+
+        // Others are not concerned, nor are administrators.
+        let other = world.issue("basic").await;
+        assert_eq!(world.refused(&other).await, None);
+        for _ in 0..5 {
+            world.issue("basic").await;
+        }
+        // Its own limit counts before that of its role.
+        world.limit(json!({ "keys": { &maker_id: 5 } })).await;
+        assert_eq!(world.refused(&child).await, None);
+        world.limit(json!({ "owners": { &maker_id: 0 } })).await;
+        assert_eq!(world.refused(&child).await, Some(3_600));
+    }
+
+    #[tokio::test]
+    async fn the_same_request_again_is_no_other_registration() {
+        let world = World::new("").await;
+        world.limit(json!({ "roles": { "basic": 1 } })).await;
+        let maker = world.issue("basic").await;
+        let again = [("idempotency-key", "one")];
+        let ask = || world.ask_for("POST", "/api/auth/register", &maker, basic(), &again);
+        let ((status, _, first), (_, _, second)) = (ask().await, ask().await);
+        assert_eq!((status, &first["key_id"]), (201, &second["key_id"]));
+        assert_eq!(world.refused(&maker).await, Some(3_600));
+        assert_eq!(ask().await.0, 201);
+    }
+
+    #[tokio::test]
+    async fn a_key_keeps_owner_and_limit_role_when_it_is_renewed_and_names_no_other_owner() {
+        let world = World::new("").await;
+        let (maker, maker_id) = world.issue_with_id("contributor").await;
+        let day = json!({ "name": "n", "role": "basic", "expires_in": "24h" });
+        let (_, child) = world.register(&maker, day.clone()).await;
+        assert_eq!(
+            (&child["owner"], &child["limit_role"]),
+            (&json!(maker_id), &json!("contributor")),
+            "{child}"
+        );
+        let child_key = child["api_key"].as_str().unwrap();
+        let (status, renewed) = world.call("POST", "/api/auth/refresh", child_key, json!({})).await;
+        assert_eq!(status, 200, "{renewed}");
+        assert_eq!((&renewed["owner"], &renewed["limit_role"]), (&child["owner"], &child["limit_role"]));
+
+        let (_, alone) = world.register(&world.admin, day).await;
+        let alone_key = alone["api_key"].as_str().unwrap();
+        let (_, renewed) = world.call("POST", "/api/auth/refresh", alone_key, json!({})).await;
+        assert_eq!((&alone["owner"], &renewed["owner"]), (&Value::Null, &alone["key_id"]));
+
+        let named = json!({ "name": "n", "role": "basic", "owner": "acme" });
+        let (status, answer) = world.register(&maker, named).await;
+        assert_eq!((status, &answer["code"]), (403, &json!("owner_not_allowed")), "{answer}");
+    }
 }

@@ -18,6 +18,8 @@ mod rate_limits;
 mod request;
 mod revocations;
 mod secrets;
+#[cfg(test)]
+mod world;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -105,7 +107,8 @@ fn operations() -> Vec<Operation> {
                     "post",
                     "/api/auth/register",
                     Needs::Key,
-                    "Issue a key; the caller's role must allow it",
+                    "Issue a key; the caller's role must allow it. One that is no administrator's shares its limit with the key, and \
+                     makes no more keys in an hour than its limit has units: 429 with Retry-After",
                     post(auth::register),
                 ),
             )
@@ -198,7 +201,8 @@ fn operations() -> Vec<Operation> {
                 "put",
                 "/api/admin/policy",
                 WRITE,
-                "Replace the members named of the route policy; honours If-Match",
+                "Replace the members named of the route policy; honours If-Match. A cost above a limit that applies to its route is \
+                 refused",
                 put(policy::replace),
             ),
         )),
@@ -206,23 +210,25 @@ fn operations() -> Vec<Operation> {
             "get",
             "/api/admin/rate_limits",
             READ,
-            "How much keys may do, by role and by key",
+            "How much keys may do, by role, by key and by owner, and clients on public routes",
             get(rate_limits::show),
         ),
         op(
             "get",
             "/api/admin/rate_limits/usage",
             READ,
-            "The keys that use the greatest part of their limits, as far as proxies have told",
+            "The keys (`key_id`), and owners (`owner`, with `role` where they share that role's), that use the greatest part of \
+             their limits, as far as proxies have told",
             get(rate_limits::usage),
         ),
         waits(takes(
-            r#"{"roles": {"basic": 200, "contributor": {"requests": 50, "window": "1s"}}, "keys": {"key_…": -1}}"#,
+            r#"{"roles": {"basic": 200, "contributor": {"requests": 50, "window": "1s"}}, "keys": {"key_…": -1}, "owners": {"acme": 500}, "public": {"requests": 3, "window": "1m", "ipv6_prefix": 56}}"#,
             op(
                 "put",
                 "/api/admin/rate_limits",
                 WRITE,
-                "Set the limits that are named: a number an hour, or with a window; -1 is unlimited, null as configured",
+                "Set the limits that are named: a number an hour, or with a window; -1 is unlimited, null as configured. One below \
+                 the cost of a route that it applies to is refused",
                 put(rate_limits::replace),
             ),
         )),
@@ -579,6 +585,8 @@ fn key_view(key: &KeyRecord, ring: &Ring, now: u64) -> serde_json::Value {
         "role": key.role,
         "scopes": key.scopes,
         "owner": key.owner,
+        "limit_role": key.holder().limit_role,
+        "registered_by": key.registered_by,
         "metadata": key.metadata,
         "state": key.state(now),
         "issued_at": clock::rfc3339(key.issued_at),

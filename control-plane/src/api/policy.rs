@@ -15,6 +15,7 @@ use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
 use crate::problem::Problem;
+use crate::route_cost;
 use crate::writer::View;
 
 /// What a policy may take of the rules' bytes; the rest of them is small.
@@ -41,6 +42,7 @@ pub async fn replace(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let change: PolicyChange = request::body(&bytes)?;
+    let roles = app.config.roles.clone();
     let wanted = headers.get(header::IF_MATCH).map(|value| value.as_bytes().to_vec());
     let plan = move |view: &View<'_>| {
         let (current, seq) = view.model.policy();
@@ -60,6 +62,8 @@ pub async fn replace(
             Problem::bad_request(format!("The policy has {} error(s); nothing was changed.", errors.len()))
                 .with("errors", serde_json::json!(errors))
         })?;
+        let limits = view.model.limits_in_force();
+        route_cost::check((current, &limits), (&policy, &limits), &roles, view.now)?;
         let bytes = serde_json::to_vec(&policy).map_or(usize::MAX, |bytes| bytes.len());
         if bytes > MAX_POLICY_BYTES {
             return Err(Problem::bad_request(format!(

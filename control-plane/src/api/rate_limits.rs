@@ -7,7 +7,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::limits::Override;
+use keygate_core::limits::{Limits, Override};
 use keygate_core::quota::SHARES;
 use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
@@ -17,9 +17,11 @@ use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
-use crate::limits::{self, DEFAULT_TTL, TTL};
+use crate::limits::{self, AccountNames, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
 use crate::quota::{self, Role};
+use crate::roles::Roles;
+use crate::route_cost;
 use crate::store::StoreError;
 use crate::writer::View;
 
@@ -48,6 +50,8 @@ pub async fn replace(
             };
             Problem::bad_request(detail).with("errors", serde_json::json!(errors))
         })?;
+        let limits = view.model.limits_with(&set, view.model.limits_override());
+        check_costs(view, &limits, &roles)?;
         let changes =
             if set == *current { Vec::new() } else { vec![Change::LimitsChanged { limits: Box::new(set) }] };
         Ok::<_, Problem>((changes, ()))
@@ -56,34 +60,26 @@ pub async fn replace(
     Ok(request::finish(&app, committed, waits, StatusCode::OK, shown(&app)).await)
 }
 
-/// How many keys are shown that use most of their limits.
+/// Number of accounts shown: those that use the greatest part of their limits.
 const BUSIEST: usize = 20;
 
 pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     let busiest = app.quotas.busiest(BUSIEST);
-    let wanted: HashMap<u64, usize> =
-        busiest.iter().enumerate().map(|(place, (account, ..))| (account.key, place)).collect();
+    let mut names = AccountNames::new(busiest.iter().map(|(account, ..)| account.key));
     let store = Arc::clone(&app.store);
-    // Proxies know keys by fingerprints; of a key that has left the store there is no more.
     let names = request::read(move || {
-        let mut names = HashMap::new();
-        store.each_key(|key| {
-            if let Some(place) = wanted.get(&Fingerprint::of(&key.key_id).0) {
-                names.insert(*place, (key.key_id, key.role, key.owner));
-            }
-        })?;
+        store.each_key(|key| names.note(&key))?;
         Ok::<_, StoreError>(names)
     })
     .await??;
     let keys: Vec<Value> = busiest
         .iter()
-        .enumerate()
-        .map(|(place, (account, used, limit))| {
-            let named = names.get(&place);
+        .map(|(account, used, limit)| {
+            let named = names.get(account.key);
             serde_json::json!({
-                "key_id": named.map(|(id, ..)| id),
-                "role": named.map(|(_, role, _)| role),
-                "owner": named.and_then(|(.., owner)| owner.as_ref()),
+                "key_id": named.and_then(|named| named.key_id.as_ref()),
+                "role": named.and_then(|named| named.role.as_ref()),
+                "owner": named.and_then(|named| named.owner.as_ref()),
                 "used": used,
                 "limit": limit,
                 "window_s": account.window_s,
@@ -167,8 +163,13 @@ pub async fn override_for_a_time(
     let roles = limits::override_roles(&body.limits, |role| app.config.roles.contains_key(role))
         .map_err(|problem| Problem::bad_request(format!("'limits': {problem}; nothing was changed.")))?;
     let until = app.clock.now_s().saturating_add(ttl.as_secs().max(1));
-    let change = Change::LimitsOverridden { emergency: Some(Override { until, roles }) };
-    submit(&app, &caller, waits, move |_| vec![change]).await
+    let emergency = Override { until, roles };
+    let roles = app.config.roles.clone();
+    let plan = move |view: &View<'_>| {
+        check_costs(view, &view.model.limits_with(view.model.limits(), Some(&emergency)), &roles)?;
+        Ok(vec![Change::LimitsOverridden { emergency: Some(emergency) }])
+    };
+    submit(&app, &caller, waits, plan).await
 }
 
 pub async fn lift_override(
@@ -177,8 +178,8 @@ pub async fn lift_override(
     waits: Waits,
 ) -> Result<Response, Problem> {
     let lift = |view: &View<'_>| match view.model.limits_override() {
-        Some(_) => vec![Change::LimitsOverridden { emergency: None }],
-        None => Vec::new(),
+        Some(_) => Ok(vec![Change::LimitsOverridden { emergency: None }]),
+        None => Ok(Vec::new()),
     };
     submit(&app, &caller, waits, lift).await
 }
@@ -187,9 +188,79 @@ async fn submit(
     app: &Arc<App>,
     caller: &Caller,
     waits: Waits,
-    changes: impl FnOnce(&View<'_>) -> Vec<Change> + Send + 'static,
+    changes: impl FnOnce(&View<'_>) -> Result<Vec<Change>, Problem> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view), ()));
+    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view)?, ()));
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     Ok(request::finish(app, committed, waits, StatusCode::OK, shown(app)).await)
+}
+
+/// Refuses limits that are below the cost of a route which they apply to, and were not so before.
+fn check_costs(view: &View<'_>, limits: &Limits, roles: &Roles) -> Result<(), Problem> {
+    let policy = view.model.policy().0;
+    let before = view.model.limits_in_force();
+    Ok(route_cost::check((policy, &before), (policy, limits), roles, view.now)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use crate::api::world::World;
+
+    const LIMITS: &str = "/api/admin/rate_limits";
+    const POLICY: &str = "/api/admin/policy";
+
+    #[tokio::test]
+    async fn a_cost_above_a_limit_is_refused_from_both_sides() {
+        let world = World::new("").await;
+        let policy = |cost: u32| {
+            json!({ "routes": [
+                { "name": "report", "path": "/report", "access": "key", "roles": ["basic"], "cost": cost },
+                { "name": "free", "path": "/free", "access": "key", "cost": 0 },
+            ]})
+        };
+        let refused = |(status, answer): (u16, serde_json::Value), limit: &str| {
+            assert_eq!((status, &answer["code"]), (400, &json!("bad_request")), "{answer}");
+            let error = &answer["errors"][0];
+            assert_eq!((&error["route"], &error["code"]), (&json!("report"), &json!("cost_above_limit")));
+            for text in [&error["detail"], &answer["detail"]] {
+                assert!(text.as_str().unwrap().contains(limit), "{text}");
+            }
+            assert!(answer["detail"].as_str().unwrap().contains("report"), "{answer}");
+        };
+        refused(world.call("PUT", POLICY, &world.admin, policy(101)).await, "role \"basic\" is 100");
+        assert_eq!(world.call("PUT", POLICY, &world.admin, policy(100)).await.0, 200);
+        let put = |limits| world.call("PUT", LIMITS, &world.admin, limits);
+        refused(put(json!({ "roles": { "basic": 99 } })).await, "role \"basic\" is 99");
+        refused(put(json!({ "owners": { "acme": 99 } })).await, "owner \"acme\" is 99");
+        let emergency = format!("{LIMITS}/emergency");
+        let body = json!({ "limits": { "basic": 50 } });
+        refused(world.call("POST", &emergency, &world.admin, body).await, "override, is 50");
+        let (status, shown) = put(json!({ "roles": { "basic": 0 }, "owners": { "acme": 500 } })).await;
+        assert_eq!(status, 200, "nothing at all may be allowed: {shown}");
+        assert_eq!(shown["owners"], json!({ "acme": { "requests": 500, "window": "1h" } }));
+        assert_eq!(world.call("PUT", POLICY, &world.admin, policy(500)).await.0, 200);
+        let public = json!({ "public": { "requests": 3, "window": "1m", "ipv6_prefix": 56 } });
+        assert_eq!(put(public.clone()).await.1["public"], public["public"]);
+    }
+
+    #[tokio::test]
+    async fn a_history_does_not_begin_with_a_cost_above_a_limit_and_goes_on_with_one() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let write = |cost: u32| {
+            let route = json!({ "name": "report", "path": "/report", "access": "key", "cost": cost });
+            std::fs::write(file.path(), json!({ "routes": [route] }).to_string()).unwrap();
+        };
+        let settings = format!("policy_file = {:?}", file.path().display().to_string());
+        write(101);
+        let refused = World::try_new(&settings).await.err().unwrap().to_string();
+        assert!(refused.contains("report") && refused.contains("role \"basic\" is 100"), "{refused}");
+        World::try_new(&format!("{settings}\nlimits.enforce = false")).await.unwrap();
+        write(100);
+        let world = World::new(&settings).await;
+        write(101);
+        // The file is for a new data directory only.
+        assert_eq!(world.restart().await.serving.app.state().rules.policy.routes[0].cost, 100);
+    }
 }

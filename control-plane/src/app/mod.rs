@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use keygate_core::cache::TokenCache;
 use keygate_core::policy::Policy;
-use keygate_core::rules::RulesError;
+use keygate_core::rules::{RulesError, Ruleset};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use zeroize::Zeroizing;
@@ -40,7 +40,7 @@ use crate::state::{Deltas, Settings, State};
 use crate::store::Store;
 use crate::telemetry::{self, BookError, Telemetry};
 use crate::writer::{self, CommitError, Feed, History, OpenError, Start, View, Writer};
-use crate::{api, files, random, sync, upkeep};
+use crate::{api, files, random, route_cost, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
 const STOP_WITHIN: Duration = Duration::from_secs(10);
@@ -205,7 +205,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let sync_url = config.limits_url.clone().unwrap_or_else(|| reached_at(&sync, config.sync_listen));
     let claim = Claim::new(dir).map_err(OpenError::from)?;
     let policy = match &config.policy_file {
-        Some(path) => read_policy(path)?,
+        Some(path) => read_policy(path, &config, claim.is_empty().then(|| clock.now_s()))?,
         None => Policy::default(),
     };
     let fleet_token = match given.fleet_token.clone() {
@@ -240,6 +240,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         metrics: Arc::clone(&metrics),
     })?;
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
+    warn_of_costs(&states.borrow().rules, &config, clock.now_s());
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
     let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
@@ -374,14 +375,29 @@ async fn serve(
         .await
 }
 
-fn read_policy(path: &Path) -> Result<Policy, RunError> {
+/// The policy of a file; with `first_s`, Unix seconds, it is the one that a new history begins with.
+fn read_policy(path: &Path, config: &Config, first_s: Option<u64>) -> Result<Policy, RunError> {
     let error = |problem: String| RunError::Policy { path: path.into(), problem };
     let text = std::fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
     let policy: Policy = serde_json::from_str(&text).map_err(|e| error(e.to_string()))?;
     policy
         .validate()
         .map_err(|errors| error(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
+    if let Some(now) = first_s {
+        let errors = route_cost::all((&policy, &Settings::of(config).first_limits()), &config.roles, now);
+        if !errors.is_empty() {
+            return Err(error(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")));
+        }
+    }
     Ok(policy)
+}
+
+/// Logs what the configuration, or another control plane, has brought: a limit below the cost of a route.
+fn warn_of_costs(rules: &Ruleset, config: &Config, now: u64) {
+    for error in route_cost::all((&rules.policy, &rules.limits), &config.roles, now) {
+        let (route, detail) = (error.route, error.detail);
+        tracing::warn!(route, detail, "the cost of a route is above a limit that applies to it");
+    }
 }
 
 fn load_fleet_token(path: &Path) -> std::io::Result<Zeroizing<String>> {
@@ -421,7 +437,7 @@ fn first_changes(
 fn first_key(config: &Config, signer: &Signer, now: u64) -> Result<KeyRecord, OpenError> {
     let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
     let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
-    let creator = Creator { role: "admin", scopes: &scopes, owner: None };
+    let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
     request.record(creator, &config.roles, signer.identity(), &signer.kid, now).map_err(OpenError::FirstKey)
 }
 

@@ -360,7 +360,7 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
         owner: Some(OWNER.into()),
         ..KeyRequest::default()
     };
-    let creator = Creator { role: "admin", scopes: &scopes, owner: Some(OWNER) };
+    let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
     let record = request
         .record(creator, &app.config.roles, signer.identity(), &signer.kid, now)
         .map_err(|error| format!("no key for the canary: {error}"))?;

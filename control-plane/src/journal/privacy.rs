@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! "owner":"hash:<h>"  "metadata":{"hash":"<h>"}  "body":"hash:<h>"     in place of what the change has
+//! "owners":{"hash:<h>":…}                                              the same of limits of owners
 //! "sealed":"<s>"                                                       the record's member that has it
 //! ```
 //!
@@ -13,9 +14,12 @@
 //!
 //! A change with hashes is still a change: whoever reads without the master key needs to know nothing of this.
 
+use std::collections::BTreeMap;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
+use keygate_core::limits::Limit;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
@@ -34,6 +38,7 @@ const HASH_MEMBER: &str = "hash";
 const PADDED_TO: usize = 64;
 
 type Metadata = serde_json::Map<String, serde_json::Value>;
+type OwnerLimits = BTreeMap<String, Option<Limit>>;
 
 /// How personal data stand in new records. Either kind is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -68,6 +73,8 @@ struct Values {
     metadata: Option<Metadata>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     body: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    limits: Option<OwnerLimits>,
 }
 
 impl Privacy {
@@ -106,6 +113,7 @@ impl Privacy {
             owner: owner.as_mut().map(|at| replace(*at, |owner| self.owner(owner))),
             metadata: metadata.as_mut().map(|at| replace(*at, |metadata| self.metadata(metadata))),
             body: body.as_mut().map(|at| replace(*at, |body| self.text("body", body))),
+            limits: personal.limits.as_mut().map(|at| replace(*at, |limits| self.limits(limits))),
         };
         let mut plain = Zeroizing::new(serde_json::to_vec(&values).expect("plain data"));
         let padded = plain.len().next_multiple_of(PADDED_TO);
@@ -129,13 +137,18 @@ impl Privacy {
         let personal = record.change.personal().ok_or(FIT)?;
         let fits = put_back(personal.owner, values.owner, |owner| self.owner(owner))
             && put_back(personal.metadata, values.metadata, |metadata| self.metadata(metadata))
-            && put_back(personal.body, values.body, |body| self.text("body", body));
+            && put_back(personal.body, values.body, |body| self.text("body", body))
+            && put_back(personal.limits, values.limits, |limits| self.limits(limits));
         if fits { Ok(()) } else { Err(FIT.into()) }
     }
 
     fn metadata(&self, metadata: &Metadata) -> Metadata {
         let text = serde_json::to_vec(metadata).expect("plain data");
         Metadata::from_iter([(HASH_MEMBER.into(), self.hash("metadata", &text).into())])
+    }
+
+    fn limits(&self, limits: &OwnerLimits) -> OwnerLimits {
+        limits.iter().map(|(owner, limit)| (self.owner(owner), *limit)).collect()
     }
 
     fn text(&self, what: &str, value: &str) -> String {
@@ -175,8 +188,6 @@ fn associated(change: &Change) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use keygate_core::cutoff::{Cutoff, Scope};
     use serde_json::json;
 
@@ -184,6 +195,7 @@ mod tests {
     use crate::approval::{Count, Proposal};
     use crate::change::{Entry, Idempotency};
     use crate::key::{Ended, KeyRecord, RevocationReason};
+    use crate::limits;
 
     fn privacy(master: u8, mode: PersonalData) -> Privacy {
         Privacy::new(&RootKey::of([master; 32]), mode)
@@ -198,6 +210,8 @@ mod tests {
             role: "basic".into(),
             scopes: Vec::new(),
             owner: owner.map(Into::into),
+            limit_role: None,
+            registered_by: None,
             metadata: serde_json::from_value(metadata).unwrap(),
             issued_at: 1,
             expires_at: 2,
@@ -234,13 +248,20 @@ mod tests {
         (String::from_utf8(line).unwrap(), record)
     }
 
-    fn personal() -> [Change; 5] {
+    fn limited(owner: &str) -> Change {
+        let limit = Limit { units: 5, window_s: 60 };
+        let owners = BTreeMap::from([(owner.to_owned(), Some(limit)), ("other-owner".into(), None)]);
+        Change::LimitsChanged { limits: Box::new(limits::Set { owners, ..limits::Set::default() }) }
+    }
+
+    fn personal() -> [Change; 6] {
         [
             issued("key_1", Some("acme-42"), json!({ "mail": "a@b.example" })),
             issued("key_1", Some("acme-42"), json!({})),
             issued("key_1", None, json!({ "mail": "a@b.example" })),
             added(cutoff("c1", "acme-42")),
             proposed(cutoff("c1", "acme-42")),
+            limited("acme-42"),
         ]
     }
 
@@ -249,7 +270,7 @@ mod tests {
         let privacy = privacy(1, PersonalData::Sealed);
         for change in personal() {
             let (line, mut record) = record(&privacy, &change);
-            for hidden in ["acme-42", "mail", "a@b.example", "digest-of-all"] {
+            for hidden in ["acme-42", "other-owner", "mail", "a@b.example", "digest-of-all"] {
                 assert!(!line.contains(hidden), "{hidden} is in {line}");
             }
             assert_eq!(record.change.target(), change.target());
@@ -265,6 +286,7 @@ mod tests {
         for change in [
             issued("key_1", None, json!({})),
             added(unowned),
+            Change::LimitsChanged { limits: Box::default() },
             Change::JtiRevoked { jti: "j".into(), expires_at: 1, revocation },
         ] {
             let (line, record) = record(&privacy(1, PersonalData::Sealed), &change);
@@ -343,5 +365,10 @@ mod tests {
         refused(change, &owner(Some(&privacy.owner("other"))), "hashes");
         refused(change, &owner(None), "hashes");
         refused(&personal()[2], &owner(Some(&privacy.owner("other"))), "hashes");
+        let limits = |record: &mut Record| {
+            let Change::LimitsChanged { limits } = &mut record.change else { panic!("another change") };
+            limits.owners.values_mut().for_each(|limit| *limit = None);
+        };
+        refused(&personal()[5], &limits, "hashes");
     }
 }

@@ -10,8 +10,10 @@ use super::session::{Session, SessionError};
 use super::{names, scripts};
 use crate::change::Change;
 use crate::problem::Problem;
+use crate::roles::Roles;
 use crate::rollout::Flags;
 use crate::rollout::document::Surroundings;
+use crate::route_cost;
 use crate::writer::{CommitError, View};
 
 /// For how long one control plane has an edit to itself.
@@ -162,13 +164,15 @@ impl Session<'_> {
                 .map(|emergency| Some(Change::LimitsOverridden { emergency })),
         };
         let Some(change) = change.transpose() else { return Ok(()) };
-        let is_taken = change.is_ok();
-        let problem = change.as_ref().err().cloned();
-        let refused = |problem| Change::EditRefused { key: key.to_owned(), problem };
-        let change = change.unwrap_or_else(refused);
-        let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![change], ()));
-        self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
-        self.note_edit(key, is_taken, problem);
+        let (name, roles) = (key.to_owned(), roles.clone());
+        let plan = move |view: &View<'_>| {
+            let change = change.and_then(|change| affordable(view, change, &roles));
+            let problem = change.as_ref().err().cloned();
+            let change = change.unwrap_or_else(|problem| Change::EditRefused { key: name, problem });
+            Ok::<_, Problem>((vec![change], problem))
+        };
+        let (problem, _) = self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        self.note_edit(key, problem.is_none(), problem);
         Ok(())
     }
 
@@ -236,4 +240,15 @@ impl Session<'_> {
             None => self.evicted.values().any(|dropped| *dropped > 0),
         })
     }
+}
+
+/// A change, unless it overrides limits by some below the cost of a route which they apply to.
+fn affordable(view: &View<'_>, change: Change, roles: &Roles) -> Result<Change, String> {
+    if let Change::LimitsOverridden { emergency } = &change {
+        let (policy, before) = (view.model.policy().0, view.model.limits_in_force());
+        let limits = view.model.limits_with(view.model.limits(), emergency.as_ref());
+        route_cost::check((policy, &before), (policy, &limits), roles, view.now)
+            .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
+    }
+    Ok(change)
 }

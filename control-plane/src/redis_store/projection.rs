@@ -246,6 +246,8 @@ mod tests {
             role: "basic".into(),
             scopes: vec!["chat:read".into()],
             owner: None,
+            limit_role: None,
+            registered_by: None,
             metadata: serde_json::Map::new(),
             issued_at: 100,
             expires_at: 5_000,

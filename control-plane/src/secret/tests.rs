@@ -16,7 +16,13 @@ fn keyring() -> Keyring {
 
 fn claims() -> Claims {
     let request: KeyRequest = serde_json::from_str(r#"{"name":"a","role":"basic"}"#).unwrap();
-    let creator = Creator { role: "admin", scopes: "chat:read chat:write", owner: None };
+    let creator = Creator {
+        key_id: None,
+        role: "admin",
+        limit_role: "admin",
+        scopes: "chat:read chat:write",
+        owner: None,
+    };
     let identity = Identity { key_id: "key_1".into(), jti: "j".into() };
     request
         .record(creator, &roles::expand(roles::defaults()), identity, "k", 1_000)

@@ -81,6 +81,7 @@ fn claims() -> Claims {
         role: "basic".into(),
         scope: "chat:read chat:list".into(),
         own: None,
+        lrole: None,
     }
 }
 
@@ -97,7 +98,7 @@ fn es256(claims: &Claims) -> String {
     sign("es", Algorithm::ES256, &Algorithm::ES256.signing_key(&[7; 32]).unwrap(), claims)
 }
 
-fn with(change: fn(&mut Claims)) -> String {
+fn with(change: impl FnOnce(&mut Claims)) -> String {
     let mut claims = claims();
     change(&mut claims);
     es256(&claims)
@@ -738,7 +739,7 @@ impl Meter for &mut Purse {
 fn what_is_beyond_a_limit_is_refused_and_only_what_passes_is_counted() {
     let mut world = world();
     world.rules.limits.roles.insert("basic".into(), Limit { units: 3, window_s: 60 });
-    world.rules.limits.public = Some(Limit { units: 2, window_s: 60 });
+    world.rules.limits.public = Some(Limit { units: 2, window_s: 60 }.into());
     world.rules.policy.routes[1].cost = 2;
     let rules = Ruleset::try_from(world.rules.clone()).unwrap();
     let mut purse = Purse(std::collections::HashMap::new());
@@ -763,4 +764,82 @@ fn what_is_beyond_a_limit_is_refused_and_only_what_passes_is_counted() {
     assert_eq!(ask("/", Credential::None, b"10.0.0.1"), (Reason::Public, Some(0)));
     assert_eq!(ask("/", Credential::None, b"10.0.0.1"), (Reason::RateLimited, Some(0)));
     assert_eq!(ask("/", Credential::None, b"10.0.0.2"), (Reason::Public, Some(1)));
+}
+
+#[test]
+fn keys_of_an_owner_share_the_limit_of_their_limit_role() {
+    let mut world = world();
+    world.rules.limits.roles.insert("basic".into(), Limit { units: 3, window_s: 60 });
+    world.rules.limits.roles.insert("staff".into(), Limit { units: 5, window_s: 60 });
+    let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+    let mut purse = Purse(std::collections::HashMap::new());
+    let mut left = |key_id: &str, owner: Option<&str>, limit_role: Option<&str>| {
+        let token = with(|claims| {
+            claims.sub = key_id.into();
+            claims.own = owner.map(Into::into);
+            claims.lrole = limit_role.map(Into::into);
+        });
+        let credential = Credential::One(token.as_bytes());
+        let request = Request { method: b"GET", path: b"/lax", credential, client: b"" };
+        let (cache, revocations) = (&mut world.cache, &world.revoked);
+        let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
+        let decision = decide(State::Fresh(&rules), request, judge);
+        (decision.reason == Reason::Allowed).then(|| decision.left.map(|left| left.remaining).unwrap())
+    };
+    assert_eq!(left("key_1", None, None), Some(2));
+    assert_eq!(left("key_2", Some("key_1"), None), Some(1), "made by key_1, or renews it");
+    assert_eq!(left("key_2", Some("key_1"), None), Some(0), "remembered");
+    assert_eq!(left("key_1", None, None), None);
+    assert_eq!(left("key_3", None, None), Some(2), "another one");
+    assert_eq!(left("key_4", None, Some("staff")), Some(4));
+    assert_eq!(left("key_5", Some("key_4"), Some("staff")), Some(3));
+    assert_eq!(left("key_6", Some("acme"), None), Some(2));
+    assert_eq!(left("key_7", Some("acme"), None), Some(1));
+    assert_eq!(left("key_8", Some("acme"), Some("staff")), Some(4), "an account for each limit role");
+}
+
+#[test]
+fn what_costs_nothing_is_not_counted_and_has_no_limit() {
+    let mut world = world();
+    let none = Limit { units: 0, window_s: 60 };
+    world.rules.limits.roles.insert("basic".into(), none);
+    world.rules.limits.public = Some(none.into());
+    for cost in [0, 1] {
+        for route in &mut world.rules.policy.routes {
+            route.cost = cost;
+        }
+        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+        let mut purse = Purse(std::collections::HashMap::new());
+        let token = es256(&claims());
+        for (path, credential, passes) in [
+            ("/lax", Credential::One(token.as_bytes()), Reason::Allowed),
+            ("/", Credential::None, Reason::Public),
+        ] {
+            let request = Request { method: b"GET", path: path.as_bytes(), credential, client: b"10.0.0.1" };
+            let (cache, revocations) = (&mut world.cache, &world.revoked);
+            let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
+            let decision = decide(State::Fresh(&rules), request, judge);
+            let expected = if cost == 0 { passes } else { Reason::RateLimited };
+            assert_eq!((decision.reason, decision.left.is_none()), (expected, cost == 0), "{path} {cost}");
+        }
+        assert_eq!(purse.0.is_empty(), cost == 0);
+    }
+}
+
+#[test]
+fn clients_are_counted_by_ipv4_address_and_ipv6_prefix() {
+    let mut world = world();
+    world.rules.limits.public = Some(Limit { units: 2, window_s: 60 }.into());
+    let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+    let mut purse = Purse(std::collections::HashMap::new());
+    let mut passes = |client: &str| {
+        let client = client.as_bytes();
+        let request = Request { method: b"GET", path: b"/", credential: Credential::None, client };
+        let (cache, revocations) = (&mut world.cache, &world.revoked);
+        let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
+        decide(State::Fresh(&rules), request, judge).reason == Reason::Public
+    };
+    assert!(passes("192.0.2.7") && passes("[::ffff:192.0.2.7]") && !passes("192.0.2.7"));
+    assert!(passes("[2001:db8::1]") && passes("2001:db8::2") && !passes("[2001:db8::3]"));
+    assert!(passes("2001:db8:0:1::1") && passes("") && passes("") && !passes(""));
 }

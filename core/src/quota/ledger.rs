@@ -100,6 +100,8 @@ impl Pool {
 /// A proxy's part of an account.
 #[derive(Debug, Clone, Default)]
 struct Holder {
+    /// The limit that it goes by.
+    limit: u32,
     cap: u32,
     /// Units that its VMs held by the last report.
     held: u32,
@@ -301,13 +303,17 @@ impl Ledger {
             let Some(process) = ledger.members.get_mut(&row.member) else { continue };
             process.accounts.insert(row.account);
             let pool = ledger.pools.entry(row.account).or_default();
-            pool.limit = row.limit;
+            // The rules may have been on their way to proxies: the smallest, until one of them reports.
+            pool.limit = if pool.holders.is_empty() { row.limit } else { pool.limit.min(row.limit) };
             let holder = pool.holders.entry(row.member).or_default();
+            holder.limit = row.limit;
             (holder.cap, holder.held, holder.total) = (row.cap, row.held, row.total);
         }
         for row in &saved.spends {
             let pool = ledger.pools.entry(row.account).or_default();
-            pool.limit = pool.limit.max(row.limit);
+            if pool.limit == 0 {
+                pool.limit = row.limit;
+            }
             let spends = match pool.holders.get_mut(&row.member) {
                 Some(holder) => &mut holder.spends,
                 None => pool.gone.entry(row.member).or_default(),
@@ -361,8 +367,8 @@ impl Ledger {
     pub fn holder(&self, account: Account, member: &Member) -> Option<HolderRow> {
         let pool = self.pools.get(&account)?;
         let holder = pool.holders.get(member)?;
-        let Holder { cap, held, total, .. } = *holder;
-        Some(HolderRow { account, member: *member, limit: pool.limit, cap, held, total })
+        let Holder { limit, cap, held, total, .. } = *holder;
+        Some(HolderRow { account, member: *member, limit, cap, held, total })
     }
 
     /// What is to be kept of spends.
@@ -734,10 +740,10 @@ impl Ledger {
             self.changes.spends.insert(SpendKey { account, member: *member, slot });
         });
         let held = used.saturating_sub(holder.spends.used());
-        if (holder.cap, holder.held, holder.total) != (cap, held, spent) {
+        if (holder.limit, holder.cap, holder.held, holder.total) != (limit, cap, held, spent) {
             self.changes.holders.insert((account, *member));
         }
-        (holder.cap, holder.held, holder.total) = (cap, held, spent);
+        (holder.limit, holder.cap, holder.held, holder.total) = (limit, cap, held, spent);
         holder.wanted = wanted.max(used.saturating_add(lacks));
         holder.lacks = lacks;
         if let Some(process) = self.members.get_mut(member) {
@@ -828,12 +834,13 @@ impl Ledger {
         let others =
             self.counted(account, pool, now_ns).saturating_sub(holder.counted(now_ns, account.window_ns()));
         // Its share may grow: what would have to be explicit again stays so.
-        let own = fair_share(pool.limit, share.max(self.target_share().0));
+        let limit = pool.holders.values().fold(pool.limit, |least, holder| least.min(holder.limit));
+        let own = fair_share(limit, share.max(self.target_share().0));
         // Its spends, as far as the ledger counts them a little longer, stay.
         let is_unused = holder.spends.used_at(now_ns, account.window_ns()) == 0;
         let is_needed =
             pool.holders.iter().any(|(other, holder)| other != member && holder.is_short(pool.limit));
-        if !is_unused || is_needed || others.saturating_add(own) > pool.limit || self.is_recovering(now_ns) {
+        if !is_unused || is_needed || others.saturating_add(own) > limit || self.is_recovering(now_ns) {
             return false;
         }
         self.drop_holder(account, member);

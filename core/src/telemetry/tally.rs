@@ -218,6 +218,7 @@ mod tests {
             role: role.into(),
             scope: String::new(),
             own: None,
+            lrole: None,
         };
         Arc::new(Verified::new("k".into(), 0, claims, None))
     }
