@@ -116,7 +116,7 @@ impl Module {
     /// Decides on a request, and carries that out.
     pub fn on_request(&self, plugin: usize, stream: Stream) -> Next {
         host::enter(&self.envoy, plugin, Some(stream), || {
-            let decided = self.with(plugin, |it| it.on_request(|| self.has_room(plugin)));
+            let decided = self.with(plugin, |it| it.on_request(false, || self.has_room(plugin)));
             match decided {
                 Some(None) => self.wait(plugin, stream),
                 decided => Next::Then(self.carry_out(decided.flatten())),

@@ -47,6 +47,15 @@ pub struct Awaited {
     pub left: Option<Left>,
 }
 
+/// A decision's place among those about the same request.
+#[derive(Clone, Copy)]
+struct Turn {
+    /// It waited before.
+    again: bool,
+    /// The last one.
+    for_good: bool,
+}
+
 /// The same without the headers, which are still being read.
 enum Decided {
     Pass { forwarded: Forwarded, awaited: Option<Awaited> },
@@ -62,9 +71,9 @@ impl Outcome {
 }
 
 impl Plugin {
-    /// Decides on the current request. `None` when it shall wait for units of its limit, which it does only where it
-    /// `may_wait`: then nothing is counted nor recorded, and it is to be decided on again.
-    pub fn on_request(&mut self, may_wait: impl Fn() -> bool) -> Option<Outcome> {
+    /// Decides on the current request; `again` if it has waited. `None` when it shall wait for units of its limit, which
+    /// it does only where it `may_wait`: then nothing is counted nor recorded, and it is to be decided on again.
+    pub fn on_request(&mut self, again: bool, may_wait: impl Fn() -> bool) -> Option<Outcome> {
         self.serves = true;
         let now_ns = host::monotonic_ns();
         self.replica.refresh(&mut host::Shared, now_ns);
@@ -82,10 +91,12 @@ impl Plugin {
         let client = client.as_deref().unwrap_or_default().as_bytes();
         let request = Request { method, path, credential, client };
         let now_s = self.replica.now_s(self.clock.unix_ms(now_ns, host::unix_ms), now_ns);
-        let decided = self.decide(request, now_ns, now_s, false, &may_wait).or_else(|| {
+        let mut turn = Turn { again, for_good: false };
+        let decided = self.decide(request, now_ns, now_s, turn, &may_wait).or_else(|| {
             // The revocation set was replaced between two looks: look now and ask once more.
             self.replica.look(&mut host::Shared, now_ns);
-            self.decide(request, now_ns, now_s, true, &may_wait)
+            turn.for_good = true;
+            self.decide(request, now_ns, now_s, turn, &may_wait)
         });
         Some(match decided {
             Some(Decided::Pass { forwarded, awaited }) => Outcome::Pass { headers, forwarded, awaited },
@@ -95,13 +106,13 @@ impl Plugin {
         })
     }
 
-    /// `None` when the revocation set could not be read and this is not `for_good`.
+    /// `None` when the revocation set could not be read and this turn is not for good.
     fn decide(
         &mut self,
         request: Request<'_>,
         now_ns: u64,
         now_s: u64,
-        for_good: bool,
+        turn: Turn,
         may_wait: &impl Fn() -> bool,
     ) -> Option<Decided> {
         let mut data = host::Shared;
@@ -115,7 +126,7 @@ impl Plugin {
         let mut watch = Stopwatch::new(sampled.then_some(host::monotonic_ns));
         let judge = Judge {
             cache: &mut self.cache,
-            meter: Till { worker: &mut self.units, now_ns, again: false, metrics: &self.metrics },
+            meter: Till { worker: &mut self.units, now_ns, again: turn.again, metrics: &self.metrics },
             revocations,
             now: now_s,
             trace: &mut watch,
@@ -123,7 +134,7 @@ impl Plugin {
         let decision = decide(state, request, judge);
         #[cfg(feature = "trap")]
         let decision = crate::trap::on_decision(decision);
-        if decision.reason == Reason::RevocationUnknown && !for_good {
+        if decision.reason == Reason::RevocationUnknown && !turn.for_good {
             return None;
         }
         // In shadow mode it passes at once.

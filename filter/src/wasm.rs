@@ -97,7 +97,7 @@ impl HttpContext for Http {
     fn on_http_request_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
         let outcome = match self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut()) {
             // A request that is paused would hang for ever when its VM traps, so none waits.
-            Some(Ok(mut plugin)) => plugin.on_request(|| false),
+            Some(Ok(mut plugin)) => plugin.on_request(false, || false),
             // Not configured, or called from within itself: nothing passes that was not decided on.
             _ => None,
         };

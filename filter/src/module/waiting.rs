@@ -56,7 +56,7 @@ impl Module {
             let waiting = self.seats.get(plugin).map(|seat| &seat.waiting);
             let until_ns = waiting.and_then(|waiting| lock(waiting).until_ns(ticket)).unwrap_or(0);
             let in_time = || host::monotonic_ns() < until_ns;
-            let decided = self.with(plugin, |it| it.on_request(in_time));
+            let decided = self.with(plugin, |it| it.on_request(true, in_time));
             if matches!(decided, Some(None)) && waiting.is_some_and(|waiting| lock(waiting).stay(ticket)) {
                 return Next::Wait(ticket);
             }
