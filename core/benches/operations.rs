@@ -292,7 +292,7 @@ impl Memory {
         let mut memory = Self::default();
         let (mut leader, mut ledger) = (Leader::new(1, 1), Ledger::new(1, false, 0));
         let mut now_ns = NOW_NS - 1_000_000_000;
-        while !quota::is_member(&mut memory) {
+        while !quota::is_ready(&mut memory) {
             now_ns += 10_000_000;
             assert!(now_ns < NOW_NS, "a share within a second");
             let Some(question) = leader.on_tick(&mut memory, now_ns) else { continue };

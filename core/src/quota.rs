@@ -149,9 +149,9 @@ pub fn fair_share(limit: u32, share: u32) -> u32 {
     u32::try_from(units.checked_div(SHARES.into()).unwrap_or(0)).unwrap_or(u32::MAX)
 }
 
-/// Whether this proxy takes part in limits: before, and once it has left, limited requests cannot be decided.
-pub fn is_member(data: &mut impl SharedData) -> bool {
-    standing::Standing::read(data).is_some_and(|(standing, _)| standing.is_member())
+/// Whether this proxy is ready for limited requests: the ledger gave it a share, and it was not drained.
+pub fn is_ready(data: &mut impl SharedData) -> bool {
+    standing::Standing::read(data).is_some_and(|(standing, _)| standing.is_member() && standing.shared)
 }
 
 /// Time for which the ledger may hold back an answer without news, with `proxies` in the fleet.

@@ -121,7 +121,7 @@ impl Replica {
     pub fn ready(&mut self, data: &mut impl SharedData, now_ns: u64) -> Option<Version> {
         let limited = self.rules.as_ref().is_some_and(|rules| !rules.limits.is_empty());
         let serves = self.view(data, now_ns).0.serves();
-        self.version().filter(|_| serves && (!limited || quota::is_member(data)))
+        self.version().filter(|_| serves && (!limited || quota::is_ready(data)))
     }
 
     /// Derives one gate that is missing, in an idle moment; whether there was one.

@@ -4,6 +4,7 @@ mod agreement;
 mod algorithms;
 mod api;
 mod audit;
+mod bursts;
 mod canary;
 mod cli;
 mod config;

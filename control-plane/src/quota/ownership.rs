@@ -139,9 +139,9 @@ async fn look(app: &App, contact: &mut Contact) -> Result<(), anyhow::Error> {
         Step::Claim => {
             let before = state.limits_keeper;
             if let Some(since) = claim(app, before).await? {
-                // Until now it was this one's, if it had any.
-                let alone = before.is_none().then(|| alone(&state));
-                keep(app, Origin::Disk { since, before: alone, first: before.is_some() })?;
+                // Until now it was this one's, if there was any.
+                let first = before.is_none();
+                keep(app, Origin::Disk { since, before: first.then(|| alone(&state)), first })?;
             }
         }
     }

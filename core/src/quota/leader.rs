@@ -159,6 +159,7 @@ impl Leader {
             said: asking.said.max(answer.share),
             joined: true,
             leaving: answer.leave,
+            shared: standing.shared || answer.share > 0,
             era: answer.era,
             sent_ns: asking.sent_ns,
             heard_ns: now_ns,

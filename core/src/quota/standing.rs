@@ -8,11 +8,12 @@ const KEY: &str = "keygate/2/quota/standing";
 const MAGIC: &[u8; 4] = b"KGq2";
 const JOINED: u32 = 1;
 const LEAVING: u32 = 2;
+const SHARED: u32 = 4;
 
 /// Result of the last exchange with the ledger. The leader writes it.
 ///
 /// ```text
-///  0 4 magic "KGq2"   4 4 share   8 4 share said   12 4 flags: 1 joined, 2 leaving   16 8 era   24 8 epoch
+///  0 4 magic "KGq2"   4 4 share   8 4 share said   12 4 flags: 1 joined, 2 leaving, 4 shared   16 8 era   24 8 epoch
 /// 32 8 sent, ns   40 8 heard, ns   48 8 question   56 8 report interval, ns
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +26,8 @@ pub(super) struct Standing {
     pub joined: bool,
     /// The proxy was told to leave: nothing more is spent.
     pub leaving: bool,
+    /// The proxy had a share once.
+    pub shared: bool,
     /// The ledger that answered last; 0: none, or what it granted is void.
     pub era: u64,
     /// Grows each time that what was granted before is void.
@@ -46,6 +49,7 @@ impl Default for Standing {
             said: 0,
             joined: false,
             leaving: false,
+            shared: false,
             era: 0,
             epoch: 1,
             sent_ns: 0,
@@ -97,7 +101,8 @@ impl Standing {
         let mut out = MAGIC.to_vec();
         let joined = if self.joined { JOINED } else { 0 };
         let leaving = if self.leaving { LEAVING } else { 0 };
-        for number in [self.share, self.said, joined | leaving] {
+        let shared = if self.shared { SHARED } else { 0 };
+        for number in [self.share, self.said, joined | leaving | shared] {
             out.extend_from_slice(&number.to_le_bytes());
         }
         for number in [self.era, self.epoch, self.sent_ns, self.heard_ns, self.question, self.report_ns] {
@@ -117,6 +122,7 @@ impl Standing {
             said,
             joined: flags & JOINED != 0,
             leaving: flags & LEAVING != 0,
+            shared: flags & SHARED != 0,
             era: reader.u64()?,
             epoch: reader.u64()?,
             sent_ns: reader.u64()?,

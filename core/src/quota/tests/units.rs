@@ -221,7 +221,7 @@ fn an_exhausted_key_is_refused_without_the_shared_data() {
 fn before_the_ledger_answered_nothing_is_decided() {
     let mut site = Site::new(1, 1, 100);
     assert!(matches!(site.spend(1, 0), Verdict::Refused(_, Why::NotMember)));
-    assert!(!is_member(&mut site.memory));
+    assert!(!is_ready(&mut site.memory));
     let limit = Limit { units: 100, window_s: HOUR_S };
     assert_eq!(site.spend(1, 0).metered(limit), Metered::Unknown);
 }
@@ -584,14 +584,14 @@ fn a_proxy_that_is_drained_leaves_its_spends_and_nothing_else() {
     assert!(used.contains(&800) && used.contains(&1), "{used:?}");
     assert_eq!(ledger.saved().members.len(), 1);
     assert!(matches!(sites[0].spend(1, 5 * S), Verdict::Refused(_, Why::NotMember)));
-    assert!(!is_member(&mut sites[0].memory));
+    assert!(!is_ready(&mut sites[0].memory));
     settle(&mut ledger, &mut sites, 5 * S);
-    assert!(!is_member(&mut sites[0].memory), "it stays out");
+    assert!(!is_ready(&mut sites[0].memory), "it stays out");
     assert!(retry(&mut ledger, &mut sites, 1, 200, 7 * S) <= 20 * MS);
     // A new process of it is like any other.
     sites[0] = Site::new(0, 7, 1_000);
     settle(&mut ledger, &mut sites, 8 * S);
-    assert!(is_member(&mut sites[0].memory));
+    assert!(is_ready(&mut sites[0].memory));
     assert_eq!((ledger.released_members(), ledger.released_units()), (0, 0));
 }
 
