@@ -39,7 +39,7 @@ fn an_override_in_redis_below_the_cost_of_a_route_is_refused() {
     });
 }
 
-/// Makes a key through Envoy, which may refuse the first requests of a burst a few milliseconds too early.
+/// Makes a key through Envoy.
 #[track_caller]
 fn register_through(stack: &Stack, key: &Key) -> Key {
     let mut made = None;

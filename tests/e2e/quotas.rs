@@ -96,27 +96,17 @@ fn a_key_is_told_what_is_left_and_refused_beyond_its_limit() {
     put(&api, &json!({ "roles": { "basic": { "requests": 20, "window": "1h" } } }));
     let (key, admin) = (api.issue("basic"), api.issue("admin"));
     let mut workers = stack.envoy.connect_to_all_workers();
-    let (mut passed, mut early, mut turn) = (0, 0, 0);
+    let mut turn = 0;
     let mut ask = || {
         turn += 1;
         let count = workers.len();
         workers[turn % count].send(&chat(&key))
     };
-    // Faster than the proxy can ask for more, the first are refused a few milliseconds too early.
-    wait_until(SOON, "the limit to be spent", || {
-        let answer = ask();
-        if answer.status == 429 {
-            early += 1;
-        } else {
-            let answer = answer.expect(200);
-            assert_eq!(answer.header("x-ratelimit-limit"), Some("20"));
-            let left = answer.header("x-ratelimit-remaining").and_then(|left| left.parse::<u32>().ok());
-            assert!(left.is_some_and(|left| left < 20), "{left:?}");
-            passed += 1;
-        }
-        passed >= 20
-    });
-    println!("20 of 20 were admitted at one proxy; {early} were refused early in a burst");
+    for left in (0..20).rev() {
+        let answer = ask().expect(200);
+        assert_eq!(answer.header("x-ratelimit-limit"), Some("20"));
+        assert_eq!(answer.header("x-ratelimit-remaining"), Some(left.to_string().as_str()));
+    }
     let mut refused = ask().expect_problem(429, "rate_limited");
     for _ in 0..50 {
         refused = ask().expect_problem(429, "rate_limited");
@@ -148,9 +138,9 @@ fn a_key_is_told_what_is_left_and_refused_beyond_its_limit() {
     workers[0].send(&chat(&key)).expect_problem(429, "rate_limited");
 }
 
-/// What must be admitted of a limit, at least: 95 % of small ones, 98 % of others.
+/// What must be admitted of a limit, at least.
 fn least(limit: u32) -> usize {
-    limit as usize * if limit < 500 { 95 } else { 98 } / 100
+    limit as usize * 98 / 100
 }
 
 #[test]
@@ -182,7 +172,9 @@ fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
             share * 100.0,
         );
         assert!(most <= limit as usize, "{most} of {limit} within a window");
-        assert!(share * f64::from(limit) >= least(limit) as f64, "{share}");
+        // Where a window is a second, a unit that is free waits for the next request at its proxy.
+        let wanted = if window_s == 1 { f64::from(limit) * 0.95 } else { least(limit) as f64 };
+        assert!(share * f64::from(limit) >= wanted, "{share}");
     }
 }
 
@@ -197,20 +189,26 @@ fn never_more_when_proxies_and_the_control_plane_are_killed() {
     put(&api, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
     let mut all = 0;
     let mut send = |envoys: &[&Envoy]| {
-        let admitted = admitted(envoys, &chat(&key), Duration::from_millis(600), 150);
-        all += admitted.times.len();
+        all += admitted(envoys, &chat(&key), Duration::from_millis(600), 150).times.len();
         assert!(all <= limit, "{all} of {limit}");
         all
+    };
+    // What a proxy has reported when it is killed is not admitted once more.
+    let reported = |api: &Api, all: usize| {
+        wait_until(SOON, "all of it to be reported", || {
+            let usage = api.get(&format!("{LIMITS}/usage")).expect(200).json();
+            usage["keys"][0]["used"].as_u64() == Some(all as u64)
+        });
     };
     send(&[&stack.envoy, &other]);
     stack.control_plane.kill();
     send(&[&stack.envoy, &other]);
     stack.control_plane.start();
-    send(&[&stack.envoy, &other]);
+    reported(&api, send(&[&stack.envoy, &other]));
     other.kill();
     other.start(&stack.neighbours());
     other.wait_ready();
-    send(&[&stack.envoy, &other]);
+    reported(&api, send(&[&stack.envoy, &other]));
     stack.control_plane.kill();
     other.kill();
     stack.control_plane.start();
@@ -220,8 +218,7 @@ fn never_more_when_proxies_and_the_control_plane_are_killed() {
         send(&[&stack.envoy, &other]);
     }
     println!("{all} of {limit} were admitted over two kills of a proxy and two of the control plane");
-    // A proxy that is killed takes along what it may have spent unseen; most of the limit is used all the same.
-    assert!(all >= limit / 2, "{all}");
+    assert!(all >= least(limit as u32), "{all}");
 }
 
 #[test]
@@ -244,10 +241,10 @@ fn never_more_when_answers_come_two_seconds_late() {
         assert!(all <= limit, "{all} of {limit}");
     }
     println!("{all} of {limit} were admitted with answers up to 2 s late");
-    // Once they come in time again, most of the rest is, and no more.
+    // Once they come in time again, the rest is, and no more.
     all += admitted(&envoys, &chat(&key), Duration::from_secs(5), 300).times.len();
     println!("{all} five seconds later");
-    assert!((limit * 3 / 4..=limit).contains(&all), "{all} of {limit}");
+    assert!((least(limit as u32)..=limit).contains(&all), "{all} of {limit}");
 }
 
 #[test]
@@ -322,11 +319,11 @@ fn proxies_that_are_drained_and_replaced_leave_limits_whole() {
         envoy.kill();
     }
     let begun = Instant::now();
-    while spent < limit * 95 / 100 && begun.elapsed() < Duration::from_secs(20) {
+    while spent < least(limit as u32) && begun.elapsed() < Duration::from_secs(20) {
         spent += count_admitted(&stack.envoy, &key, 100);
     }
     println!("{spent} of {limit} after three proxies came and went, in {} ms", begun.elapsed().as_millis());
-    assert!((limit * 95 / 100..=limit).contains(&spent), "{spent} of {limit}");
+    assert!((least(limit as u32)..=limit).contains(&spent), "{spent} of {limit}");
 
     // The same for a pod's preStop hook, with what the proxy has: the fleet token.
     let port = stack.control_plane.sync_port();
