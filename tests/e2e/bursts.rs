@@ -1,12 +1,12 @@
 //! Limits at first contact: bursts of new keys, small limits over several proxies, costs, restarts in every order, and the
 //! loss of the control plane that keeps the ledger. A request is never refused for a window while units are left.
 
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use keygate_e2e::burst::{burst, retry_after};
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::metrics::Metrics;
-use keygate_e2e::{Api, Envoy, Key, Redis, Request, Response, SOON, Stack, wait_until};
+use keygate_e2e::{Api, Envoy, Key, Redis, Request, SOON, Stack, wait_until};
 use serde_json::{Value, json};
 
 const LIMITS: &str = "/api/admin/rate_limits";
@@ -23,59 +23,6 @@ fn put(api: &Api, path: &str, document: &Value) {
 #[track_caller]
 fn limit_key(api: &Api, key: &Key, limit: usize) {
     put(api, LIMITS, &json!({ "keys": { &key.id: { "requests": limit, "window": "1h" } } }));
-}
-
-fn retry_after(answer: &Response) -> u64 {
-    answer.header("retry-after").and_then(|seconds| seconds.parse().ok()).expect("when to retry")
-}
-
-/// The answers to a burst.
-struct Burst {
-    admitted: usize,
-    /// Requests told to come again in a second, as units are left elsewhere.
-    pending: usize,
-    /// Requests told that the limit is spent.
-    exhausted: usize,
-    /// Requests admitted when the first one was told that the limit is spent.
-    before_exhausted: usize,
-    took: Duration,
-}
-
-/// Sends requests over some connections, as fast as answers come.
-#[track_caller]
-fn burst(envoy: &Envoy, request: &Request, requests: usize, connections: usize) -> Burst {
-    let answers = Mutex::new(Vec::new());
-    let begun = Instant::now();
-    std::thread::scope(|scope| {
-        for connection in 0..connections {
-            let share = requests / connections + usize::from(connection < requests % connections);
-            let answers = &answers;
-            scope.spawn(move || {
-                let mut connection = envoy.connect();
-                for _ in 0..share {
-                    let answer = connection.send(request);
-                    let wait = (answer.status == 429).then(|| retry_after(&answer));
-                    assert!(matches!(answer.status, 200 | 429), "{}: {}", answer.status, answer.text());
-                    answers.lock().expect("answers").push((Instant::now(), wait));
-                }
-            });
-        }
-    });
-    let took = begun.elapsed();
-    let mut answers = answers.into_inner().expect("answers");
-    answers.sort();
-    let admitted =
-        |answers: &[(Instant, Option<u64>)]| answers.iter().filter(|(_, wait)| wait.is_none()).count();
-    let is_exhausted = |wait: &Option<u64>| wait.is_some_and(|wait| wait > 1);
-    let first = answers.iter().position(|(_, wait)| is_exhausted(wait)).unwrap_or(answers.len());
-    let exhausted = answers.iter().filter(|(_, wait)| is_exhausted(wait)).count();
-    Burst {
-        admitted: admitted(&answers),
-        pending: answers.len() - admitted(&answers) - exhausted,
-        exhausted,
-        before_exhausted: admitted(&answers[..first]),
-        took,
-    }
 }
 
 /// At least 98 % of a limit.

@@ -5,6 +5,7 @@
 
 pub mod api;
 pub mod binaries;
+pub mod burst;
 pub mod clock;
 pub mod control_plane;
 pub mod durability;
@@ -17,6 +18,7 @@ pub mod line;
 pub mod load;
 pub mod metrics;
 pub mod middleman;
+pub mod overload;
 pub mod ports;
 pub mod process;
 pub mod prometheus;
