@@ -300,7 +300,7 @@ fn report(
             cap: record.cap.min(record.limit),
             used: record.in_use(),
             spent: record.spent,
-            age_ms: now_ns.saturating_sub(record.spent_ns).checked_div(MS).unwrap_or(0),
+            age_ms: now_ns.saturating_sub(record.spends.last_ns()).checked_div(MS).unwrap_or(0),
             wanted: if idle { 0 } else { record.demand(now_ns) },
             lacks: record.refused.min(record.limit),
             idle,

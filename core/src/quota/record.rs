@@ -94,8 +94,6 @@ pub(super) struct Record {
     pub short: bool,
     /// Units spent since the record was made.
     pub spent: u64,
-    /// Time of the last spend.
-    pub spent_ns: u64,
     /// Earliest time to ask for more.
     pub next_ask_ns: u64,
     /// Time of the last report.
@@ -129,7 +127,6 @@ impl Record {
             urgent: false,
             short: false,
             spent: 0,
-            spent_ns: 0,
             next_ask_ns: 0,
             reported_ns: 0,
             elsewhere: 0,
@@ -145,18 +142,17 @@ impl Record {
     /// a cap of another epoch.
     pub fn roll(&mut self, standing: &Standing, now_ns: u64) {
         let window_ns = self.account.window_ns();
-        let (mut lapsed, mut last_ns) = (0_u32, 0);
+        let mut lapsed = 0_u32;
         let spends = &mut self.spends;
         self.draws.retain(|draw| {
             let holds = now_ns < draw.until_ns;
             if !holds {
                 spends.add(draw.until_ns, draw.units, window_ns);
                 lapsed = lapsed.saturating_add(draw.units);
-                last_ns = draw.until_ns.max(last_ns);
             }
             holds
         });
-        self.note_spent(lapsed, last_ns);
+        self.note_spent(lapsed);
         self.spends.expire(now_ns, window_ns, drop);
         if self.epoch != standing.epoch {
             self.epoch = standing.epoch;
@@ -186,10 +182,9 @@ impl Record {
     }
 
     /// Notes units that were added to the spends.
-    pub fn note_spent(&mut self, units: u32, at_ns: u64) {
+    pub fn note_spent(&mut self, units: u32) {
         if units > 0 {
             self.spent = self.spent.saturating_add(units.into());
-            self.spent_ns = self.spent_ns.max(at_ns);
             self.unreported = true;
         }
     }
@@ -291,7 +286,6 @@ impl Record {
             self.epoch,
             self.asked,
             self.spent,
-            self.spent_ns,
             self.next_ask_ns,
             self.reported_ns,
             self.elsewhere.into(),
@@ -331,7 +325,6 @@ impl Record {
             epoch: spends::take(reader)?,
             asked: spends::take(reader)?,
             spent: spends::take(reader)?,
-            spent_ns: spends::take(reader)?,
             next_ask_ns: spends::take(reader)?,
             reported_ns: spends::take(reader)?,
             elsewhere: small(reader)?,

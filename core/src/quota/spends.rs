@@ -78,6 +78,11 @@ impl Spends {
         None
     }
 
+    /// Time of the last of them; 0 if there is none.
+    pub fn last_ns(&self) -> u64 {
+        self.groups.back().map_or(0, |group| group.last_ns)
+    }
+
     /// Each slot's.
     pub fn groups(&self) -> impl Iterator<Item = &Group> {
         self.groups.iter()

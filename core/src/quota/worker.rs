@@ -19,8 +19,6 @@ const MIN_DRAW_NS: u64 = 500_000_000;
 /// The most units that a VM draws beyond what a request needs, as one part in so many of what is free: units that a VM
 /// holds are missing at the others.
 const DRAW_PART: u32 = 64;
-/// A VM begins with this many units, and then draws at most twice what it spent since the time before.
-const FIRST_DRAW: u32 = 4;
 /// The most accounts that a VM settles at one go: a millisecond's work.
 const MAX_SETTLED: usize = 64;
 /// The most accounts that a VM keeps in mind; others are looked up for every request.
@@ -198,7 +196,7 @@ impl Purse {
             record.draws.swap_remove(place);
             for group in self.spent.groups() {
                 record.spends.add(group.last_ns, group.units, record.account.window_ns());
-                record.note_spent(group.units, group.last_ns);
+                record.note_spent(group.units);
             }
         }
     }
@@ -462,9 +460,10 @@ fn look(
     let outcome = if let Some(rest) = rest {
         record.short = false;
         record.spends.add(now_ns, cost, window_ns);
-        record.note_spent(cost, now_ns);
+        record.note_spent(cost);
         let most = rest.checked_div(DRAW_PART).unwrap_or(0);
-        drawn = pace.saturating_mul(2).clamp(FIRST_DRAW, u32::MAX).min(most);
+        // Nothing for a key that comes rarely, and then twice what was spent since the look before.
+        drawn = pace.saturating_mul(2).min(most);
         if drawn > 0 && is_worth_it(until_ns, now_ns) && record.has_room() {
             record.draws.push(Draw { vm, units: drawn, until_ns });
         } else {
