@@ -58,7 +58,8 @@
 //!    on from there ([`Ledger::resume`]). A ledger without that knowledge ([`Ledger::recovering`]), or with some of it
 //!    ([`Ledger::take_over`]), takes over caps and shares as proxies report them, and raises none for [`RECOVER_NS`]: by
 //!    then every proxy in touch has reported.
-//! 8. **Leaving.** A proxy that is drained spends nothing more, reports all it spent, and then says that it left.
+//! 8. **Leaving.** A proxy that is drained spends nothing more, whichever ledger answers, reports all it spent, and then
+//!    says that it left.
 //!
 //! A proxy that is killed or cut off is released after [`RELEASE_NS`], or at once when the next process of the same
 //! proxy joins (unless Envoy restarts hot). What it had not reported, at most its cap or its share of the limit, may be

@@ -158,7 +158,8 @@ impl Leader {
             share: answer.share,
             said: asking.said.max(answer.share),
             joined: true,
-            leaving: answer.leave,
+            // Another ledger may not know of it; what the one before it gave to others is not to be spent again.
+            leaving: standing.leaving || answer.leave,
             era: answer.era,
             sent_ns: asking.sent_ns,
             heard_ns: now_ns,

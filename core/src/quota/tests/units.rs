@@ -484,6 +484,20 @@ fn a_limit_that_changes_holds() {
 }
 
 #[test]
+fn a_proxy_that_was_told_to_leave_leaves_whichever_ledger_answers() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    assert_eq!(sites[0].burst(10, 2 * S), 10);
+    settle(&mut ledger, &mut sites, 2 * S);
+    assert!(ledger.drain(0));
+    settle(&mut ledger, &mut sites, 3 * S);
+    assert!(ledger.has_left(0));
+    let mut ledger = Ledger::recovering(9, false, 4 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    assert!(ledger.knows(&Member { proxy: 0, incarnation: 100 }) && ledger.has_left(0));
+    assert!(matches!(sites[0].spend(1, 5 * S), Verdict::Refused(_, Why::NotMember)));
+}
+
+#[test]
 fn a_control_plane_that_restarts_goes_on_from_what_it_kept() {
     let (mut ledger, mut sites) = fleet(2, 100);
     let mut now = 2 * S;
