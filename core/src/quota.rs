@@ -61,8 +61,9 @@
 //! 8. **Leaving.** A proxy that is drained spends nothing more, whichever ledger answers, reports all it spent, and then
 //!    says that it left.
 //!
-//! A proxy that is killed or cut off is released after [`RELEASE_NS`], or at once when the next process of the same
-//! proxy joins (unless Envoy restarts hot). What it had not reported, at most its cap or its share of the limit, may be
+//! A proxy that is killed or cut off is released after [`RELEASE_NS`], or once the next process of the same proxy has
+//! taken an answer (unless Envoy restarts hot): a first question may be that of a process that has ended, come late. What
+//! it had not reported, at most its cap or its share of the limit, may be
 //! admitted once more within one window; the ledger counts those units ([`Ledger::released_units`]). Its reported spends
 //! count until their window is over.
 //!

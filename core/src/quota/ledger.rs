@@ -59,6 +59,10 @@ struct Process {
     heard_ns: u64,
     leaving: bool,
     left: bool,
+    /// Processes of the same proxy that were there when it joined.
+    before: Vec<Member>,
+    /// The next process of the same proxy took its place.
+    replaced: bool,
     /// Accounts with news for it.
     news: BTreeSet<Account>,
     /// Accounts with a holder of its own.
@@ -457,6 +461,7 @@ impl Ledger {
     pub fn has_news(&self, question: &Question, now_ns: u64) -> bool {
         let Some(process) = self.members.get(&question.member) else { return true };
         !process.news.is_empty()
+            || !process.before.is_empty()
             || process.number >= question.number
             || question.era != self.era
             || question.left && !process.left
@@ -505,10 +510,15 @@ impl Ledger {
         if self.members.get(&member).is_some_and(|process| question.number <= process.number) {
             return Err(ExchangeError::Superseded);
         }
+        let is_replaced = self.members.get(&member).is_some_and(|process| process.replaced);
         let mut wake = if self.on_time(now_ns) { None } else { Some(BTreeSet::new()) };
         let mut answer = self.blank(question.number);
         let is_late = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
-        if (question.void || is_late) && self.members.contains_key(&member) {
+        if is_replaced && question.era != 0 {
+            answer.rejoin = true;
+            return Ok(Exchange { answer, wake });
+        }
+        if (question.void || is_late || is_replaced) && self.members.contains_key(&member) {
             // It comes too late with what it was granted.
             self.release(&member, now_ns);
             wake = None;
@@ -518,6 +528,8 @@ impl Ledger {
                 answer.rejoin = true;
                 return Ok(Exchange { answer, wake });
             }
+            wake = None;
+        } else if question.era == self.era && self.replace_before(&member, now_ns) {
             wake = None;
         }
         let Some(process) = self.members.get_mut(&member) else { return Err(ExchangeError::Superseded) };
@@ -590,15 +602,13 @@ impl Ledger {
     fn admit(&mut self, question: &Question, now_ns: u64) -> bool {
         let member = question.member;
         if question.era == 0 {
-            // A proxy is one process at a time: those before it have ended.
-            if question.new && !self.hot_restart {
-                let before = |other: &&Member| other.proxy == member.proxy;
-                let before: Vec<Member> = self.members.keys().filter(before).copied().collect();
-                for other in before {
-                    self.release(&other, now_ns);
-                }
-            }
+            let before = |other: &&Member| other.proxy == member.proxy;
+            let before: Vec<Member> = self.members.keys().filter(before).copied().collect();
             self.join(member, 0, now_ns);
+            if let Some(process) = self.members.get_mut(&member).filter(|_| question.new && !self.hot_restart)
+            {
+                process.before = before;
+            }
             return true;
         }
         // It was released, or has an older ledger than the one before this.
@@ -648,6 +658,26 @@ impl Ledger {
             .fold(0, |sum: u32, (share, count)| sum.saturating_add(share.saturating_mul(*count)))
     }
 
+    /// Releases the processes of the same proxy that were there when a member joined, since a proxy is one process at a
+    /// time; whether there were any. To be called once the member has taken an answer: the first question of a process
+    /// that has ended may come late.
+    fn replace_before(&mut self, member: &Member, now_ns: u64) -> bool {
+        let before = self.members.get_mut(member).map(|process| std::mem::take(&mut process.before));
+        let before = before.unwrap_or_default();
+        for other in &before {
+            if self.members.get(other).is_none_or(|process| process.left) {
+                continue;
+            }
+            self.lose(other, now_ns);
+            // It stays known for a while: its questions that come late say less than what is known of it.
+            if let Some(process) = self.members.get_mut(other) {
+                process.replaced = true;
+                process.heard_ns = now_ns;
+            }
+        }
+        !before.is_empty()
+    }
+
     /// A process has left: what it spent counts, and nothing else.
     fn leave(&mut self, member: &Member, now_ns: u64) {
         self.bequeath(member, now_ns);
@@ -663,23 +693,23 @@ impl Ledger {
         self.changes.members.insert(*member);
     }
 
-    /// A process is gone: what it reported counts, and nothing else.
-    fn release(&mut self, member: &Member, now_ns: u64) {
+    /// A process is gone without a word: what it reported counts, and nothing else.
+    fn lose(&mut self, member: &Member, now_ns: u64) {
         let Some(process) = self.members.get(member) else { return };
         if !process.left {
             let units = self.unreported(member, process, now_ns);
             self.released_units = self.released_units.saturating_add(units);
             self.released_members = self.released_members.saturating_add(1);
         }
-        self.bequeath(member, now_ns);
-        self.set_share(member, 0, 0);
-        if let Some(process) = self.members.remove(member) {
+        self.leave(member, now_ns);
+    }
+
+    /// A process is gone, and not known any more.
+    fn release(&mut self, member: &Member, now_ns: u64) {
+        self.lose(member, now_ns);
+        if self.members.remove(member).is_some() {
             self.count_share(0, -1);
-            if !process.leaving {
-                self.staying = self.staying.saturating_sub(1);
-            }
         }
-        self.changes.members.insert(*member);
     }
 
     /// Drops a member's caps, and keeps its spends; others may have news then.

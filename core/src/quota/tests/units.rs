@@ -498,6 +498,36 @@ fn a_proxy_that_was_told_to_leave_leaves_whichever_ledger_answers() {
 }
 
 #[test]
+fn a_question_that_comes_late_from_a_process_that_ended_releases_nobody() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    // One process ends before its first question is heard, and the next one takes its place.
+    let mut ended = Site::new(7, 1, 100);
+    ended.ask(2 * S);
+    let late = ended.ask(2 * S).unwrap();
+    assert!(late.new);
+    sites.push(Site::new(7, 2, 100));
+    settle(&mut ledger, &mut sites, 2 * S);
+    let caps = |ledger: &Ledger| ledger.saved().holders.iter().map(|row| row.cap).sum::<u32>();
+    retry(&mut ledger, &mut sites, 2, 90, 3 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    let before = caps(&ledger);
+    ledger.exchange(&late, 5 * S).unwrap();
+    settle(&mut ledger, &mut sites, 5 * S);
+    assert_eq!((caps(&ledger), ledger.released_members()), (before, 0));
+    // The process after that takes the place of both.
+    sites[2] = Site::new(7, 3, 100);
+    settle(&mut ledger, &mut sites, 6 * S);
+    assert_eq!(ledger.released_members(), 2);
+    assert_eq!(ledger.saved().members.len(), 3);
+    // What the ended one asked last comes late, too.
+    let last = Question { number: 1_000, era: 1, new: false, ..late };
+    let of_ended = Question { member: Member { proxy: 7, incarnation: 2 }, ..last };
+    let answer = ledger.exchange(&of_ended, 7 * S).unwrap().answer;
+    assert!(answer.rejoin);
+    assert_eq!(ledger.saved().members.len(), 3);
+}
+
+#[test]
 fn a_control_plane_that_restarts_goes_on_from_what_it_kept() {
     let (mut ledger, mut sites) = fleet(2, 100);
     let mut now = 2 * S;
