@@ -9,7 +9,8 @@ use super::division::{Need, divide};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
 use super::spends::{self, Spends};
 use super::{
-    Account, RECOVER_NS, RELEASE_NS, REPORT_NS, REPORT_NS_PER_PROXY, SHARES, SILENCE_NS, fair_share, hold_ns,
+    Account, RECOVER_NS, RELEASE_NS, REPORT_NS, REPORT_NS_PER_PROXY, RUN, SHARES, SILENCE_NS, fair_share,
+    hold_ns, is_same_ledger,
 };
 
 const MS: u64 = 1_000_000;
@@ -63,6 +64,8 @@ struct Process {
     before: Vec<Member>,
     /// The next process of the same proxy took its place.
     replaced: bool,
+    /// It is known from what was kept, and did not show yet that it took an answer since.
+    kept: bool,
     /// Accounts with news for it.
     news: BTreeSet<Account>,
     /// Accounts with a holder of its own.
@@ -297,12 +300,13 @@ impl Ledger {
         Self { era, recovering_until_ns: now_ns.saturating_add(RECOVER_NS), ..before }
     }
 
-    /// Goes on from what was kept; its times must be of the clock of `now_ns`.
+    /// Goes on from what was kept, with another era; its times must be of the clock of `now_ns`.
     pub fn resume(saved: &Saved, hot_restart: bool, now_ns: u64) -> Self {
-        let mut ledger = Self::new(saved.era, hot_restart, now_ns);
+        let mut ledger = Self::new(saved.era.wrapping_add(RUN), hot_restart, now_ns);
         for row in &saved.members {
             ledger.join(row.member, row.share, now_ns);
         }
+        ledger.members.values_mut().for_each(|process| process.kept = true);
         for row in &saved.holders {
             let Some(process) = ledger.members.get_mut(&row.member) else { continue };
             process.accounts.insert(row.account);
@@ -513,12 +517,14 @@ impl Ledger {
         let is_replaced = self.members.get(&member).is_some_and(|process| process.replaced);
         let mut wake = if self.on_time(now_ns) { None } else { Some(BTreeSet::new()) };
         let mut answer = self.blank(question.number);
-        let is_late = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
+        let is_old = self.may_be_old(question);
+        let is_late = question.era != self.era && question.era != 0 && !is_old && !self.is_recovering(now_ns);
+        let is_void = question.void && !is_old;
         if is_replaced && question.era != 0 {
             answer.rejoin = true;
             return Ok(Exchange { answer, wake });
         }
-        if (question.void || is_late || is_replaced) && self.members.contains_key(&member) {
+        if (is_void || is_late || is_replaced) && self.members.contains_key(&member) {
             // It comes too late with what it was granted.
             self.release(&member, now_ns);
             wake = None;
@@ -535,19 +541,32 @@ impl Ledger {
         let Some(process) = self.members.get_mut(&member) else { return Err(ExchangeError::Superseded) };
         process.number = question.number;
         process.heard_ns = now_ns;
-        let said = if question.era == self.era || self.recovering_until_ns > 0 { question.share } else { 0 };
+        process.kept &= question.era != self.era;
         let (said_before, told) = (process.said, process.told);
+        let said = if is_old {
+            said_before.max(question.share)
+        } else if question.era == self.era || self.recovering_until_ns > 0 {
+            question.share
+        } else {
+            0
+        };
         self.set_share(&member, said, told);
-        for report in &question.reports {
+        let report = |report: &Report| if is_old { self.at_least(&member, report, now_ns) } else { *report };
+        let reports: Vec<Report> = question.reports.iter().map(report).collect();
+        for report in &reports {
             self.note(&member, report, now_ns);
         }
-        if question.left {
+        if question.left && !is_old {
             self.leave(&member, now_ns);
             wake = None;
         }
         answer.leave = self.members.get(&member).is_some_and(|process| process.leaving);
-        for report in &question.reports {
-            let grant = self.grant(&member, report, &mut wake, now_ns);
+        for (report, asked) in reports.iter().zip(&question.reports) {
+            let mut grant = self.grant(&member, report, &mut wake, now_ns);
+            if is_old {
+                // It is counted with more, which others may have.
+                grant.cap = grant.cap.map(|cap| cap.min(asked.cap));
+            }
             answer.grants.push(grant);
         }
         let share = self.share(&member, question.share, &mut answer, now_ns);
@@ -614,7 +633,7 @@ impl Ledger {
         // It was released, or has an older ledger than the one before this.
         let recovered_ns = self.began_ns.saturating_add(RECOVER_NS);
         let adopts = now_ns < recovered_ns;
-        if question.era == self.era || question.void || !adopts {
+        if is_same_ledger(question.era, self.era) || question.void || !adopts {
             return false;
         }
         // There was another ledger: nothing grows until all have told what they have of it.
@@ -736,6 +755,36 @@ impl Ledger {
         }
         for account in waiting {
             self.tell_waiting(account, None, &mut None);
+        }
+    }
+
+    /// Whether a question may have been asked before the last one that the ledger answered in an earlier run.
+    fn may_be_old(&self, question: &Question) -> bool {
+        let shows_answer = question.era == self.era || !is_same_ledger(question.era, self.era);
+        let is_kept = self.members.get(&question.member).is_some_and(|process| process.kept);
+        is_kept && (question.era == 0 || !shows_answer)
+    }
+
+    /// A report that may be old, with no less than what is known.
+    fn at_least(&self, member: &Member, report: &Report, now_ns: u64) -> Report {
+        let account = report.account;
+        let pool = self.pools.get(&account);
+        let limit = pool.map_or(report.limit, |pool| pool.limit);
+        let (cap, used, spent) = match pool.and_then(|pool| pool.holders.get(member)) {
+            Some(holder) => (holder.cap, holder.used(now_ns, account.window_ns()), holder.total),
+            // It may have been forgotten since.
+            None => {
+                let share = self.members.get(member).map_or(0, Process::share);
+                (fair_share(limit.max(report.limit), share), 0, 0)
+            }
+        };
+        Report {
+            limit: report.limit.min(limit),
+            cap: report.cap.max(cap),
+            used: report.used.max(used),
+            spent: report.spent.max(spent),
+            idle: false,
+            ..*report
         }
     }
 

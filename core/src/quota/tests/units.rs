@@ -558,6 +558,41 @@ fn a_control_plane_that_restarts_goes_on_from_what_it_kept() {
 }
 
 #[test]
+fn after_a_restart_a_question_that_comes_late_takes_nothing_back() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    assert_eq!(sites[0].burst(10, 2 * S), 10);
+    let mut questions = (0..50).filter_map(|tick| sites[0].ask(2 * S + tick * 10 * MS));
+    let late = questions.find(|question| question.reports.len() == 1).unwrap();
+    sites[0].leader.on_failure(late.number);
+    retry(&mut ledger, &mut sites, 0, 70, 3 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    let cap = |ledger: &Ledger| {
+        let member = Member { proxy: 0, incarnation: 100 };
+        ledger.holder(account(HOUR_S), &member).unwrap().cap
+    };
+    let before = cap(&ledger);
+    assert!(before >= 80);
+    assert!(matches!(ledger.exchange(&late, 5 * S), Err(ExchangeError::Superseded)));
+    // Two runs later.
+    let ledger = Ledger::resume(&ledger.saved(), false, 5 * S);
+    let mut ledger = Ledger::resume(&ledger.saved(), false, 5 * S);
+    ledger.exchange(&late, 5 * S).unwrap();
+    ledger.exchange(&Question { number: late.number + 1, left: true, ..late.clone() }, 5 * S).unwrap();
+    let void = Question { number: late.number + 2, void: true, reports: Vec::new(), ..late };
+    ledger.exchange(&void, 5 * S).unwrap();
+    assert_eq!(cap(&ledger), before);
+    settle(&mut ledger, &mut sites, 6 * S);
+    assert_eq!(sites[0].record(|_, standing| standing.era), Some(ledger.era()));
+    let admitted: u32 = (0..50)
+        .map(|tick| {
+            settle(&mut ledger, &mut sites, 8 * S + tick * S);
+            sites[1].burst(3, 9 * S + tick * S)
+        })
+        .sum();
+    assert_eq!(admitted, 20);
+}
+
+#[test]
 fn another_ledger_takes_over_what_proxies_have_and_grants_more_after_fifteen_seconds() {
     for knows in [true, false] {
         let (mut ledger, mut sites) = fleet(2, 100);
