@@ -55,13 +55,17 @@
 //! 6. **VMs.** What a VM draws is in use. A VM never spends what it drew at or after the draw's end; whoever finds a draw
 //!    past its end counts it as spent at that time. So a VM that traps loses what it held, and no unit is spent twice.
 //! 7. **Restarts of the control plane.** Caps, shares and spends are on disk before the answer leaves, and the ledger goes
-//!    on from there ([`Ledger::resume`]). A ledger without that knowledge ([`Ledger::recovering`]), or with some of it
+//!    on from there ([`Ledger::resume`]). It does not know which questions it had answered. So until a proxy shows, by the
+//!    era, that it took an answer since, its questions may be old ones that come late, and only raise what is counted. A
+//!    ledger without that knowledge ([`Ledger::recovering`]), or with some of it
 //!    ([`Ledger::take_over`]), takes over caps and shares as proxies report them, and raises none for [`RECOVER_NS`]: by
 //!    then every proxy in touch has reported.
-//! 8. **Leaving.** A proxy that is drained spends nothing more, reports all it spent, and then says that it left.
+//! 8. **Leaving.** A proxy that is drained spends nothing more, whichever ledger answers, reports all it spent, and then
+//!    says that it left.
 //!
-//! A proxy that is killed or cut off is released after [`RELEASE_NS`], or at once when the next process of the same
-//! proxy joins (unless Envoy restarts hot). What it had not reported, at most its cap or its share of the limit, may be
+//! A proxy that is killed or cut off is released after [`RELEASE_NS`], or once the next process of the same proxy has
+//! taken an answer (unless Envoy restarts hot): a first question may be that of a process that has ended, come late. What
+//! it had not reported, at most its cap or its share of the limit, may be
 //! admitted once more within one window; the ledger counts those units ([`Ledger::released_units`]). Its reported spends
 //! count until their window is over.
 //!
@@ -147,6 +151,14 @@ impl Account {
 pub fn fair_share(limit: u32, share: u32) -> u32 {
     let units = u64::from(limit).saturating_mul(share.min(SHARES).into());
     u32::try_from(units.checked_div(SHARES.into()).unwrap_or(0)).unwrap_or(u32::MAX)
+}
+
+/// Eras with the same lower bits are of the same ledger: each time that it goes on from what was kept, it adds this.
+const RUN: u64 = 1 << 48;
+
+/// Whether two eras are of one ledger, which knows all that it had granted before.
+const fn is_same_ledger(one: u64, other: u64) -> bool {
+    (one ^ other).trailing_zeros() >= RUN.trailing_zeros()
 }
 
 /// Whether this proxy is ready for limited requests: the ledger gave it a share, and it was not drained.

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
 use super::page::{self, ABSENT, PAGES, Page, PageError, Write};
 use super::standing::Standing;
-use super::{ANSWER_NS, Account, dirty};
+use super::{ANSWER_NS, Account, dirty, is_same_ledger};
 use crate::shared::SharedData;
 
 /// Time that a spend takes from a VM to the leader's queue: a tick of the VM and one of the leader.
@@ -148,7 +148,7 @@ impl Leader {
         for account in asking.accounts.difference(&answered) {
             self.queue.insert(*account, true);
         }
-        if standing.era != answer.era {
+        if !is_same_ledger(standing.era, answer.era) {
             self.look_at_all(true);
         }
         if answer.leave && !standing.leaving {
@@ -158,7 +158,8 @@ impl Leader {
             share: answer.share,
             said: asking.said.max(answer.share),
             joined: true,
-            leaving: answer.leave,
+            // Another ledger may not know of it; what the one before it gave to others is not to be spent again.
+            leaving: standing.leaving || answer.leave,
             shared: standing.shared || answer.share > 0,
             era: answer.era,
             sent_ns: asking.sent_ns,

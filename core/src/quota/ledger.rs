@@ -9,7 +9,8 @@ use super::division::{Need, divide};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
 use super::spends::{self, Spends};
 use super::{
-    Account, RECOVER_NS, RELEASE_NS, REPORT_NS, REPORT_NS_PER_PROXY, SHARES, SILENCE_NS, fair_share, hold_ns,
+    Account, RECOVER_NS, RELEASE_NS, REPORT_NS, REPORT_NS_PER_PROXY, RUN, SHARES, SILENCE_NS, fair_share,
+    hold_ns, is_same_ledger,
 };
 
 const MS: u64 = 1_000_000;
@@ -59,6 +60,12 @@ struct Process {
     heard_ns: u64,
     leaving: bool,
     left: bool,
+    /// Processes of the same proxy that were there when it joined.
+    before: Vec<Member>,
+    /// The next process of the same proxy took its place.
+    replaced: bool,
+    /// It is known from what was kept, and did not show yet that it took an answer since.
+    kept: bool,
     /// Accounts with news for it.
     news: BTreeSet<Account>,
     /// Accounts with a holder of its own.
@@ -293,12 +300,13 @@ impl Ledger {
         Self { era, recovering_until_ns: now_ns.saturating_add(RECOVER_NS), ..before }
     }
 
-    /// Goes on from what was kept; its times must be of the clock of `now_ns`.
+    /// Goes on from what was kept, with another era; its times must be of the clock of `now_ns`.
     pub fn resume(saved: &Saved, hot_restart: bool, now_ns: u64) -> Self {
-        let mut ledger = Self::new(saved.era, hot_restart, now_ns);
+        let mut ledger = Self::new(saved.era.wrapping_add(RUN), hot_restart, now_ns);
         for row in &saved.members {
             ledger.join(row.member, row.share, now_ns);
         }
+        ledger.members.values_mut().for_each(|process| process.kept = true);
         for row in &saved.holders {
             let Some(process) = ledger.members.get_mut(&row.member) else { continue };
             process.accounts.insert(row.account);
@@ -457,6 +465,7 @@ impl Ledger {
     pub fn has_news(&self, question: &Question, now_ns: u64) -> bool {
         let Some(process) = self.members.get(&question.member) else { return true };
         !process.news.is_empty()
+            || !process.before.is_empty()
             || process.number >= question.number
             || question.era != self.era
             || question.left && !process.left
@@ -505,10 +514,17 @@ impl Ledger {
         if self.members.get(&member).is_some_and(|process| question.number <= process.number) {
             return Err(ExchangeError::Superseded);
         }
+        let is_replaced = self.members.get(&member).is_some_and(|process| process.replaced);
         let mut wake = if self.on_time(now_ns) { None } else { Some(BTreeSet::new()) };
         let mut answer = self.blank(question.number);
-        let is_late = question.era != self.era && question.era != 0 && !self.is_recovering(now_ns);
-        if (question.void || is_late) && self.members.contains_key(&member) {
+        let is_old = self.may_be_old(question);
+        let is_late = question.era != self.era && question.era != 0 && !is_old && !self.is_recovering(now_ns);
+        let is_void = question.void && !is_old;
+        if is_replaced && question.era != 0 {
+            answer.rejoin = true;
+            return Ok(Exchange { answer, wake });
+        }
+        if (is_void || is_late || is_replaced) && self.members.contains_key(&member) {
             // It comes too late with what it was granted.
             self.release(&member, now_ns);
             wake = None;
@@ -519,23 +535,38 @@ impl Ledger {
                 return Ok(Exchange { answer, wake });
             }
             wake = None;
+        } else if question.era == self.era && self.replace_before(&member, now_ns) {
+            wake = None;
         }
         let Some(process) = self.members.get_mut(&member) else { return Err(ExchangeError::Superseded) };
         process.number = question.number;
         process.heard_ns = now_ns;
-        let said = if question.era == self.era || self.recovering_until_ns > 0 { question.share } else { 0 };
+        process.kept &= question.era != self.era;
         let (said_before, told) = (process.said, process.told);
+        let said = if is_old {
+            said_before.max(question.share)
+        } else if question.era == self.era || self.recovering_until_ns > 0 {
+            question.share
+        } else {
+            0
+        };
         self.set_share(&member, said, told);
-        for report in &question.reports {
+        let report = |report: &Report| if is_old { self.at_least(&member, report, now_ns) } else { *report };
+        let reports: Vec<Report> = question.reports.iter().map(report).collect();
+        for report in &reports {
             self.note(&member, report, now_ns);
         }
-        if question.left {
+        if question.left && !is_old {
             self.leave(&member, now_ns);
             wake = None;
         }
         answer.leave = self.members.get(&member).is_some_and(|process| process.leaving);
-        for report in &question.reports {
-            let grant = self.grant(&member, report, &mut wake, now_ns);
+        for (report, asked) in reports.iter().zip(&question.reports) {
+            let mut grant = self.grant(&member, report, &mut wake, now_ns);
+            if is_old {
+                // It is counted with more, which others may have.
+                grant.cap = grant.cap.map(|cap| cap.min(asked.cap));
+            }
             answer.grants.push(grant);
         }
         let share = self.share(&member, question.share, &mut answer, now_ns);
@@ -590,21 +621,19 @@ impl Ledger {
     fn admit(&mut self, question: &Question, now_ns: u64) -> bool {
         let member = question.member;
         if question.era == 0 {
-            // A proxy is one process at a time: those before it have ended.
-            if question.new && !self.hot_restart {
-                let before = |other: &&Member| other.proxy == member.proxy;
-                let before: Vec<Member> = self.members.keys().filter(before).copied().collect();
-                for other in before {
-                    self.release(&other, now_ns);
-                }
-            }
+            let before = |other: &&Member| other.proxy == member.proxy;
+            let before: Vec<Member> = self.members.keys().filter(before).copied().collect();
             self.join(member, 0, now_ns);
+            if let Some(process) = self.members.get_mut(&member).filter(|_| question.new && !self.hot_restart)
+            {
+                process.before = before;
+            }
             return true;
         }
         // It was released, or has an older ledger than the one before this.
         let recovered_ns = self.began_ns.saturating_add(RECOVER_NS);
         let adopts = now_ns < recovered_ns;
-        if question.era == self.era || question.void || !adopts {
+        if is_same_ledger(question.era, self.era) || question.void || !adopts {
             return false;
         }
         // There was another ledger: nothing grows until all have told what they have of it.
@@ -648,6 +677,26 @@ impl Ledger {
             .fold(0, |sum: u32, (share, count)| sum.saturating_add(share.saturating_mul(*count)))
     }
 
+    /// Releases the processes of the same proxy that were there when a member joined, since a proxy is one process at a
+    /// time; whether there were any. To be called once the member has taken an answer: the first question of a process
+    /// that has ended may come late.
+    fn replace_before(&mut self, member: &Member, now_ns: u64) -> bool {
+        let before = self.members.get_mut(member).map(|process| std::mem::take(&mut process.before));
+        let before = before.unwrap_or_default();
+        for other in &before {
+            if self.members.get(other).is_none_or(|process| process.left) {
+                continue;
+            }
+            self.lose(other, now_ns);
+            // It stays known for a while: its questions that come late say less than what is known of it.
+            if let Some(process) = self.members.get_mut(other) {
+                process.replaced = true;
+                process.heard_ns = now_ns;
+            }
+        }
+        !before.is_empty()
+    }
+
     /// A process has left: what it spent counts, and nothing else.
     fn leave(&mut self, member: &Member, now_ns: u64) {
         self.bequeath(member, now_ns);
@@ -663,23 +712,23 @@ impl Ledger {
         self.changes.members.insert(*member);
     }
 
-    /// A process is gone: what it reported counts, and nothing else.
-    fn release(&mut self, member: &Member, now_ns: u64) {
+    /// A process is gone without a word: what it reported counts, and nothing else.
+    fn lose(&mut self, member: &Member, now_ns: u64) {
         let Some(process) = self.members.get(member) else { return };
         if !process.left {
             let units = self.unreported(member, process, now_ns);
             self.released_units = self.released_units.saturating_add(units);
             self.released_members = self.released_members.saturating_add(1);
         }
-        self.bequeath(member, now_ns);
-        self.set_share(member, 0, 0);
-        if let Some(process) = self.members.remove(member) {
+        self.leave(member, now_ns);
+    }
+
+    /// A process is gone, and not known any more.
+    fn release(&mut self, member: &Member, now_ns: u64) {
+        self.lose(member, now_ns);
+        if self.members.remove(member).is_some() {
             self.count_share(0, -1);
-            if !process.leaving {
-                self.staying = self.staying.saturating_sub(1);
-            }
         }
-        self.changes.members.insert(*member);
     }
 
     /// Drops a member's caps, and keeps its spends; others may have news then.
@@ -706,6 +755,36 @@ impl Ledger {
         }
         for account in waiting {
             self.tell_waiting(account, None, &mut None);
+        }
+    }
+
+    /// Whether a question may have been asked before the last one that the ledger answered in an earlier run.
+    fn may_be_old(&self, question: &Question) -> bool {
+        let shows_answer = question.era == self.era || !is_same_ledger(question.era, self.era);
+        let is_kept = self.members.get(&question.member).is_some_and(|process| process.kept);
+        is_kept && (question.era == 0 || !shows_answer)
+    }
+
+    /// A report that may be old, with no less than what is known.
+    fn at_least(&self, member: &Member, report: &Report, now_ns: u64) -> Report {
+        let account = report.account;
+        let pool = self.pools.get(&account);
+        let limit = pool.map_or(report.limit, |pool| pool.limit);
+        let (cap, used, spent) = match pool.and_then(|pool| pool.holders.get(member)) {
+            Some(holder) => (holder.cap, holder.used(now_ns, account.window_ns()), holder.total),
+            // It may have been forgotten since.
+            None => {
+                let share = self.members.get(member).map_or(0, Process::share);
+                (fair_share(limit.max(report.limit), share), 0, 0)
+            }
+        };
+        Report {
+            limit: report.limit.min(limit),
+            cap: report.cap.max(cap),
+            used: report.used.max(used),
+            spent: report.spent.max(spent),
+            idle: false,
+            ..*report
         }
     }
 

@@ -294,6 +294,8 @@ impl Fleet {
     }
 
     fn request(&mut self, at: usize, worker: usize) {
+        // It may hear nothing for a moment between two ticks.
+        self.note_silence(at);
         let Fleet { proxies, dice, .. } = self;
         let proxy = &mut proxies[at];
         let now = self.now + proxy.clock_ns;

@@ -284,7 +284,10 @@ fn a_tick_settles_so_many_accounts_that_requests_do_not_wait() {
     let accounts: Vec<Account> =
         (1..=150).map(|n| Account { key: KEY.wrapping_mul(n), ..account(HOUR_S) }).collect();
     for account in &accounts {
-        assert!(worker.spend(memory, *account, (100_000, 1, false), 2 * S).is_admitted());
+        // The second one draws.
+        for _ in 0..2 {
+            assert!(worker.spend(memory, *account, (100_000, 1, false), 2 * S).is_admitted());
+        }
     }
     let mut holding = Vec::new();
     for tick in 0..6 {
@@ -484,6 +487,50 @@ fn a_limit_that_changes_holds() {
 }
 
 #[test]
+fn a_proxy_that_was_told_to_leave_leaves_whichever_ledger_answers() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    assert_eq!(sites[0].burst(10, 2 * S), 10);
+    settle(&mut ledger, &mut sites, 2 * S);
+    assert!(ledger.drain(0));
+    settle(&mut ledger, &mut sites, 3 * S);
+    assert!(ledger.has_left(0));
+    let mut ledger = Ledger::recovering(9, false, 4 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    assert!(ledger.knows(&Member { proxy: 0, incarnation: 100 }) && ledger.has_left(0));
+    assert!(matches!(sites[0].spend(1, 5 * S), Verdict::Refused(_, Why::NotMember)));
+}
+
+#[test]
+fn a_question_that_comes_late_from_a_process_that_ended_releases_nobody() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    // One process ends before its first question is heard, and the next one takes its place.
+    let mut ended = Site::new(7, 1, 100);
+    ended.ask(2 * S);
+    let late = ended.ask(2 * S).unwrap();
+    assert!(late.new);
+    sites.push(Site::new(7, 2, 100));
+    settle(&mut ledger, &mut sites, 2 * S);
+    let caps = |ledger: &Ledger| ledger.saved().holders.iter().map(|row| row.cap).sum::<u32>();
+    retry(&mut ledger, &mut sites, 2, 90, 3 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    let before = caps(&ledger);
+    ledger.exchange(&late, 5 * S).unwrap();
+    settle(&mut ledger, &mut sites, 5 * S);
+    assert_eq!((caps(&ledger), ledger.released_members()), (before, 0));
+    // The process after that takes the place of both.
+    sites[2] = Site::new(7, 3, 100);
+    settle(&mut ledger, &mut sites, 6 * S);
+    assert_eq!(ledger.released_members(), 2);
+    assert_eq!(ledger.saved().members.len(), 3);
+    // What the ended one asked last comes late, too.
+    let last = Question { number: 1_000, era: 1, new: false, ..late };
+    let of_ended = Question { member: Member { proxy: 7, incarnation: 2 }, ..last };
+    let answer = ledger.exchange(&of_ended, 7 * S).unwrap().answer;
+    assert!(answer.rejoin);
+    assert_eq!(ledger.saved().members.len(), 3);
+}
+
+#[test]
 fn a_control_plane_that_restarts_goes_on_from_what_it_kept() {
     let (mut ledger, mut sites) = fleet(2, 100);
     let mut now = 2 * S;
@@ -511,6 +558,41 @@ fn a_control_plane_that_restarts_goes_on_from_what_it_kept() {
     settle(&mut ledger, &mut sites, now);
     assert_eq!(sites[0].burst(50, now + 2 * S), 0);
     assert_eq!(ledger.usage(now + 2 * S).map(|(_, used, _)| used).collect::<Vec<_>>(), [100]);
+}
+
+#[test]
+fn after_a_restart_a_question_that_comes_late_takes_nothing_back() {
+    let (mut ledger, mut sites) = fleet(2, 100);
+    assert_eq!(sites[0].burst(10, 2 * S), 10);
+    let mut questions = (0..50).filter_map(|tick| sites[0].ask(2 * S + tick * 10 * MS));
+    let late = questions.find(|question| question.reports.len() == 1).unwrap();
+    sites[0].leader.on_failure(late.number);
+    retry(&mut ledger, &mut sites, 0, 70, 3 * S);
+    settle(&mut ledger, &mut sites, 4 * S);
+    let cap = |ledger: &Ledger| {
+        let member = Member { proxy: 0, incarnation: 100 };
+        ledger.holder(account(HOUR_S), &member).unwrap().cap
+    };
+    let before = cap(&ledger);
+    assert!(before >= 80);
+    assert!(matches!(ledger.exchange(&late, 5 * S), Err(ExchangeError::Superseded)));
+    // Two runs later.
+    let ledger = Ledger::resume(&ledger.saved(), false, 5 * S);
+    let mut ledger = Ledger::resume(&ledger.saved(), false, 5 * S);
+    ledger.exchange(&late, 5 * S).unwrap();
+    ledger.exchange(&Question { number: late.number + 1, left: true, ..late.clone() }, 5 * S).unwrap();
+    let void = Question { number: late.number + 2, void: true, reports: Vec::new(), ..late };
+    ledger.exchange(&void, 5 * S).unwrap();
+    assert_eq!(cap(&ledger), before);
+    settle(&mut ledger, &mut sites, 6 * S);
+    assert_eq!(sites[0].record(|_, standing| standing.era), Some(ledger.era()));
+    let admitted: u32 = (0..50)
+        .map(|tick| {
+            settle(&mut ledger, &mut sites, 8 * S + tick * S);
+            sites[1].burst(3, 9 * S + tick * S)
+        })
+        .sum();
+    assert_eq!(admitted, 20);
 }
 
 #[test]
