@@ -194,8 +194,8 @@ fn a_key_used_everywhere_within_the_shares_moves_no_units() {
     let (mut ledger, mut sites) = fleet(3, 900);
     let mut now = 2 * S;
     for _ in 0..100 {
-        for at in 0..3 {
-            assert!(sites[at].spend(1, now).is_admitted());
+        for site in &mut sites {
+            assert!(site.spend(1, now).is_admitted());
         }
         now += 100 * MS;
         sites.iter_mut().for_each(|site| {
@@ -338,8 +338,8 @@ fn without_answers_a_proxy_spends_what_it_was_granted_and_then_its_share() {
     settle(&mut ledger, &mut sites, silent + S);
     let used: u32 = ledger.usage(silent + 2 * S).map(|(_, used, _)| used).max().unwrap();
     assert!(used > 90, "{used}: admitted once more, and counted");
-    for at in 0..3 {
-        assert!(!sites[at].spend(1, silent + 3 * S).is_admitted());
+    for site in &mut sites {
+        assert!(!site.spend(1, silent + 3 * S).is_admitted());
     }
 }
 
