@@ -1237,7 +1237,8 @@ impl Plan {
         let Some(part) = self.part(member).filter(|_| self.moves) else { return cap };
         let idle = cap.saturating_sub(part.used);
         if self.over > 0 {
-            return cap.saturating_sub(idle.min(self.over));
+            // Units in use, too: what becomes free of them is not spent again.
+            return cap.saturating_sub(idle.max(cap.saturating_sub(part.target)).min(self.over));
         }
         if part.target >= cap {
             return cap.saturating_add(part.target.saturating_sub(cap).min(self.free));
