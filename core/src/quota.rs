@@ -56,10 +56,12 @@
 //!    past its end counts it as spent at that time. So a VM that traps loses what it held, and no unit is spent twice.
 //! 7. **Restarts of the control plane.** Caps, shares and spends are on disk before the answer leaves, and the ledger goes
 //!    on from there ([`Ledger::resume`]). It does not know which questions it had answered. So until a proxy shows, by the
-//!    era, that it took an answer since, its questions may be old ones that come late, and only raise what is counted. A
-//!    ledger without that knowledge ([`Ledger::recovering`]), or with some of it
-//!    ([`Ledger::take_over`]), takes over caps and shares as proxies report them, and raises none for [`RECOVER_NS`]: by
-//!    then every proxy in touch has reported.
+//!    era, that it took an answer since, its questions may be old ones that come late, and only raise what is counted.
+//!
+//!    A ledger without that knowledge ([`Ledger::recovering`]), or with some of it ([`Ledger::take_over`]), takes over
+//!    caps and shares as proxies report them, and raises none for [`RECOVER_NS`]: by then every proxy in touch has
+//!    reported. One that heard nothing for so long drops what it had when another ledger answers, since a ledger between
+//!    the two may have granted it to others.
 //! 8. **Leaving.** A proxy that is drained spends nothing more, whichever ledger answers, reports all it spent, and then
 //!    says that it left.
 //!

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recall, Report};
 use super::page::{self, ABSENT, PAGES, Page, PageError, Write};
 use super::standing::Standing;
-use super::{ANSWER_NS, Account, dirty, is_same_ledger};
+use super::{ANSWER_NS, Account, RECOVER_NS, dirty, is_same_ledger};
 use crate::shared::SharedData;
 
 /// Time that a spend takes from a VM to the leader's queue: a tick of the VM and one of the leader.
@@ -121,7 +121,10 @@ impl Leader {
             self.requeue(asking);
             return false;
         }
-        if answer.rejoin {
+        let is_other = standing.era != 0 && !is_same_ledger(standing.era, answer.era);
+        // A ledger between the two may have ended its recovery without this proxy, and granted what it had.
+        let is_void = is_other && now_ns >= standing.sent_ns.saturating_add(RECOVER_NS);
+        if answer.rejoin || is_void {
             let next = Standing {
                 epoch: standing.epoch.saturating_add(1),
                 era: 0,

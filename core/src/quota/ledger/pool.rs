@@ -116,17 +116,16 @@ impl Ledger {
     pub(super) fn at_least(&self, member: &Member, report: &Report, now_ns: u64) -> Report {
         let account = report.account;
         let pool = self.pools.get(&account);
-        let limit = pool.map_or(report.limit, |pool| pool.limit);
         let (cap, used, spent) = match pool.and_then(|pool| pool.holders.get(member)) {
             Some(holder) => (holder.cap, holder.used(now_ns, account.window_ns()), holder.total),
             // It may have been forgotten since.
             None => {
                 let share = self.members.get(member).map_or(0, Process::share);
-                (fair_share(limit.max(report.limit), share), 0, 0)
+                let limit = pool.map_or(report.limit, |pool| pool.limit.max(report.limit));
+                (fair_share(limit, share), 0, 0)
             }
         };
         Report {
-            limit: report.limit.min(limit),
             cap: report.cap.max(cap),
             used: report.used.max(used),
             spent: report.spent.max(spent),
@@ -454,7 +453,8 @@ impl Plan {
         let Some(part) = self.part(member).filter(|_| self.moves) else { return cap };
         let idle = cap.saturating_sub(part.used);
         if self.over > 0 {
-            return cap.saturating_sub(idle.min(self.over));
+            // Units in use, too: what becomes free of them is not spent again.
+            return cap.saturating_sub(idle.max(cap.saturating_sub(part.target)).min(self.over));
         }
         if part.target >= cap {
             return cap.saturating_add(part.target.saturating_sub(cap).min(self.free));

@@ -596,6 +596,20 @@ fn after_a_restart_a_question_that_comes_late_takes_nothing_back() {
 }
 
 #[test]
+fn a_proxy_that_missed_a_ledger_drops_what_it_had() {
+    for (silent, cap) in [(10 * S, 70), (20 * S, 0)] {
+        let (mut ledger, mut sites) = fleet(2, 100);
+        retry(&mut ledger, &mut sites, 0, 70, 2 * S);
+        settle(&mut ledger, &mut sites, 3 * S);
+        let mut ledger = Ledger::recovering(9, false, 4 * S + silent);
+        settle(&mut ledger, &mut sites[..1], 4 * S + silent);
+        let now = 5 * S + silent;
+        assert!(ledger.is_recovering(now));
+        assert!((cap..=100).contains(&sites[0].cap(now)) && (sites[0].cap(now) == 0) == (cap == 0));
+    }
+}
+
+#[test]
 fn another_ledger_takes_over_what_proxies_have_and_grants_more_after_fifteen_seconds() {
     for knows in [true, false] {
         let (mut ledger, mut sites) = fleet(2, 100);
