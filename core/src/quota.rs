@@ -20,7 +20,7 @@
 //!
 //! A request is *admitted*; or *exhausted*: the units in use at this proxy and those known to be in use elsewhere leave
 //! too few of the limit; or *pending*: units are left, at another proxy, at another VM, or not granted yet. A pending
-//! request waits some milliseconds, or is told to come again in a second.
+//! request waits some milliseconds, or is refused with `Retry-After: 1`.
 //!
 //! # Contact
 //!
@@ -52,7 +52,7 @@
 //!    exceed the limit, and raises the share when all those are reported.
 //! 5. **Forgotten records.** Before a proxy says that an account is idle, it lowers the cap to its share of the limit. The
 //!    ledger then forgets its record and counts the share; if the answer is lost, the proxy reports again.
-//! 6. **VMs.** What a VM draws is in use. A VM never spends what it drew at or after the draw's end; whoever finds a draw
+//! 6. **VMs.** What a VM draws is in use. A VM never spends what it drew at or after the draw's end; a VM that finds a draw
 //!    past its end counts it as spent at that time. So a VM that traps loses what it held, and no unit is spent twice.
 //! 7. **Restarts of the control plane.** Caps, shares and spends are on disk before the answer leaves, and the ledger goes
 //!    on from there ([`Ledger::resume`]). It does not know which questions it had answered. So until a proxy shows, by the
@@ -85,6 +85,7 @@ mod page;
 mod record;
 mod spends;
 mod standing;
+mod verdict;
 mod worker;
 
 use serde::{Deserialize, Serialize};
@@ -98,7 +99,8 @@ pub use ledger::{
 pub use message::{
     Answer, FORMAT, Grant, MAX_BYTES, MAX_ENTRIES, Member, MessageError, Question, Recall, Report,
 };
-pub use worker::{Basis, QuotaStatus, Verdict, Why, Worker};
+pub use verdict::{Basis, QuotaStatus, Verdict, Why};
+pub use worker::Worker;
 
 /// The sum of all shares of a limit: divisible by every number up to 16, so that small fleets divide limits evenly.
 pub const SHARES: u32 = 720_720;

@@ -27,7 +27,7 @@ struct Check {
     /// What is wrong with it.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     reasons: Vec<String>,
-    /// What is worth knowing although nothing is wrong.
+    /// A remark although nothing is wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     note: Option<String>,
 }

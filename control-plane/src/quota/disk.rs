@@ -47,7 +47,7 @@ pub enum DiskError {
 
 crate::store::from_redb!(DiskError);
 
-/// What is kept beside rows.
+/// The ledger's number, and the clocks that the rows' times are of.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Head {

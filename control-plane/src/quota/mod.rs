@@ -65,7 +65,7 @@ impl Quotas {
         self.here().map(|service| service.busiest(count)).unwrap_or_default()
     }
 
-    /// What the ledger does not know, if it is here.
+    /// Proxies that the ledger does not hear, and whether limits grow; `None` if it is elsewhere.
     pub fn doubts(&self) -> Option<Doubts> {
         self.here().map(|service| service.doubts())
     }

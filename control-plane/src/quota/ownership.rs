@@ -3,7 +3,7 @@
 //! The owner stands in the journal. Where there are several control planes, the owner also holds a lease in Redis, and the
 //! others call its sync port every second. Another one takes over when it has not reached the owner for [`TAKEOVER_AFTER`]
 //! and gets the lease; or at once, when the owner handed the ledger over as it ended. An owner that cannot renew the lease
-//! goes on while every other control plane reaches it, since then none of them takes over; else it grants nothing after
+//! continues while every other control plane reaches it, since then none of them takes over; else it grants nothing after
 //! [`OWNS_FOR`], which is less. So without Redis the ledger stays where it is, and no other one begins.
 
 use std::collections::BTreeMap;
@@ -35,10 +35,10 @@ const TAKEOVER_AFTER: Duration = Duration::from_secs(8);
 const HAND_OVER_EVERY: Duration = Duration::from_secs(5);
 /// Name of the lease.
 const WORK: &str = "limits";
-/// The actor in the journal where nobody asked for it.
+/// The actor in the journal of changes that no operator asked for.
 const ACTOR: &str = "system";
 
-/// What there is to do.
+/// The next step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Step {
     /// It is not known who keeps the ledger.
@@ -263,7 +263,7 @@ fn step(app: &App, state: &State) -> Step {
     }
 }
 
-/// What to do when it is decided who keeps it. `is_own`: it is this control plane, maybe by an older name.
+/// The next step where the journal names an owner. `is_own`: it is this control plane, maybe by an older name.
 fn of(source: u64, is_own: bool, keeper: Keeper, is_heard: bool) -> Step {
     if !is_own {
         return Step::PassOn(keeper.source);
@@ -275,7 +275,7 @@ fn of(source: u64, is_own: bool, keeper: Keeper, is_heard: bool) -> Step {
     Step::Keep { since: keeper.since, before: None, first: false }
 }
 
-/// What a control plane without others keeps the ledger by: a copy that was set back has not kept what it kept since.
+/// Stamp by which a control plane without others keeps the ledger; another one for a copy that was set back.
 fn alone(state: &State) -> u64 {
     if state.lines.is_empty() { 0 } else { state.version.source }
 }

@@ -43,7 +43,7 @@ pub enum Origin<'o> {
         /// There was no ledger in the fleet before, unless there is one here.
         first: bool,
     },
-    /// What the control plane before handed over.
+    /// The ledger as the control plane before handed it over.
     Handover {
         /// The stamp of the change that says who keeps the ledger.
         since: u64,
@@ -87,7 +87,7 @@ enum Work {
 }
 
 impl LedgerService {
-    /// Goes on from what was kept. `era` tells a ledger that begins from all others.
+    /// Opens the ledger from what was kept. `era` distinguishes a ledger that begins from all others.
     ///
     /// # Errors
     /// When it cannot be kept.
@@ -323,7 +323,7 @@ impl LedgerService {
         all
     }
 
-    /// What is not known of the ledger's proxies, and whether limits grow.
+    /// Proxies that the ledger does not hear, and whether limits grow.
     pub fn doubts(&self) -> Doubts {
         let ledger = self.ledger();
         let now_ns = now_ns();
@@ -352,7 +352,7 @@ impl Drop for LedgerService {
     }
 }
 
-/// What the ledger does not know, and what follows.
+/// Gaps in what the ledger knows, and their consequences.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Doubts {
     /// Proxies that were not heard of for 3 s.
@@ -481,7 +481,7 @@ mod tests {
     fn a_ledger_that_is_lost_or_damaged_recovers() {
         let dir = tempfile::tempdir().unwrap();
         assert!(!recovers(dir.path(), FIRST), "there was none before");
-        assert!(!recovers(dir.path(), FIRST), "it goes on from what was kept");
+        assert!(!recovers(dir.path(), FIRST), "what was kept is used");
         std::fs::remove_file(dir.path().join("quota.redb")).unwrap();
         assert!(recovers(dir.path(), FIRST), "lost");
         assert!(recovers(dir.path(), FIRST), "that is kept, too");
