@@ -62,7 +62,9 @@ fn checks(app: &App) -> Vec<Check> {
         let wrong = (!is_well).then(|| format!("canaries: {status}, see /api/admin/canary/health"));
         checks.push(Check::new("canary", wrong.into_iter().collect()));
     }
-    checks.push(of_limits(app));
+    if app.config.enforces_limits {
+        checks.push(of_limits(app));
+    }
     let fleet = app.fleet.summary(&state, &app.deltas);
     let (behind, live) = (fleet.behind, fleet.live);
     let wrong =

@@ -309,7 +309,6 @@ fn report(
             lacks: record.refused.min(record.limit),
             idle,
         };
-        record.refused = 0;
         Ok((Some(report), Write::Yes))
     })?;
     Ok(report.flatten())
@@ -372,6 +371,9 @@ fn granted(data: &mut impl SharedData, answer: &Answer, grant: &Grant, now_ns: u
         };
         // The ledger tells when there is more for whom there was not enough. What others spend it does not tell.
         let left = record.limit.saturating_sub(record.elsewhere(now_ns)).saturating_sub(record.spends.used());
+        if record.cap > record.in_use() || left == 0 {
+            record.refused = 0;
+        }
         let pause_ns = if record.cap > record.in_use() {
             0
         } else if left > 0 {

@@ -74,7 +74,7 @@ pub struct Report {
     /// Units asked for in a window's time, including refused ones.
     #[serde(default)]
     pub wanted: u32,
-    /// Units refused since the last report.
+    /// Units refused lately and not granted since.
     #[serde(default)]
     pub lacks: u32,
     /// Nothing is in use and nothing is asked for: the record can be forgotten.

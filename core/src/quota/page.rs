@@ -38,8 +38,8 @@ pub(super) enum PageError {
 /// ```text
 /// 0 4 magic "KGp2"   4 1 number of records, then the records in the order of their accounts:
 ///   8 key   4 window, s   2 bytes that follow   1 flags: 1 agreed, 2 marked, 4 unreported, 8 short, 16 urgent
-///   13 numbers in LEB128: limit, cap, epoch, asked, spent, next ask, reported, elsewhere, elsewhere until, refused,
-///      and of the demand: began, before, now
+///   14 numbers in LEB128: limit, cap, epoch, asked, spent, next ask, reported, elsewhere, elsewhere until, refused,
+///      refused at, and of the demand: began, before, now
 ///   1 number of draws; for each 8 VM, 4 units, 8 until
 ///   the spends: number, and for each the time since the one before and its units, in LEB128
 /// ```

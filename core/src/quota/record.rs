@@ -14,6 +14,8 @@ const SHORT: u8 = 8;
 const URGENT: u8 = 16;
 /// The leader asks for more when fewer than one part in so many of the limit are free.
 const LOW_PART: u32 = 16;
+/// Clients that were told to come again in a second did not come after this time.
+const REFUSED_NS: u64 = 3_000_000_000;
 /// A record without use is reported as idle after a quarter of the window, within these bounds.
 const IDLE_NS: std::ops::RangeInclusive<u64> = 1_000_000_000..=60_000_000_000;
 
@@ -102,8 +104,10 @@ pub(super) struct Record {
     pub elsewhere: u32,
     /// Time at which the first of them is free again; from then on the number is not known.
     pub elsewhere_until_ns: u64,
-    /// Units refused since the last report.
+    /// Units refused since the last answer that brought units, or that said that there are none.
     pub refused: u32,
+    /// Time of the last refusal.
+    pub refused_ns: u64,
     /// Units asked for.
     pub demand: Demand,
     /// Units that VMs hold.
@@ -132,6 +136,7 @@ impl Record {
             elsewhere: 0,
             elsewhere_until_ns: 0,
             refused: 0,
+            refused_ns: 0,
             demand: Demand::default(),
             draws: Vec::new(),
             spends: Spends::default(),
@@ -164,6 +169,9 @@ impl Record {
         }
         if !self.agreed {
             self.cap = self.cap.min(standing.own(self.limit));
+        }
+        if self.refused > 0 && now_ns >= self.refused_ns.saturating_add(REFUSED_NS) {
+            self.refused = 0;
         }
     }
 
@@ -217,7 +225,15 @@ impl Record {
     /// Notes units that were asked for, `refused` of them in vain.
     pub fn note(&mut self, asked_for: u32, refused: u32, now_ns: u64) {
         self.demand.add(asked_for, self.account.window_ns(), now_ns);
-        self.refused = self.refused.saturating_add(refused);
+        self.note_refused(refused, now_ns);
+    }
+
+    /// Notes units that were refused: the ledger is asked for them.
+    pub fn note_refused(&mut self, units: u32, now_ns: u64) {
+        if units > 0 {
+            self.refused = self.refused.saturating_add(units);
+            self.refused_ns = now_ns;
+        }
     }
 
     /// Units asked for in a window's time: those in use, and those refused, too.
@@ -291,6 +307,7 @@ impl Record {
             self.elsewhere.into(),
             self.elsewhere_until_ns,
             self.refused.into(),
+            self.refused_ns,
             self.demand.began_ns,
             self.demand.before.into(),
             self.demand.now.into(),
@@ -330,6 +347,7 @@ impl Record {
             elsewhere: small(reader)?,
             elsewhere_until_ns: spends::take(reader)?,
             refused: small(reader)?,
+            refused_ns: spends::take(reader)?,
             demand: Demand { began_ns: spends::take(reader)?, before: small(reader)?, now: small(reader)? },
             draws: Vec::new(),
             spends: Spends::default(),

@@ -378,8 +378,7 @@ fn look(
             Outcome::Refused(Why::TooDear)
         } else {
             if !again {
-                // The ledger is asked for them.
-                record.refused = record.refused.saturating_add(cost);
+                record.note_refused(cost, now_ns);
             }
             if spent.saturating_add(cost) > record.limit {
                 Outcome::Refused(Why::Exhausted)

@@ -283,7 +283,7 @@ impl Ledger {
                 let used = holder.used(now_ns, window_ns);
                 let Holder { cap, wanted, lacks, .. } = *holder;
                 let needed = used.saturating_add(lacks).min(pool.limit);
-                plan.parts.push(Part { member: *member, cap, wanted, used, target: needed });
+                plan.parts.push(Part { member: *member, cap, wanted, used, needed, target: needed });
             } else {
                 divisible = divisible.saturating_sub(holder.counted(now_ns, window_ns));
             }
@@ -431,6 +431,8 @@ struct Part {
     cap: u32,
     wanted: u32,
     used: u32,
+    /// Units in use and refused.
+    needed: u32,
     /// The cap that it should have.
     target: u32,
 }
@@ -441,11 +443,11 @@ impl Plan {
     }
 
     fn is_short(&self) -> bool {
-        self.parts.iter().any(|part| part.wanted > part.cap && part.target > part.cap)
+        self.parts.iter().any(|part| part.wanted > part.cap && part.target.max(part.needed) > part.cap)
     }
 
     fn target_of(&self, member: &Member) -> u32 {
-        self.part(member).map_or(0, |part| part.target)
+        self.part(member).map_or(0, |part| part.target.max(part.needed))
     }
 
     /// The next cap of a member that goes by `cap`.
@@ -456,15 +458,17 @@ impl Plan {
             // Units in use, too: what becomes free of them is not spent again.
             return cap.saturating_sub(idle.max(cap.saturating_sub(part.target)).min(self.over));
         }
-        if part.target >= cap {
-            return cap.saturating_add(part.target.saturating_sub(cap).min(self.free));
+        let aim = part.target.max(part.needed);
+        if aim > cap {
+            return cap.saturating_add(aim.saturating_sub(cap).min(self.free));
         }
-        // It gives what others lack, and keeps the rest.
-        let others = self.parts.iter().filter(|part| part.member != *member);
-        let lack = others.fold(0_u32, |sum, part| {
-            sum.saturating_add(part.target.min(part.wanted).saturating_sub(part.cap))
-        });
+        // It gives what others lack by their targets, and idle units for what was refused elsewhere.
+        let others = || self.parts.iter().filter(|part| part.member != *member);
+        let sum = |of: fn(&Part) -> u32| others().fold(0_u32, |sum, part| sum.saturating_add(of(part)));
+        let lack = sum(|part| part.target.min(part.wanted).saturating_sub(part.cap));
+        let refused = sum(|part| part.needed.saturating_sub(part.cap));
         let give = cap.saturating_sub(part.target).min(lack.saturating_sub(self.free));
-        cap.saturating_sub(if give <= self.noise { give.min(idle) } else { give })
+        let give = if give <= self.noise { give.min(idle) } else { give };
+        cap.saturating_sub(give.max(idle.min(refused.saturating_sub(self.free))))
     }
 }
