@@ -1,8 +1,8 @@
 //! Record of an account, shared by a proxy's VMs.
 
-use super::Account;
 use super::spends::{self, Spends};
 use super::standing::Standing;
+use super::{Account, SHARES};
 use crate::wire::{Reader, WireError};
 
 /// The most VMs that hold units of an account.
@@ -175,10 +175,12 @@ impl Record {
         }
     }
 
-    /// Goes by a limit. A lower one is at once no more than the proxy's share of it.
+    /// Goes by a limit. Of a lower one, a proxy that is not alone has nothing until the ledger has answered: others may go
+    /// by it already.
     pub fn set_limit(&mut self, limit: u32, standing: &Standing) {
         if limit < self.limit {
-            self.cap = self.cap.min(standing.own(limit));
+            let own = if self.agreed && standing.share < SHARES { 0 } else { standing.own(limit) };
+            self.cap = self.cap.min(own);
         }
         if limit != self.limit {
             self.limit = limit;
