@@ -141,8 +141,8 @@ fn a_proxy_that_ends_meanwhile_ends_and_starts_again() {
     for _ in 0..3 {
         let mut connections: Vec<Connection> = (0..100).map(|_| stack.envoy.connect()).collect();
         connections.iter_mut().for_each(|connection| connection.begin(&request));
-        // Envoy 1.40 ends by SIGSEGV now and then when it is told to stop while requests wait: a known defect, which costs
-        // nothing but its exit status.
+        // Known defect, cause unknown: Envoy sometimes ends by SIGSEGV when it is told to stop while requests wait. Until
+        // that is mended, the exit status is not asserted here.
         let _status = stack.envoy.stop();
         stack.start_envoy();
         stack.envoy.wait_ready();
