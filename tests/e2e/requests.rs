@@ -373,3 +373,31 @@ fn the_access_log_says_who_and_why_and_never_the_key() {
     let log = std::fs::read_to_string(stack.envoy.access_log_file()).expect("the log");
     assert!(!log.contains(&key.token));
 }
+
+#[test]
+fn connections_above_the_limit_are_closed_until_others_end() {
+    let mut stack = Stack::builder().workers(2).without_envoy().start();
+    stack.envoy.use_connection_limit(3);
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let overflows =
+        || stack.envoy.stat(&format!("listener.127.0.0.1_{}.downstream_cx_overflow", stack.envoy.port()));
+    wait_until(SOON, "earlier connections to be gone", || {
+        stack.envoy.stat(&format!("listener.127.0.0.1_{}.downstream_cx_active", stack.envoy.port())) == 0
+    });
+    let (before, mut connections) = (overflows(), Vec::new());
+    for _ in 0..3 {
+        let mut connection = stack.envoy.connect();
+        connection.send(&Request::get("/")).expect(200);
+        connections.push(connection);
+    }
+    assert!(
+        keygate_e2e::http::try_call(stack.envoy.port(), &Request::get("/")).is_err(),
+        "the fourth passes"
+    );
+    assert_eq!(overflows(), before + 1);
+    connections.pop();
+    wait_until(SOON, "a place", || {
+        keygate_e2e::http::try_call(stack.envoy.port(), &Request::get("/")).is_ok()
+    });
+}

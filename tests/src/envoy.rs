@@ -75,6 +75,7 @@ pub struct Envoy {
     source: Option<Ipv4Addr>,
     moved_clock: Option<Clock>,
     listeners_of_a_file: bool,
+    connection_limit: Option<usize>,
     variables: Vec<(String, String)>,
     port: Port,
     admin_port: Port,
@@ -94,6 +95,7 @@ impl Envoy {
             source: None,
             moved_clock: None,
             listeners_of_a_file: false,
+            connection_limit: None,
             variables: Vec::new(),
             port: Port::reserve(),
             admin_port: Port::reserve(),
@@ -127,6 +129,11 @@ impl Envoy {
     /// From the next start on it has this in its environment.
     pub fn use_variable(&mut self, name: &str, value: &str) {
         self.variables.push((name.to_owned(), value.to_owned()));
+    }
+
+    /// From the next start on its listener accepts so many connections.
+    pub fn use_connection_limit(&mut self, connections: usize) {
+        self.connection_limit = Some(connections);
     }
 
     /// From the next start on it has its listeners from a file, and watches that.
@@ -189,7 +196,12 @@ impl Envoy {
 
     fn config(&self, neighbours: &Neighbours) -> String {
         let template = binaries::root().join("envoy/local.yaml.in");
-        let template = fs::read_to_string(template).expect("Envoy's template");
+        let mut template = fs::read_to_string(template).expect("Envoy's template");
+        if let Some(limit) = self.connection_limit {
+            let shipped = "connection_limit: 10000";
+            assert_eq!(template.matches(shipped).count(), 1, "the limit of connections");
+            template = template.replace(shipped, &format!("connection_limit: {limit}"));
+        }
         [
             ("@ENVOY_ADDRESS@", "127.0.0.1".to_owned()),
             ("@ENVOY_PORT@", self.port().to_string()),

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use axum::Router;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
+use axum::http::request::Parts;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::{IntoResponse, Response};
 use hyper_util::rt::TokioIo;
@@ -66,7 +67,12 @@ async fn answer(State(behaviour): State<Arc<Behaviour>>, request: Request) -> Re
     if behaviour.name == "v1" && request.uri().path() != "/" && !is_good_for_v1(request.headers()) {
         return failed(StatusCode::UNAUTHORIZED);
     }
-    echo(&behaviour.name, &request).into_response()
+    // Hyper closes a connection whose request's body nobody reads, and the reset can overtake the answer.
+    let (head, body) = request.into_parts();
+    let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
+        return failed(StatusCode::BAD_REQUEST);
+    };
+    echo(&behaviour.name, &head, body.len()).into_response()
 }
 
 /// The old check: keys of before, and, as in a real migration, those of Keygate too, which it knows by their look.
@@ -79,9 +85,9 @@ fn is_good_for_v1(headers: &HeaderMap) -> bool {
     })
 }
 
-fn echo(name: &str, request: &Request) -> impl IntoResponse + use<> {
+fn echo(name: &str, request: &Parts, body_bytes: usize) -> impl IntoResponse + use<> {
     let mut headers = Map::new();
-    for (name, value) in request.headers() {
+    for (name, value) in &request.headers {
         let value = String::from_utf8_lossy(value.as_bytes());
         match headers.entry(name.as_str()) {
             serde_json::map::Entry::Vacant(entry) => {
@@ -95,9 +101,10 @@ fn echo(name: &str, request: &Request) -> impl IntoResponse + use<> {
     }
     let body = json!({
         "upstream": name,
-        "method": request.method().as_str(),
-        "path": request.uri().to_string(),
+        "method": request.method.as_str(),
+        "path": request.uri.to_string(),
         "headers": headers,
+        "body_bytes": body_bytes,
     });
     ([(CONTENT_TYPE, "application/json")], body.to_string())
 }

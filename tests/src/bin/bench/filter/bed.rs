@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use super::config::{self, Places};
 use super::cpu::{self, Cpus, Taken};
 use super::server::{self, V1, V2};
-use super::tokens::{self, Grant, Hs256, INTEGRATION, INTEGRATION_SCOPES, KEYS, LEAN};
+use super::tokens::{self, Grant, Hs256, INTEGRATION, INTEGRATION_SCOPES, KEYS, LEAN, UNLIMITED};
 use super::variant::Listener;
 
 /// To load a million revocations, or to take them over, on a slow machine.
@@ -273,13 +273,14 @@ impl Drop for Bed {
     }
 }
 
-/// There is a V1, and a role whose keys have many scopes.
+/// There is a V1, a role whose keys have many scopes, and one without a limit.
 fn configuration() -> String {
-    let scopes = [&["chat:read"], INTEGRATION_SCOPES.as_slice()].concat();
-    format!(
-        "[rollout]\nv1_cluster = \"upstream_v1\"\n[roles.{INTEGRATION}]\nlife = \"30d\"\nscopes = {}\n",
-        json!(scopes)
-    )
+    let mut configuration = "[rollout]\nv1_cluster = \"upstream_v1\"\n".to_owned();
+    for role in [INTEGRATION, UNLIMITED] {
+        let scopes = [&["chat:read"], INTEGRATION_SCOPES.as_slice()].concat();
+        configuration += &format!("[roles.{role}]\nlife = \"30d\"\nscopes = {}\n", json!(scopes));
+    }
+    configuration
 }
 
 /// Limits that nobody reaches, and a rollout at half.

@@ -120,7 +120,7 @@ fn warm_up(client: &mut Client, variant: &Variant, tokens: &Tokens, next: &[Shot
         let known = tokens.every_known().filter(|shot| wanted.contains(&of(shot)));
         client.closed(known).check(variant.name);
     }
-    if variant.load == Load::Lean {
+    if matches!(variant.load, Load::Lean | Load::Unlimited) {
         client.closed(next.iter().copied()).check(variant.name);
     }
     let shots = tokens.draw(variant.load, WARM_UP);

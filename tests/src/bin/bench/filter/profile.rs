@@ -13,7 +13,7 @@ use keygate_e2e::wait::pass;
 use serde_json::{Value, json};
 
 use super::bed::{Bed, Under};
-use super::client::Client;
+use super::client::{Client, Shot};
 use super::cost::CONNECTIONS;
 use super::cpu::{self, Cpus};
 use super::tokens::Tokens;
@@ -50,8 +50,11 @@ pub fn run() {
     let only = std::env::var("KEYGATE_VARIANTS").ok();
     let is_asked_for =
         |name: &str| only.as_ref().is_none_or(|names| names.split(',').any(|other| other == name));
-    let wanted =
-        |variant: &&Variant| !variant.aside && variant.name != "ext_authz" && is_asked_for(variant.name);
+    let wanted = |variant: &&Variant| {
+        (!variant.aside || variant.load == Load::Unlimited)
+            && variant.name != "ext_authz"
+            && is_asked_for(variant.name)
+    };
     let mut counted: Vec<Counted> = Vec::new();
     for variant in ALL.iter().filter(wanted) {
         let of_it = of(&bed, &tokens, &callgrind, variant, requests);
@@ -74,7 +77,8 @@ struct Counted {
 fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requests: usize) -> Counted {
     let mut client = Client::connect(bed.port(variant.listener), CONNECTIONS);
     let draw = |count: usize| match variant.load {
-        Load::Known => tokens.every_known().take(KEYS).collect::<Vec<_>>().repeat(count.div_ceil(KEYS)),
+        Load::Known => repeat(tokens.every_known(), count),
+        Load::Unlimited => repeat(tokens.every_unlimited(), count),
         load => tokens.draw(load, count),
     };
     client.closed(draw(WARM_UP).into_iter()).expect_right(variant.name);
@@ -96,6 +100,10 @@ fn of(bed: &Bed, tokens: &Tokens, callgrind: &Callgrind, variant: &Variant, requ
         instructions: each(|counts| counts.instructions),
         calls: (each(|counts| counts.calls), each(|counts| counts.in_calls)),
     }
+}
+
+fn repeat<'a>(shots: impl Iterator<Item = Shot<'a>>, count: usize) -> Vec<Shot<'a>> {
+    shots.take(KEYS).collect::<Vec<_>>().repeat(count.div_ceil(KEYS))
 }
 
 /// What stands in a dump.

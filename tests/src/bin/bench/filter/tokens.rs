@@ -44,6 +44,8 @@ pub const INTEGRATION_SCOPES: [&str; 15] = [
     "shipments:read",
     "webhooks:manage",
 ];
+/// A role of the benchmark's own without a limit.
+pub const UNLIMITED: &str = "unlimited";
 /// The path of a route whose upstream is told nothing of a key.
 pub const LEAN: &str = "/api/lean";
 /// How many keys are issued at a time.
@@ -59,6 +61,8 @@ pub struct Tokens {
     known: Vec<Vec<u8>>,
     /// The same keys, for the route whose upstream is told nothing of them.
     lean: Vec<Vec<u8>>,
+    /// Keys like those that are known, of a role without a limit.
+    unlimited: Vec<Vec<u8>>,
     es256: Vec<Vec<u8>>,
     eddsa: Vec<Vec<u8>>,
     /// With ids that are made up, and with the id of a good key.
@@ -77,15 +81,22 @@ impl Tokens {
             owners,
             known: Vec::new(),
             lean: Vec::new(),
+            unlimited: Vec::new(),
             es256: Vec::new(),
             eddsa: eddsa.iter().map(|token| request(token)).collect(),
             forged: Default::default(),
             new: Vec::new(),
             shown: Cell::new(0),
         };
-        let key_id = |number| format!("key_of-the-benchmark-{number:05}");
-        let known = tokens.grants(KEYS).into_iter().enumerate();
-        let known: Vec<_> = known.map(|(number, grant)| signer.token(&key_id(number), &grant)).collect();
+        let grants = tokens.grants(KEYS);
+        let sign = |name: &str, grants: &[Grant]| -> Vec<String> {
+            let key_id = |number| format!("key_of-the-{name}-{number:05}");
+            grants.iter().enumerate().map(|(number, grant)| signer.token(&key_id(number), grant)).collect()
+        };
+        let known = sign("benchmark", &grants);
+        let unlimited: Vec<_> =
+            grants.iter().map(|grant| Grant { role: UNLIMITED, ..grant.clone() }).collect();
+        tokens.unlimited = sign("unlimited", &unlimited).iter().map(|token| request(token)).collect();
         tokens.known = known.iter().map(|token| request(token)).collect();
         tokens.lean = known.iter().map(|token| request_to(LEAN, token)).collect();
         let (shortest, _, longest) = tokens.sizes();
@@ -122,6 +133,7 @@ impl Tokens {
         match load {
             Load::Known => (0..count).map(|_| ok(&self.known[self.zipf.draw(&mut dice)])).collect(),
             Load::Lean => (0..count).map(|_| ok(&self.lean[self.zipf.draw(&mut dice)])).collect(),
+            Load::Unlimited => (0..count).map(|_| ok(&self.unlimited[self.zipf.draw(&mut dice)])).collect(),
             Load::Es256 => (0..count).map(|_| ok(&self.es256[self.zipf.draw(&mut dice)])).collect(),
             Load::EdDsa => (0..count).map(|_| ok(&self.eddsa[self.zipf.draw(&mut dice)])).collect(),
             Load::Forged | Load::Altered => {
@@ -144,7 +156,12 @@ impl Tokens {
 
     /// Each known key once.
     pub fn every_known(&self) -> impl Iterator<Item = Shot<'_>> {
-        self.known.iter().map(|request| Shot { request, expected: Expected::Upstream(V2), timed: false })
+        every(&self.known)
+    }
+
+    /// Each key without a limit once.
+    pub fn every_unlimited(&self) -> impl Iterator<Item = Shot<'_>> {
+        every(&self.unlimited)
     }
 
     /// The shortest, mean and longest token of those that are known.
@@ -155,8 +172,12 @@ impl Tokens {
     }
 }
 
+fn every(requests: &[Vec<u8>]) -> impl Iterator<Item = Shot<'_>> {
+    requests.iter().map(|request| Shot { request, expected: Expected::Upstream(V2), timed: false })
+}
+
 /// What a key is given.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Grant {
     owner: String,
     role: &'static str,

@@ -65,6 +65,8 @@ pub enum Load {
     Known,
     /// The same, to a route whose upstream is told nothing of a key.
     Lean,
+    /// Tokens like those of `Known`, of a role without a limit.
+    Unlimited,
     /// ES256 tokens, each many times.
     Es256,
     /// EdDSA tokens, each many times.
@@ -98,7 +100,7 @@ const fn aside(name: &'static str, listener: Listener, load: Load, share: usize)
 }
 
 /// All; the first is what the others are compared with.
-pub const ALL: [Variant; 19] = [
+pub const ALL: [Variant; 21] = [
     of("bare", Listener::Bare, Load::Known, 100),
     aside("bare_again", Listener::BareAgain, Load::Known, 100),
     of("wasm_empty", Listener::WasmEmpty, Load::Known, 100),
@@ -108,6 +110,7 @@ pub const ALL: [Variant; 19] = [
     of("jwt_authn_cached", Listener::JwtCached, Load::Known, 100),
     of("ext_authz", Listener::ExtAuthz, Load::Known, 50),
     of("keygate_known", Listener::Keygate, Load::Known, 100),
+    aside("keygate_unlimited", Listener::Keygate, Load::Unlimited, 100),
     aside("keygate_lean", Listener::Keygate, Load::Lean, 100),
     aside("keygate_new_1", Listener::Keygate, Load::New(1), 100),
     aside("keygate_new_10", Listener::Keygate, Load::New(10), 50),
@@ -115,6 +118,7 @@ pub const ALL: [Variant; 19] = [
     of("keygate_forged", Listener::Keygate, Load::Forged, 50),
     aside("keygate_altered", Listener::Keygate, Load::Altered, 25),
     of("module_known", Listener::Module, Load::Known, 100),
+    aside("module_unlimited", Listener::Module, Load::Unlimited, 100),
     of("module_new", Listener::Module, Load::New(100), 20),
     of("module_forged", Listener::Module, Load::Forged, 50),
     aside("module_altered", Listener::Module, Load::Altered, 25),
