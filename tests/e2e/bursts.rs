@@ -90,9 +90,8 @@ fn small_limits_and_dear_requests_are_admitted_at_once() {
 #[test]
 fn a_burst_at_one_of_three_proxies_gets_what_the_idle_ones_have() {
     let stack = Stack::builder().limits().start();
-    let others = [stack.another_envoy("envoy-2", 2), stack.another_envoy("envoy-3", 2)];
+    let others = stack.two_more_envoys(2);
     let api = stack.api();
-    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
     for _ in 0..3 {
         let key = api.issue("basic");
         let mut got = burst(&stack.envoy, &chat(&key), 150, 6);
@@ -137,10 +136,9 @@ fn patiently(envoy: &Envoy, request: &Request) -> usize {
 #[test]
 fn small_limits_over_three_proxies_are_admitted_whole() {
     let stack = Stack::builder().limits().start();
-    let others = [stack.another_envoy("envoy-2", 2), stack.another_envoy("envoy-3", 2)];
+    let others = stack.two_more_envoys(2);
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();
-    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
     let most_tries = if stack.envoy.has_module() { 1 } else { 2 };
     for limit in [1, 2, 5, 8] {
         let key = api.issue("basic");

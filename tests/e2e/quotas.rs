@@ -78,10 +78,9 @@ fn least(limit: u32) -> usize {
 #[test]
 fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
     let stack = Stack::builder().limits().start();
-    let others = [stack.another_envoy("envoy-2", 4), stack.another_envoy("envoy-3", 4)];
+    let others = stack.two_more_envoys(4);
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();
-    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
     let questions = || Metrics::of(&api).value("keygate_quota_questions_total");
 
     for (limit, window_s, during_s, per_second) in

@@ -8,12 +8,14 @@ use std::path::Path;
 
 use tempfile::TempDir;
 
+use crate::SOON;
 use crate::api::Api;
 use crate::control_plane::ControlPlane;
 use crate::envoy::{Envoy, Neighbours};
 use crate::http::{Request, Response};
 use crate::line::{self, Line};
 use crate::upstream::Upstream;
+use crate::wait::wait_until;
 
 /// How it is set up.
 #[derive(Debug, Clone)]
@@ -173,6 +175,15 @@ impl Stack {
         envoy.start(&self.neighbours());
         envoy.wait_ready();
         envoy
+    }
+
+    /// Two more Envoys of the same fleet, `envoy-2` and `envoy-3`, once the control plane knows all three.
+    #[track_caller]
+    pub fn two_more_envoys(&self, workers: usize) -> [Envoy; 2] {
+        let others = ["envoy-2", "envoy-3"].map(|node| self.another_envoy(node, workers));
+        let api = self.api();
+        wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
+        others
     }
 
     /// Another Envoy of the same fleet, running and ready, whose line to the control plane can be cut.

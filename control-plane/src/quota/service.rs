@@ -418,7 +418,7 @@ fn head_of(saved: &Saved, since: u64) -> Head {
     Head { era: saved.era, recovering: saved.recovering, since, boot: boot(), clocks: (now_ns(), unix_ms()) }
 }
 
-/// What was kept, by the clock of today: times of another start of the machine are moved by the wall clock.
+/// The kept rows by this start's monotonic clock: times of another start of the machine are moved by the wall clock.
 fn rebased(saved: Saved, head: &Head, now_ns: u64) -> Saved {
     if !head.boot.is_empty() && head.boot == boot() {
         return saved;

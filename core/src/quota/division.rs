@@ -1,6 +1,6 @@
 //! How a limit is divided among those who ask for it.
 
-/// What somebody asks for.
+/// A member's demand for units.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Need {
     /// Units in a window's time.
@@ -65,7 +65,7 @@ pub(super) fn divide(limit: u32, needs: &[Need]) -> Vec<u32> {
     parts.into_iter().map(|part| u32::try_from(part).unwrap_or(u32::MAX)).collect()
 }
 
-/// What somebody gets of `rest` units who wants `wanted`, where all together want `of`.
+/// A member's part of `rest` units, who wants `wanted` where all together want `of`.
 fn portion(rest: u64, of: u64, wanted: u32) -> u64 {
     if of <= rest {
         return wanted.into();

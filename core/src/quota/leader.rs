@@ -45,6 +45,13 @@ pub struct Leader {
     epoch: u64,
 }
 
+/// Records of a page that the leader looks at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Records {
+    All,
+    Marked,
+}
+
 /// A question that was not answered yet.
 #[derive(Debug)]
 struct Asking {
@@ -84,13 +91,13 @@ impl Leader {
             self.look_at_all(self.report_all);
         }
         for page in dirty::drain(data) {
-            self.visit(data, page, now_ns);
+            self.visit(data, page, Records::Marked, now_ns);
         }
         self.look_on(data, &standing, now_ns);
         if now_ns >= self.next_scan_ns {
             self.next_scan_ns = now_ns.saturating_add(SCAN_NS);
             for _ in 0..PAGES_PER_SCAN {
-                self.visit(data, self.next_page, now_ns);
+                self.visit(data, self.next_page, Records::All, now_ns);
                 self.next_page = self.next_page.saturating_add(1).checked_rem(PAGES).unwrap_or(0);
             }
         }
@@ -145,7 +152,10 @@ impl Leader {
             self.queue.insert(recall.account, true);
         }
         for grant in &answer.grants {
-            granted(data, answer, grant, now_ns);
+            // If that fails, the proxy has what it reported, and the ledger counts no less.
+            if granted(data, answer, grant, now_ns) != Ok(Some(false)) {
+                self.queue.insert(grant.account, true);
+            }
         }
         let answered: BTreeSet<Account> = answer.grants.iter().map(|grant| grant.account).collect();
         for account in asking.accounts.difference(&answered) {
@@ -193,7 +203,7 @@ impl Leader {
     fn look_on(&mut self, data: &mut impl SharedData, standing: &Standing, now_ns: u64) {
         let last = self.looked_at.saturating_add(PAGES_PER_HURRY).min(PAGES);
         for page in self.looked_at..last {
-            let in_use = self.visit(data, page, now_ns);
+            let in_use = self.visit(data, page, Records::All, now_ns);
             if in_use && standing.leaving {
                 // VMs return what they hold within a tick.
                 self.looked_at = page;
@@ -206,13 +216,18 @@ impl Leader {
         }
     }
 
-    /// Queues the accounts of a page that are to be reported, and drops records without use; whether VMs hold units of any.
-    fn visit(&mut self, data: &mut impl SharedData, index: u16, now_ns: u64) -> bool {
+    /// Queues the accounts of a page that are to be reported, and drops records without use; whether VMs hold units of any
+    /// of `which`.
+    fn visit(&mut self, data: &mut impl SharedData, index: u16, which: Records, now_ns: u64) -> bool {
         let out = self.asking.as_ref().map_or(0, |asking| asking.number);
         let report_all = self.report_all;
         let found = page::change(data, index, false, |page, standing| {
             let (mut due, mut held, mut changed) = (Vec::new(), false, false);
-            for record in page.records()? {
+            let records = match which {
+                Records::All => page.records()?,
+                Records::Marked => page.marked()?,
+            };
+            for record in records {
                 record.roll(standing, now_ns);
                 held |= !record.draws.is_empty();
                 // From now on a worker marks the page again.
@@ -330,14 +345,18 @@ fn recalled(data: &mut impl SharedData, recall: &Recall, now_ns: u64) -> Result<
     Ok(())
 }
 
-/// Goes by the cap that was granted.
-fn granted(data: &mut impl SharedData, answer: &Answer, grant: &Grant, now_ns: u64) {
-    // If that fails, the proxy has what it reported, and the ledger counts no less.
-    let _reported_again = page::change(data, Page::index(grant.account), false, |page, standing| {
-        let Some(record) = page.find(grant.account)? else { return Ok(((), Write::No)) };
+/// Goes by the cap that was granted; whether the record is to be reported again.
+fn granted(
+    data: &mut impl SharedData,
+    answer: &Answer,
+    grant: &Grant,
+    now_ns: u64,
+) -> Result<Option<bool>, PageError> {
+    page::change(data, Page::index(grant.account), false, |page, standing| {
+        let Some(record) = page.find(grant.account)? else { return Ok((false, Write::No)) };
         // It was reported by another question since then, or what it is based on is void.
         if record.asked != 0 && record.asked != answer.number || record.epoch != standing.epoch {
-            return Ok(((), Write::No));
+            return Ok((false, Write::No));
         }
         record.asked = 0;
         match grant.cap {
@@ -382,6 +401,6 @@ fn granted(data: &mut impl SharedData, answer: &Answer, grant: &Grant, now_ns: u
             EXHAUSTED_NS
         };
         record.next_ask_ns = now_ns.saturating_add(pause_ns);
-        Ok(((), Write::Yes))
-    });
+        Ok((record.urgent, Write::Yes))
+    })
 }

@@ -124,6 +124,16 @@ impl Page {
         self.places.iter_mut().map(|place| place.record(&self.bytes)).collect()
     }
 
+    /// The records that are marked for the leader.
+    pub fn marked(&mut self) -> Result<Vec<&mut Record>, PageError> {
+        let bytes = &self.bytes;
+        let is_marked = |place: &&mut Place| match &place.record {
+            Held::Bytes(range) => bytes.get(range.clone()).is_some_and(Record::is_marked),
+            Held::Record(record) => record.marked,
+        };
+        self.places.iter_mut().filter(is_marked).map(|place| place.record(bytes)).collect()
+    }
+
     /// Forgets records of which nothing would be lost, of those that were asked about; whether there were any.
     pub fn tidy(&mut self) -> bool {
         let before = self.places.len();
@@ -194,6 +204,18 @@ pub(super) enum Write {
     No,
 }
 
+/// The name of a page in the shared data. Made at least once for each request with a limit that looks at shared data.
+pub(super) fn key(index: u16) -> String {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let mut key = String::with_capacity(32);
+    key.push_str("keygate/2/quota/page/");
+    for shift in [12, 8, 4, 0] {
+        let digit = usize::from(index.wrapping_shr(shift) & 0xf);
+        key.push(HEX.get(digit).copied().unwrap_or(b'0').into());
+    }
+    key
+}
+
 /// Changes a page by compare-and-swap; `change` may be called several times. A page that is not there is made
 /// when `make` says so, else `None` is the answer.
 ///
@@ -205,7 +227,7 @@ pub(super) fn change<R>(
     make: bool,
     mut change: impl FnMut(&mut Page, &Standing) -> Result<(R, Write), PageError>,
 ) -> Result<Option<R>, PageError> {
-    let key = format!("keygate/2/quota/page/{index}");
+    let key = key(index);
     for _ in 0..MAX_TRIES {
         let Some((bytes, cas)) = data.get(&key) else {
             if !make {

@@ -325,6 +325,11 @@ impl Record {
         self.spends.encode(out);
     }
 
+    /// Whether the record that [`Record::encode`] wrote is marked.
+    pub fn is_marked(bytes: &[u8]) -> bool {
+        bytes.first().is_some_and(|flags| flags & MARKED != 0)
+    }
+
     /// Reads what [`Record::encode`] wrote of an account.
     pub fn decode(account: Account, bytes: &[u8]) -> Result<Self, WireError> {
         fn small(reader: &mut Reader<'_>) -> Result<u32, WireError> {

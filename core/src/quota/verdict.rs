@@ -20,7 +20,7 @@ impl Verdict {
         matches!(self, Self::Admitted(_))
     }
 
-    /// What the client is told.
+    /// The state of the limit, as the client sees it.
     pub fn status(&self) -> QuotaStatus {
         match self {
             Self::Admitted(status) | Self::Pending(status) | Self::Refused(status, _) => *status,
@@ -51,11 +51,11 @@ pub struct QuotaStatus {
     /// Nanoseconds until more are free; of a pending request, until it should come again; a window where that is not
     /// known.
     pub reset_ns: u64,
-    /// What was spent from.
+    /// The source of the units.
     pub basis: Basis,
 }
 
-/// What a proxy spends from.
+/// The source of a proxy's units.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Basis {
     /// Its cap, as agreed with the ledger.
@@ -83,7 +83,7 @@ pub enum Why {
     TooDear,
     /// The proxy takes no part in limits: it never reached the ledger, or was drained.
     NotMember,
-    /// What was spent cannot be read or written.
+    /// The record of spends cannot be read or written.
     Unknown,
 }
 

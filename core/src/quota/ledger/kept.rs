@@ -1,4 +1,4 @@
-//! What is kept of the ledger, and how it goes on from that.
+//! The rows of the ledger that are kept on disk, and how a ledger resumes from them.
 
 use std::collections::BTreeSet;
 
@@ -10,8 +10,8 @@ use super::super::{Account, RECOVER_NS, RUN};
 use super::Ledger;
 use super::pool::Holder;
 
-/// What is to be kept of what changed since the last time: what is named here is to be read again from the ledger, and
-/// removed where it is not there.
+/// Names of the rows that changed since the last time. Each is to be read from the ledger again, and removed where the
+/// ledger has none.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Changes {
     /// See [`Ledger::member`].
@@ -48,7 +48,7 @@ impl SpendKey {
     }
 }
 
-/// What is kept of a member.
+/// A member's row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemberRow {
@@ -58,7 +58,7 @@ pub struct MemberRow {
     pub share: u32,
 }
 
-/// What is kept of a proxy's part of an account.
+/// The row of a member's part of an account.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct HolderRow {
@@ -76,7 +76,7 @@ pub struct HolderRow {
     pub total: u64,
 }
 
-/// What is kept of spends.
+/// A row of spends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SpendRow {
@@ -182,13 +182,13 @@ impl Ledger {
         saved
     }
 
-    /// What is to be kept of a member.
+    /// A member's row, if it has one.
     pub fn member(&self, member: &Member) -> Option<MemberRow> {
         let process = self.members.get(member).filter(|process| !process.left)?;
         Some(MemberRow { member: *member, share: process.share() })
     }
 
-    /// What is to be kept of a member's part of an account.
+    /// The row of a member's part of an account, if there is one.
     pub fn holder(&self, account: Account, member: &Member) -> Option<HolderRow> {
         let pool = self.pools.get(&account)?;
         let holder = pool.holders.get(member)?;
@@ -196,7 +196,7 @@ impl Ledger {
         Some(HolderRow { account, member: *member, limit, cap, held, total })
     }
 
-    /// What is to be kept of spends.
+    /// The row of spends, if there are any.
     pub fn spend(&self, key: &SpendKey) -> Option<SpendRow> {
         let SpendKey { account, member, slot } = *key;
         let pool = self.pools.get(&account)?;
@@ -210,7 +210,7 @@ impl Ledger {
         Some(SpendRow { account, member, limit, last_ns, units })
     }
 
-    /// What is to be kept since the last time.
+    /// The rows that changed since the last call.
     pub fn take_changes(&mut self) -> Changes {
         std::mem::take(&mut self.changes)
     }

@@ -847,7 +847,7 @@ fn a_damaged_page_admits_nothing() {
     let (_, mut sites) = fleet(1, 100);
     let site = &mut sites[0];
     let page = Page::index(account(HOUR_S));
-    site.memory.set(&format!("keygate/2/quota/page/{page}"), b"what?", None).unwrap();
+    site.memory.set(&page::key(page), b"what?", None).unwrap();
     assert!(matches!(site.spend(1, 2 * S), Verdict::Refused(_, Why::Unknown)));
 }
 

@@ -5,31 +5,26 @@ use std::time::Duration;
 
 use keygate_e2e::burst::burst;
 use keygate_e2e::overload::admitted;
-use keygate_e2e::{Api, Connection, Key, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Api, Key, Request, Stack};
 use serde_json::{Value, json};
 
-use crate::estimate::Estimate;
-
-const ROUNDS: usize = 20;
-const REQUESTS: u64 = 20_000;
-const CONNECTIONS: usize = 32;
 const LIMITS: &str = "/api/admin/rate_limits";
 
 pub fn run() {
-    let rounds = std::env::var("KEYGATE_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(ROUNDS);
+    println!("CPU time of Envoy a request");
+    let cost = crate::filter::limits::measure();
     let hosts: Vec<Value> = ["WebAssembly", "module"]
         .into_iter()
         .map(|host| {
             println!("{host}");
             let figures = json!({
-                "cost": cost(&stack(host), rounds),
                 "bursts": bursts(&stack(host)),
                 "overload": overload(&stack(host)),
             });
             json!({ "host": host, "figures": figures })
         })
         .collect();
-    crate::write("quota", &json!({ "rounds": rounds, "requests_a_round": REQUESTS, "hosts": hosts }));
+    crate::write("quota", &json!({ "cost": cost, "hosts": hosts }));
 }
 
 fn stack(host: &str) -> Stack {
@@ -43,39 +38,6 @@ fn chat(key: &Key) -> Request {
 
 fn put(api: &Api, limits: &Value) {
     api.send(Request::new("PUT", format!("{LIMITS}?wait=applied&timeout=10s")).json(limits)).expect(200);
-}
-
-/// CPU time of Envoy per request of a known key with a limit, against one without, in the same process and in rounds that
-/// take turns.
-fn cost(stack: &Stack, rounds: usize) -> Value {
-    let api = stack.api();
-    put(&api, &json!({ "roles": { "basic": { "requests": 1_000_000_000, "window": "1h" } } }));
-    let (limited, free) = (api.issue("basic"), api.issue("admin"));
-    let mut connections: Vec<Connection> = (0..CONNECTIONS).map(|_| stack.envoy.connect()).collect();
-    // Every worker knows both keys, and the cap is granted.
-    for key in [&limited, &free] {
-        send(&mut connections, key, REQUESTS);
-    }
-    let (mut with, mut without) = (Vec::new(), Vec::new());
-    for round in 0..rounds {
-        // Either goes first as often as the other.
-        let mut turns = [(&limited, &mut with), (&free, &mut without)];
-        if round % 2 == 1 {
-            turns.reverse();
-        }
-        for (key, times) in turns {
-            let before = stack.envoy.cpu_seconds();
-            send(&mut connections, key, REQUESTS);
-            times.push((stack.envoy.cpu_seconds() - before) * 1e6 / REQUESTS as f64);
-        }
-    }
-    let Estimate { mean, ci95 } = Estimate::of_differences(&with, &without);
-    let (with, without) = (Estimate::of(&with).mean, Estimate::of(&without).mean);
-    println!(
-        "  CPU time a request, known key         {without:6.2} µs without a limit, {with:6.2} µs with one"
-    );
-    println!("  a limit costs                         {mean:6.2} ± {ci95:.2} µs (95 %)");
-    json!({ "cpu_us": { "without": without, "with": with }, "difference_us": mean, "ci95_us": ci95 })
 }
 
 /// Bursts of new keys at one proxy alone, and at one of three.
@@ -103,8 +65,7 @@ fn bursts(stack: &Stack) -> Value {
         measure("10 keys, 160 requests, 6 connections", "basic", 100, 160, 6, 10),
         measure("3 keys, 1,600 requests, 6 connections", "contributor", 1_000, 1_600, 6, 3),
     ];
-    let others = [stack.another_envoy("envoy-2", 2), stack.another_envoy("envoy-3", 2)];
-    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
+    let others = stack.two_more_envoys(2);
     all.push(measure("one of three, 10 keys, 150 requests", "basic", 100, 150, 6, 10));
     drop(others);
     json!(all)
@@ -113,9 +74,8 @@ fn bursts(stack: &Stack) -> Value {
 /// Three proxies at five times the limit: what is admitted of it, and the most in any window.
 fn overload(stack: &Stack) -> Value {
     let api = stack.api();
-    let others = [stack.another_envoy("envoy-2", 4), stack.another_envoy("envoy-3", 4)];
+    let others = stack.two_more_envoys(4);
     let envoys = [&stack.envoy, &others[0], &others[1]];
-    wait_until(SOON, "three proxies in the fleet", || api.fleet().len() == 3);
     let mut all = Vec::new();
     for (limit, window_s, during_s, per_second) in
         [(100_u32, 3_600_u64, 4, 250), (1_000, 3_600, 5, 1_000), (10_000, 3_600, 20, 2_500), (50, 1, 10, 250)]
@@ -131,16 +91,4 @@ fn overload(stack: &Stack) -> Value {
         all.push(json!({ "limit": limit, "window_s": window_s, "admitted_ratio": share, "most_in_a_window": most }));
     }
     json!(all)
-}
-
-fn send(connections: &mut [Connection], key: &Key, requests: u64) {
-    let request = chat(key);
-    for _ in 0..requests / connections.len() as u64 {
-        for connection in &mut *connections {
-            connection.begin(&request);
-        }
-        for connection in &mut *connections {
-            connection.receive().expect(200);
-        }
-    }
 }

@@ -84,7 +84,7 @@ pub fn measure(bed: &Bed, tokens: &mut Tokens, dice: &mut Dice, rounds: usize, r
     let mut costs = Costs { taken: none.clone(), of_envoy: none, known_share: 0.0, requests: 0 };
     let (mut hits, mut looks) = (0, 0);
     for round in 1..=rounds {
-        for place in shuffled(dice) {
+        for place in shuffled(ALL.len(), dice) {
             let (variant, client) = (&ALL[place], &mut clients[place]);
             let shots = tokens.draw(variant.load, turn(variant, requests));
             warm_up(client, variant, tokens, &shots);
@@ -127,9 +127,9 @@ fn warm_up(client: &mut Client, variant: &Variant, tokens: &Tokens, next: &[Shot
     client.closed(shots.into_iter()).expect_right(variant.name);
 }
 
-/// The variants in a random order (Fisher and Yates).
-fn shuffled(dice: &mut Dice) -> Vec<usize> {
-    let mut places: Vec<usize> = (0..ALL.len()).collect();
+/// So many places in a random order (Fisher and Yates).
+pub fn shuffled(count: usize, dice: &mut Dice) -> Vec<usize> {
+    let mut places: Vec<usize> = (0..count).collect();
     for last in (1..places.len()).rev() {
         places.swap(last, dice.below(last + 1));
     }

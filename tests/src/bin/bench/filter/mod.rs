@@ -9,6 +9,7 @@ mod config;
 mod cost;
 mod cpu;
 mod flood;
+pub mod limits;
 pub mod profile;
 mod report;
 pub mod server;
