@@ -16,6 +16,7 @@ pub mod expiry;
 pub mod files;
 pub mod fleet;
 pub mod hsm;
+pub mod issuing;
 pub mod journal;
 pub mod key;
 pub mod keyring;

@@ -6,7 +6,9 @@ use axum::response::{IntoResponse, Response};
 use keygate_core::refusal::Refusal;
 
 use crate::approval::ApprovalError;
+use crate::issuing::SignError;
 use crate::key::KeyRequestError;
+use crate::quota::ForwardError;
 use crate::rotation::RotationError;
 use crate::route_cost::CostAboveLimit;
 use crate::secret::ring::NoSigner;
@@ -55,11 +57,6 @@ impl Problem {
             problem = problem.with_header(header::WWW_AUTHENTICATE, challenge);
         }
         problem
-    }
-
-    /// What it says.
-    pub fn detail(&self) -> &str {
-        &self.detail
     }
 
     /// With a header.
@@ -129,6 +126,24 @@ impl From<Vec<CostAboveLimit>> for Problem {
         };
         Self::bad_request(format!("{first}{more}; nothing was changed."))
             .with("errors", serde_json::json!(errors))
+    }
+}
+
+impl From<ForwardError> for Problem {
+    fn from(error: ForwardError) -> Self {
+        Self::unavailable(error.to_string())
+    }
+}
+
+impl From<SignError> for Problem {
+    fn from(error: SignError) -> Self {
+        match error {
+            SignError::Secret(error) => {
+                tracing::error!(%error, "a key cannot be signed");
+                Self::unavailable(format!("The key cannot be signed: {error}."))
+            }
+            SignError::Stopped => Self::unavailable("Retry later."),
+        }
     }
 }
 

@@ -23,7 +23,7 @@ use sha2::{Digest, Sha256};
 use crate::api::json;
 use crate::app::App;
 use crate::problem::Problem;
-use crate::quota::{self, LedgerService, QuotaError};
+use crate::quota::{self, Forwarded, LedgerService, QuotaError};
 use crate::state;
 use crate::telemetry::ReportError;
 
@@ -160,7 +160,7 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
 async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
-    let Some(service) = app.quotas.here() else { return quota::pass_on(&app, &headers, QUOTA, body).await };
+    let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, QUOTA, body).await };
     let answer = service.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
         QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
         QuotaError::NotKept | QuotaError::Over | QuotaError::Suspended => {
@@ -169,6 +169,12 @@ async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
     })?;
     app.metrics.quota_questions.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
+}
+
+/// The answer of the control plane that keeps the ledger, to a question that came with `headers`. A problem stays one.
+async fn forwarded(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
+    let Forwarded { status, kind, body } = quota::pass_on(app, headers, path, body).await?;
+    Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
 }
 
 /// Another control plane's call of the one that keeps the ledger.
@@ -205,7 +211,7 @@ async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
     authenticate(&app, &headers)?;
     let drain: Drain = read(&body)?;
     check_proxy(drain.format, &drain.proxy, "-")?;
-    let Some(service) = app.quotas.here() else { return quota::pass_on(&app, &headers, DRAIN, body).await };
+    let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, DRAIN, body).await };
     drained(&service, &drain.proxy).await
 }
 
@@ -218,7 +224,7 @@ pub async fn drain_proxy(app: &App, proxy: String) -> Result<Response, Problem> 
     check_proxy(drain.format, &drain.proxy, "-")?;
     let Some(service) = app.quotas.here() else {
         let body = serde_json::to_vec(&drain).unwrap_or_default();
-        return quota::pass_on(app, &HeaderMap::new(), DRAIN, body.into()).await;
+        return forwarded(app, &HeaderMap::new(), DRAIN, body.into()).await;
     };
     drained(&service, &drain.proxy).await
 }

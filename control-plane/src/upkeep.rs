@@ -10,8 +10,7 @@ use crate::app::App;
 use crate::change::Change;
 use crate::clock;
 use crate::journal;
-use crate::problem::Problem;
-use crate::writer::{Committed, View};
+use crate::writer::{CommitError, Committed, View};
 
 /// How often expired keys are forgotten. Each time is a new version for the fleet.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
@@ -36,7 +35,7 @@ pub struct CleanedUp {
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), Problem> {
+pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), CommitError> {
     let now_ms = app
         .cautious_clock
         .lock()
@@ -57,18 +56,18 @@ pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), 
         }
         let remaining = model.revocations().len().saturating_sub(forgotten);
         let until = if changes.is_empty() { model.expired_until() } else { until };
-        Ok::<_, Problem>((changes, CleanedUp { forgotten, remaining, until }))
+        (changes, CleanedUp { forgotten, remaining, until })
     };
-    app.writer.submit(actor, plan).await?
+    app.writer.commit(actor, plan).await
 }
 
 /// Has every proxy take the revocation set over anew.
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn rebuild(app: &App, actor: &str) -> Result<Committed, Problem> {
-    let plan = |_: &View<'_>| Ok::<_, Problem>((vec![Change::RevocationsRebuilt {}], ()));
-    let ((), committed) = app.writer.submit(actor, plan).await??;
+pub async fn rebuild(app: &App, actor: &str) -> Result<Committed, CommitError> {
+    let plan = |_: &View<'_>| (vec![Change::RevocationsRebuilt {}], ());
+    let ((), committed) = app.writer.commit(actor, plan).await?;
     Ok(committed)
 }
 
@@ -107,8 +106,8 @@ pub async fn run(app: Arc<App>) {
                 })
             }
         };
-        if let Err(problem) = done {
-            tracing::error!(?problem, "upkeep failed; it is tried again");
+        if let Err(error) = done {
+            tracing::error!(%error, "upkeep failed; it is tried again");
         }
     }
 }

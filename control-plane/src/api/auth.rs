@@ -17,6 +17,7 @@ use crate::app::App;
 use crate::canary::{self, runner};
 use crate::change::{Change, Idempotency};
 use crate::clock;
+use crate::issuing;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
 use crate::problem::Problem;
@@ -61,7 +62,7 @@ where
         driver::wait_for_signer(app).await;
         let signer = Arc::clone(app.state().secrets.signer()?);
         let key = make(&signer, app.clock.now_s())?;
-        let token = token(app, &signer, &key).await?;
+        let token = issuing::token(&app.config, &signer, &key).await?;
         let (plan, made, verified) = (plan.clone(), key.clone(), Arc::clone(caller));
         let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
         let whole = move |view: &View<'_>| {
@@ -80,7 +81,7 @@ where
             Planned::Overtaken => {}
             Planned::Issued => return Ok((Issued { key, token, replayed: false }, committed)),
             Planned::Replayed(key, signer) => {
-                let token = self::token(app, &signer, &key).await?;
+                let token = issuing::token(&app.config, &signer, &key).await?;
                 return Ok((Issued { key: *key, token, replayed: true }, committed));
             }
         }
@@ -306,21 +307,6 @@ fn issued_view(issued: &Issued) -> serde_json::Value {
         "refresh_after": clock::rfc3339(key.refresh_after()),
         "renews": key.renews,
         "metadata": key.metadata,
-    })
-}
-
-/// The token of a key.
-pub async fn token(app: &App, signer: &Arc<Signer>, key: &KeyRecord) -> Result<Zeroizing<String>, Problem> {
-    let claims = key.claims(&app.config.issuer, app.config.audience.as_deref());
-    let signed = if signer.takes_long() {
-        let signer = Arc::clone(signer);
-        request::read(move || signer.sign(&claims)).await?
-    } else {
-        signer.sign(&claims)
-    };
-    signed.map_err(|error| {
-        tracing::error!(%error, "a key cannot be signed");
-        Problem::unavailable(format!("The key cannot be signed: {error}."))
     })
 }
 

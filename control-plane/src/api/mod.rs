@@ -41,7 +41,6 @@ use crate::problem::Problem;
 use crate::secret::Ring;
 use crate::trace::{self, Trace};
 
-pub use auth::token;
 pub use request::{Caller, authenticate};
 
 /// The most bytes of a request's body.

@@ -13,11 +13,12 @@ use serde::Deserialize;
 use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits};
-use super::{Caller, actor, auth, json};
+use super::{Caller, actor, json};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
 use crate::config;
+use crate::issuing;
 use crate::key::{self, Ended, Identity, KeyState, RevocationReason};
 use crate::notify::Kind;
 use crate::problem::Problem;
@@ -211,7 +212,7 @@ pub async fn rotate(
         driver::wait_for_signer(&app).await;
         let state = app.state();
         if let Some(signer) = state.secrets.get(&key.kid).and_then(Held::signer) {
-            body["api_key"] = auth::token(&app, signer, &key).await?.as_str().into();
+            body["api_key"] = issuing::token(&app.config, signer, &key).await?.as_str().into();
             body["key_id"] = key.key_id.clone().into();
             body["renews"] = key.renews.clone().into();
             body["expires_at"] = clock::rfc3339(key.expires_at).into();

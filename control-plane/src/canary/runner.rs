@@ -18,13 +18,14 @@ use super::{Alert, Allowed, OWNER, Test, Url, reach, seeds};
 use crate::app::App;
 use crate::change::Change;
 use crate::clock;
+use crate::issuing;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, RevocationReason};
 use crate::notify::Kind;
-use crate::problem::Problem;
 use crate::rotation::driver;
 use crate::state;
+use crate::store::StoreError;
 use crate::trace::Trace;
-use crate::writer::View;
+use crate::writer::{CommitError, View};
 
 /// In whose name the journal has what the canary does.
 const ACTOR: &str = "canary";
@@ -330,7 +331,6 @@ fn outcome(
 /// The canary's token: the one that it has, or a new one when that is about to end, does not count any more, or another
 /// secret signs.
 async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>, String> {
-    let said = |problem: Problem| format!("no key for the canary: {}", problem.detail());
     let current = app.state();
     let now = app.clock.now_s();
     if let Some(key) = &state.key {
@@ -364,7 +364,9 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
     let record = request
         .record(creator, &app.config.roles, signer.identity(), &signer.kid, now)
         .map_err(|error| format!("no key for the canary: {error}"))?;
-    let token = crate::api::token(app, &signer, &record).await.map_err(said)?;
+    let token = issuing::token(&app.config, &signer, &record)
+        .await
+        .map_err(|error| format!("no key for the canary: {error}"))?;
     let before: Vec<KeyRecord> = match state.key.take() {
         Some(key) => vec![key.record],
         None if state.tidied => Vec::new(),
@@ -379,13 +381,34 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
                 changes.push(Change::revoking(&old, ended));
             }
         }
-        Ok::<_, Problem>((changes, ()))
+        Ok((changes, ()))
     };
-    let submitted = app.writer.submit(ACTOR, plan).await.map_err(Problem::from).and_then(|done| done);
-    submitted.map_err(said)?;
+    submit(app, plan).await.map_err(|error| format!("no key for the canary: {error}"))?;
     state.tidied = true;
     state.key = Some(Key { record, token: token.clone() });
     Ok(token)
+}
+
+/// Why a change to the canary's keys failed.
+#[derive(Debug, thiserror::Error)]
+enum KeyError {
+    /// A key that was just issued is not known.
+    #[error("the probe's key is gone")]
+    Gone,
+    /// The store cannot be read.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// The journal cannot be written.
+    #[error(transparent)]
+    Commit(#[from] CommitError),
+}
+
+async fn submit(
+    app: &App,
+    plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, ()), KeyError> + Send + 'static,
+) -> Result<(), KeyError> {
+    app.writer.submit(ACTOR, plan).await??;
+    Ok(())
 }
 
 /// Whether a key is the canary's own.
@@ -484,14 +507,13 @@ async fn probed(
         .map_err(gone)?
         .map_err(|failure| format!("using a new key: {failure}"));
     let plan = move |view: &View<'_>| {
-        let key = view.key(&key_id)?.ok_or_else(|| Problem::not_found("The probe's key is gone."))?;
+        let key = view.key(&key_id)?.ok_or(KeyError::Gone)?;
         let ended = Ended { at: view.now, reason: RevocationReason::AdminAction, by: ACTOR.into() };
-        Ok::<_, Problem>((vec![Change::revoking(&key, ended)], ()))
+        Ok((vec![Change::revoking(&key, ended)], ()))
     };
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
-    let submitted = app.writer.submit(ACTOR, plan).await.map_err(Problem::from).and_then(|done| done);
-    submitted.map_err(|problem| format!("revoking the key: {}", problem.detail()))?;
+    submit(app, plan).await.map_err(|error| format!("revoking the key: {error}"))?;
     used?;
     ask(401, REFUSED_WITHIN)
         .await

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
-use axum::response::{IntoResponse as _, Response};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
@@ -14,7 +13,6 @@ use keygate_core::quota::MAX_BYTES;
 
 use super::Role;
 use crate::app::App;
-use crate::problem::Problem;
 
 /// Header of a question that was passed on already, so that it is not passed on in a circle.
 const PASSED_ON: &str = "keygate-passed-on";
@@ -30,32 +28,30 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When that is not known, or does not answer, or the question was passed on already.
-pub async fn pass_on(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
+pub async fn pass_on(
+    app: &App,
+    headers: &HeaderMap,
+    path: &str,
+    body: Bytes,
+) -> Result<Forwarded, ForwardError> {
     let Role::Elsewhere(keeper) = app.quotas.role() else {
-        return Err(Problem::unavailable(
-            "It is not known yet which control plane keeps the limits; ask again.",
-        ));
+        return Err(ForwardError::OwnerUnknown);
     };
     if headers.contains_key(PASSED_ON) {
-        return Err(Problem::unavailable(
-            "This control plane does not keep the limits (any more); ask again.",
-        ));
+        return Err(ForwardError::NotOwner);
     }
-    let failed = |detail: String| {
-        app.metrics.quota_pass_on_failures.inc();
-        Problem::unavailable(detail)
-    };
     let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
-    let url = url.ok_or_else(|| {
-        failed("It is not known where the control plane is that keeps the limits.".to_owned())
-    })?;
-    let answer = app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await;
-    let Passed { status, kind, body } = answer.map_err(|error| failed(error.to_string()))?;
-    if status.is_server_error() || status == StatusCode::UNAUTHORIZED {
+    let answer = match url {
+        Some(url) => app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await,
+        None => Err(ForwardError::AddressUnknown),
+    };
+    let is_answered = answer
+        .as_ref()
+        .is_ok_and(|answer| !answer.status.is_server_error() && answer.status != StatusCode::UNAUTHORIZED);
+    if !is_answered {
         app.metrics.quota_pass_on_failures.inc();
     }
-    // A problem stays one.
-    Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
+    answer
 }
 
 /// Calls the owner of the ledger; whether it is there and keeps it.
@@ -66,20 +62,32 @@ pub async fn call_owner(app: &App, owner: u64) -> bool {
     let body = Bytes::from(body.to_string());
     let call = app.quotas.forwarder.post(&url, OWNER, &app.fleet_token, body);
     let called = tokio::time::timeout(CALLED_WITHIN, call).await;
-    matches!(called, Ok(Ok(Passed { status: StatusCode::OK, .. })))
+    matches!(called, Ok(Ok(Forwarded { status: StatusCode::OK, .. })))
 }
 
-/// What was answered.
-struct Passed {
-    status: StatusCode,
-    /// Its content type.
-    kind: HeaderValue,
-    body: Bytes,
+/// The owner's answer to a question that was forwarded.
+#[derive(Debug)]
+pub struct Forwarded {
+    /// The HTTP status.
+    pub status: StatusCode,
+    /// The content type.
+    pub kind: HeaderValue,
+    /// The body.
+    pub body: Bytes,
 }
 
-/// Why a question did not get there.
+/// Why a question did not reach the owner of the ledger.
 #[derive(Debug, thiserror::Error)]
-enum ForwardError {
+pub enum ForwardError {
+    /// No owner is known yet.
+    #[error("It is not known yet which control plane keeps the limits; ask again.")]
+    OwnerUnknown,
+    /// The question was forwarded to this control plane, which is not the owner.
+    #[error("This control plane does not keep the limits (any more); ask again.")]
+    NotOwner,
+    /// The owner has not said where it listens.
+    #[error("It is not known where the control plane is that keeps the limits.")]
+    AddressUnknown,
     /// Where it listens cannot be an address.
     #[error("{0:?} is no address of a control plane's sync port")]
     Address(String),
@@ -109,7 +117,7 @@ impl Forwarder {
     ///
     /// # Errors
     /// See [`ForwardError`].
-    async fn post(&self, url: &str, path: &str, token: &str, body: Bytes) -> Result<Passed, ForwardError> {
+    async fn post(&self, url: &str, path: &str, token: &str, body: Bytes) -> Result<Forwarded, ForwardError> {
         let wrong = || ForwardError::Address(url.to_owned());
         let mut bearer = HeaderValue::try_from(format!("Bearer {token}")).map_err(|_| wrong())?;
         bearer.set_sensitive(true);
@@ -128,7 +136,7 @@ impl Forwarder {
             let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
             let body = Limited::new(response.into_body(), MAX_BYTES).collect().await;
             let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
-            Ok(Passed { status, kind, body })
+            Ok(Forwarded { status, kind, body })
         };
         tokio::time::timeout(WITHIN, call).await.map_err(|_| ForwardError::Late(url.to_owned()))?
     }

@@ -18,7 +18,7 @@ use keygate_core::quota::Account;
 
 pub use self::disk::DiskError;
 use self::forward::Forwarder;
-pub use self::forward::{OWNER, pass_on};
+pub use self::forward::{ForwardError, Forwarded, OWNER, pass_on};
 pub use self::ownership::{run, take_over};
 pub use self::service::{Doubts, LedgerService, QuotaError};
 

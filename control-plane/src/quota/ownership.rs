@@ -17,10 +17,9 @@ use super::service::{LedgerService, Origin};
 use super::{Quotas, Role};
 use crate::app::App;
 use crate::change::Change;
-use crate::problem::Problem;
 use crate::redis_store::Intake;
 use crate::state::{Keeper, State};
-use crate::writer::{Committed, View};
+use crate::writer::{CommitError, Committed, View};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Interval of renewals of the lease, and of calls of the owner.
@@ -104,15 +103,15 @@ pub async fn run(app: Arc<App>) {
 ///
 /// # Errors
 /// When it cannot be journalled.
-pub async fn take_over(app: &App, actor: &str) -> Result<Committed, Problem> {
+pub async fn take_over(app: &App, actor: &str) -> Result<Committed, CommitError> {
     let own = app.state().version.source;
     let is_here = app.quotas.here().is_some();
     let plan = move |view: &View<'_>| {
         let is_mine = is_here || view.model.limits_keeper().is_some_and(|keeper| keeper.source == own);
         let changes = if is_mine { Vec::new() } else { vec![Change::LimitsKept { keeper: own }] };
-        Ok::<_, Problem>((changes, ()))
+        (changes, ())
     };
-    let ((), committed) = app.writer.submit(actor, plan).await??;
+    let ((), committed) = app.writer.commit(actor, plan).await?;
     app.quotas.claimed.store(!is_here, Ordering::Release);
     Ok(committed)
 }

@@ -9,12 +9,11 @@ use super::revoked::ACTOR;
 use super::session::{Session, SessionError};
 use super::{names, scripts};
 use crate::change::Change;
-use crate::problem::Problem;
 use crate::roles::Roles;
 use crate::rollout::Flags;
 use crate::rollout::document::Surroundings;
 use crate::route_cost;
-use crate::writer::{CommitError, View};
+use crate::writer::View;
 
 /// For how long one control plane has an edit to itself.
 const CLAIM_FOR: Duration = Duration::from_secs(2);
@@ -169,9 +168,9 @@ impl Session<'_> {
             let change = change.and_then(|change| affordable(view, change, &roles));
             let problem = change.as_ref().err().cloned();
             let change = change.unwrap_or_else(|problem| Change::EditRefused { key: name, problem });
-            Ok::<_, Problem>((vec![change], problem))
+            (vec![change], problem)
         };
-        let (problem, _) = self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        let (problem, _) = self.app.writer.commit(ACTOR, plan).await?;
         self.note_edit(key, problem.is_none(), problem);
         Ok(())
     }
@@ -194,7 +193,7 @@ impl Session<'_> {
                 Some(edit) => edit.apply(current, around).map(Some).map_err(|errors| errors.join("; ")),
                 None => Ok(None),
             });
-            Ok::<_, Problem>(match edited {
+            match edited {
                 // That nobody says why is no change.
                 Ok(Some(flags)) if Flags { cause: current.cause.clone(), ..flags.clone() } != *current => {
                     (vec![Change::RolloutChanged { flags: Box::new(flags) }], Ok(true))
@@ -203,9 +202,9 @@ impl Session<'_> {
                 Err(problem) => {
                     (vec![Change::EditRefused { key: name, problem: problem.clone() }], Err(problem))
                 }
-            })
+            }
         };
-        let (outcome, _) = self.app.writer.submit(ACTOR, plan).await?.map_err(|_| CommitError::Stopped)?;
+        let (outcome, _) = self.app.writer.commit(ACTOR, plan).await?;
         match outcome {
             Ok(false) => {}
             Ok(true) => self.note_edit(key, true, None),

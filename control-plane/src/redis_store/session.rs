@@ -21,7 +21,6 @@ use super::{Intake, Mirror, Peer, Report, names, scripts};
 use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
-use crate::problem::Problem;
 use crate::rotation;
 use crate::state::State;
 use crate::writer::{CommitError, View};
@@ -260,10 +259,8 @@ impl Session<'_> {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = app.clock.now_ms().max(state.version.source + 1);
-            let plan = move |_: &View<'_>| {
-                Ok::<_, Problem>((vec![Change::LineBegun { source, accepts_loss: false }], ()))
-            };
-            app.writer.submit("system", plan).await?.map_err(|_| CommitError::Stopped)?;
+            let plan = move |_: &View<'_>| (vec![Change::LineBegun { source, accepts_loss: false }], ());
+            app.writer.commit("system", plan).await?;
             state = app.state();
             in_log = 0;
         }

@@ -15,7 +15,6 @@ use crate::app::App;
 use crate::canary::runner;
 use crate::change::Change;
 use crate::notify::Kind;
-use crate::problem::Problem;
 use crate::writer::View;
 
 /// How often it looks.
@@ -155,15 +154,15 @@ async fn roll_back(app: &Arc<App>, seq: u64, breach: &Breach) -> Result<(), crat
     let plan = move |view: &View<'_>| {
         let pasts = view.model.pasts();
         if pasts.last().map_or(0, |past: &Past| past.seq) != seq {
-            return Ok::<_, Problem>((Vec::new(), None));
+            return (Vec::new(), None);
         }
         let current = view.model.flags();
         let good = pasts.last_good(current, view.now, limits.good_after);
         let flags = Flags { cause: Some(said), ..good };
         let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
-        Ok((vec![change], Some((current.share_at(view.now), flags))))
+        (vec![change], Some((current.share_at(view.now), flags)))
     };
-    let Ok((Some((share, flags)), _)) = app.writer.submit(ACTOR, plan).await? else { return Ok(()) };
+    let (Some((share, flags)), _) = app.writer.commit(ACTOR, plan).await? else { return Ok(()) };
     app.metrics.rollbacks.inc();
     let (from, to) = (percent(share), percent(flags.share_at(app.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");

@@ -7,6 +7,7 @@
 mod feed;
 mod view;
 
+use std::convert::Infallible;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
@@ -151,6 +152,21 @@ impl Writer {
         match answered.await.map_err(|_| CommitError::Stopped)? {
             Ok(value) => Ok(Ok((value, committed))),
             Err(refusal) => Ok(Err(refusal)),
+        }
+    }
+
+    /// Carries out the changes of a plan that refuses nothing, in the name of `actor`; see [`Writer::submit`].
+    ///
+    /// # Errors
+    /// When the journal cannot be written.
+    pub async fn commit<T: Send + 'static>(
+        &self,
+        actor: &str,
+        plan: impl FnOnce(&View<'_>) -> (Vec<Change>, T) + Send + 'static,
+    ) -> Result<(T, Committed), CommitError> {
+        match self.submit(actor, move |view| Ok::<_, Infallible>(plan(view))).await? {
+            Ok(done) => Ok(done),
+            Err(never) => match never {},
         }
     }
 
