@@ -24,6 +24,7 @@ pub mod limits;
 pub mod lockdown;
 pub mod master_key;
 pub mod metrics;
+pub mod node;
 pub mod notify;
 pub mod problem;
 pub mod quota;

@@ -173,7 +173,7 @@ async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
 
 /// The answer of the control plane that keeps the ledger, to a question that came with `headers`. A problem stays one.
 async fn forwarded(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
-    let Forwarded { status, kind, body } = quota::pass_on(app, headers, path, body).await?;
+    let Forwarded { status, kind, body } = quota::pass_on(&app.quotas, headers, path, body).await?;
     Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
 }
 

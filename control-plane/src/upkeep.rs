@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::app::App;
 use crate::change::Change;
 use crate::clock;
 use crate::journal;
+use crate::node::Node;
 use crate::writer::{CommitError, Committed, View};
 
 /// How often expired keys are forgotten. Each time is a new version for the fleet.
@@ -35,14 +35,14 @@ pub struct CleanedUp {
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), CommitError> {
-    let now_ms = app
+pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed), CommitError> {
+    let now_ms = node
         .cautious_clock
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
-        .at(app.clock.now_ms(), Instant::now());
+        .at(node.clock.now_ms(), Instant::now());
     // With leeway, a key counts for a while after its expiry.
-    let until = (now_ms / 1_000).saturating_sub(app.config.leeway.as_secs());
+    let until = (now_ms / 1_000).saturating_sub(node.config.leeway.as_secs());
     let plan = move |view: &View<'_>| {
         let model = view.model;
         let forgotten = model.due(until);
@@ -58,23 +58,23 @@ pub async fn clean_up(app: &App, actor: &str) -> Result<(CleanedUp, Committed), 
         let until = if changes.is_empty() { model.expired_until() } else { until };
         (changes, CleanedUp { forgotten, remaining, until })
     };
-    app.writer.commit(actor, plan).await
+    node.writer.commit(actor, plan).await
 }
 
 /// Has every proxy take the revocation set over anew.
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn rebuild(app: &App, actor: &str) -> Result<Committed, CommitError> {
+pub async fn rebuild(node: &Node, actor: &str) -> Result<Committed, CommitError> {
     let plan = |_: &View<'_>| (vec![Change::RevocationsRebuilt {}], ());
-    let ((), committed) = app.writer.commit(actor, plan).await?;
+    let ((), committed) = node.writer.commit(actor, plan).await?;
     Ok(committed)
 }
 
 /// Does what is due until the control plane stops.
-pub async fn run(app: Arc<App>) {
-    let mut stopping = app.stopping.clone();
-    let mut states = app.states.clone();
+pub async fn run(node: Arc<Node>) {
+    let mut stopping = node.stopping.clone();
+    let mut states = node.states.clone();
     let mut cut = states.borrow_and_update().revocations.bits();
     let mut clean_up_at = tokio::time::Instant::now() + CLEAN_UP_EVERY;
     let mut prune_at = clean_up_at;
@@ -88,20 +88,20 @@ pub async fn run(app: Arc<App>) {
                     Ok(()) if bits == cut => continue,
                     Ok(()) => {
                         tracing::info!(shards = 1_u32 << bits, "the revocation set was cut anew for its size");
-                        rebuild(&app, ACTOR).await.map(|_| cut = bits)
+                        rebuild(&node, ACTOR).await.map(|_| cut = bits)
                     }
                 }
             }
             () = tokio::time::sleep_until(clean_up_at) => {
                 clean_up_at += CLEAN_UP_EVERY;
-                if app.metrics.journal_reserve.get() > 0.0 {
-                    compress_journal(&app).await;
+                if node.metrics.journal_reserve.get() > 0.0 {
+                    compress_journal(&node).await;
                 }
                 if clean_up_at >= prune_at {
                     prune_at += PRUNE_EVERY;
-                    prune_journal(&app).await;
+                    prune_journal(&node).await;
                 }
-                clean_up(&app, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
+                clean_up(&node, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
                     tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
                 })
             }
@@ -113,8 +113,8 @@ pub async fn run(app: Arc<App>) {
 }
 
 /// Compresses the segments of the journal that are sealed.
-async fn compress_journal(app: &App) {
-    let dir = app.config.journal_dir();
+async fn compress_journal(node: &Node) {
+    let dir = node.config.journal_dir();
     match tokio::task::spawn_blocking(move || journal::compress_sealed(&dir)).await {
         Ok(Err(error)) => tracing::error!(%error, "a sealed segment of the journal cannot be compressed"),
         Ok(Ok(segments @ 1..)) => tracing::info!(segments, "sealed segments of the journal were compressed"),
@@ -123,8 +123,8 @@ async fn compress_journal(app: &App) {
 }
 
 /// Removes the segments of the journal that are older than records are kept.
-async fn prune_journal(app: &Arc<App>) {
-    let here = Arc::clone(app);
+async fn prune_journal(node: &Arc<Node>) {
+    let here = Arc::clone(node);
     let pruned = tokio::task::spawn_blocking(move || {
         let kept_ms = u64::try_from(here.config.retention.as_millis()).unwrap_or(u64::MAX);
         // By a clock that does not jump ahead: what is removed is gone.

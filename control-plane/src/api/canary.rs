@@ -18,7 +18,7 @@ use crate::problem::Problem;
 use crate::writer::View;
 
 pub async fn health_of(State(app): State<Arc<App>>) -> Response {
-    json(StatusCode::OK, serde_json::json!(runner::health(&app)))
+    json(StatusCode::OK, serde_json::json!(runner::health(&app.canary)))
 }
 
 pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
@@ -29,19 +29,18 @@ pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
             "No proxies are named to be tested: set canary.urls.",
         ));
     }
-    let results = runner::run_once(&app, true).await;
+    let results = runner::run_once(&app.canary, true).await;
     let (total, passed) = (results.len(), results.iter().filter(|result| result.passed).count());
     #[allow(clippy::cast_precision_loss)] // There are some hundreds.
     let rate = if total == 0 { 0.0 } else { (passed as f64 / total as f64 * 1_000.0).round() / 10.0 };
     let statistics =
         serde_json::json!({ "total": total, "passed": passed, "failed": total - passed, "pass_rate": rate });
-    let body =
-        serde_json::json!({ "statistics": statistics, "results": results, "health": runner::health(&app) });
+    let body = serde_json::json!({ "statistics": statistics, "results": results, "health": runner::health(&app.canary) });
     Ok(json(StatusCode::OK, body))
 }
 
 pub async fn list(State(app): State<Arc<App>>) -> Response {
-    let tests: Vec<_> = runner::tests(&app).iter().map(view).collect();
+    let tests: Vec<_> = runner::tests(&app.canary).iter().map(view).collect();
     json(StatusCode::OK, serde_json::json!({ "tests": tests }))
 }
 
@@ -64,7 +63,7 @@ pub async fn put(
     let test = request
         .test(&app.config.canary.allowed)
         .map_err(|wrong| Problem::bad_request(format!("{}.", wrong.join("; "))).with("errors", wrong))?;
-    let (count, id) = (runner::tests(&app).len(), test.id.clone());
+    let (count, id) = (runner::tests(&app.canary).len(), test.id.clone());
     let put = Box::new(test.clone());
     let plan = move |view: &View<'_>| {
         let is_new = !matches!(view.model.canary_tests().get(&id), Some(Some(_)));
@@ -83,7 +82,7 @@ pub async fn remove(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
 ) -> Result<Response, Problem> {
-    if runner::tests(&app).iter().all(|test| test.id != id) {
+    if runner::tests(&app.canary).iter().all(|test| test.id != id) {
         return Err(Problem::not_found("There is no canary test with this id."));
     }
     let removed = id.clone();

@@ -57,7 +57,7 @@ fn checks(app: &App) -> Vec<Check> {
     checks.push(Check::new("rotation", of_rotation(app)));
     checks.push(Check::new("keyring", of_keyring(&state)));
     if !app.config.canary.proxies.is_empty() {
-        let status = runner::health(app).status;
+        let status = runner::health(&app.canary).status;
         let is_well = matches!(status, "healthy" | "no_data");
         let wrong = (!is_well).then(|| format!("canaries: {status}, see /api/admin/canary/health"));
         checks.push(Check::new("canary", wrong.into_iter().collect()));
@@ -253,7 +253,7 @@ pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
     app.metrics.show_quotas(app.quotas.doubts().as_ref());
-    app.metrics.show_canary(&runner::health(&app), app.canary.history().last_run_ms());
+    app.metrics.show_canary(&runner::health(&app.canary), app.canary.history().last_run_ms());
     app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
 }

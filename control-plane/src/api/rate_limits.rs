@@ -134,7 +134,7 @@ pub async fn take_over(
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let committed = quota::take_over(&app, actor(&caller.0)).await?;
+    let committed = quota::take_over(&app.quotas, actor(&caller.0)).await?;
     let kept = serde_json::json!({ "keeper": format!("{:x}", app.state().version.source) });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, kept).await)
 }

@@ -165,7 +165,7 @@ pub async fn rotate(
     };
     let mut order = order;
     if order.imported.is_none() && rotation::under_way(&app.state().secrets).is_none() {
-        order.in_hsm = driver::make_in_hsm(&app, order.alg).await.inspect_err(failed)?;
+        order.in_hsm = driver::make_in_hsm(&app.node, order.alg).await.inspect_err(failed)?;
     }
     let pair = order.in_hsm.as_ref().map(|pair| pair.kid.clone());
     let needs_pair = app.config.lives.in_hsm && order.imported.is_none();
@@ -195,7 +195,7 @@ pub async fn rotate(
     let submitted = app.writer.submit(actor(&caller.0), plan).await;
     let is_used = |kid: &String| matches!(&submitted, Ok(Ok(((begun, _), _))) if begun.kid == *kid);
     if let Some(kid) = pair.filter(|kid| !is_used(kid)) {
-        driver::discard_in_hsm(&app, kid).await;
+        driver::discard_in_hsm(&app.node, kid).await;
     }
     let ((begun, renewed), committed) = submitted?.inspect_err(failed)?;
     let Begun { kid, state, old, replayed, ended, ids: _ } = begun;

@@ -4,6 +4,7 @@ mod given;
 
 use std::future::Future;
 use std::net::SocketAddr;
+use std::ops::Deref;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -29,6 +30,7 @@ use crate::key::{Creator, KeyRecord, KeyRequest};
 use crate::keyring::{Keyring, KeyringError};
 use crate::master_key::MasterKeyError;
 use crate::metrics::Metrics;
+use crate::node::Node;
 use crate::notify::Notifier;
 use crate::quota::{self, Quotas};
 use crate::redis_store::{self, Mirror, Sealer};
@@ -36,10 +38,9 @@ use crate::rollout;
 use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
-use crate::state::{Deltas, Settings, State};
-use crate::store::Store;
+use crate::state::Settings;
 use crate::telemetry::{self, BookError, Telemetry};
-use crate::writer::{self, CommitError, Feed, History, OpenError, Start, View, Writer};
+use crate::writer::{self, CommitError, History, OpenError, Start, View};
 use crate::{api, files, random, route_cost, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
@@ -93,66 +94,31 @@ pub enum RunError {
     Commit(#[from] CommitError),
 }
 
-/// What every handler needs.
+/// A control plane with its services, as its API and its sync port use it.
 pub struct App {
-    /// The configuration.
-    pub config: Config,
-    /// Time.
-    pub clock: Clock,
-    /// The time by which expired keys are forgotten.
-    pub cautious_clock: Mutex<CautiousClock>,
-    /// Takes changes.
-    pub writer: Writer,
-    /// The state, as it changes.
-    pub states: watch::Receiver<Arc<State>>,
-    /// The latest changes.
-    pub deltas: Arc<Deltas>,
-    /// What is known of keys.
-    pub store: Arc<Store>,
-    /// What was journalled lately.
-    pub feed: Arc<Feed>,
-    /// The proxies.
-    pub fleet: Arc<Fleet>,
-    /// The copy in Redis, if there is one.
-    pub mirror: Option<Arc<Mirror>>,
+    /// The parts that the services share.
+    pub node: Arc<Node>,
     /// Snapshots that proxies are fetching.
     pub snapshots: sync::Snapshots,
-    /// Metrics.
-    pub metrics: Arc<Metrics>,
-    /// Who may do how much.
-    pub quotas: Quotas,
-    /// Where other control planes reach the sync port.
-    pub sync_url: String,
-    /// What proxies count.
-    pub telemetry: Telemetry,
+    /// The rate limits of the fleet.
+    pub quotas: Arc<Quotas>,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
-    /// Signs what is left of old segments of the journal, as its checkpoints are signed.
-    pub notary: Notary,
-    /// Opens secrets.
-    pub keys: Arc<Keyring>,
-    /// Tells people.
-    pub notifier: Arc<Notifier>,
-    /// When this process started, Unix seconds.
-    pub started_s: u64,
     /// Tests through the proxies.
-    pub canary: Canary,
-    /// How a rotation of secrets fares.
-    pub driver: Driver,
-    /// Hashes owners as the journal has them.
-    pub privacy: Arc<Privacy>,
-    /// What proxies show.
-    pub fleet_token: Zeroizing<String>,
-    /// Turns true when the control plane is to stop.
-    pub stopping: watch::Receiver<bool>,
+    pub canary: Arc<Canary>,
+    /// Progress of a rotation of secrets.
+    pub driver: Arc<Driver>,
+}
+
+impl Deref for App {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
 }
 
 impl App {
-    /// The state now.
-    pub fn state(&self) -> Arc<State> {
-        Arc::clone(&self.states.borrow())
-    }
-
     /// Issues another first admin key and writes it in place of the one before, which goes on to count. Whoever may
     /// start the control plane with its master key needs no key to be let in.
     ///
@@ -253,7 +219,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         );
     }
     let (stop, stopping) = watch::channel(false);
-    let app = Arc::new(App {
+    let node = Arc::new(Node {
         // From the history's last time on: a clock that was wrong at the start has to stand, too.
         cautious_clock: Mutex::new(CautiousClock::new(
             clock.now_ms().min(latest_s.saturating_mul(1_000)),
@@ -267,22 +233,25 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         feed,
         fleet,
         mirror,
-        snapshots: sync::Snapshots::default(),
         metrics,
         telemetry,
-        quotas: Quotas::default(),
         sync_url,
-        cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         keys,
         notifier,
         started_s,
-        canary: Canary::default(),
-        driver: Driver::default(),
         privacy,
         notary: Notary::new(&checkpoint_seed),
         fleet_token,
         stopping,
         config,
+    });
+    let app = Arc::new(App {
+        snapshots: sync::Snapshots::default(),
+        quotas: Arc::new(Quotas::new(Arc::clone(&node))),
+        cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
+        canary: Arc::new(Canary::new(Arc::clone(&node))),
+        driver: Arc::new(Driver::default()),
+        node,
     });
     Ok(Serving { app, api, sync, stop, writer_thread: thread })
 }
@@ -307,14 +276,15 @@ impl Serving {
         let io = |source| RunError::Io { what: "serving".into(), source };
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
-        let upkeep = tokio::spawn(upkeep::run(Arc::clone(&app)));
-        let telemetry = tokio::spawn(telemetry::run(Arc::clone(&app)));
-        let canary = tokio::spawn(runner::run(Arc::clone(&app)));
-        let rotation = tokio::spawn(rotation::driver::run(Arc::clone(&app)));
-        let guard = tokio::spawn(rollout::guard::run(Arc::clone(&app)));
-        let limits = tokio::spawn(quota::run(Arc::clone(&app)));
+        let node = &app.node;
+        let upkeep = tokio::spawn(upkeep::run(Arc::clone(node)));
+        let telemetry = tokio::spawn(telemetry::run(Arc::clone(node)));
+        let canary = tokio::spawn(runner::run(Arc::clone(&app.canary)));
+        let rotation = tokio::spawn(rotation::driver::run(Arc::clone(node), Arc::clone(&app.driver)));
+        let guard = tokio::spawn(rollout::guard::run(Arc::clone(node), Arc::clone(&app.canary)));
+        let limits = tokio::spawn(quota::run(Arc::clone(&app.quotas)));
         let mirror =
-            app.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(&app), mirror)));
+            node.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(node), mirror)));
         let notifier = Arc::clone(&app.notifier);
         drop(app);
         let servers = async { tokio::try_join!(api, sync).map(|_| ()) };

@@ -15,11 +15,11 @@ use zeroize::Zeroizing;
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
 use super::{Alert, Allowed, OWNER, Test, Url, reach, seeds};
-use crate::app::App;
 use crate::change::Change;
 use crate::clock;
 use crate::issuing;
 use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, RevocationReason};
+use crate::node::Node;
 use crate::notify::Kind;
 use crate::rotation::driver;
 use crate::state;
@@ -79,9 +79,9 @@ struct Key {
     token: Zeroizing<String>,
 }
 
-/// What the runner and the API share.
-#[derive(Default)]
+/// The canary: its results and its key.
 pub struct Canary {
+    node: Arc<Node>,
     history: Mutex<History>,
     /// One run at a time.
     running: tokio::sync::Mutex<State>,
@@ -96,6 +96,11 @@ struct State {
 }
 
 impl Canary {
+    /// The canary of a control plane that has just started.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self { node, history: Mutex::default(), running: tokio::sync::Mutex::default() }
+    }
+
     /// The last results.
     pub fn history(&self) -> MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
@@ -103,10 +108,12 @@ impl Canary {
 }
 
 /// The tests there are: those of the journal, and the seeds that it does not change.
-pub fn tests(app: &App) -> Vec<Test> {
-    let state = app.state();
-    let mut tests: BTreeMap<String, Test> =
-        seeds(&app.config.canary.app_endpoint).into_iter().map(|test| (test.id.clone(), test)).collect();
+pub fn tests(canary: &Canary) -> Vec<Test> {
+    let state = canary.node.state();
+    let mut tests: BTreeMap<String, Test> = seeds(&canary.node.config.canary.app_endpoint)
+        .into_iter()
+        .map(|test| (test.id.clone(), test))
+        .collect();
     for (id, test) in state.canary_tests.iter() {
         match test {
             Some(test) => drop(tests.insert(id.clone(), test.clone())),
@@ -118,14 +125,14 @@ pub fn tests(app: &App) -> Vec<Test> {
 
 /// Runs them until the control plane stops: every interval, and at once when another secret signs, since what a proxy
 /// missed of a rotation shows then.
-pub async fn run(app: Arc<App>) {
-    if app.config.canary.proxies.is_empty() {
+pub async fn run(canary: Arc<Canary>) {
+    if canary.node.config.canary.proxies.is_empty() {
         return;
     }
-    let (mut stopping, mut states) = (app.stopping.clone(), app.states.clone());
+    let (mut stopping, mut states) = (canary.node.stopping.clone(), canary.node.states.clone());
     tokio::select! {
         _ = stopping.wait_for(|stop| *stop) => return,
-        () = wait_ready(&app) => {}
+        () = wait_ready(&canary) => {}
     }
     let signs = |state: &state::State| state.secrets.active().map(|held| held.record.kid.clone());
     let mut signed_by = signs(&states.borrow_and_update());
@@ -145,18 +152,21 @@ pub async fn run(app: Arc<App>) {
             }
         };
         let now = tokio::time::Instant::now();
-        let led = std::mem::replace(&mut leads, driver::leads(&app));
-        if led && !leads && app.canary.history().leave() {
-            app.notifier.resolve(Kind::CanaryFailing, "another control plane runs the canary tests now");
+        let led = std::mem::replace(&mut leads, driver::leads(&canary.node));
+        if led && !leads && canary.history().leave() {
+            canary
+                .node
+                .notifier
+                .resolve(Kind::CanaryFailing, "another control plane runs the canary tests now");
         }
         if !leads {
-            next = now + app.config.canary.interval.min(LOOK_EVERY);
+            next = now + canary.node.config.canary.interval.min(LOOK_EVERY);
             continue;
         }
-        next = now + app.config.canary.interval;
+        next = now + canary.node.config.canary.interval;
         tokio::select! {
             _ = stopping.wait_for(|stop| *stop) => return,
-            _ = run_once(&app, is_rotated) => {}
+            _ = run_once(&canary, is_rotated) => {}
         }
     }
 }
@@ -164,15 +174,15 @@ pub async fn run(app: Arc<App>) {
 /// Waits until every proxy says that it is ready. One that is started with this process takes a moment, and would be
 /// unhealthy for five minutes for a run in which it was not there; one that is not there in time is what the tests are
 /// for.
-async fn wait_ready(app: &Arc<App>) {
+async fn wait_ready(canary: &Arc<Canary>) {
     let trace = Trace::begin();
-    let patience = app.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
+    let patience = canary.node.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
     let deadline = tokio::time::Instant::now() + patience;
     while tokio::time::Instant::now() < deadline {
-        let here = Arc::clone(app);
+        let here = Arc::clone(canary);
         let asked = tokio::task::spawn_blocking(move || {
-            let (caller, none) = (Caller::new(Arc::clone(&here.config.canary.allowed)), BTreeMap::new());
-            here.config.canary.proxies.iter().all(|proxy| {
+            let (caller, none) = (Caller::new(Arc::clone(&here.node.config.canary.allowed)), BTreeMap::new());
+            here.node.config.canary.proxies.iter().all(|proxy| {
                 let answer = caller.call(Call {
                     method: "GET",
                     url: format!("{}{READY_PATH}", proxy.text),
@@ -193,35 +203,35 @@ async fn wait_ready(app: &Arc<App>) {
 }
 
 /// Runs all of them now, the probe too if it is due or `all` is asked for. What they came to.
-pub async fn run_once(app: &Arc<App>, all: bool) -> Vec<Outcome> {
+pub async fn run_once(canary: &Arc<Canary>, all: bool) -> Vec<Outcome> {
     if let Some(trace) = Trace::current() {
-        return run_within(app, all, trace).await;
+        return run_within(canary, all, trace).await;
     }
     let trace = Trace::begin();
     let span = tracing::info_span!("canary", trace_id = %trace);
-    trace.with(run_within(app, all, trace)).instrument(span).await
+    trace.with(run_within(canary, all, trace)).instrument(span).await
 }
 
-async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
-    let mut state = app.canary.running.lock().await;
+async fn run_within(canary: &Arc<Canary>, all: bool, trace: Trace) -> Vec<Outcome> {
+    let mut state = canary.running.lock().await;
     let mut results = Vec::new();
-    let token = own_key(app, &mut state).await;
+    let token = own_key(canary, &mut state).await;
     let has_key = token.is_ok();
-    let (rules, now_s) = (app.state(), app.clock.now_s());
+    let (rules, now_s) = (canary.node.state(), canary.node.clock.now_s());
     let (reach_v2, to_v1): (Vec<Test>, Vec<Test>) =
-        tests(app).into_iter().partition(|test| reach::reaches_v2(&rules.rules, test, now_s));
+        tests(canary).into_iter().partition(|test| reach::reaches_v2(&rules.rules, test, now_s));
     match token.clone() {
         Ok(token) => {
-            let (mut tests, here) = (reach_v2, Arc::clone(app));
+            let (mut tests, here) = (reach_v2, Arc::clone(canary));
             // Where keys live for a day, each may be renewed at any time.
             let is_young =
-                state.key.as_ref().is_some_and(|key| app.clock.now_s() < key.record.refresh_after());
+                state.key.as_ref().is_some_and(|key| canary.node.clock.now_s() < key.record.refresh_after());
             tests.retain(|test| is_young || test.id != super::TOO_EARLY);
             let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token, trace)).await;
             results.extend(ran.unwrap_or_default());
         }
         Err(problem) => results.push(outcome(
-            app,
+            canary,
             trace,
             HAS_KEY,
             "The canary has a key",
@@ -232,22 +242,23 @@ async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
             true,
         )),
     }
-    let is_due = state.probed.is_none_or(|probed| probed.elapsed() >= app.config.canary.probe_interval);
-    let endpoint = &app.config.canary.app_endpoint;
+    let is_due =
+        state.probed.is_none_or(|probed| probed.elapsed() >= canary.node.config.canary.probe_interval);
+    let endpoint = &canary.node.config.canary.app_endpoint;
     let probes_v2 = reach::path_reaches_v2(&rules.rules, "GET", endpoint, true, now_s);
     if (all || is_due)
         && probes_v2
         && let Ok(token) = token
     {
         state.probed = Some(Instant::now());
-        for proxy in &app.config.canary.proxies {
-            results.push(probe(app, &token, proxy, trace).await);
+        for proxy in &canary.node.config.canary.proxies {
+            results.push(probe(canary, &token, proxy, trace).await);
         }
     }
-    let now_ms = app.clock.now_ms();
-    let known = tests(app);
+    let now_ms = canary.node.clock.now_ms();
+    let known = tests(canary);
     let turn = {
-        let mut history = app.canary.history();
+        let mut history = canary.history();
         // That there is a key again is no result, so that there was none is forgotten; and so is what the rollout sends
         // to V1 now.
         history.keep_tests(|id| match id {
@@ -255,37 +266,37 @@ async fn run_within(app: &Arc<App>, all: bool, trace: Trace) -> Vec<Outcome> {
             HAS_KEY => !has_key,
             id => known.iter().any(|test| test.id == id) && !to_v1.iter().any(|test| test.id == id),
         });
-        history.add(results.clone(), now_ms, app.config.canary.alert)
+        history.add(results.clone(), now_ms, canary.node.config.canary.alert)
     };
     for result in &results {
         let label = if result.passed { "pass" } else { "fail" };
-        app.metrics.canary_runs.with_label_values(&[label]).inc();
-        app.metrics.canary_seconds.observe(result.latency_ms / 1_000.0);
+        canary.node.metrics.canary_runs.with_label_values(&[label]).inc();
+        canary.node.metrics.canary_seconds.observe(result.latency_ms / 1_000.0);
     }
     match turn {
         Some(Turn::Fails(what)) => {
             tracing::error!(what, "canary tests fail again and again");
             let details = vec![("tests", what), ("look", "GET /api/admin/canary/health".to_owned())];
-            app.notifier.tell(Kind::CanaryFailing, "canary tests fail again and again", details);
+            canary.node.notifier.tell(Kind::CanaryFailing, "canary tests fail again and again", details);
         }
         Some(Turn::Recovers) => {
             tracing::info!("canary tests pass again");
-            app.notifier.resolve(Kind::CanaryFailing, "canary tests pass again");
+            canary.node.notifier.resolve(Kind::CanaryFailing, "canary tests pass again");
         }
         None => {}
     }
     results
 }
 
-fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
-    let caller = Caller::new(Arc::clone(&app.config.canary.allowed));
+fn run_tests(canary: &Canary, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
+    let caller = Caller::new(Arc::clone(&canary.node.config.canary.allowed));
     let mut results = Vec::new();
-    for proxy in &app.config.canary.proxies {
+    for proxy in &canary.node.config.canary.proxies {
         for test in tests {
             let begun = Instant::now();
             let called = caller.run(test, &proxy.text, Some(token), trace);
             results.push(outcome(
-                app,
+                canary,
                 trace,
                 &test.id,
                 &test.name,
@@ -302,7 +313,7 @@ fn run_tests(app: &App, tests: &[Test], token: &Zeroizing<String>, trace: Trace)
 
 #[allow(clippy::too_many_arguments)] // It is the one place where a result is made.
 fn outcome(
-    app: &App,
+    canary: &Canary,
     trace: Trace,
     id: &str,
     name: &str,
@@ -312,7 +323,7 @@ fn outcome(
     failure: Option<String>,
     critical: bool,
 ) -> Outcome {
-    let at_ms = app.clock.now_ms();
+    let at_ms = canary.node.clock.now_ms();
     Outcome {
         test_id: id.into(),
         name: name.into(),
@@ -330,11 +341,11 @@ fn outcome(
 
 /// The canary's token: the one that it has, or a new one when that is about to end, does not count any more, or another
 /// secret signs.
-async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>, String> {
-    let current = app.state();
-    let now = app.clock.now_s();
+async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<String>, String> {
+    let current = canary.node.state();
+    let now = canary.node.clock.now_s();
     if let Some(key) = &state.key {
-        let record = app.store.key(&key.record.key_id).ok().flatten();
+        let record = canary.node.store.key(&key.record.key_id).ok().flatten();
         let counts = record.is_some_and(|record| record.state(now) == KeyState::Active);
         let left = key.record.expires_at.saturating_sub(now);
         let life = key.record.expires_at.saturating_sub(key.record.issued_at);
@@ -345,13 +356,13 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
         }
     }
     // After an immediate rotation nothing signs until every live proxy knows the new secret.
-    driver::wait_for_signer(app).await;
-    let current = app.state();
+    driver::wait_for_signer(&canary.node).await;
+    let current = canary.node.state();
     let signer =
         Arc::clone(current.secrets.signer().map_err(|error| format!("no key for the canary: {error}"))?);
-    let role = app.config.canary.role.clone();
-    let scopes = app.config.roles.get(&role).map_or_else(String::new, |role| role.scopes.join(" "));
-    let life = app.config.roles.get(&role).map_or(KEY_LIFE, |role| role.life.min(KEY_LIFE));
+    let role = canary.node.config.canary.role.clone();
+    let scopes = canary.node.config.roles.get(&role).map_or_else(String::new, |role| role.scopes.join(" "));
+    let life = canary.node.config.roles.get(&role).map_or(KEY_LIFE, |role| role.life.min(KEY_LIFE));
     let request = KeyRequest {
         name: KEY_NAME.into(),
         role,
@@ -362,15 +373,15 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
     };
     let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
     let record = request
-        .record(creator, &app.config.roles, signer.identity(), &signer.kid, now)
+        .record(creator, &canary.node.config.roles, signer.identity(), &signer.kid, now)
         .map_err(|error| format!("no key for the canary: {error}"))?;
-    let token = issuing::token(&app.config, &signer, &record)
+    let token = issuing::token(&canary.node.config, &signer, &record)
         .await
         .map_err(|error| format!("no key for the canary: {error}"))?;
     let before: Vec<KeyRecord> = match state.key.take() {
         Some(key) => vec![key.record],
         None if state.tidied => Vec::new(),
-        None => left_over(app, now).await,
+        None => left_over(canary, now).await,
     };
     let issued = record.clone();
     let plan = move |view: &View<'_>| {
@@ -383,7 +394,7 @@ async fn own_key(app: &Arc<App>, state: &mut State) -> Result<Zeroizing<String>,
         }
         Ok((changes, ()))
     };
-    submit(app, plan).await.map_err(|error| format!("no key for the canary: {error}"))?;
+    submit(canary, plan).await.map_err(|error| format!("no key for the canary: {error}"))?;
     state.tidied = true;
     state.key = Some(Key { record, token: token.clone() });
     Ok(token)
@@ -404,10 +415,10 @@ enum KeyError {
 }
 
 async fn submit(
-    app: &App,
+    canary: &Canary,
     plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, ()), KeyError> + Send + 'static,
 ) -> Result<(), KeyError> {
-    app.writer.submit(ACTOR, plan).await??;
+    canary.node.writer.submit(ACTOR, plan).await??;
     Ok(())
 }
 
@@ -417,11 +428,11 @@ pub fn is_canarys(key: &KeyRecord) -> bool {
 }
 
 /// The canary's keys of processes before this one.
-async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
-    let here = Arc::clone(app);
+async fn left_over(canary: &Arc<Canary>, now: u64) -> Vec<KeyRecord> {
+    let here = Arc::clone(canary);
     let found = tokio::task::spawn_blocking(move || {
         let mut found = Vec::new();
-        let read = here.store.each_key(|key| {
+        let read = here.node.store.each_key(|key| {
             if is_canarys(&key) && key.state(now) == KeyState::Active {
                 found.push(key);
             }
@@ -432,24 +443,25 @@ async fn left_over(app: &Arc<App>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-async fn probe(app: &Arc<App>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
+async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
-    let result = probed(app, token, proxy, trace).await;
+    let result = probed(canary, token, proxy, trace).await;
     if let Ok(took) = result {
-        app.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
+        canary.node.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
     }
     let name = "A key is issued, passes, is revoked and refused";
-    outcome(app, trace, PROBE, name, &proxy.text, begun, None, result.err(), true)
+    outcome(canary, trace, PROBE, name, &proxy.text, begun, None, result.err(), true)
 }
 
 async fn probed(
-    app: &Arc<App>,
+    canary: &Arc<Canary>,
     token: &Zeroizing<String>,
     proxy: &Url,
     trace: Trace,
 ) -> Result<Duration, String> {
-    let (allowed, url) = (Arc::clone(&app.config.canary.allowed), proxy.text.clone());
-    let (role, endpoint) = (app.config.canary.role.clone(), app.config.canary.app_endpoint.clone());
+    let (allowed, url) = (Arc::clone(&canary.node.config.canary.allowed), proxy.text.clone());
+    let (role, endpoint) =
+        (canary.node.config.canary.role.clone(), canary.node.config.canary.app_endpoint.clone());
     let token = token.clone();
     let none = BTreeMap::new();
     let issue = move || {
@@ -475,7 +487,8 @@ async fn probed(
     };
     let gone = |_| "it was cut short".to_owned();
     let (key_id, issued) = tokio::task::spawn_blocking(issue).await.map_err(gone)??;
-    let (allowed, url) = (Arc::clone(&app.config.canary.allowed), format!("{}{endpoint}", proxy.text));
+    let (allowed, url) =
+        (Arc::clone(&canary.node.config.canary.allowed), format!("{}{endpoint}", proxy.text));
     let ask = move |wanted: u16, patience: Duration| {
         let (allowed, url, issued) = (Arc::clone(&allowed), url.clone(), issued.clone());
         tokio::task::spawn_blocking(move || {
@@ -513,7 +526,7 @@ async fn probed(
     };
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
-    submit(app, plan).await.map_err(|error| format!("revoking the key: {error}"))?;
+    submit(canary, plan).await.map_err(|error| format!("revoking the key: {error}"))?;
     used?;
     ask(401, REFUSED_WITHIN)
         .await
@@ -523,7 +536,7 @@ async fn probed(
 }
 
 /// What the results say now.
-pub fn health(app: &App) -> Health {
-    let interval = u64::try_from(app.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
-    app.canary.history().health(app.clock.now_ms(), interval)
+pub fn health(canary: &Canary) -> Health {
+    let interval = u64::try_from(canary.node.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
+    canary.history().health(canary.node.clock.now_ms(), interval)
 }

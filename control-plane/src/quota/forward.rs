@@ -11,8 +11,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use keygate_core::quota::MAX_BYTES;
 
-use super::Role;
-use crate::app::App;
+use super::{Quotas, Role};
 
 /// Header of a question that was passed on already, so that it is not passed on in a circle.
 const PASSED_ON: &str = "keygate-passed-on";
@@ -29,38 +28,38 @@ const CONNECT_WITHIN: Duration = Duration::from_secs(1);
 /// # Errors
 /// When that is not known, or does not answer, or the question was passed on already.
 pub async fn pass_on(
-    app: &App,
+    quotas: &Quotas,
     headers: &HeaderMap,
     path: &str,
     body: Bytes,
 ) -> Result<Forwarded, ForwardError> {
-    let Role::Elsewhere(keeper) = app.quotas.role() else {
+    let Role::Elsewhere(keeper) = quotas.role() else {
         return Err(ForwardError::OwnerUnknown);
     };
     if headers.contains_key(PASSED_ON) {
         return Err(ForwardError::NotOwner);
     }
-    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
+    let url = quotas.node.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
     let answer = match url {
-        Some(url) => app.quotas.forwarder.post(&url, path, &app.fleet_token, body).await,
+        Some(url) => quotas.forwarder.post(&url, path, &quotas.node.fleet_token, body).await,
         None => Err(ForwardError::AddressUnknown),
     };
     let is_answered = answer
         .as_ref()
         .is_ok_and(|answer| !answer.status.is_server_error() && answer.status != StatusCode::UNAUTHORIZED);
     if !is_answered {
-        app.metrics.quota_pass_on_failures.inc();
+        quotas.node.metrics.quota_pass_on_failures.inc();
     }
     answer
 }
 
 /// Calls the owner of the ledger; whether it is there and keeps it.
-pub async fn call_owner(app: &App, owner: u64) -> bool {
-    let url = app.mirror.as_ref().and_then(|mirror| mirror.sync_url(owner));
+pub async fn call_owner(quotas: &Quotas, owner: u64) -> bool {
+    let url = quotas.node.mirror.as_ref().and_then(|mirror| mirror.sync_url(owner));
     let Some(url) = url else { return false };
-    let body = serde_json::json!({ "from": format!("{:x}", app.state().version.source) });
+    let body = serde_json::json!({ "from": format!("{:x}", quotas.node.state().version.source) });
     let body = Bytes::from(body.to_string());
-    let call = app.quotas.forwarder.post(&url, OWNER, &app.fleet_token, body);
+    let call = quotas.forwarder.post(&url, OWNER, &quotas.node.fleet_token, body);
     let called = tokio::time::timeout(CALLED_WITHIN, call).await;
     matches!(called, Ok(Ok(Forwarded { status: StatusCode::OK, .. })))
 }

@@ -21,6 +21,7 @@ use self::forward::Forwarder;
 pub use self::forward::{ForwardError, Forwarded, OWNER, pass_on};
 pub use self::ownership::{run, take_over};
 pub use self::service::{Doubts, LedgerService, QuotaError};
+use crate::node::Node;
 
 /// The control plane that keeps the ledger, as seen from here.
 #[derive(Debug, Clone, Default)]
@@ -35,8 +36,8 @@ pub enum Role {
 }
 
 /// A control plane's part in the limits of the fleet.
-#[derive(Debug, Default)]
 pub struct Quotas {
+    node: Arc<Node>,
     role: RwLock<Role>,
     forwarder: Forwarder,
     /// Other control planes that called this one as the owner, and when.
@@ -46,6 +47,17 @@ pub struct Quotas {
 }
 
 impl Quotas {
+    /// The part of a control plane that has just started.
+    pub fn new(node: Arc<Node>) -> Self {
+        Self {
+            node,
+            role: RwLock::default(),
+            forwarder: Forwarder::default(),
+            callers: Mutex::default(),
+            claimed: AtomicBool::default(),
+        }
+    }
+
     /// The control plane that keeps the ledger.
     pub fn role(&self) -> Role {
         self.role.read().unwrap_or_else(PoisonError::into_inner).clone()

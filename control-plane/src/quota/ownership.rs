@@ -15,7 +15,6 @@ use super::disk::DiskError;
 use super::handover;
 use super::service::{LedgerService, Origin};
 use super::{Quotas, Role};
-use crate::app::App;
 use crate::change::Change;
 use crate::redis_store::Intake;
 use crate::state::{Keeper, State};
@@ -64,24 +63,24 @@ struct Contact {
 }
 
 /// Looks who keeps the ledger until it is to stop; then hands it over.
-pub async fn run(app: Arc<App>) {
-    if !app.config.enforces_limits {
+pub async fn run(quotas: Arc<Quotas>) {
+    if !quotas.node.config.enforces_limits {
         return;
     }
-    let mut stopping = app.stopping.clone();
+    let mut stopping = quotas.node.stopping.clone();
     let mut last_problem = None;
     let now = Instant::now();
     let mut contact =
         Contact { forced: false, renewed: None, owner: None, next_call: now, next_hand_over: now };
     loop {
-        let problem = look(&app, &mut contact).await.err().map(|problem| problem.to_string());
+        let problem = look(&quotas, &mut contact).await.err().map(|problem| problem.to_string());
         if problem != last_problem {
             if let Some(problem) = &problem {
                 tracing::error!(problem, "limits are not kept here");
             }
             last_problem = problem;
         }
-        if let Some(service) = app.quotas.here() {
+        if let Some(service) = quotas.here() {
             service.on_tick();
         }
         tokio::select! {
@@ -89,9 +88,9 @@ pub async fn run(app: Arc<App>) {
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
-    if let (Some(service), Some(mirror)) = (app.quotas.here(), &app.mirror) {
+    if let (Some(service), Some(mirror)) = (quotas.here(), &quotas.node.mirror) {
         service.end();
-        let own = app.state().version.source;
+        let own = quotas.node.state().version.source;
         if handover::write(mirror, &service, true).await {
             mirror.release(WORK, own).await;
         }
@@ -103,44 +102,44 @@ pub async fn run(app: Arc<App>) {
 ///
 /// # Errors
 /// When it cannot be journalled.
-pub async fn take_over(app: &App, actor: &str) -> Result<Committed, CommitError> {
-    let own = app.state().version.source;
-    let is_here = app.quotas.here().is_some();
+pub async fn take_over(quotas: &Quotas, actor: &str) -> Result<Committed, CommitError> {
+    let own = quotas.node.state().version.source;
+    let is_here = quotas.here().is_some();
     let plan = move |view: &View<'_>| {
         let is_mine = is_here || view.model.limits_keeper().is_some_and(|keeper| keeper.source == own);
         let changes = if is_mine { Vec::new() } else { vec![Change::LimitsKept { keeper: own }] };
         (changes, ())
     };
-    let ((), committed) = app.writer.commit(actor, plan).await?;
-    app.quotas.claimed.store(!is_here, Ordering::Release);
+    let ((), committed) = quotas.node.writer.commit(actor, plan).await?;
+    quotas.claimed.store(!is_here, Ordering::Release);
     Ok(committed)
 }
 
-async fn look(app: &App, contact: &mut Contact) -> Result<(), anyhow::Error> {
-    let state = app.state();
-    match step(app, &state) {
-        Step::Wait => app.quotas.play(Role::Unknown),
+async fn look(quotas: &Quotas, contact: &mut Contact) -> Result<(), anyhow::Error> {
+    let state = quotas.node.state();
+    match step(quotas, &state) {
+        Step::Wait => quotas.play(Role::Unknown),
         Step::PassOn(source) => {
-            if !matches!(app.quotas.role(), Role::Elsewhere(other) if other == source) {
+            if !matches!(quotas.role(), Role::Elsewhere(other) if other == source) {
                 tracing::info!(
                     owner = format!("{source:x}"),
                     "another control plane keeps the ledger of limits"
                 );
-                app.quotas.play(Role::Elsewhere(source));
+                quotas.play(Role::Elsewhere(source));
             }
-            succeed(app, &state, source, contact).await?;
+            succeed(quotas, &state, source, contact).await?;
         }
         Step::Keep { since, before, first } => {
-            if owns(app, &state, contact).await {
-                keep(app, Origin::Disk { since, before, first })?;
+            if owns(quotas, &state, contact).await {
+                keep(quotas, Origin::Disk { since, before, first })?;
             }
         }
         Step::Claim => {
             let before = state.limits_keeper;
-            if let Some(since) = claim(app, before).await? {
+            if let Some(since) = claim(quotas, before).await? {
                 // Until now it was this one's, if there was any.
                 let first = before.is_none();
-                keep(app, Origin::Disk { since, before: first.then(|| alone(&state)), first })?;
+                keep(quotas, Origin::Disk { since, before: first.then(|| alone(&state)), first })?;
             }
         }
     }
@@ -148,22 +147,22 @@ async fn look(app: &App, contact: &mut Contact) -> Result<(), anyhow::Error> {
 }
 
 /// Journals that this control plane keeps the ledger, if it is still as it was; the stamp of that.
-async fn claim(app: &App, before: Option<Keeper>) -> Result<Option<u64>, anyhow::Error> {
-    let own = app.state().version.source;
+async fn claim(quotas: &Quotas, before: Option<Keeper>) -> Result<Option<u64>, anyhow::Error> {
+    let own = quotas.node.state().version.source;
     let plan = move |view: &View<'_>| {
         let is_same = view.model.limits_keeper() == before;
         let changes = if is_same { vec![Change::LimitsKept { keeper: own }] } else { Vec::new() };
         Ok::<_, std::convert::Infallible>((changes, ()))
     };
-    let Ok(((), _)) = app.writer.submit(ACTOR, plan).await?;
-    Ok(app.state().limits_keeper.filter(|keeper| keeper.source == own).map(|keeper| keeper.since))
+    let Ok(((), _)) = quotas.node.writer.submit(ACTOR, plan).await?;
+    Ok(quotas.node.state().limits_keeper.filter(|keeper| keeper.source == own).map(|keeper| keeper.since))
 }
 
 /// Whether this owner may grant units: alone, or with the lease, or reached by all others.
-async fn owns(app: &App, state: &State, contact: &mut Contact) -> bool {
-    let Some(mirror) = app.mirror.as_ref().filter(|_| state.has_peers()) else { return true };
+async fn owns(quotas: &Quotas, state: &State, contact: &mut Contact) -> bool {
+    let Some(mirror) = quotas.node.mirror.as_ref().filter(|_| state.has_peers()) else { return true };
     let now = Instant::now();
-    let claimed = app.quotas.claimed.swap(false, Ordering::AcqRel);
+    let claimed = quotas.claimed.swap(false, Ordering::AcqRel);
     if now >= contact.next_call || claimed {
         contact.next_call = now + CALL_EVERY;
         contact.forced |= claimed;
@@ -175,19 +174,19 @@ async fn owns(app: &App, state: &State, contact: &mut Contact) -> bool {
             // Another one has it: it takes over, and will say so.
             Some(false) => {
                 contact.renewed = None;
-                app.quotas.play(Role::Unknown);
+                quotas.play(Role::Unknown);
                 return false;
             }
             None => {}
         }
     }
     let is_recent = |at: Instant| now.saturating_duration_since(at) < OWNS_FOR;
-    let callers = app.quotas.callers();
+    let callers = quotas.callers();
     let peers = mirror.live_peers(state);
     let reached = !peers.is_empty()
         && peers.iter().all(|(source, _)| callers.get(source).is_some_and(|called| is_recent(*called)));
     let owns = contact.forced || contact.renewed.is_some_and(is_recent) || reached;
-    if let Some(service) = app.quotas.here() {
+    if let Some(service) = quotas.here() {
         service.suspend(!owns);
         if owns && now >= contact.next_hand_over {
             contact.next_hand_over = now + HAND_OVER_EVERY;
@@ -199,9 +198,14 @@ async fn owns(app: &App, state: &State, contact: &mut Contact) -> bool {
 }
 
 /// Calls the owner, and takes over from one that is gone.
-async fn succeed(app: &App, state: &State, owner: u64, contact: &mut Contact) -> Result<(), anyhow::Error> {
+async fn succeed(
+    quotas: &Quotas,
+    state: &State,
+    owner: u64,
+    contact: &mut Contact,
+) -> Result<(), anyhow::Error> {
     let now = Instant::now();
-    let Some(mirror) = &app.mirror else { return Ok(()) };
+    let Some(mirror) = &quotas.node.mirror else { return Ok(()) };
     let reached = match contact.owner {
         Some((source, reached)) if source == owner => reached,
         _ => {
@@ -213,7 +217,7 @@ async fn succeed(app: &App, state: &State, owner: u64, contact: &mut Contact) ->
         return Ok(());
     }
     contact.next_call = now + CALL_EVERY;
-    if super::forward::call_owner(app, owner).await {
+    if super::forward::call_owner(quotas, owner).await {
         contact.owner = Some((owner, Instant::now()));
         return Ok(());
     }
@@ -233,21 +237,24 @@ async fn succeed(app: &App, state: &State, owner: u64, contact: &mut Contact) ->
         whole,
         "the control plane that keeps the ledger of limits is gone; this one takes over"
     );
-    if let Some(since) = claim(app, state.limits_keeper).await? {
+    if let Some(since) = claim(quotas, state.limits_keeper).await? {
         contact.renewed = Some(Instant::now());
         match handed_over {
             Some(handed_over) => {
-                keep(app, Origin::Handover { since, saved: &handed_over.saved, whole: handed_over.whole })?;
+                keep(
+                    quotas,
+                    Origin::Handover { since, saved: &handed_over.saved, whole: handed_over.whole },
+                )?;
             }
-            None => keep(app, Origin::Disk { since, before: None, first: false })?,
+            None => keep(quotas, Origin::Disk { since, before: None, first: false })?,
         }
     }
     Ok(())
 }
 
-fn step(app: &App, state: &State) -> Step {
+fn step(quotas: &Quotas, state: &State) -> Step {
     let keeper = state.limits_keeper;
-    let Some(mirror) = &app.mirror else {
+    let Some(mirror) = &quotas.node.mirror else {
         return match keeper {
             None => Step::Keep { since: alone(state), before: None, first: true },
             Some(keeper) => of(state.version.source, state.is_own(keeper.source), keeper, false),
@@ -279,16 +286,20 @@ fn alone(state: &State) -> u64 {
     if state.lines.is_empty() { 0 } else { state.version.source }
 }
 
-fn keep(app: &App, origin: Origin<'_>) -> Result<(), DiskError> {
+fn keep(quotas: &Quotas, origin: Origin<'_>) -> Result<(), DiskError> {
     let (Origin::Disk { since, .. } | Origin::Handover { since, .. }) = origin;
-    if app.quotas.here().is_some_and(|service| service.since() == since) {
+    if quotas.here().is_some_and(|service| service.since() == since) {
         return Ok(());
     }
     // First of all no other ledger is open: the file is one for all.
-    app.quotas.play(Role::Unknown);
-    let service =
-        LedgerService::open(&app.config.data_dir, app.config.hot_restart, app.clock.now_ms(), origin)?;
-    app.quotas.play(Role::Here(Arc::new(service)));
+    quotas.play(Role::Unknown);
+    let service = LedgerService::open(
+        &quotas.node.config.data_dir,
+        quotas.node.config.hot_restart,
+        quotas.node.clock.now_ms(),
+        origin,
+    )?;
+    quotas.play(Role::Here(Arc::new(service)));
     Ok(())
 }
 

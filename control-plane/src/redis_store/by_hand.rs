@@ -59,22 +59,22 @@ impl Session<'_> {
     }
 
     fn ours(&self, key: &str) -> Ours {
-        let state = self.app.state();
+        let state = self.node.state();
         match key {
             names::LOCKDOWN => edits::ours_lockdown(
                 state.rules.lockdown.as_ref(),
                 state.lockdown_stamp,
-                self.app.clock.now_s(),
+                self.node.clock.now_s(),
             ),
             names::FLAGS => {
-                let text = self.mirror.rollout_document(self.app, &state);
+                let text = self.mirror.rollout_document(self.node, &state);
                 Ours { stamp: state.rollout_stamp, text: Some(text), until_ms: 0 }
             }
             names::CANARY_USERS => edits::ours_canary_users(&state.flags, state.rollout_stamp),
             _ => edits::ours_limits(
                 state.limits_override.as_ref(),
                 state.override_stamp,
-                self.app.clock.now_s(),
+                self.node.clock.now_s(),
             ),
         }
     }
@@ -119,14 +119,14 @@ impl Session<'_> {
         let mut put = redis::cmd("EVAL");
         put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
         put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
-        put.arg(format!("{:x}", self.app.state().version.source));
+        put.arg(format!("{:x}", self.node.state().version.source));
         put.arg(if key == names::CANARY_USERS { "set" } else { "" });
         match self.reading.query::<u64>(&put).await {
             Ok(written) => Ok(written == 1),
             Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
             // It reads all the same; what cannot be written now is written when it can be.
             Err(error) if !error.must_reconnect() => {
-                self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
                 Ok(false)
             }
             Err(error) => Err(error.into()),
@@ -139,7 +139,7 @@ impl Session<'_> {
         claim.arg(scripts::CLAIM).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
         claim.arg(&seen.digest);
         claim.arg(seen.written.as_ref().map_or_else(String::new, |written| written.stamp.to_string()));
-        claim.arg(format!("{:x}", self.app.state().version.source));
+        claim.arg(format!("{:x}", self.node.state().version.source));
         claim.arg(u64::try_from(CLAIM_FOR.as_millis()).unwrap_or(u64::MAX));
         match self.reading.query::<u64>(&claim).await {
             Ok(taken) => Ok(taken == 1),
@@ -151,8 +151,8 @@ impl Session<'_> {
 
     /// Puts an edit in force, or refuses it.
     async fn honour(&self, key: &str, seen: &Seen) -> Result<(), SessionError> {
-        let now = self.app.clock.now_s();
-        let roles = &self.app.config.roles;
+        let now = self.node.clock.now_s();
+        let roles = &self.node.config.roles;
         let change = match key {
             names::LOCKDOWN => {
                 edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
@@ -170,7 +170,7 @@ impl Session<'_> {
             let change = change.unwrap_or_else(|problem| Change::EditRefused { key: name, problem });
             (vec![change], problem)
         };
-        let (problem, _) = self.app.writer.commit(ACTOR, plan).await?;
+        let (problem, _) = self.node.writer.commit(ACTOR, plan).await?;
         self.note_edit(key, problem.is_none(), problem);
         Ok(())
     }
@@ -204,7 +204,7 @@ impl Session<'_> {
                 }
             }
         };
-        let (outcome, _) = self.app.writer.commit(ACTOR, plan).await?;
+        let (outcome, _) = self.node.writer.commit(ACTOR, plan).await?;
         match outcome {
             Ok(false) => {}
             Ok(true) => self.note_edit(key, true, None),
@@ -221,7 +221,7 @@ impl Session<'_> {
             tracing::error!(key, problem, "an edit in Redis is refused; the last good value stays in force");
         }
         let outcome = if is_taken { "taken" } else { "refused" };
-        self.app.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
+        self.node.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
     }
 
     fn note_standing(&mut self, key: &'static str) {

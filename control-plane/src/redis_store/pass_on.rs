@@ -13,7 +13,7 @@ use super::log::{self, Filler};
 use super::sealed::{self, Shipped};
 use super::session::SessionError;
 use super::{Mirror, Report, names};
-use crate::app::App;
+use crate::node::Node;
 use crate::rotation;
 use crate::writer::{CommitError, Logged};
 
@@ -36,7 +36,7 @@ pub struct PassedOn {
 /// Passes changes on as they are made.
 pub struct PassOn<'s> {
     /// Whose.
-    pub app: &'s Arc<App>,
+    pub node: &'s Arc<Node>,
     /// Where to.
     pub mirror: &'s Arc<Mirror>,
     /// A connection of its own.
@@ -46,7 +46,7 @@ pub struct PassOn<'s> {
 impl PassOn<'_> {
     /// Passes changes on until the connection is of no use any more.
     pub async fn run(&self, mut passed_on: PassedOn) -> Result<Infallible, SessionError> {
-        let mut last = self.app.feed.last();
+        let mut last = self.node.feed.last();
         loop {
             match self.go_on(&mut passed_on).await {
                 Ok(()) => {
@@ -55,15 +55,15 @@ impl PassOn<'_> {
                 }
                 // What Redis does not explain is looked at from the beginning: the log may not be as it was left.
                 Err(error) if error.is_of_writing() && error.label() != LinkError::UNEXPLAINED => {
-                    self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                    self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
                     self.mirror.update(|status| {
                         status.tried = *last.borrow();
                         status.error = Some(error.to_string());
                     });
                     sleep(RETRY).await;
                     // What of it came through is found out anew.
-                    passed_on.in_log = log::last(&self.link, self.app.state().version.source).await?;
-                    passed_on.seq = passed_on.in_log.max(self.app.state().line_start.saturating_sub(1));
+                    passed_on.in_log = log::last(&self.link, self.node.state().version.source).await?;
+                    passed_on.seq = passed_on.in_log.max(self.node.state().line_start.saturating_sub(1));
                 }
                 Err(error) => return Err(error),
             }
@@ -72,22 +72,22 @@ impl PassOn<'_> {
 
     /// Passes on what there is.
     pub async fn go_on(&self, passed_on: &mut PassedOn) -> Result<(), SessionError> {
-        let (app, mirror) = (self.app, self.mirror);
+        let (node, mirror) = (self.node, self.mirror);
         let mut said: BTreeMap<u64, u64> = BTreeMap::new();
         loop {
-            let last = *app.feed.last().borrow();
-            let state = app.state();
+            let last = *node.feed.last().borrow();
+            let state = node.state();
             let source = state.version.source;
             let mut filler = Filler {
                 link: &self.link,
                 sealer: &mirror.sealer,
-                keys: &app.keys,
+                keys: &node.keys,
                 source,
                 last: passed_on.in_log,
             };
-            let (entries, live) = match app.feed.after(passed_on.seq, AT_A_TIME) {
+            let (entries, live) = match node.feed.after(passed_on.seq, AT_A_TIME) {
                 Some(entries) => (entries, true),
-                None => (journalled(app, passed_on.seq, last).await?, false),
+                None => (journalled(node, passed_on.seq, last).await?, false),
             };
             let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
             let mut changes = Vec::new();
@@ -99,8 +99,8 @@ impl PassOn<'_> {
                 let after = if live { news_of(&state.merged, &mut said) } else { BTreeMap::new() };
                 changes.push((logged.seq, Shipped::of(logged, after)));
             }
-            let timer = app.metrics.redis_seconds.with_label_values(&["append"]).start_timer();
-            filler.append(&changes, &app.store, app.clock.now_s()).await?;
+            let timer = node.metrics.redis_seconds.with_label_values(&["append"]).start_timer();
+            filler.append(&changes, &node.store, node.clock.now_s()).await?;
             timer.observe_duration();
             *passed_on = PassedOn { seq: to, in_log: filler.last };
             mirror.set_in_log(filler.last);
@@ -118,10 +118,10 @@ impl PassOn<'_> {
         last_own: u64,
         merged: BTreeMap<u64, u64>,
     ) -> Result<(), SessionError> {
-        let known = rotation::driver::known_everywhere(self.app);
-        let sync_url = Some(self.app.sync_url.clone());
-        let report = Report { seq, last_own, merged, known, sync_url, beat: self.app.clock.now_ms() };
-        let source = self.app.state().version.source;
+        let known = rotation::driver::known_everywhere(self.node);
+        let sync_url = Some(self.node.sync_url.clone());
+        let report = Report { seq, last_own, merged, known, sync_url, beat: self.node.clock.now_ms() };
+        let source = self.node.state().version.source;
         *self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((report.clone(), Instant::now()));
         let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
@@ -136,8 +136,8 @@ impl PassOn<'_> {
         let have = if mirror.replicas == 0 {
             0
         } else {
-            let _timer = self.app.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
-            let source = self.app.state().version.source;
+            let _timer = self.node.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
+            let source = self.node.state().version.source;
             let wait = log::wait(mirror.replicas, mirror.timeout.mul_f64(WAIT_SHARE));
             self.link.query_at::<u64>(&names::log(source), &wait).await?
         };
@@ -164,8 +164,8 @@ fn news_of(merged: &BTreeMap<u64, u64>, said: &mut BTreeMap<u64, u64>) -> BTreeM
 }
 
 /// Entries of the journal after number `seq`, up to `last`.
-pub async fn journalled(app: &App, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, SessionError> {
-    let (dir, privacy) = (app.config.journal_dir(), app.privacy.clone());
+pub async fn journalled(node: &Node, seq: u64, last: u64) -> Result<Vec<Arc<Logged>>, SessionError> {
+    let (dir, privacy) = (node.config.journal_dir(), node.privacy.clone());
     let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, &privacy, seq, last));
     Ok(read.await.map_err(|_| CommitError::Stopped)??)
 }

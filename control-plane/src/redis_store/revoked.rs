@@ -12,8 +12,8 @@ use super::error::LinkError;
 use super::link::Link;
 use super::projection::Write;
 use super::{log, names};
-use crate::app::App;
 use crate::key::{Ended, RevocationReason};
+use crate::node::Node;
 use crate::store::{Store, StoreError};
 use crate::writer::{CommitError, View};
 
@@ -102,7 +102,7 @@ pub async fn count(link: &Link) -> Result<u64, LinkError> {
 /// # Errors
 /// See [`UnionError`].
 pub async fn unite(
-    app: &Arc<App>,
+    node: &Arc<Node>,
     link: &Link,
     extent: Extent,
     may_forget: bool,
@@ -116,10 +116,10 @@ pub async fn unite(
         let found = single.insert(HashSet::new());
         let jti = |key: String| key.strip_prefix(names::REVOKED_PREFIX).map(str::to_owned);
         link.scan(&names::revoked("*"), &mut |keys| found.extend(keys.into_iter().filter_map(jti))).await?;
-        unknown.extend(found.iter().filter(|jti| !there.contains(*jti) && !is_revoked(app, jti)).cloned());
+        unknown.extend(found.iter().filter(|jti| !there.contains(*jti) && !is_revoked(node, jti)).cloned());
     }
-    for jti in there.iter().filter(|jti| !is_revoked(app, jti)) {
-        match app.store.revoked_until(jti)? {
+    for jti in there.iter().filter(|jti| !is_revoked(node, jti)) {
+        match node.store.revoked_until(jti)? {
             Some(_) => expired.push(jti.clone()),
             None if !is_identifier(jti) => expired.push(jti.clone()),
             None => unknown.push(jti.clone()),
@@ -127,7 +127,7 @@ pub async fn unite(
     }
     // A single key ends by the clock of Redis. Where this one's is far ahead it has forgotten what others have not,
     // and must neither take it for new nor take it away.
-    let from = app.state().rules.expired_until.max(app.clock.now_s()).saturating_add(1);
+    let from = node.state().rules.expired_until.max(node.clock.now_s()).saturating_add(1);
     let known_ends = ends_of(link, &unknown).await?;
     unknown.retain(|jti| known_ends.get(jti).is_none_or(|end| *end >= from));
     let ends = ends_of(link, &expired).await?;
@@ -137,7 +137,7 @@ pub async fn unite(
     let mut united = United { waiting, ..United::default() };
     for jtis in unknown.chunks(AT_A_TIME) {
         let jtis: Vec<String> = jtis.iter().filter(|jti| is_identifier(jti)).cloned().collect();
-        united.taken += take(app, jtis).await?;
+        united.taken += take(node, jtis).await?;
     }
     if may_forget {
         for jtis in expired.chunks(AT_A_TIME) {
@@ -146,7 +146,7 @@ pub async fn unite(
         }
         united.forgotten = expired.len();
     }
-    let store = Arc::clone(&app.store);
+    let store = Arc::clone(&node.store);
     let here = tokio::task::spawn_blocking(move || store.revoked_within(from, u64::MAX));
     let here = here.await.map_err(|_| CommitError::Stopped)??;
     if extent == Extent::OwnKeys {
@@ -155,7 +155,7 @@ pub async fn unite(
     let stands = |jti: &String| there.contains(jti) && single.as_ref().is_none_or(|keys| keys.contains(jti));
     let missing: Vec<String> = here.into_iter().filter(|jti| !stands(jti)).collect();
     for jtis in missing.chunks(AT_A_TIME) {
-        write_again(link, &app.store, jtis).await?;
+        write_again(link, &node.store, jtis).await?;
     }
     united.written = missing.len();
     Ok(united)
@@ -216,12 +216,12 @@ async fn members(link: &Link) -> Result<HashSet<String>, LinkError> {
     }
 }
 
-fn is_revoked(app: &App, jti: &str) -> bool {
-    (&app.state().revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
+fn is_revoked(node: &Node, jti: &str) -> bool {
+    (&node.state().revocations).standing(Fingerprint::of(jti)) == Standing::Revoked
 }
 
 /// Revokes what somebody put into Redis by hand; how many.
-async fn take(app: &App, jtis: Vec<String>) -> Result<usize, UnionError> {
+async fn take(node: &Node, jtis: Vec<String>) -> Result<usize, UnionError> {
     if jtis.is_empty() {
         return Ok(0);
     }
@@ -237,7 +237,7 @@ async fn take(app: &App, jtis: Vec<String>) -> Result<usize, UnionError> {
         let taken = changes.len();
         Ok::<_, StoreError>((changes, taken))
     };
-    let (taken, _) = app.writer.submit(ACTOR, plan).await??;
+    let (taken, _) = node.writer.submit(ACTOR, plan).await??;
     if taken > 0 {
         tracing::warn!(taken, "revocations that were put into Redis by hand are in force");
     }

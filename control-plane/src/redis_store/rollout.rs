@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
 use super::{Mirror, names};
-use crate::app::App;
 use crate::clock;
+use crate::node::Node;
 use crate::rollout::document;
 use crate::rollout::tally::Tally;
 use crate::state::State;
@@ -34,7 +34,7 @@ impl Mirror {
     }
 
     /// The document that should stand in Redis.
-    pub fn rollout_document(&self, app: &App, state: &State) -> String {
+    pub fn rollout_document(&self, node: &Node, state: &State) -> String {
         let mut copy = self.rollout();
         if let Some((stamp, at, text)) = &copy.made
             && *stamp == state.rollout_stamp
@@ -42,12 +42,12 @@ impl Mirror {
         {
             return text.clone();
         }
-        let counted = counted_here(app).plus(copy.others);
+        let counted = counted_here(node).plus(copy.others);
         if counted != copy.counted || copy.changed_ms == 0 {
             copy.counted = counted;
-            copy.changed_ms = app.clock.now_ms();
+            copy.changed_ms = node.clock.now_ms();
         }
-        let mut members = document::show(&state.flags, state.has_v1, app.clock.now_s());
+        let mut members = document::show(&state.flags, state.has_v1, node.clock.now_s());
         let mut metrics = counted.show();
         metrics["last_updated"] = clock::rfc3339_ms(copy.changed_ms).into();
         members.insert("metrics".into(), metrics);
@@ -62,15 +62,15 @@ impl Mirror {
 }
 
 /// Since the counts were begun anew.
-fn counted_here(app: &App) -> Tally {
-    Tally::of(&app.metrics).since(app.telemetry.rollout_reset().0)
+fn counted_here(node: &Node) -> Tally {
+    Tally::of(&node.metrics).since(node.telemetry.rollout_reset().0)
 }
 
 impl Session<'_> {
     /// Tells the others what was counted here, and hears what was counted there.
     pub async fn share_counts(&self) -> Result<(), SessionError> {
-        let own = format!("{:x}", self.app.state().version.source);
-        let counted = serde_json::to_string(&counted_here(self.app)).unwrap_or_default();
+        let own = format!("{:x}", self.node.state().version.source);
+        let counted = serde_json::to_string(&counted_here(self.node)).unwrap_or_default();
         let mut set = redis::cmd("HSET");
         set.arg(names::ROLLOUT_COUNTS).arg(&own).arg(counted);
         match self.reading.query::<()>(&set).await {

@@ -16,7 +16,7 @@ impl Session<'_> {
     ) -> Result<Vec<(String, Wraps)>, SessionError> {
         let mut found = Vec::new();
         for secret in secrets {
-            let Some(id) = secret.data_key().filter(|id| !self.app.keys.has(id)) else { continue };
+            let Some(id) = secret.data_key().filter(|id| !self.node.keys.has(id)) else { continue };
             let text: Option<String> =
                 match self.reading.query(redis::cmd("GET").arg(names::secret(&secret.kid))).await {
                     Err(LinkError::WrongType) => None,
@@ -30,21 +30,21 @@ impl Session<'_> {
 
     /// Looks again for the data keys of secrets that cannot be opened here.
     pub async fn fetch_data_keys(&self) -> Result<(), SessionError> {
-        let secrets = Arc::clone(&self.app.state().secrets);
+        let secrets = Arc::clone(&self.node.state().secrets);
         let found = self.data_keys(secrets.locked()).await?;
-        let is_here = |record: &SecretRecord| record.data_key().is_some_and(|id| self.app.keys.has(id));
+        let is_here = |record: &SecretRecord| record.data_key().is_some_and(|id| self.node.keys.has(id));
         if !found.is_empty() || secrets.locked().any(is_here) {
-            self.app.writer.unlock(found).await?;
+            self.node.writer.unlock(found).await?;
         }
         Ok(())
     }
 
     /// Writes every secret whose data key is here, as it stands.
     pub async fn write_secrets(&self) -> Result<(), SessionError> {
-        let secrets = Arc::clone(&self.app.state().secrets);
+        let secrets = Arc::clone(&self.node.state().secrets);
         let open = secrets.all().into_iter().filter(|held| held.is_open());
         let writes =
-            open.flat_map(|held| projection::secret(&held.record, &self.app.keys, self.app.clock.now_s()));
+            open.flat_map(|held| projection::secret(&held.record, &self.node.keys, self.node.clock.now_s()));
         let commands: Vec<_> = writes.flat_map(|write| write.commands(self.writing.is_cluster())).collect();
         Ok(log::write_keys(&self.writing, &commands).await?)
     }
@@ -52,7 +52,7 @@ impl Session<'_> {
     /// Writes the secrets again whose data key others should find in Redis and do not: somebody deleted it, or wrote
     /// another one of two that were made at once.
     pub async fn check_secrets(&self) -> Result<(), SessionError> {
-        let secrets = Arc::clone(&self.app.state().secrets);
+        let secrets = Arc::clone(&self.node.state().secrets);
         for held in secrets.all() {
             let Some(id) = held.record.data_key().filter(|_| held.is_open()) else { continue };
             let get = redis::cmd("GET").arg(names::secret(&held.record.kid)).to_owned();
@@ -63,7 +63,7 @@ impl Session<'_> {
             if there.and_then(|text| projection::data_key(&text, id)).is_some() {
                 continue;
             }
-            let writes = projection::secret(&held.record, &self.app.keys, self.app.clock.now_s());
+            let writes = projection::secret(&held.record, &self.node.keys, self.node.clock.now_s());
             let is_cluster = self.reading.is_cluster();
             let commands: Vec<_> = writes.iter().flat_map(|write| write.commands(is_cluster)).collect();
             match log::write_keys(&self.reading, &commands).await {

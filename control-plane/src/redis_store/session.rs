@@ -18,9 +18,9 @@ use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Intake, Mirror, Peer, Report, names, scripts};
-use crate::app::App;
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
+use crate::node::Node;
 use crate::rotation;
 use crate::state::State;
 use crate::writer::{CommitError, View};
@@ -94,23 +94,23 @@ impl SessionError {
 }
 
 /// Keeps the copy in Redis until the control plane stops.
-pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
-    let mut stopping = app.stopping.clone();
+pub async fn run(node: Arc<Node>, mirror: Arc<Mirror>) {
+    let mut stopping = node.stopping.clone();
     let mut said = String::new();
     let mut stood = BTreeMap::new();
     let mut pause = RETRY.0;
     loop {
         let started = Instant::now();
         let error = tokio::select! {
-            ended = session(&app, &mirror, &mut stood) => match ended {
+            ended = session(&node, &mirror, &mut stood) => match ended {
                 Ok(never) => match never {},
                 Err(error) => error,
             },
             _ = stopping.wait_for(|stop| *stop) => return,
         };
         *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        app.metrics.redis_connection.set(0.0);
-        app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+        node.metrics.redis_connection.set(0.0);
+        node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
         let text = error.to_string();
         if text != said {
             tracing::error!(error = text, redis = %mirror.target, "no Redis; the journal keeps every change");
@@ -136,7 +136,7 @@ pub async fn run(app: Arc<App>, mirror: Arc<Mirror>) {
 }
 
 async fn session(
-    app: &Arc<App>,
+    node: &Arc<Node>,
     mirror: &Arc<Mirror>,
     stood: &mut BTreeMap<&'static str, Evicted>,
 ) -> Result<Infallible, SessionError> {
@@ -144,7 +144,7 @@ async fn session(
     let writing = mirror.target.connect(mirror.timeouts()).await?;
     let reading = mirror.target.connect(mirror.timeouts()).await?;
     let mut session = Session {
-        app,
+        node,
         mirror,
         writing,
         reading,
@@ -160,13 +160,13 @@ async fn session(
     session.check().await?;
     let passed_on = session.make_good().await?;
     *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.reading.clone());
-    app.metrics.redis_connection.set(1.0);
+    node.metrics.redis_connection.set(1.0);
     mirror.update(|status| {
         status.connected = true;
         status.error = None;
     });
     tracing::info!(redis = %mirror.target, "connected with Redis");
-    let pass_on = PassOn { app, mirror, link: session.writing.clone() };
+    let pass_on = PassOn { node, mirror, link: session.writing.clone() };
     tokio::select! {
         ended = pass_on.run(passed_on) => ended,
         ended = session.look_after() => ended,
@@ -178,7 +178,7 @@ pub type Evicted = BTreeMap<String, u64>;
 
 /// Takes in what others write, and keeps an eye on Redis.
 pub struct Session<'s> {
-    pub(super) app: &'s Arc<App>,
+    pub(super) node: &'s Arc<Node>,
     pub(super) mirror: &'s Arc<Mirror>,
     pub(super) writing: Link,
     pub(super) reading: Link,
@@ -204,7 +204,7 @@ impl Session<'_> {
         let edited = names::EDITED.map(|key| format!("__keyspace@{}__:{key}", self.mirror.target.database()));
         let channels: Vec<&str> = told.into_iter().chain(edited.iter().map(String::as_str)).collect();
         let mut hints = self.mirror.target.listen(self.mirror.timeouts(), &channels).await?;
-        let mut states = self.app.states.clone();
+        let mut states = self.node.states.clone();
         let every = |period| {
             let mut ticks = interval(period);
             ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -230,7 +230,7 @@ impl Session<'_> {
                 _ = leases.tick() => self.renew_lease().await?,
                 _ = unions.tick() => {
                     round += 1;
-                    let revoked = self.app.state().revocations.revoked();
+                    let revoked = self.node.state().revocations.revoked();
                     // Equal numbers are nearly always equal sets, and comparing a million takes a second.
                     if round % UNITE_KEYS_EVERY == 0 {
                         self.unite(Extent::AllKeys).await?;
@@ -246,22 +246,22 @@ impl Session<'_> {
 
     /// Fills Redis where it lacks something, and takes in what is lacking here.
     async fn make_good(&mut self) -> Result<PassedOn, SessionError> {
-        let app = self.app;
-        let mut state = app.state();
+        let node = self.node;
+        let mut state = node.state();
         foreign::remove(&self.writing, state.version.source).await?;
         if log::take_away_if_spoiled(&self.writing, &self.mirror.sealer, state.version.source).await? {
             tracing::error!("somebody else has written to the log of this control plane; it is filled again");
         }
         self.check_fork(&state).await?;
         let mut in_log = log::last(&self.writing, state.version.source).await?;
-        let was_set_back = in_log > *app.feed.last().borrow();
+        let was_set_back = in_log > *node.feed.last().borrow();
         if was_set_back {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
-            let source = app.clock.now_ms().max(state.version.source + 1);
+            let source = node.clock.now_ms().max(state.version.source + 1);
             let plan = move |_: &View<'_>| (vec![Change::LineBegun { source, accepts_loss: false }], ());
-            app.writer.commit("system", plan).await?;
-            state = app.state();
+            node.writer.commit("system", plan).await?;
+            state = node.state();
             in_log = 0;
         }
         log::join(&self.writing, state.version.source).await?;
@@ -275,14 +275,14 @@ impl Session<'_> {
         self.fill_up_others().await?;
         self.mirror.hear(&reports);
         while self.take_in().await? {}
-        let own = (state.version.source, *app.feed.last().borrow());
-        self.mirror.cover(&reports, own, &app.state().merged);
+        let own = (state.version.source, *node.feed.last().borrow());
+        self.mirror.cover(&reports, own, &node.state().merged);
         self.mirror.update(|status| status.intake = Intake::Done);
         self.mirror.set_in_log(in_log);
         let mut passed_on = PassedOn { seq: in_log.max(state.line_start.saturating_sub(1)), in_log };
-        let pass_on = PassOn { app, mirror: self.mirror, link: self.writing.clone() };
+        let pass_on = PassOn { node, mirror: self.mirror, link: self.writing.clone() };
         pass_on.go_on(&mut passed_on).await?;
-        pass_on.report(passed_on.seq, passed_on.in_log, (*app.state().merged).clone()).await?;
+        pass_on.report(passed_on.seq, passed_on.in_log, (*node.state().merged).clone()).await?;
         self.write_secrets().await?;
         pass_on.note(passed_on.seq).await?;
         self.unite(Extent::AllKeys).await?;
@@ -293,11 +293,11 @@ impl Session<'_> {
     /// Whether the log in Redis is of this journal. One that was set back and went on while Redis was away has given
     /// numbers again, and neither may be taken for the other.
     async fn check_fork(&self, state: &State) -> Result<(), SessionError> {
-        let (app, source) = (self.app, state.version.source);
-        let last = *app.feed.last().borrow();
+        let (node, source) = (self.node, state.version.source);
+        let last = *node.feed.last().borrow();
         let there = log::last_until(&self.writing, &self.mirror.sealer, source, last).await?;
         let Some((seq, there)) = there else { return Ok(()) };
-        let here = journalled(app, seq.saturating_sub(1), seq).await?;
+        let here = journalled(node, seq.saturating_sub(1), seq).await?;
         let here = here.first().filter(|logged| logged.seq == seq && logged.entry.origin.is_none());
         let same = match (here, there) {
             (Some(here), Some(there)) => {
@@ -313,8 +313,8 @@ impl Session<'_> {
     /// Fills the logs of others from this journal, where Redis has lost what was taken in from them. Those of
     /// the lines of history that went before in this journal are among them.
     async fn fill_up_others(&mut self) -> Result<(), SessionError> {
-        let app = self.app;
-        let merged = Arc::clone(&app.state().merged);
+        let node = self.node;
+        let merged = Arc::clone(&node.state().merged);
         let mut behind = BTreeMap::new();
         for (source, seq) in merged.iter() {
             let last = log::last(&self.writing, *source).await?;
@@ -330,10 +330,10 @@ impl Session<'_> {
             logs = behind.len(),
             "Redis has lost changes of other control planes; they are written again"
         );
-        let (mut seq, last) = (0, *app.feed.last().borrow());
+        let (mut seq, last) = (0, *node.feed.last().borrow());
         let mut line = 0;
         loop {
-            let entries = journalled(app, seq, last).await?;
+            let entries = journalled(node, seq, last).await?;
             let Some(to) = entries.last().map(|logged| logged.seq) else { return Ok(()) };
             for (source, mut changes) in log::by_source(&entries, &mut line) {
                 let Some(last) = behind.get(&source).copied() else { continue };
@@ -341,11 +341,11 @@ impl Session<'_> {
                 let mut filler = Filler {
                     link: &self.writing,
                     sealer: &self.mirror.sealer,
-                    keys: &app.keys,
+                    keys: &node.keys,
                     source,
                     last,
                 };
-                filler.append(&changes, &app.store, app.clock.now_s()).await?;
+                filler.append(&changes, &node.store, node.clock.now_s()).await?;
                 behind.insert(source, filler.last);
             }
             seq = to;
@@ -354,8 +354,8 @@ impl Session<'_> {
 
     /// Looks whether Redis has lost something, and at what others wrote.
     async fn look(&mut self) -> Result<(), SessionError> {
-        let source = self.app.state().version.source;
-        let timer = self.app.metrics.redis_seconds.with_label_values(&["look"]).start_timer();
+        let source = self.node.state().version.source;
+        let timer = self.node.metrics.redis_seconds.with_label_values(&["look"]).start_timer();
         let expected = self.mirror.in_log();
         let in_log = log::last(&self.reading, source).await?;
         let size = revoked::count(&self.reading).await?;
@@ -372,13 +372,13 @@ impl Session<'_> {
         while self.take_in().await? {}
         self.fetch_data_keys().await?;
         self.tell_again().await?;
-        self.mirror.cover(&reports, (source, *self.app.feed.last().borrow()), &self.app.state().merged);
+        self.mirror.cover(&reports, (source, *self.node.feed.last().borrow()), &self.node.state().merged);
         self.look_at_edits().await?;
         // While changes are on their way the numbers differ by themselves.
-        let last = *self.app.feed.last().borrow();
+        let last = *self.node.feed.last().borrow();
         let is_still = self.seen_last == last && self.mirror.status.borrow().tried >= last;
         self.seen_last = last;
-        let sizes = (size, self.app.state().revocations.revoked() as u64);
+        let sizes = (size, self.node.state().revocations.revoked() as u64);
         if is_still && sizes.0 != sizes.1 && self.united_at != Some(sizes) {
             // What cannot be made equal is for the lease's holder.
             let is_settled = !self.unite(Extent::Set).await?;
@@ -403,7 +403,7 @@ impl Session<'_> {
         let mut command = redis::cmd("SMEMBERS");
         command.arg(names::SOURCES);
         let sources: BTreeSet<String> = self.reading.query(&command).await?;
-        let own = self.app.state().version.source;
+        let own = self.node.state().version.source;
         if !sources.contains(&format!("{own:x}")) {
             return Err(LogError::Lost.into()); // In a Cluster, by itself.
         }
@@ -413,7 +413,7 @@ impl Session<'_> {
             if source == own {
                 continue;
             }
-            let merged = Arc::clone(&self.app.state().merged);
+            let merged = Arc::clone(&self.node.state().merged);
             let seq = merged.get(&source).copied().unwrap_or(0);
             let (link, sealer) = (&self.reading, &self.mirror.sealer);
             let found = log::news(link, sealer, (source, seq), (own, &merged), &mut self.patience).await;
@@ -433,13 +433,13 @@ impl Session<'_> {
                     error,
                     "changes of another control plane are not taken in"
                 );
-                self.app.metrics.redis_errors.with_label_values(&[PEER]).inc();
+                self.node.metrics.redis_errors.with_label_values(&[PEER]).inc();
             }
             match &error {
                 Some(error) => drop(self.peer_errors.insert(source, error.clone())),
                 None => drop(self.peer_errors.remove(&source)),
             }
-            let merged = self.app.state().merged.get(&source).copied().unwrap_or(0);
+            let merged = self.node.state().merged.get(&source).copied().unwrap_or(0);
             peers.push(Peer { source: format!("{source:x}"), merged, error });
         }
         if self.mirror.status.borrow().peers != peers {
@@ -455,9 +455,9 @@ impl Session<'_> {
         }
         let taken = entries.len() as u64;
         let data_keys = self.data_keys(entries.iter().filter_map(|entry| entry.change.secret())).await?;
-        match self.app.writer.merge(entries, data_keys).await {
+        match self.node.writer.merge(entries, data_keys).await {
             Ok(_) => {
-                self.app.metrics.merged.inc_by(taken);
+                self.node.metrics.merged.inc_by(taken);
                 Ok(None)
             }
             Err(CommitError::Stopped) => Err(CommitError::Stopped.into()),
@@ -494,7 +494,7 @@ impl Session<'_> {
         let is_same = known.is_empty() || runs(&known) == runs(&masters);
         let problems: Vec<_> =
             masters.iter().flat_map(|health| health.problems(self.mirror.replicas)).collect();
-        self.app.metrics.show_redis_problems(&problems);
+        self.node.metrics.show_redis_problems(&problems);
         self.evicted = evicted;
         for (_, problem) in
             problems.iter().filter(|problem| !self.mirror.status.borrow().problems.contains(problem))
@@ -515,10 +515,10 @@ impl Session<'_> {
     async fn tell_again(&self) -> Result<(), SessionError> {
         let reported = self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((before, at)) = reported else { return Ok(()) };
-        if at.elapsed() < TELL_EVERY && before.known == rotation::driver::known_everywhere(self.app) {
+        if at.elapsed() < TELL_EVERY && before.known == rotation::driver::known_everywhere(self.node) {
             return Ok(());
         }
-        let pass_on = PassOn { app: self.app, mirror: self.mirror, link: self.reading.clone() };
+        let pass_on = PassOn { node: self.node, mirror: self.mirror, link: self.reading.clone() };
         match pass_on.report(before.seq, before.last_own, before.merged).await {
             // One that takes no writes can still be looked at.
             Err(error) if error.is_of_writing() => Ok(()),
@@ -527,7 +527,7 @@ impl Session<'_> {
     }
 
     async fn renew_lease(&mut self) -> Result<(), SessionError> {
-        let token = match lease(&self.reading, "scheduled", self.app.state().version.source, LEASE_FOR).await
+        let token = match lease(&self.reading, "scheduled", self.node.state().version.source, LEASE_FOR).await
         {
             Ok(token) => token,
             Err(error @ LinkError::WrongType) => return Err(error.into()), // Made good by a new session.
@@ -542,13 +542,13 @@ impl Session<'_> {
 
     /// Whether anything had to be done, as far as is known.
     async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
-        let timer = self.app.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
+        let timer = self.node.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
         let may_forget = self.mirror.status.borrow().lease.is_some();
         // No log is later than an answer of Redis may be.
         let patience = (&mut self.met, self.mirror.timeout);
-        let united = match revoked::unite(self.app, &self.writing, extent, may_forget, patience).await {
+        let united = match revoked::unite(self.node, &self.writing, extent, may_forget, patience).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
-                self.app.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
                 return Ok(true);
             }
             united => united?,

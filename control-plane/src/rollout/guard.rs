@@ -11,9 +11,9 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::document::percent;
 use super::tally::{OfVersion, Tally};
 use super::{Flags, Past};
-use crate::app::App;
-use crate::canary::runner;
+use crate::canary::runner::{self, Canary};
 use crate::change::Change;
+use crate::node::Node;
 use crate::notify::Kind;
 use crate::writer::View;
 
@@ -112,8 +112,8 @@ impl Guard {
 }
 
 /// Watches until the control plane stops.
-pub async fn run(app: Arc<App>) {
-    let mut stopping = app.stopping.clone();
+pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
+    let mut stopping = node.stopping.clone();
     let mut looks = interval(LOOK_EVERY);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut guard = Guard::default();
@@ -122,9 +122,9 @@ pub async fn run(app: Arc<App>) {
             _ = looks.tick() => {}
             _ = stopping.wait_for(|stop| *stop) => return,
         }
-        let state = app.state();
-        let now_s = app.clock.now_s();
-        app.metrics.show_rollout(&state.flags, state.has_v1, now_s);
+        let state = node.state();
+        let now_s = node.clock.now_s();
+        node.metrics.show_rollout(&state.flags, state.has_v1, now_s);
         let is_watched = state.flags.guard
             && state.has_v1
             && !state.flags.rollout.is_settled()
@@ -134,21 +134,21 @@ pub async fn run(app: Arc<App>) {
             continue;
         }
         let seq = state.pasts.last().map_or(0, |past| past.seq);
-        let limits = &app.config.rollout.guard;
-        let mut breach = guard.look(app.clock.now_ms(), Tally::of(&app.metrics), seq, limits);
-        if runner::health(&app).status == "unhealthy" {
+        let limits = &node.config.rollout.guard;
+        let mut breach = guard.look(node.clock.now_ms(), Tally::of(&node.metrics), seq, limits);
+        if runner::health(&canary).status == "unhealthy" {
             breach = breach.or(Some(Breach::Canary));
         }
         let Some(breach) = breach else { continue };
-        if let Err(error) = roll_back(&app, seq, &breach).await {
+        if let Err(error) = roll_back(&node, seq, &breach).await {
             tracing::error!(%error, "the rollout should be rolled back and cannot be; it is tried again");
         }
     }
 }
 
 /// Rolls back to the last good step, unless somebody changed the rollout meanwhile.
-async fn roll_back(app: &Arc<App>, seq: u64, breach: &Breach) -> Result<(), crate::writer::CommitError> {
-    let limits = app.config.rollout.guard;
+async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), crate::writer::CommitError> {
+    let limits = node.config.rollout.guard;
     let cause = breach.text(&limits);
     let said = cause.clone();
     let plan = move |view: &View<'_>| {
@@ -162,12 +162,12 @@ async fn roll_back(app: &Arc<App>, seq: u64, breach: &Breach) -> Result<(), crat
         let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
         (vec![change], Some((current.share_at(view.now), flags)))
     };
-    let (Some((share, flags)), _) = app.writer.commit(ACTOR, plan).await? else { return Ok(()) };
-    app.metrics.rollbacks.inc();
-    let (from, to) = (percent(share), percent(flags.share_at(app.clock.now_s())));
+    let (Some((share, flags)), _) = node.writer.commit(ACTOR, plan).await? else { return Ok(()) };
+    node.metrics.rollbacks.inc();
+    let (from, to) = (percent(share), percent(flags.share_at(node.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");
     let strategy = flags.rollout.strategy.label();
-    app.notifier.tell(
+    node.notifier.tell(
         Kind::RolledBack,
         format!("The rollout of V2 was rolled back from {from} % to {to} % (strategy {strategy}): {cause}."),
         vec![("from", from.to_string()), ("to", to.to_string()), ("strategy", strategy.to_owned())],

@@ -10,9 +10,9 @@ use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use super::{Order, RotationError, SETTLE};
-use crate::app::App;
 use crate::change::Change;
 use crate::hsm::HsmError;
+use crate::node::Node;
 use crate::notify::Kind;
 use crate::redis_store::Report;
 use crate::secret::ring::Held;
@@ -101,24 +101,24 @@ impl Driver {
 }
 
 /// Counts and tells that a rotation, or a step of one, failed.
-pub fn note_failure(app: &App, what: &str, error: &str) {
-    app.metrics.secret_rotation_failures.inc();
+pub fn note_failure(node: &Node, what: &str, error: &str) {
+    node.metrics.secret_rotation_failures.inc();
     tracing::error!(error, "rotation of secrets: {what}");
     let details = vec![("because", error.to_owned()), ("look", "keygate secrets status".into())];
-    app.notifier.tell(Kind::RotationFailed, format!("rotation of signing secrets: {what}"), details);
+    node.notifier.tell(Kind::RotationFailed, format!("rotation of signing secrets: {what}"), details);
 }
 
 /// Makes the steps until the control plane stops.
-pub async fn run(app: Arc<App>) {
-    let mut stopping = app.stopping.clone();
-    let (mut states, mut fleet) = (app.states.clone(), app.fleet.changes());
+pub async fn run(node: Arc<Node>, driver: Arc<Driver>) {
+    let mut stopping = node.stopping.clone();
+    let (mut states, mut fleet) = (node.states.clone(), node.fleet.changes());
     let mut ticks = interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut not_before, mut hsm_not_before) = (Instant::now(), Instant::now());
     let mut destroyed = BTreeSet::new();
     loop {
         // The fleet is heard of all the time; only who waits for it looks each time.
-        let waits = app.driver.lock().kid.is_some();
+        let waits = driver.lock().kid.is_some();
         tokio::select! {
             () = stopped(&mut stopping) => return,
             changed = states.changed() => if changed.is_err() { return },
@@ -128,19 +128,19 @@ pub async fn run(app: Arc<App>) {
         if Instant::now() < not_before {
             continue;
         }
-        if Instant::now() >= hsm_not_before && !destroy_in_hsm(&app, &mut destroyed).await {
+        if Instant::now() >= hsm_not_before && !destroy_in_hsm(&node, &mut destroyed).await {
             hsm_not_before = Instant::now() + RETRY_AFTER;
         }
-        match step(&app).await {
+        match step(&node, &driver).await {
             Ok(()) => {
-                app.driver.failed(None);
-                if !app.driver.progress().stalled {
-                    app.notifier.resolve(Kind::RotationFailed, "rotation of signing secrets goes on again");
+                driver.failed(None);
+                if !driver.progress().stalled {
+                    node.notifier.resolve(Kind::RotationFailed, "rotation of signing secrets goes on again");
                 }
             }
             Err(error) => {
-                note_failure(&app, "a step failed; it is tried again", &error.to_string());
-                app.driver.failed(Some(error.to_string()));
+                note_failure(&node, "a step failed; it is tried again", &error.to_string());
+                driver.failed(Some(error.to_string()));
                 not_before = Instant::now() + RETRY_AFTER;
             }
         }
@@ -149,9 +149,9 @@ pub async fn run(app: Arc<App>) {
 
 /// Has the HSM destroy the private halves of secrets that sign no more; whether that is done for all. `done` has those of
 /// which it is known.
-async fn destroy_in_hsm(app: &Arc<App>, done: &mut BTreeSet<String>) -> bool {
-    let Some(hsm) = app.keys.hsm() else { return true };
-    let state = app.state();
+async fn destroy_in_hsm(node: &Arc<Node>, done: &mut BTreeSet<String>) -> bool {
+    let Some(hsm) = node.keys.hsm() else { return true };
+    let state = node.state();
     let over = state.secrets.all().into_iter().filter(|held| {
         held.record.in_hsm && held.record.state > SecretState::Active && !done.contains(&held.record.kid)
     });
@@ -184,70 +184,70 @@ enum StepError {
     Commit(#[from] CommitError),
 }
 
-async fn step(app: &Arc<App>) -> Result<(), StepError> {
-    let state = app.state();
+async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
+    let state = node.state();
     let secrets = &state.secrets;
     let waits_for = super::under_way(secrets);
     match waits_for {
-        None => app.driver.rests(),
+        None => driver.rests(),
         Some(held) => {
-            let (kid, missing) = (held.record.kid.clone(), missing(app, &state, held));
+            let (kid, missing) = (held.record.kid.clone(), missing(node, &state, held));
             let is_known = missing.is_empty();
-            if app.driver.waits(&kid, missing.clone(), app.config.lives.gate_timeout) {
+            if driver.waits(&kid, missing.clone(), node.config.lives.gate_timeout) {
                 let missing = missing.join(", ");
                 note_failure(
-                    app,
+                    node,
                     "proxies take too long to know the new secret; the old one goes on, until they do or somebody decides",
                     &missing,
                 );
             }
-            if is_known && leads(app) {
+            if is_known && leads(node) {
                 let is_active = held.record.state == SecretState::Active;
-                if is_active || app.driver.is_settled() {
-                    return go_on(app, kid, is_active).await;
+                if is_active || driver.is_settled() {
+                    return go_on(node, kid, is_active).await;
                 }
             }
         }
     }
-    if !leads(app) {
+    if !leads(node) {
         return Ok(());
     }
-    let now = cautious_now(app);
+    let now = cautious_now(node);
     if super::is_untidy(secrets, now) {
-        submit(app, move |view| super::tidy(view, now)).await?;
+        submit(node, move |view| super::tidy(view, now)).await?;
     }
     if waits_for.is_none() {
         if secrets.active().is_none() {
             // One control plane cancelled what another had sign.
-            begin(app, "no secret was active", true).await?;
-        } else if next_at(app, &state).is_some_and(|next| now >= next) {
-            begin(app, "scheduled", false).await?;
+            begin(node, "no secret was active", true).await?;
+        } else if next_at(node, &state).is_some_and(|next| now >= next) {
+            begin(node, "scheduled", false).await?;
         }
     }
     Ok(())
 }
 
 /// The time, Unix seconds, unless the clock has jumped ahead: what is ended by it does not come back.
-fn cautious_now(app: &App) -> u64 {
-    let mut clock = app.cautious_clock.lock().unwrap_or_else(PoisonError::into_inner);
-    clock.at(app.clock.now_ms(), std::time::Instant::now()) / 1_000
+fn cautious_now(node: &Node) -> u64 {
+    let mut clock = node.cautious_clock.lock().unwrap_or_else(PoisonError::into_inner);
+    clock.at(node.clock.now_ms(), std::time::Instant::now()) / 1_000
 }
 
 /// Whether this control plane does what one of several does: it is the only one, or holds the lease. Without Redis nobody
 /// can know what others do.
-pub fn leads(app: &App) -> bool {
-    let state = app.state();
-    app.mirror.as_ref().is_none_or(|mirror| mirror.leads() || mirror.live_peers(&state).is_empty())
+pub fn leads(node: &Node) -> bool {
+    let state = node.state();
+    node.mirror.as_ref().is_none_or(|mirror| mirror.leads() || mirror.live_peers(&state).is_empty())
 }
 
 /// Who may serve keys and does not know a secret yet.
-pub fn missing(app: &App, state: &State, held: &Held) -> Vec<String> {
+pub fn missing(node: &Node, state: &State, held: &Held) -> Vec<String> {
     let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
-    let mut missing = app.fleet.lacking(version, state);
+    let mut missing = node.fleet.lacking(version, state);
     if !held.verifies() {
         missing.push("this control plane, which cannot open it".into());
     }
-    if let Some(mirror) = &app.mirror {
+    if let Some(mirror) = &node.mirror {
         if !mirror.status().connected && !mirror.live_peers(state).is_empty() {
             missing.push("Redis, without which nobody knows of other control planes".into());
         }
@@ -261,36 +261,36 @@ pub fn missing(app: &App, state: &State, held: &Held) -> Vec<String> {
 }
 
 /// The secrets that every live proxy of this control plane knows.
-pub fn known_everywhere(app: &App) -> BTreeSet<String> {
-    let state = app.state();
+pub fn known_everywhere(node: &Node) -> BTreeSet<String> {
+    let state = node.state();
     let knows = |held: &&Held| {
         let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
-        held.verifies() && app.fleet.lacking(version, &state).is_empty()
+        held.verifies() && node.fleet.lacking(version, &state).is_empty()
     };
     let all = state.secrets.all().into_iter().filter(|held| held.record.state < SecretState::Expired);
     all.filter(knows).map(|held| held.record.kid.clone()).collect()
 }
 
 async fn submit<T: Send + 'static>(
-    app: &App,
+    node: &Node,
     plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), RotationError> + Send + 'static,
 ) -> Result<(T, Committed), StepError> {
-    Ok(app.writer.submit(ACTOR, plan).await??)
+    Ok(node.writer.submit(ACTOR, plan).await??)
 }
 
 /// Has the new secret sign: makes it active, or says that the active one is known.
-async fn go_on(app: &App, kid: String, is_active: bool) -> Result<(), StepError> {
-    let (lives, id) = (app.config.lives.clone(), kid.clone());
+async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepError> {
+    let (lives, id) = (node.config.lives.clone(), kid.clone());
     let plan = move |view: &View<'_>| match is_active {
         true => super::announce(view, &id, None),
         false => super::activate(view, &lives, &id, None),
     };
-    match submit(app, plan).await {
+    match submit(node, plan).await {
         // It was cancelled or forced meanwhile.
         Err(StepError::Rotation(RotationError::None)) => Ok(()),
         Err(error) => Err(error),
         Ok(_) => {
-            app.metrics.secret_rotations.with_label_values(&["completed"]).inc();
+            node.metrics.secret_rotations.with_label_values(&["completed"]).inc();
             tracing::info!(kid, "the new secret signs: every live proxy knows it");
             Ok(())
         }
@@ -300,22 +300,22 @@ async fn go_on(app: &App, kid: String, is_active: bool) -> Result<(), StepError>
 /// When the next rotation is due by the schedule, Unix seconds: the first time after a rotation was begun last,
 /// whatever became of it. A secret from before there were rotations is as old as this process for that: an upgrade
 /// begins none.
-pub fn next_at(app: &App, state: &State) -> Option<u64> {
-    let schedule = app.config.lives.schedule.as_ref()?;
+pub fn next_at(node: &Node, state: &State) -> Option<u64> {
+    let schedule = node.config.lives.schedule.as_ref()?;
     let of_old = state.secrets.active().is_some_and(|held| held.record.is_of_old());
     let begun = state.secrets.all().into_iter().map(|held| held.record.created_at).max()?;
-    schedule.next_after(if of_old { begun.max(app.started_s) } else { begun })
+    schedule.next_after(if of_old { begun.max(node.started_s) } else { begun })
 }
 
 /// Begins a rotation by itself.
-async fn begin(app: &Arc<App>, why: &str, immediate: bool) -> Result<(), StepError> {
-    let alg = app.config.lives.algorithm;
-    let in_hsm = make_in_hsm(app, alg).await?;
+async fn begin(node: &Arc<Node>, why: &str, immediate: bool) -> Result<(), StepError> {
+    let alg = node.config.lives.algorithm;
+    let in_hsm = make_in_hsm(node, alg).await?;
     let pair = in_hsm.as_ref().map(|pair| pair.kid.clone());
     let order = Order { alg, immediate, why: why.into(), imported: None, in_hsm };
-    let begun = submit(app, move |view| super::begin(view, order, None)).await;
+    let begun = submit(node, move |view| super::begin(view, order, None)).await;
     if let (Err(_), Some(kid)) = (&begun, pair) {
-        discard_in_hsm(app, kid).await;
+        discard_in_hsm(node, kid).await;
     }
     match begun {
         Err(StepError::Rotation(RotationError::InProgress(_) | RotationError::JustBegun(_))) => Ok(()),
@@ -331,24 +331,24 @@ async fn begin(app: &Arc<App>, why: &str, immediate: bool) -> Result<(), StepErr
 ///
 /// # Errors
 /// When it does not.
-pub async fn make_in_hsm(app: &Arc<App>, alg: Algorithm) -> Result<Option<HsmPair>, RotationError> {
-    if !app.config.lives.in_hsm {
+pub async fn make_in_hsm(node: &Arc<Node>, alg: Algorithm) -> Result<Option<HsmPair>, RotationError> {
+    if !node.config.lives.in_hsm {
         return Ok(None);
     }
-    let here = Arc::clone(app);
+    let here = Arc::clone(node);
     let made = tokio::task::spawn_blocking(move || HsmPair::make(alg, &here.keys)).await;
     Ok(Some(made.unwrap_or(Err(SecretError::Hsm(HsmError::Stopped)))?))
 }
 
 /// Has the HSM destroy a key pair of which nothing came.
-pub async fn discard_in_hsm(app: &Arc<App>, kid: String) {
-    let here = Arc::clone(app);
+pub async fn discard_in_hsm(node: &Arc<Node>, kid: String) {
+    let here = Arc::clone(node);
     let _done_or_not = tokio::task::spawn_blocking(move || HsmPair::discard(&kid, &here.keys)).await;
 }
 
 /// Waits until a secret signs, for a moment. What comes of it then is the caller's to see.
-pub async fn wait_for_signer(app: &App) {
-    let mut states = app.states.clone();
+pub async fn wait_for_signer(node: &Node) {
+    let mut states = node.states.clone();
     let signs = states.wait_for(|state| state.secrets.signer().is_ok());
     let _signs_or_not = tokio::time::timeout(SIGNER_WITHIN, signs).await;
 }

@@ -26,8 +26,8 @@ use self::book::{Book, Totals};
 pub use self::book::{BookError, Known};
 pub use self::shown::Shown;
 pub use self::times::Times;
-use crate::app::App;
 use crate::metrics::{Metrics, V1, V2};
+use crate::node::Node;
 use crate::rollout::tally::Tally;
 
 /// Proxies report again after so long, and later the more of them there are.
@@ -273,22 +273,23 @@ impl Telemetry {
 }
 
 /// Writes what is counted, until the control plane stops.
-pub async fn run(app: Arc<App>) {
-    let mut stopping = app.stopping.clone();
+pub async fn run(node: Arc<Node>) {
+    let mut stopping = node.stopping.clone();
     loop {
         tokio::select! {
-            () = app.telemetry.news.notified() => {}
+            () = node.telemetry.news.notified() => {}
             () = tokio::time::sleep(WRITE_OWN_EVERY) => {}
             _ = stopping.wait_for(|stop| *stop) => break,
         }
-        let pause = if app.telemetry.write(app.clock.now_s()).await { WRITE_EVERY } else { WRITE_OWN_EVERY };
+        let pause =
+            if node.telemetry.write(node.clock.now_s()).await { WRITE_EVERY } else { WRITE_OWN_EVERY };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
     // Reports that came before the port was closed wait for it.
-    let _last = app.telemetry.write(app.clock.now_s()).await;
+    let _last = node.telemetry.write(node.clock.now_s()).await;
 }
 
 /// Forgets who was silent for very long, and those longest silent when there are too many.
