@@ -542,7 +542,7 @@ impl Metrics {
         for kind in redis_store::error_kinds() {
             self.redis_errors.with_label_values(&[kind]);
         }
-        for key in redis_store::EDITED {
+        for key in redis_store::OperatorKey::ALL.map(redis_store::OperatorKey::name) {
             for outcome in ["taken", "refused"] {
                 self.redis_edits.with_label_values(&[key, outcome]);
             }

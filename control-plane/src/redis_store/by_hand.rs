@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use super::edits::{self, Ours, Seen, Value, Verdict, Written};
 use super::error::LinkError;
+use super::names::{self, OperatorKey};
 use super::revoked::ACTOR;
+use super::scripts;
 use super::session::{Session, SessionError};
-use super::{names, scripts};
 use crate::change::Change;
 use crate::roles::Roles;
 use crate::rollout::Flags;
-use crate::rollout::document::Surroundings;
+use crate::rollout::document::{Edit, Surroundings};
 use crate::route_cost;
 use crate::writer::View;
 
@@ -21,14 +22,14 @@ const CLAIM_FOR: Duration = Duration::from_secs(2);
 impl Session<'_> {
     /// Looks at the keys that operators edit.
     pub async fn look_at_edits(&mut self) -> Result<(), SessionError> {
-        for key in names::EDITED {
+        for key in OperatorKey::ALL {
             let seen = self.see(key).await?;
             let ours = self.ours(key);
             match seen.judge(&ours) {
                 Verdict::Same => self.note_standing(key),
                 Verdict::Newer => {}
                 // The counts in it are written by the one that leads.
-                Verdict::Write if key == names::FLAGS && !self.mirror.leads() && seen.is_of(&ours) => {
+                Verdict::Write if key == OperatorKey::Flags && !self.mirror.leads() && seen.is_of(&ours) => {
                     self.note_standing(key);
                 }
                 Verdict::Write => drop(self.put(key, &seen, &ours).await?),
@@ -40,7 +41,7 @@ impl Session<'_> {
                 Verdict::Edited => {
                     // Also in vain: one that cannot be written over now is dealt with once all the same.
                     let edit = (seen.digest.clone(), seen.written.as_ref().map(|written| written.stamp));
-                    if self.dealt_with.get(key) != Some(&edit) {
+                    if self.dealt_with.get(&key) != Some(&edit) {
                         if !self.claim(key, &seen).await? {
                             continue;
                         }
@@ -48,7 +49,7 @@ impl Session<'_> {
                     }
                     let ours = self.ours(key);
                     if self.put(key, &seen, &ours).await? {
-                        self.dealt_with.remove(key);
+                        self.dealt_with.remove(&key);
                     } else {
                         self.dealt_with.insert(key, edit);
                     }
@@ -58,20 +59,20 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn ours(&self, key: &str) -> Ours {
+    fn ours(&self, key: OperatorKey) -> Ours {
         let state = self.node.state();
         match key {
-            names::LOCKDOWN => edits::ours_lockdown(
+            OperatorKey::Lockdown => edits::ours_lockdown(
                 state.rules.lockdown.as_ref(),
                 state.lockdown_stamp,
                 self.node.clock.now_s(),
             ),
-            names::FLAGS => {
+            OperatorKey::Flags => {
                 let text = self.mirror.rollout_document(self.node, &state);
                 Ours { stamp: state.rollout_stamp, text: Some(text), until_ms: 0 }
             }
-            names::CANARY_USERS => edits::ours_canary_users(&state.flags, state.rollout_stamp),
-            _ => edits::ours_limits(
+            OperatorKey::CanaryUsers => edits::ours_canary_users(&state.flags, state.rollout_stamp),
+            OperatorKey::Limits => edits::ours_limits(
                 state.limits_override.as_ref(),
                 state.override_stamp,
                 self.node.clock.now_s(),
@@ -79,9 +80,9 @@ impl Session<'_> {
         }
     }
 
-    async fn see(&self, key: &str) -> Result<Seen, SessionError> {
+    async fn see(&self, key: OperatorKey) -> Result<Seen, SessionError> {
         let mut look = redis::cmd("EVAL");
-        look.arg(scripts::LOOK).arg(2).arg(key).arg(names::written(key));
+        look.arg(scripts::LOOK).arg(2).arg(key.name()).arg(names::written(key.name()));
         let (kind, text, ttl, digest, stamp, written, until, now_ms): (
             String,
             Vec<u8>,
@@ -97,7 +98,7 @@ impl Session<'_> {
                 "none" => Value::None,
                 "string" => Value::Text(String::from_utf8_lossy(&text).into_owned()),
                 // Redis writes some characters in another way, and may sort in another.
-                "set" if key == names::CANARY_USERS => {
+                "set" if key == OperatorKey::CanaryUsers => {
                     let users: BTreeSet<String> = serde_json::from_slice(&text).unwrap_or_default();
                     Value::Text(serde_json::json!(users).to_string())
                 }
@@ -115,12 +116,16 @@ impl Session<'_> {
     }
 
     /// Writes what should stand there, unless somebody was faster; whether it was written.
-    async fn put(&self, key: &str, seen: &Seen, ours: &Ours) -> Result<bool, SessionError> {
+    async fn put(&self, key: OperatorKey, seen: &Seen, ours: &Ours) -> Result<bool, SessionError> {
         let mut put = redis::cmd("EVAL");
-        put.arg(scripts::PUT).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        put.arg(scripts::PUT)
+            .arg(3)
+            .arg(key.name())
+            .arg(names::written(key.name()))
+            .arg(names::claim(key.name()));
         put.arg(&seen.digest).arg(ours.text.as_deref().unwrap_or("")).arg(ours.until_ms).arg(ours.stamp);
         put.arg(format!("{:x}", self.node.state().version.source));
-        put.arg(if key == names::CANARY_USERS { "set" } else { "" });
+        put.arg(if key.is_set() { "set" } else { "" });
         match self.reading.query::<u64>(&put).await {
             Ok(written) => Ok(written == 1),
             Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
@@ -134,9 +139,14 @@ impl Session<'_> {
     }
 
     /// Whether it is for this control plane to deal with an edit; one does at a time.
-    async fn claim(&self, key: &str, seen: &Seen) -> Result<bool, SessionError> {
+    async fn claim(&self, key: OperatorKey, seen: &Seen) -> Result<bool, SessionError> {
         let mut claim = redis::cmd("EVAL");
-        claim.arg(scripts::CLAIM).arg(3).arg(key).arg(names::written(key)).arg(names::claim(key));
+        claim
+            .arg(scripts::CLAIM)
+            .arg(3)
+            .arg(key.name())
+            .arg(names::written(key.name()))
+            .arg(names::claim(key.name()));
         claim.arg(&seen.digest);
         claim.arg(seen.written.as_ref().map_or_else(String::new, |written| written.stamp.to_string()));
         claim.arg(format!("{:x}", self.node.state().version.source));
@@ -150,20 +160,25 @@ impl Session<'_> {
     }
 
     /// Puts an edit in force, or refuses it.
-    async fn honour(&self, key: &str, seen: &Seen) -> Result<(), SessionError> {
+    async fn honour(&self, key: OperatorKey, seen: &Seen) -> Result<(), SessionError> {
         let now = self.node.clock.now_s();
         let roles = &self.node.config.roles;
         let change = match key {
-            names::LOCKDOWN => {
+            OperatorKey::Lockdown => {
                 edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
                     .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
             }
-            names::FLAGS | names::CANARY_USERS => return self.honour_rollout(key, &seen.value).await,
-            _ => edits::limits(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
-                .map(|emergency| Some(Change::LimitsOverridden { emergency })),
+            OperatorKey::Flags => return self.honour_rollout(key, edits::flags(&seen.value)).await,
+            OperatorKey::CanaryUsers => {
+                return self.honour_rollout(key, edits::canary_users(&seen.value).map(Some)).await;
+            }
+            OperatorKey::Limits => {
+                edits::limits(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
+                    .map(|emergency| Some(Change::LimitsOverridden { emergency }))
+            }
         };
         let Some(change) = change.transpose() else { return Ok(()) };
-        let (name, roles) = (key.to_owned(), roles.clone());
+        let (name, roles) = (key.name().to_owned(), roles.clone());
         let plan = move |view: &View<'_>| {
             let change = change.and_then(|change| affordable(view, change, &roles));
             let problem = change.as_ref().err().cloned();
@@ -176,15 +191,15 @@ impl Session<'_> {
     }
 
     /// The same of the rollout: what an edit does not name stays as it is, so it is read against what stands.
-    async fn honour_rollout(&self, key: &str, value: &Value) -> Result<(), SessionError> {
-        let edit = match key {
-            names::FLAGS => edits::flags(value),
-            _ => edits::canary_users(value).map(Some),
-        };
+    async fn honour_rollout(
+        &self,
+        key: OperatorKey,
+        edit: Result<Option<Edit>, String>,
+    ) -> Result<(), SessionError> {
         if edit == Ok(None) {
             return Ok(()); // It was deleted, and is written again.
         }
-        let name = key.to_owned();
+        let name = key.name().to_owned();
         let plan = move |view: &View<'_>| {
             let around =
                 Surroundings { has_v1: view.model.has_v1(), policy: view.model.policy().0, now_s: view.now };
@@ -213,28 +228,32 @@ impl Session<'_> {
         Ok(())
     }
 
-    fn note_edit(&self, key: &str, is_taken: bool, problem: Option<String>) {
+    fn note_edit(&self, key: OperatorKey, is_taken: bool, problem: Option<String>) {
         if is_taken {
-            tracing::warn!(key, "an edit in Redis is in force");
+            tracing::warn!(key = key.name(), "an edit in Redis is in force");
         } else {
             let problem = problem.unwrap_or_default();
-            tracing::error!(key, problem, "an edit in Redis is refused; the last good value stays in force");
+            tracing::error!(
+                key = key.name(),
+                problem,
+                "an edit in Redis is refused; the last good value stays in force"
+            );
         }
         let outcome = if is_taken { "taken" } else { "refused" };
-        self.node.metrics.redis_edits.with_label_values(&[key, outcome]).inc();
+        self.node.metrics.redis_edits.with_label_values(&[key.name(), outcome]).inc();
     }
 
-    fn note_standing(&mut self, key: &'static str) {
-        if self.stood.get(key) != Some(&self.evicted) {
+    fn note_standing(&mut self, key: OperatorKey) {
+        if self.stood.get(&key) != Some(&self.evicted) {
             self.stood.insert(key, self.evicted.clone());
         }
     }
 
     /// Whether Redis may have dropped a key that is missing: it has dropped some since that one was last as it
     /// should be. Then that it is missing says nothing.
-    async fn was_evicted(&mut self, key: &str) -> Result<bool, SessionError> {
+    async fn was_evicted(&mut self, key: OperatorKey) -> Result<bool, SessionError> {
         self.check().await?;
-        Ok(match self.stood.get(key) {
+        Ok(match self.stood.get(&key) {
             Some(before) => *before != self.evicted,
             None => self.evicted.values().any(|dropped| *dropped > 0),
         })

@@ -129,7 +129,7 @@ struct LockdownEdit {
     exempt_roles: Option<Vec<String>>,
 }
 
-/// What an edit of [`super::names::LOCKDOWN`] says. Members that are not known are left alone: other tools write some.
+/// What an edit of [`super::names::OperatorKey::Lockdown`] says. Members that are not known are left alone: other tools write some.
 ///
 /// # Errors
 /// What is wrong with it, for operators.
@@ -163,7 +163,7 @@ pub fn lockdown(
     Ok(Some(Lockdown { until, exempt_roles }))
 }
 
-/// What stands under [`super::names::LOCKDOWN`] at `now`, Unix seconds.
+/// What stands under [`super::names::OperatorKey::Lockdown`] at `now`, Unix seconds.
 pub fn ours_lockdown(lockdown: Option<&Lockdown>, stamp: u64, now: u64) -> Ours {
     let Some(lockdown) = lockdown.filter(|lockdown| lockdown.is_active(now)) else {
         return Ours { stamp, text: None, until_ms: 0 };
@@ -176,7 +176,7 @@ pub fn ours_lockdown(lockdown: Option<&Lockdown>, stamp: u64, now: u64) -> Ours 
     Ours { stamp, text: Some(text.to_string()), until_ms: lockdown.until.saturating_mul(1_000) }
 }
 
-/// What stands under [`super::names::CANARY_USERS`].
+/// What stands under [`super::names::OperatorKey::CanaryUsers`].
 pub fn ours_canary_users(flags: &Flags, stamp: u64) -> Ours {
     let users = &flags.rollout.canary_users;
     // In the order in which Redis sorts: by bytes.
@@ -184,7 +184,7 @@ pub fn ours_canary_users(flags: &Flags, stamp: u64) -> Ours {
     Ours { stamp, text, until_ms: 0 }
 }
 
-/// What an edit of [`super::names::FLAGS`] says; `None`: it was deleted, which says nothing.
+/// What an edit of [`super::names::OperatorKey::Flags`] says; `None`: it was deleted, which says nothing.
 ///
 /// # Errors
 /// What is wrong with it, for operators.
@@ -199,7 +199,7 @@ pub fn flags(value: &Value) -> Result<Option<Edit>, String> {
     Edit::read(&document).map(Some).map_err(|errors| errors.join("; "))
 }
 
-/// What an edit of [`super::names::CANARY_USERS`] says: a set that is not there has no members.
+/// What an edit of [`super::names::OperatorKey::CanaryUsers`] says: a set that is not there has no members.
 ///
 /// # Errors
 /// When it is no set.
@@ -214,7 +214,7 @@ pub fn canary_users(value: &Value) -> Result<Edit, String> {
     Ok(Edit::of_canary_users(users))
 }
 
-/// What an edit of [`super::names::LIMITS`] says.
+/// What an edit of [`super::names::OperatorKey::Limits`] says.
 ///
 /// # Errors
 /// What is wrong with it, for operators.
@@ -238,7 +238,7 @@ pub fn limits(
     Ok(Some(Override { until: now.saturating_add(ttl_s.max(1)), roles }))
 }
 
-/// What stands under [`super::names::LIMITS`] at `now`, Unix seconds.
+/// What stands under [`super::names::OperatorKey::Limits`] at `now`, Unix seconds.
 pub fn ours_limits(emergency: Option<&Override>, stamp: u64, now: u64) -> Ours {
     let Some(emergency) = emergency.filter(|emergency| now < emergency.until) else {
         return Ours { stamp, text: None, until_ms: 0 };

@@ -18,7 +18,7 @@ pub async fn remove(link: &Link, source: u64) -> Result<(), LinkError> {
         (holder, "string"),
         (fence, "string"),
     ];
-    for key in names::EDITED {
+    for key in names::OperatorKey::ALL.map(names::OperatorKey::name) {
         own.push((names::written(key), "hash"));
         own.push((names::claim(key), "string"));
     }

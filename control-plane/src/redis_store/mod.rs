@@ -43,7 +43,7 @@ pub use self::error::LinkError;
 pub use self::health::{Health, PROBLEMS};
 pub use self::link::{Link, Timeouts};
 pub use self::listen::{Message, Messages};
-pub use self::names::EDITED;
+pub use self::names::OperatorKey;
 pub use self::recover::{RecoverError, Recovered, recover};
 pub use self::sealed::Sealer;
 pub use self::session::run;

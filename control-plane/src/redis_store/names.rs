@@ -1,17 +1,51 @@
 //! The names of the Redis keys. Operators type those of the first group; those of the second are Keygate's own.
 
+/// A key that operators edit with redis-cli.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum OperatorKey {
+    /// The lockdown, JSON with a TTL.
+    Lockdown,
+    /// The rollout, JSON.
+    Flags,
+    /// The users that go to V2 before others, a set.
+    CanaryUsers,
+    /// Limits in place of the roles' own, JSON with a TTL.
+    Limits,
+}
+
+impl OperatorKey {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Lockdown, Self::Flags, Self::CanaryUsers, Self::Limits];
+
+    /// Its name in Redis.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Lockdown => LOCKDOWN,
+            Self::Flags => FLAGS,
+            Self::CanaryUsers => CANARY_USERS,
+            Self::Limits => LIMITS,
+        }
+    }
+
+    /// Whether it is a set, not a string.
+    pub const fn is_set(self) -> bool {
+        match self {
+            Self::CanaryUsers => true,
+            Self::Lockdown | Self::Flags | Self::Limits => false,
+        }
+    }
+}
+
 /// The rollout, JSON.
-pub const FLAGS: &str = "feature_flags:api_key_v2";
+const FLAGS: &str = "feature_flags:api_key_v2";
 /// The users that go to V2 before others, a set.
-pub const CANARY_USERS: &str = "feature_flags:canary_users";
+const CANARY_USERS: &str = "feature_flags:canary_users";
 /// Limits in place of the roles' own, JSON with a TTL.
-pub const LIMITS: &str = "rate_limits:emergency";
+const LIMITS: &str = "rate_limits:emergency";
 /// The lockdown, JSON with a TTL.
-pub const LOCKDOWN: &str = "emergency_revocation";
+const LOCKDOWN: &str = "emergency_revocation";
 /// The set of the revoked tokens' ids.
 pub const REVOKED_SET: &str = "revoked_bloom";
-/// The keys that operators edit.
-pub const EDITED: [&str; 4] = [LOCKDOWN, FLAGS, CANARY_USERS, LIMITS];
 /// What [`revoked`] begins with.
 pub const REVOKED_PREFIX: &str = "revoked:";
 

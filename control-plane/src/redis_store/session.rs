@@ -17,7 +17,7 @@ use super::log::{self, Filler, LogError, Patience};
 use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
-use super::{Intake, Mirror, Peer, Report, names, scripts};
+use super::{Intake, Mirror, OperatorKey, Peer, Report, names, scripts};
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
 use crate::node::Node;
@@ -138,7 +138,7 @@ pub async fn run(node: Arc<Node>, mirror: Arc<Mirror>) {
 async fn session(
     node: &Arc<Node>,
     mirror: &Arc<Mirror>,
-    stood: &mut BTreeMap<&'static str, Evicted>,
+    stood: &mut BTreeMap<OperatorKey, Evicted>,
 ) -> Result<Infallible, SessionError> {
     // `WAIT` holds back what comes after it on its connection, so reading has another.
     let writing = mirror.target.connect(mirror.timeouts()).await?;
@@ -191,9 +191,9 @@ pub struct Session<'s> {
     /// How many keys each master had dropped.
     pub(super) evicted: Evicted,
     /// The same when a key that operators edit was last as it should be; also from sessions before.
-    pub(super) stood: &'s mut BTreeMap<&'static str, Evicted>,
+    pub(super) stood: &'s mut BTreeMap<OperatorKey, Evicted>,
     /// The edits that were dealt with and could not be written over, each with its digest and the stamp before it.
-    pub(super) dealt_with: BTreeMap<&'static str, (String, Option<u64>)>,
+    pub(super) dealt_with: BTreeMap<OperatorKey, (String, Option<u64>)>,
     pub(super) peer_errors: BTreeMap<u64, String>,
 }
 
@@ -201,7 +201,8 @@ impl Session<'_> {
     async fn look_after(&mut self) -> Result<Infallible, SessionError> {
         let told = [names::CHANGED, names::KEY_REVOKED, names::SECRET_ROTATION, names::EMERGENCY_REVOCATION];
         // Where Redis is set up to tell of them (notify-keyspace-events), edits are seen at once.
-        let edited = names::EDITED.map(|key| format!("__keyspace@{}__:{key}", self.mirror.target.database()));
+        let edited = OperatorKey::ALL
+            .map(|key| format!("__keyspace@{}__:{}", self.mirror.target.database(), key.name()));
         let channels: Vec<&str> = told.into_iter().chain(edited.iter().map(String::as_str)).collect();
         let mut hints = self.mirror.target.listen(self.mirror.timeouts(), &channels).await?;
         let mut states = self.node.states.clone();

@@ -139,21 +139,38 @@ impl Tally {
 }
 
 /// Whether a refusal may be trouble of V2, rather than what somebody ordered or a client forgot: V1 would have let the
-/// key pass.
+/// key pass. Each new reason must be decided on here, as the guard rolls back by them.
 pub const fn is_fault(reason: Reason) -> bool {
-    matches!(
-        reason,
+    match reason {
         Reason::Malformed
-            | Reason::UnknownKid
-            | Reason::AlgorithmMismatch
-            | Reason::WrongIssuer
-            | Reason::WrongAudience
-            | Reason::NotYetValid
-            | Reason::LifeTooLong
-            | Reason::BadSignature
-            | Reason::MissingScope
-            | Reason::WrongRole
-    )
+        | Reason::UnknownKid
+        | Reason::AlgorithmMismatch
+        | Reason::WrongIssuer
+        | Reason::WrongAudience
+        | Reason::NotYetValid
+        | Reason::LifeTooLong
+        | Reason::BadSignature
+        | Reason::MissingScope
+        | Reason::WrongRole => true,
+        Reason::Allowed
+        | Reason::Public
+        | Reason::V1
+        | Reason::NoRoute
+        | Reason::MissingCredential
+        | Reason::TooManyCredentials
+        | Reason::NoState
+        | Reason::StaleState
+        | Reason::RevocationUnknown
+        | Reason::Expired
+        | Reason::ForgedId
+        | Reason::Lockdown
+        | Reason::Revoked
+        | Reason::Suspended
+        | Reason::Cutoff
+        | Reason::RateLimited
+        | Reason::LimitUnknown
+        | Reason::LimitPending => false,
+    }
 }
 
 /// Requests by route, version and outcome.
