@@ -1,6 +1,7 @@
 //! The filter as a dynamic module of Envoy's: what is different from WebAssembly. That it decides the same is what other
 //! tests say, which `scripts/test` runs with it once more.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -139,4 +140,34 @@ fn a_proxy_says_who_it_is_and_ends_in_peace() {
     let fleet = stack.api().fleet();
     let named = fleet.iter().find(|proxy| proxy["id"] == "by-variable");
     assert_eq!(named.map(|proxy| &proxy["cluster"]), Some(&json!("e2e")), "{fleet:?}");
+}
+
+/// Names of Envoy's dynamic module ABI among the dynamic symbols of a file.
+fn abi_symbols(file: &std::path::Path, which: &str) -> BTreeSet<String> {
+    let output = Command::new("nm").args(["-D", "--format=just-symbols", which]).arg(file).output();
+    let output = output.expect("nm, which comes with the linker");
+    assert!(output.status.success(), "nm: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout).expect("names");
+    text.lines().filter(|name| name.starts_with("envoy_dynamic_module_")).map(ToOwned::to_owned).collect()
+}
+
+#[test]
+fn envoy_has_every_function_that_the_module_declares() {
+    let declared = abi_symbols(&binaries::module(), "--undefined-only");
+    assert!(declared.len() > 20, "{declared:?}");
+    let exported = abi_symbols(&binaries::envoy(), "--defined-only");
+    let missing: Vec<_> = declared.difference(&exported).collect();
+    assert!(missing.is_empty(), "Envoy does not export {missing:?}");
+}
+
+#[test]
+fn envoy_looks_up_every_hook_that_the_module_exports() {
+    let hooks = abi_symbols(&binaries::module(), "--defined-only");
+    assert!(hooks.len() > 20, "{hooks:?}");
+    // Envoy finds hooks by name, so each name is a string in it.
+    let envoy = fs::read(binaries::envoy()).expect("Envoy");
+    let is_of_abi = |name: &&[u8]| name.starts_with(b"envoy_dynamic_module_");
+    let names: BTreeSet<&[u8]> = envoy.split(|byte| *byte == 0).filter(is_of_abi).collect();
+    let unknown: Vec<_> = hooks.iter().filter(|hook| !names.contains(hook.as_bytes())).collect();
+    assert!(unknown.is_empty(), "Envoy does not look up {unknown:?}");
 }
