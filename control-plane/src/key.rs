@@ -3,14 +3,13 @@
 
 use std::time::Duration;
 
-use keygate_core::jti::JtiKey;
 use keygate_core::limits::Holder;
 use keygate_core::revocation::Fingerprint;
 use keygate_core::token::{Claims, is_identifier};
 use serde::{Deserialize, Serialize};
 
-use crate::random;
 use crate::roles::{Role, Roles};
+use crate::secret::Identity;
 
 /// A key may be renewed from this long before it expires.
 pub const REFRESH_WINDOW: Duration = Duration::from_secs(24 * 60 * 60);
@@ -249,23 +248,6 @@ impl<'c> Creator<'c> {
     /// The key whose limit holds for the keys that it makes, too; `None`: an administrator's, whose do not share it.
     fn shares_limit(self) -> Option<&'c str> {
         self.key_id.filter(|_| !self.scopes.split(' ').any(|scope| scope == ADMIN_SCOPE))
-    }
-}
-
-/// Random identifiers of a key to be.
-#[derive(Debug, Clone)]
-pub struct Identity {
-    /// The key's id.
-    pub key_id: String,
-    /// The token's id.
-    pub jti: String,
-}
-
-impl Identity {
-    /// New ones; the token's made with a key, if proxies are to tell it from made-up ones.
-    pub fn new(ids: Option<&JtiKey>) -> Self {
-        let jti = ids.map_or_else(random::identifier, |ids| ids.make(random::bytes()));
-        Self { key_id: format!("key_{}", random::identifier()), jti }
     }
 }
 

@@ -15,6 +15,7 @@ pub mod config;
 pub mod expiry;
 pub mod files;
 pub mod fleet;
+pub mod hlc;
 pub mod hsm;
 pub mod issuing;
 pub mod journal;

@@ -2,9 +2,11 @@
 //! from closed sets, never a key, path or owner.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use keygate_core::decision::Reason;
 use keygate_core::policy::Policy;
+use keygate_core::quota::SilentProxy;
 use keygate_core::telemetry::Trouble;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
@@ -15,8 +17,6 @@ use crate::canary::{Health, History};
 use crate::fleet::Summary;
 use crate::key::RevocationReason;
 use crate::notify::{self, Destination};
-use crate::quota::Doubts;
-use crate::redis_store;
 use crate::roles::Roles;
 use crate::rollout::Flags;
 use crate::secret::{Ring, SecretState};
@@ -32,6 +32,21 @@ const MICROSECONDS: [f64; 13] =
 /// Buckets from 1 ms to 10 s, for what crosses the network.
 const MILLISECONDS: [f64; 13] =
     [1e-3, 2.5e-3, 5e-3, 1e-2, 1.5e-2, 2e-2, 5e-2, 1e-1, 2.5e-1, 5e-1, 1.0, 5.0, 10.0];
+
+/// Gaps in what the ledger knows, and their consequences.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Doubts {
+    /// Proxies that were not heard of for 3 s.
+    pub silent: Vec<SilentProxy>,
+    /// Time until limits grow again at proxies; 0: they do.
+    pub recovers_in: Duration,
+    /// Nothing is granted, since another control plane may keep the ledger.
+    pub suspended: bool,
+    /// Proxies that were released without a word since the ledger was opened.
+    pub released_proxies: u64,
+    /// Units granted to them that they had not reported as spent: as many may have been admitted once more.
+    pub released_units: u64,
+}
 
 /// All metrics.
 pub struct Metrics {
@@ -533,20 +548,6 @@ impl Metrics {
             self.sync_answers.with_label_values(&[kind]);
             self.sync_bytes.with_label_values(&[kind]);
         }
-        for operation in redis_store::OPERATIONS {
-            self.redis_seconds.with_label_values(&[operation]);
-        }
-        for problem in redis_store::PROBLEMS {
-            self.redis_problems.with_label_values(&[problem]);
-        }
-        for kind in redis_store::error_kinds() {
-            self.redis_errors.with_label_values(&[kind]);
-        }
-        for key in redis_store::OperatorKey::ALL.map(redis_store::OperatorKey::name) {
-            for outcome in ["taken", "refused"] {
-                self.redis_edits.with_label_values(&[key, outcome]);
-            }
-        }
         self.validated.with_label_values(&[telemetry::UNKNOWN, V2, "failure"]);
         for outcome in telemetry::OUTCOMES {
             self.requests.with_label_values(&[V2, "none", outcome]);
@@ -641,14 +642,6 @@ impl Metrics {
         }
         self.secret_active_age.set(ring.active().map_or(0.0, |held| since(held.record.created_at)));
         self.secret_next_rotation.set(next.map_or(f64::NAN, |next| next as f64 - now as f64));
-    }
-
-    /// Shows what an operator should change in Redis.
-    pub fn show_redis_problems(&self, problems: &[(&'static str, String)]) {
-        for name in redis_store::PROBLEMS {
-            let there = problems.iter().any(|(problem, _)| *problem == name);
-            self.redis_problems.with_label_values(&[name]).set(f64::from(u8::from(there)));
-        }
     }
 
     /// Makes the series of a policy's routes, with 0.

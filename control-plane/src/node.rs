@@ -46,7 +46,7 @@ pub struct Node {
     /// Address at which other control planes reach the sync port.
     pub sync_url: String,
     /// Counts that proxies report.
-    pub telemetry: Telemetry,
+    pub telemetry: Arc<Telemetry>,
     /// Signs the rest of old segments of the journal, as its checkpoints are signed.
     pub notary: Notary,
     /// Opens secrets.

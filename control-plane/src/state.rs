@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use keygate_core::cutoff::{Cutoff, Lockdown};
-use keygate_core::limits::{Limits, MAX_UNITS, Override};
+use keygate_core::limits::{Limits, Override};
 use keygate_core::policy::Policy;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
 use keygate_core::rollout::Rollout;
@@ -18,13 +18,12 @@ use zeroize::Zeroizing;
 
 use crate::approval::{Proposal, Warrant};
 use crate::canary::Test;
-use crate::change::{Change, Entry, Mark, Origin};
-use crate::config::Config;
+use crate::change::{Change, Entry};
 use crate::expiry::Expiries;
+use crate::hlc::{Mark, Origin};
 use crate::keyring::Keyring;
 use crate::limits;
 use crate::registrations::Registrations;
-use crate::roles::Role;
 use crate::rollout::{Flags, Past, Pasts};
 use crate::secret::{Ring, SecretError};
 
@@ -204,21 +203,28 @@ pub struct Model {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
-    issuer: String,
+    /// Issuer of keys.
+    pub issuer: String,
+    /// Audience of keys, if they have one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    audience: Option<String>,
-    realm: String,
-    leeway_s: u64,
-    max_life_s: u64,
-    hard_age_s: u64,
+    pub audience: Option<String>,
+    /// Realm of challenges.
+    pub realm: String,
+    /// Tolerance of clocks, seconds.
+    pub leeway_s: u64,
+    /// Longest life of a key, seconds.
+    pub max_life_s: u64,
+    /// Age of a state from which proxies refuse, seconds.
+    pub hard_age_s: u64,
+    /// Whether there is a V1.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    has_v1: bool,
+    pub has_v1: bool,
     /// Requests an hour of each role that has a limit.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
-    role_limits: BTreeMap<String, u32>,
+    pub role_limits: BTreeMap<String, u32>,
     /// Whether nobody's limits are enforced.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    without_limits: bool,
+    pub without_limits: bool,
 }
 
 impl Settings {
@@ -231,34 +237,10 @@ impl Settings {
         }
     }
 
-    /// Those of a configuration.
-    pub fn of(config: &Config) -> Self {
-        Self {
-            issuer: config.issuer.clone(),
-            audience: config.audience.clone(),
-            realm: config.realm.clone(),
-            leeway_s: config.leeway.as_secs(),
-            max_life_s: config.roles.values().map(|role| role.life.as_secs()).max().unwrap_or(1),
-            hard_age_s: config.hard_age.as_secs(),
-            has_v1: config.rollout.v1_cluster.is_some(),
-            without_limits: !config.enforces_limits,
-            role_limits: config
-                .roles
-                .iter()
-                .filter_map(|(name, role)| Some((name.clone(), limit_of(role)?)))
-                .collect(),
-        }
-    }
-
     /// The longest life of a key, in seconds.
     pub const fn max_life_s(&self) -> u64 {
         self.max_life_s
     }
-}
-
-/// More than that is no limit.
-fn limit_of(role: &Role) -> Option<u32> {
-    role.requests_per_hour.and_then(|limit| u32::try_from(limit).ok()).filter(|limit| *limit <= MAX_UNITS)
 }
 
 /// What a change means for proxies.

@@ -20,8 +20,8 @@ use keygate_core::wire::{
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::api::ApiState;
 use crate::api::json;
-use crate::app::App;
 use crate::problem::Problem;
 use crate::quota::{self, Forwarded, LedgerService, QuotaError};
 use crate::state;
@@ -65,7 +65,7 @@ impl Snapshots {
 }
 
 /// The sync port's routes.
-pub fn router(app: Arc<App>) -> Router {
+pub fn router(app: Arc<ApiState>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
@@ -78,7 +78,11 @@ pub fn router(app: Arc<App>) -> Router {
         .with_state(app)
 }
 
-async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn poll(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let poll: Poll = read(&body)?;
     check_proxy(poll.format, &poll.proxy.id, &poll.proxy.incarnation)?;
@@ -120,7 +124,11 @@ async fn poll(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> R
     Ok(octets(&app, kind, answer.encode()))
 }
 
-async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn shards(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let request: ShardRequest = read(&body)?;
     if request.format != FORMAT || request.shards.len() > MAX_SHARDS_PER_REQUEST {
@@ -144,7 +152,11 @@ async fn shards(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
     Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
 }
 
-async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn report(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let report: Report = read(&body)?;
     check_proxy(report.format, &report.proxy, &report.incarnation)?;
@@ -157,7 +169,11 @@ async fn report(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) ->
 }
 
 /// What a proxy may do of limits: from the ledger, wherever that is kept.
-async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn units(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
     let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, QUOTA, body).await };
@@ -172,7 +188,12 @@ async fn units(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
 }
 
 /// The answer of the control plane that keeps the ledger, to a question that came with `headers`. A problem stays one.
-async fn forwarded(app: &App, headers: &HeaderMap, path: &str, body: Bytes) -> Result<Response, Problem> {
+async fn forwarded(
+    app: &ApiState,
+    headers: &HeaderMap,
+    path: &str,
+    body: Bytes,
+) -> Result<Response, Problem> {
     let Forwarded { status, kind, body } = quota::pass_on(&app.quotas, headers, path, body).await?;
     Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
 }
@@ -185,7 +206,11 @@ struct CallOfOwner {
     from: String,
 }
 
-async fn owner(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn owner(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let call: CallOfOwner = read(&body)?;
     let from = u64::from_str_radix(&call.from, 16)
@@ -207,7 +232,11 @@ struct Drain {
     proxy: String,
 }
 
-async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> Result<Response, Problem> {
+async fn drain(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
     authenticate(&app, &headers)?;
     let drain: Drain = read(&body)?;
     check_proxy(drain.format, &drain.proxy, "-")?;
@@ -219,7 +248,7 @@ async fn drain(State(app): State<Arc<App>>, headers: HeaderMap, body: Bytes) -> 
 ///
 /// # Errors
 /// When the proxy is not known, or the ledger cannot be asked.
-pub async fn drain_proxy(app: &App, proxy: String) -> Result<Response, Problem> {
+pub async fn drain_proxy(app: &ApiState, proxy: String) -> Result<Response, Problem> {
     let drain = Drain { format: FORMAT, proxy };
     check_proxy(drain.format, &drain.proxy, "-")?;
     let Some(service) = app.quotas.here() else {
@@ -253,7 +282,7 @@ fn check_proxy(format: u32, id: &str, incarnation: &str) -> Result<(), Problem> 
 
 /// The state, unless what others had is only taken in by half: then there may be a secret and not yet that a key signed
 /// with it was revoked. A poll that was held back must ask again when it is answered.
-async fn whole_state(app: &App) -> Result<Arc<state::State>, Problem> {
+async fn whole_state(app: &ApiState) -> Result<Arc<state::State>, Problem> {
     let Some(mirror) = &app.mirror else { return Ok(app.state()) };
     while mirror.may_be_followed().await {
         let before = mirror.intake();
@@ -268,7 +297,7 @@ async fn whole_state(app: &App) -> Result<Arc<state::State>, Problem> {
 
 /// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version
 /// itself if it is another control plane's, and nothing of it is lacking here.
-fn standing(app: &App, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
+fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
     let have = state.version;
     let elsewhere = app.mirror.as_ref().and_then(|mirror| mirror.covered(applied.source));
     let known = elsewhere.max(state.lines.get(&applied.source).copied());
@@ -298,7 +327,7 @@ fn ahead(applied: Version, have: Version) -> Problem {
     )
 }
 
-fn authenticate(app: &App, headers: &HeaderMap) -> Result<(), Problem> {
+fn authenticate(app: &ApiState, headers: &HeaderMap) -> Result<(), Problem> {
     let shown =
         headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     // Digests of equal length: how long the comparison takes says nothing about the token.
@@ -316,7 +345,7 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| Problem::bad_request(error.to_string()))
 }
 
-fn octets(app: &App, kind: &'static str, bytes: Vec<u8>) -> Response {
+fn octets(app: &ApiState, kind: &'static str, bytes: Vec<u8>) -> Response {
     app.metrics.answered_proxy(kind, bytes.len());
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
     (headers, bytes).into_response()

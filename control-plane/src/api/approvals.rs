@@ -12,7 +12,7 @@ use serde_json::{Value, json as value};
 use super::emergency::{note_revoked, order_view, put_in_force};
 use super::request::{self, KeyId, Waits};
 use super::{Caller, actor};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::approval::{Count, Proposal};
 use crate::change::Change;
 use crate::clock;
@@ -35,7 +35,7 @@ pub struct Order {
 
 /// Has a cut-off wait for its second approval. `answer` is what is said of it besides.
 pub async fn propose(
-    app: &App,
+    app: &ApiState,
     caller: &Caller,
     waits: Waits,
     order: Order,
@@ -70,7 +70,7 @@ pub async fn propose(
 }
 
 pub async fn approve(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
@@ -101,7 +101,7 @@ pub async fn approve(
 }
 
 pub async fn withdraw(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,

@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde_json::json as value;
 
 use super::{json, request};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::journal::{self, JournalError, Privacy, Record};
 use crate::problem::Problem;
 
@@ -60,7 +60,7 @@ impl AuditQuery {
 /// The records, the last one first. The change itself is not shown: it can have owners, metadata and sealed secrets.
 /// An owner is shown by its hash.
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     query: Result<Query<AuditQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
@@ -93,7 +93,7 @@ fn view(record: &Record, owner: Option<String>) -> serde_json::Value {
 }
 
 /// Reads the whole journal and checks its chain and its checkpoints.
-pub async fn verify(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+pub async fn verify(State(app): State<Arc<ApiState>>) -> Result<Response, Problem> {
     let (dir, key) = (app.config.journal_dir(), app.notary.public_key());
     match request::read(move || journal::verify(&dir, Some(&key))).await? {
         Ok(report) => Ok(json(StatusCode::OK, value!({ "valid": true, "journal": report }))),

@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::canary::{self, runner};
 use crate::change::{Change, Idempotency};
 use crate::clock;
@@ -49,7 +49,7 @@ const TRIES: usize = 3;
 /// Issues a key. It is signed before it is journalled: when it cannot be signed, nothing has happened. `make` makes its
 /// record, for what signs it; `plan` the changes with it.
 async fn issue<M, P>(
-    app: &Arc<App>,
+    app: &Arc<ApiState>,
     caller: &Arc<Verified>,
     make: M,
     plan: P,
@@ -97,7 +97,7 @@ fn still_verifies(view: &View<'_>, kid: &str) -> bool {
 }
 
 pub async fn register(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     headers: HeaderMap,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
@@ -143,7 +143,7 @@ fn check_registrations(view: &View<'_>, maker: &Verified, key: &KeyRecord) -> Re
     })
 }
 
-pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result<Response, Problem> {
+pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> Result<Response, Problem> {
     match authenticate(&app, &headers, &Route::keyed("validate", &[])) {
         Ok(caller) => {
             let claims = &caller.0.claims;
@@ -171,7 +171,7 @@ pub async fn validate(State(app): State<Arc<App>>, headers: HeaderMap) -> Result
 }
 
 pub async fn refresh(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     waits: Waits,
     headers: HeaderMap,
     Body(bytes): Body,
@@ -239,7 +239,7 @@ pub async fn refresh(
 }
 
 pub async fn revoke(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     waits: Waits,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {

@@ -11,17 +11,17 @@ use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::canary::{MAX_TESTS, Test, TestRequest, runner};
 use crate::change::Change;
 use crate::problem::Problem;
 use crate::writer::View;
 
-pub async fn health_of(State(app): State<Arc<App>>) -> Response {
+pub async fn health_of(State(app): State<Arc<ApiState>>) -> Response {
     json(StatusCode::OK, serde_json::json!(runner::health(&app.canary)))
 }
 
-pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+pub async fn run(State(app): State<Arc<ApiState>>) -> Result<Response, Problem> {
     if app.config.canary.proxies.is_empty() {
         return Err(Problem::new(
             StatusCode::CONFLICT,
@@ -39,7 +39,7 @@ pub async fn run(State(app): State<Arc<App>>) -> Result<Response, Problem> {
     Ok(json(StatusCode::OK, body))
 }
 
-pub async fn list(State(app): State<Arc<App>>) -> Response {
+pub async fn list(State(app): State<Arc<ApiState>>) -> Response {
     let tests: Vec<_> = runner::tests(&app.canary).iter().map(view).collect();
     json(StatusCode::OK, serde_json::json!({ "tests": tests }))
 }
@@ -55,7 +55,7 @@ fn view(test: &Test) -> serde_json::Value {
 }
 
 pub async fn put(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
@@ -78,7 +78,7 @@ pub async fn put(
 }
 
 pub async fn remove(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
 ) -> Result<Response, Problem> {
@@ -100,7 +100,7 @@ pub struct Results {
 }
 
 pub async fn results(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     query: Result<Query<Results>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;

@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, approvals, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::approval::{Count, Warrant};
 use crate::change::Change;
 use crate::clock;
@@ -67,7 +67,7 @@ struct CutoffScope {
 
 impl CutoffScope {
     /// The rule. Without `created_before` it hits every key issued until now, this second included.
-    fn cutoff(self, app: &App, spares: &str, now: u64) -> Result<Cutoff, Problem> {
+    fn cutoff(self, app: &ApiState, spares: &str, now: u64) -> Result<Cutoff, Problem> {
         let time = |name: &str, text: Option<String>, default: u64| match text {
             None => Ok(default),
             Some(text) => humantime::parse_rfc3339_weak(&text)
@@ -105,7 +105,7 @@ impl CutoffScope {
 }
 
 pub async fn cut_off(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
@@ -194,7 +194,7 @@ pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Probl
 }
 
 /// Counts and logs what a cut-off ended that has come into force.
-pub fn note_revoked(app: &App, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
+pub fn note_revoked(app: &ApiState, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
     for (role, keys) in &count.by_role {
         app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
     }
@@ -210,7 +210,7 @@ pub fn note_revoked(app: &App, caller: &Caller, id: &str, count: &Count, reason:
 }
 
 pub async fn lift_cut_off(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
@@ -228,7 +228,7 @@ pub async fn lift_cut_off(
 }
 
 /// How many live keys a cut-off ends.
-async fn hits(app: &Arc<App>, cutoff: &Cutoff, now: u64) -> Result<Count, Problem> {
+async fn hits(app: &Arc<ApiState>, cutoff: &Cutoff, now: u64) -> Result<Count, Problem> {
     let (app, cutoff) = (Arc::clone(app), cutoff.clone());
     let counted = request::read(move || {
         let mut count = Count::default();
@@ -286,7 +286,7 @@ struct LockdownBody {
 }
 
 impl LockdownBody {
-    fn lockdown(self, app: &App, now: u64) -> Result<Lockdown, Problem> {
+    fn lockdown(self, app: &ApiState, now: u64) -> Result<Lockdown, Problem> {
         let ttl = match self.ttl.as_deref().map(humantime::parse_duration) {
             None => lockdown::DEFAULT_TTL,
             Some(Ok(ttl)) if lockdown::TTL.contains(&ttl) => ttl,
@@ -301,7 +301,7 @@ impl LockdownBody {
     }
 }
 
-pub async fn show(State(app): State<Arc<App>>) -> Response {
+pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let now = app.clock.now_s();
     let mut body = view(state.rules.lockdown.as_ref(), now);
@@ -312,7 +312,7 @@ pub async fn show(State(app): State<Arc<App>>) -> Response {
 }
 
 pub async fn lock_down(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
@@ -323,7 +323,7 @@ pub async fn lock_down(
 }
 
 pub async fn lift(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -331,7 +331,7 @@ pub async fn lift(
 }
 
 async fn change(
-    app: &App,
+    app: &ApiState,
     caller: &Caller,
     waits: Waits,
     lockdown: Option<Lockdown>,

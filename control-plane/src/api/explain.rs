@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::json;
 use super::request::{self, Body};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::problem::Problem;
 
 #[derive(Deserialize)]
@@ -36,7 +36,7 @@ impl Trace for Steps {
     }
 }
 
-pub async fn explain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<Response, Problem> {
+pub async fn explain(State(app): State<Arc<ApiState>>, Body(bytes): Body) -> Result<Response, Problem> {
     // An error about this body must not repeat any of it: there is a key in it.
     let question: Question = request::body(&bytes).map_err(|_| {
         Problem::bad_request(

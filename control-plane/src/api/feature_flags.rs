@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::clock;
 use crate::problem::Problem;
@@ -20,13 +20,13 @@ use crate::rollout::{Flags, Past, Pasts};
 use crate::state;
 use crate::writer::View;
 
-pub async fn show(State(app): State<Arc<App>>) -> Response {
+pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     tagged(json(StatusCode::OK, shown(&app, &state)), &state.pasts)
 }
 
 /// The document with what happened to it last, and what came of it.
-fn shown(app: &App, state: &state::State) -> Value {
+fn shown(app: &ApiState, state: &state::State) -> Value {
     let mut members = document::show(&state.flags, state.has_v1, app.clock.now_s());
     members.insert("last_change".into(), state.pasts.last().map_or(Value::Null, past));
     members.insert("metrics".into(), counts(app));
@@ -44,13 +44,13 @@ fn past(past: &Past) -> Value {
     })
 }
 
-pub async fn history(State(app): State<Arc<App>>) -> Response {
+pub async fn history(State(app): State<Arc<ApiState>>) -> Response {
     let changes: Vec<Value> = app.state().pasts.iter().map(past).collect();
     json(StatusCode::OK, json!({ "changes": changes }))
 }
 
 pub async fn replace(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     headers: HeaderMap,
@@ -88,13 +88,13 @@ pub async fn replace(
     Ok(tagged(answer, &state.pasts))
 }
 
-pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let mut answer = counts(&app);
     answer["by_endpoint"] = json!(tally::by_endpoint(&app.metrics));
     json(StatusCode::OK, answer)
 }
 
-pub async fn reset(State(app): State<Arc<App>>, Extension(caller): Extension<Caller>) -> Response {
+pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extension<Caller>) -> Response {
     let now_ms = app.clock.now_ms();
     app.telemetry.reset_rollout(Tally::of(&app.metrics), now_ms);
     app.telemetry.write(now_ms / 1_000).await;
@@ -103,7 +103,7 @@ pub async fn reset(State(app): State<Arc<App>>, Extension(caller): Extension<Cal
 }
 
 /// Since they were begun anew.
-pub fn counts(app: &App) -> Value {
+pub fn counts(app: &ApiState) -> Value {
     let (before, since_ms) = app.telemetry.rollout_reset();
     let others = app.mirror.as_ref().map(|mirror| mirror.counted_by_others()).unwrap_or_default();
     let mut counts = Tally::of(&app.metrics).since(before).plus(others).show();

@@ -9,11 +9,11 @@ use serde::Deserialize;
 
 use super::json;
 use super::request::{self, Body};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::problem::Problem;
 use crate::sync;
 
-pub async fn list(State(app): State<Arc<App>>) -> Response {
+pub async fn list(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let proxies = app.fleet.view(&state);
     json(
@@ -34,7 +34,7 @@ struct Drain {
     proxy: String,
 }
 
-pub async fn drain(State(app): State<Arc<App>>, Body(bytes): Body) -> Result<Response, Problem> {
+pub async fn drain(State(app): State<Arc<ApiState>>, Body(bytes): Body) -> Result<Response, Problem> {
     let Drain { proxy } = request::body(&bytes)?;
     sync::drain_proxy(&app, proxy).await
 }

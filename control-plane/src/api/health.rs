@@ -9,7 +9,7 @@ use axum::response::{IntoResponse, Response};
 use serde::{Deserialize, Serialize};
 
 use super::json;
-use crate::app::App;
+use crate::api::ApiState;
 use crate::canary::runner;
 use crate::redis_store::Status;
 use crate::rotation::driver;
@@ -48,7 +48,7 @@ impl Check {
 }
 
 /// How everything fares, each once.
-fn checks(app: &App) -> Vec<Check> {
+fn checks(app: &ApiState) -> Vec<Check> {
     let state = app.state();
     let mut checks = vec![Check::new("journal", of_journal(app)), Check::new("store", of_store(app))];
     if let Some(mirror) = &app.mirror {
@@ -73,7 +73,7 @@ fn checks(app: &App) -> Vec<Check> {
     checks
 }
 
-fn of_journal(app: &App) -> Vec<String> {
+fn of_journal(app: &ApiState) -> Vec<String> {
     let mut reasons = Vec::new();
     if is_sealed(app) {
         reasons.push("the journal could not be written; changes are refused until a restart".into());
@@ -85,7 +85,7 @@ fn of_journal(app: &App) -> Vec<String> {
 }
 
 /// What waits for the store is tried again with the next change, but after some failures only a restart helps.
-fn of_store(app: &App) -> Vec<String> {
+fn of_store(app: &ApiState) -> Vec<String> {
     let waiting = app.metrics.store_waiting.get();
     let waits = (waiting > 0.0)
         .then(|| format!("store: {waiting} changes wait to be taken; they are in the journal, and a restart has it take them"));
@@ -105,7 +105,7 @@ fn of_redis(status: &Status) -> Vec<String> {
     reasons
 }
 
-fn of_rotation(app: &App) -> Vec<String> {
+fn of_rotation(app: &ApiState) -> Vec<String> {
     let progress = app.driver.progress();
     let mut reasons = Vec::new();
     if progress.stalled {
@@ -129,7 +129,7 @@ fn of_keyring(state: &state::State) -> Vec<String> {
     reasons
 }
 
-fn of_limits(app: &App) -> Check {
+fn of_limits(app: &ApiState) -> Check {
     let Some(doubts) = app.quotas.doubts() else { return Check::new("limits", Vec::new()) };
     let mut reasons = Vec::new();
     if doubts.suspended {
@@ -152,7 +152,7 @@ fn of_limits(app: &App) -> Check {
 }
 
 /// Whether nothing can be written any more.
-fn is_sealed(app: &App) -> bool {
+fn is_sealed(app: &ApiState) -> bool {
     app.metrics.journal_failures.get() > 0
 }
 
@@ -161,7 +161,7 @@ fn reasons(checks: &[Check]) -> Vec<&str> {
     checks.iter().flat_map(|check| check.reasons.iter().map(String::as_str)).collect()
 }
 
-pub async fn health(State(app): State<Arc<App>>) -> Response {
+pub async fn health(State(app): State<Arc<ApiState>>) -> Response {
     let checks = checks(&app);
     let reasons = reasons(&checks);
     let status = match (is_sealed(&app), reasons.is_empty()) {
@@ -186,7 +186,7 @@ pub struct Verbose {
 /// Whether it can be used. What does not keep it from its work makes it `degraded`, and is told with `?verbose`: as JSON,
 /// or as text with a line for each, as Kubernetes writes it, if that is accepted.
 pub async fn readyz(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Query(Verbose { verbose }): Query<Verbose>,
     headers: HeaderMap,
 ) -> Response {
@@ -238,7 +238,7 @@ fn wants_text(headers: &HeaderMap) -> bool {
     accepts("text/plain") && !accepts("application/json")
 }
 
-pub async fn metrics(State(app): State<Arc<App>>) -> Response {
+pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     for (role, live) in state.census.live(app.clock.now_s()) {
         if app.config.roles.contains_key(role) {

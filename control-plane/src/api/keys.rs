@@ -11,7 +11,7 @@ use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json, key_view};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::key::{Ended, KeyRecord, KeyState, RevocationReason};
 use crate::problem::Problem;
@@ -28,7 +28,7 @@ pub struct ListQuery {
 }
 
 pub async fn list(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
@@ -49,7 +49,7 @@ pub async fn list(
     Ok(json(StatusCode::OK, serde_json::json!({ "keys": keys, "next_cursor": next_cursor })))
 }
 
-pub async fn show(State(app): State<Arc<App>>, KeyId(id): KeyId) -> Result<Response, Problem> {
+pub async fn show(State(app): State<Arc<ApiState>>, KeyId(id): KeyId) -> Result<Response, Problem> {
     let key = app.store.key(&id)?.ok_or_else(unknown)?;
     Ok(json(StatusCode::OK, key_view(&key, &app.state().secrets, app.clock.now_s())))
 }
@@ -61,7 +61,7 @@ struct RevokeBody {
 }
 
 pub async fn revoke(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
@@ -74,7 +74,7 @@ pub async fn revoke(
 
 /// Revokes a key in the name of `actor`. One that is revoked already stays as it is.
 pub async fn revoke_key(
-    app: &App,
+    app: &ApiState,
     actor: &str,
     id: &str,
     reason: RevocationReason,
@@ -100,7 +100,7 @@ struct SuspendBody {
 }
 
 pub async fn suspend(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
@@ -137,7 +137,7 @@ pub async fn suspend(
 }
 
 pub async fn resume(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
@@ -162,7 +162,7 @@ pub async fn resume(
 
 /// Has a plan about one key carried out, and answers with the key as it is then.
 async fn change_key(
-    app: &App,
+    app: &ApiState,
     actor: &str,
     waits: Waits,
     plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, KeyRecord), Problem> + Send + 'static,

@@ -18,6 +18,7 @@ mod rate_limits;
 mod request;
 mod revocations;
 mod secrets;
+mod state;
 #[cfg(test)]
 mod world;
 
@@ -34,13 +35,13 @@ use keygate_core::cache::Verified;
 use keygate_core::policy::Route;
 use tracing::Instrument as _;
 
-use crate::app::App;
 use crate::clock;
 use crate::key::{KeyRecord, KeyState};
 use crate::problem::Problem;
 use crate::secret::Ring;
 use crate::trace::{self, Trace};
 
+pub use self::state::ApiState;
 pub use request::{Caller, authenticate};
 
 /// The most bytes of a request's body.
@@ -71,7 +72,7 @@ pub struct Operation {
     success: u16,
     /// What 202 means, if it may be the answer.
     accepted: Option<&'static str>,
-    handler: MethodRouter<Arc<App>>,
+    handler: MethodRouter<Arc<ApiState>>,
 }
 
 const WAIT: &[(&str, &str)] = &[
@@ -84,7 +85,7 @@ const MANAGE: Needs = Needs::Scope("system:manage");
 
 /// Every operation.
 fn operations() -> Vec<Operation> {
-    let op = |verb: &'static str, path, needs, summary, handler: MethodRouter<Arc<App>>| Operation {
+    let op = |verb: &'static str, path, needs, summary, handler: MethodRouter<Arc<ApiState>>| Operation {
         verb,
         path,
         summary,
@@ -508,7 +509,7 @@ fn operations() -> Vec<Operation> {
 }
 
 /// The API's routes.
-pub fn router(app: Arc<App>) -> Router {
+pub fn router(app: Arc<ApiState>) -> Router {
     let mut router = Router::new();
     for operation in operations() {
         let handler = match operation.needs {
@@ -518,7 +519,7 @@ pub fn router(app: Arc<App>) -> Router {
                 let route = Arc::new(Route::keyed(operation.path, &[scope]));
                 operation.handler.route_layer(middleware::from_fn_with_state(
                     Arc::clone(&app),
-                    move |app: State<Arc<App>>, request: Request, next: Next| {
+                    move |app: State<Arc<ApiState>>, request: Request, next: Next| {
                         let route = Arc::clone(&route);
                         async move { admitted(app, &route, request, next).await }
                     },
@@ -542,7 +543,12 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 /// Lets a request pass whose key has the operation's scope.
-async fn admitted(State(app): State<Arc<App>>, route: &Route, mut request: Request, next: Next) -> Response {
+async fn admitted(
+    State(app): State<Arc<ApiState>>,
+    route: &Route,
+    mut request: Request,
+    next: Next,
+) -> Response {
     match authenticate(&app, request.headers(), route) {
         Ok(caller) => {
             request.extensions_mut().insert(caller);

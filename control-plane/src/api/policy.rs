@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::problem::Problem;
 use crate::route_cost;
@@ -29,13 +29,13 @@ struct PolicyChange {
     routes: Option<Vec<Route>>,
 }
 
-pub async fn show(State(app): State<Arc<App>>) -> Response {
+pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     tagged(json(StatusCode::OK, serde_json::json!(state.rules.policy)), state.policy_seq)
 }
 
 pub async fn replace(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     headers: HeaderMap,

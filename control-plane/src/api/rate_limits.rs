@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::limits::{self, AccountNames, DEFAULT_TTL, TTL};
 use crate::problem::Problem;
@@ -25,16 +25,16 @@ use crate::route_cost;
 use crate::store::StoreError;
 use crate::writer::View;
 
-pub async fn show(State(app): State<Arc<App>>) -> Response {
+pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     json(StatusCode::OK, shown(&app))
 }
 
-fn shown(app: &App) -> Value {
+fn shown(app: &ApiState) -> Value {
     limits::show(&app.state().rules.limits, app.config.roles.keys(), app.clock.now_s())
 }
 
 pub async fn replace(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
@@ -63,7 +63,7 @@ pub async fn replace(
 /// Number of accounts shown: those that use the greatest part of their limits.
 const BUSIEST: usize = 20;
 
-pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
+pub async fn usage(State(app): State<Arc<ApiState>>) -> Result<Response, Problem> {
     let busiest = app.quotas.busiest(BUSIEST);
     let mut names = AccountNames::new(busiest.iter().map(|(account, ..)| account.key));
     let store = Arc::clone(&app.store);
@@ -130,7 +130,7 @@ pub async fn usage(State(app): State<Arc<App>>) -> Result<Response, Problem> {
 }
 
 pub async fn take_over(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -147,7 +147,7 @@ struct OverrideBody {
 }
 
 pub async fn override_for_a_time(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
@@ -173,7 +173,7 @@ pub async fn override_for_a_time(
 }
 
 pub async fn lift_override(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -185,7 +185,7 @@ pub async fn lift_override(
 }
 
 async fn submit(
-    app: &Arc<App>,
+    app: &Arc<ApiState>,
     caller: &Caller,
     waits: Waits,
     changes: impl FnOnce(&View<'_>) -> Result<Vec<Change>, Problem> + Send + 'static,

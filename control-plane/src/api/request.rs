@@ -18,11 +18,11 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Idempotency;
+use crate::config::Durability;
 use crate::metrics::V2;
 use crate::problem::Problem;
-use crate::redis_store::Durability;
 use crate::writer::Committed;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,7 +39,7 @@ pub struct Caller(pub Arc<Verified>);
 ///
 /// # Errors
 /// The refusal that a proxy would give.
-pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Caller, Problem> {
+pub fn authenticate(app: &ApiState, headers: &HeaderMap, route: &Route) -> Result<Caller, Problem> {
     authenticate_or(app, headers, route, |_| false)
 }
 
@@ -48,7 +48,7 @@ pub fn authenticate(app: &App, headers: &HeaderMap, route: &Route) -> Result<Cal
 /// # Errors
 /// The refusal that a proxy would give.
 pub fn authenticate_or(
-    app: &App,
+    app: &ApiState,
     headers: &HeaderMap,
     route: &Route,
     but: impl Fn(Reason) -> bool,
@@ -182,7 +182,7 @@ impl Wait {
 /// The answer to a change, which says the version, how durable it is, and, if asked for, how far it has got. When
 /// the configuration asks for a copy in Redis and there is none yet, the status is 202.
 pub async fn finish(
-    app: &App,
+    app: &ApiState,
     committed: Committed,
     waits: Waits,
     status: StatusCode,

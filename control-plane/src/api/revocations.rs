@@ -16,7 +16,7 @@ use serde_json::json as value;
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::key::{Ended, KeyRecord, RevocationReason};
 use crate::problem::Problem;
@@ -106,7 +106,7 @@ impl Planned {
 }
 
 pub async fn revoke_many(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
@@ -177,7 +177,7 @@ impl HistoryQuery {
 
 /// What was revoked, the last one first. Cut-offs are rules: `/api/admin/emergency` has them.
 pub async fn history(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     query: Result<Query<HistoryQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
@@ -206,7 +206,7 @@ pub async fn history(
 
 /// Forgets the revocations of keys that have expired.
 pub async fn cleanup(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -221,7 +221,7 @@ pub async fn cleanup(
 
 /// Has every proxy take the whole set over anew: only shards that it does not have cross the wire.
 pub async fn rebuild(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -262,7 +262,7 @@ impl Size {
 }
 
 /// How much is revoked, and what that costs a proxy. Keys that a cut-off ends are not counted: it is a rule.
-pub async fn stats(State(app): State<Arc<App>>) -> Response {
+pub async fn stats(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let now = app.clock.now_s();
     let size = Size::of(&state.revocations);

@@ -14,15 +14,16 @@ use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
-use crate::app::App;
+use crate::api::ApiState;
 use crate::change::Change;
 use crate::clock;
 use crate::config;
 use crate::issuing;
-use crate::key::{self, Ended, Identity, KeyState, RevocationReason};
+use crate::key::{self, Ended, KeyState, RevocationReason};
 use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::rotation::{self, Begun, Order, RotationError, driver};
+use crate::secret::Identity;
 use crate::secret::import;
 use crate::secret::ring::{Held, Ring};
 use crate::secret::{Retire, SecretState};
@@ -45,7 +46,7 @@ fn view(ring: &Ring, held: &Held) -> serde_json::Value {
     })
 }
 
-pub async fn status(State(app): State<Arc<App>>) -> Response {
+pub async fn status(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let ring = &state.secrets;
     let progress = app.driver.progress();
@@ -71,7 +72,7 @@ pub async fn status(State(app): State<Arc<App>>) -> Response {
     )
 }
 
-pub async fn jwks(State(app): State<Arc<App>>) -> Response {
+pub async fn jwks(State(app): State<Arc<ApiState>>) -> Response {
     let keys = app.state().secrets.jwks(app.clock.now_s());
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "max-age=60")];
     (headers, serde_json::json!({ "keys": keys }).to_string()).into_response()
@@ -93,7 +94,7 @@ struct RotateBody {
 
 impl RotateBody {
     /// What is wanted, and how long proxies may take.
-    fn read(self, app: &App) -> Result<(Order, bool, Option<Duration>), Problem> {
+    fn read(self, app: &ApiState) -> Result<(Order, bool, Option<Duration>), Problem> {
         let wrong = |name: &str, problem: String| Problem::bad_request(format!("'{name}': {problem}."));
         let why = self.reason.unwrap_or_else(|| rotation::UNSAID.into());
         if !rotation::is_why(&why) {
@@ -135,7 +136,7 @@ impl RotateBody {
 
 /// Begins a rotation, or says what one would end. Who ends the secret of their own key gets another key.
 pub async fn rotate(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     headers: HeaderMap,
@@ -236,7 +237,7 @@ pub async fn rotate(
 }
 
 /// How many live keys end with a secret when it is rotated now, and when. The others are not hurt.
-async fn what_ends(app: &Arc<App>, old: &str, immediate: bool) -> Result<serde_json::Value, Problem> {
+async fn what_ends(app: &Arc<ApiState>, old: &str, immediate: bool) -> Result<serde_json::Value, Problem> {
     let now = app.clock.now_s();
     let state = app.state();
     let Some(held) = state.secrets.get(old) else { return Ok(serde_json::Value::Null) };
@@ -272,7 +273,7 @@ async fn what_ends(app: &Arc<App>, old: &str, immediate: bool) -> Result<serde_j
 
 /// Ends a rotation whose secret has not signed yet.
 pub async fn cancel(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
@@ -291,7 +292,7 @@ struct ForceBody {
 
 /// Has the new secret sign although some proxies may not know it: they refuse its keys until they do.
 pub async fn force(
-    State(app): State<Arc<App>>,
+    State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,

@@ -4,7 +4,6 @@ mod given;
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::ops::Deref;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -19,6 +18,7 @@ use tokio::sync::watch;
 use zeroize::Zeroizing;
 
 pub use self::given::FromEnvironment;
+use crate::api::ApiState;
 use crate::canary::runner::{self, Canary};
 use crate::change::Change;
 use crate::clock::{CautiousClock, Clock};
@@ -94,57 +94,31 @@ pub enum RunError {
     Commit(#[from] CommitError),
 }
 
-/// A control plane with its services, as its API and its sync port use it.
-pub struct App {
-    /// The parts that the services share.
-    pub node: Arc<Node>,
-    /// Snapshots that proxies are fetching.
-    pub snapshots: sync::Snapshots,
-    /// The rate limits of the fleet.
-    pub quotas: Arc<Quotas>,
-    /// Tokens of callers that were verified before.
-    pub cache: Mutex<TokenCache>,
-    /// Tests through the proxies.
-    pub canary: Arc<Canary>,
-    /// Progress of a rotation of secrets.
-    pub driver: Arc<Driver>,
-}
-
-impl Deref for App {
-    type Target = Node;
-
-    fn deref(&self) -> &Node {
-        &self.node
-    }
-}
-
-impl App {
-    /// Issues another first admin key and writes it in place of the one before, which goes on to count. Whoever may
-    /// start the control plane with its master key needs no key to be let in.
-    ///
-    /// # Errors
-    /// When it cannot be issued or written.
-    pub async fn issue_admin_key(&self) -> Result<(), RunError> {
-        let config = self.config.clone();
-        let plan = move |view: &View<'_>| {
-            let signer = view.model.secrets().active().and_then(Held::signer).cloned();
-            let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
-            let key = first_key(&config, &signer, view.now)?;
-            Ok::<_, OpenError>((
-                vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: None }],
-                (key, signer),
-            ))
-        };
-        let ((key, signer), _) = self.writer.submit("system", plan).await??;
-        write_first_key(&self.config, &signer, &key)?;
-        Ok(())
-    }
+/// Issues another first admin key and writes it in place of the one before, which goes on to count. Whoever may
+/// start the control plane with its master key needs no key to be let in.
+///
+/// # Errors
+/// When it cannot be issued or written.
+pub async fn issue_admin_key(node: &Node) -> Result<(), RunError> {
+    let config = node.config.clone();
+    let plan = move |view: &View<'_>| {
+        let signer = view.model.secrets().active().and_then(Held::signer).cloned();
+        let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
+        let key = first_key(&config, &signer, view.now)?;
+        Ok::<_, OpenError>((
+            vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: None }],
+            (key, signer),
+        ))
+    };
+    let ((key, signer), _) = node.writer.submit("system", plan).await??;
+    write_first_key(&node.config, &signer, &key)?;
+    Ok(())
 }
 
 /// A control plane that listens.
 pub struct Serving {
     /// What its handlers share.
-    pub app: Arc<App>,
+    pub app: Arc<ApiState>,
     api: TcpListener,
     sync: TcpListener,
     stop: watch::Sender<bool>,
@@ -182,6 +156,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let started_s = clock.now_s();
     let keys = Arc::new(given::keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
+    redis_store::begin_metrics(&metrics);
     metrics.redis_configured.set(f64::from(u8::from(config.redis.is_some())));
     metrics.canary_configured.set(f64::from(u8::from(!config.canary.proxies.is_empty())));
     let destinations = given::destinations(&config, &given)?;
@@ -199,7 +174,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         privacy: Arc::clone(&privacy),
         claim,
         dir,
-        settings: Settings::of(&config),
+        settings: Settings::from(&config),
         keys: Arc::clone(&keys),
         first_changes: &first_changes,
         clock: clock.clone(),
@@ -209,7 +184,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     warn_of_costs(&states.borrow().rules, &config, clock.now_s());
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
-    let telemetry = Telemetry::open(dir, Arc::clone(&metrics), roles)?;
+    let telemetry = Arc::new(Telemetry::open(dir, Arc::clone(&metrics), roles)?);
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
         tracing::warn!(
@@ -245,7 +220,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         stopping,
         config,
     });
-    let app = Arc::new(App {
+    let app = Arc::new(ApiState {
         snapshots: sync::Snapshots::default(),
         quotas: Arc::new(Quotas::new(Arc::clone(&node))),
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
@@ -278,7 +253,11 @@ impl Serving {
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
         let node = &app.node;
         let upkeep = tokio::spawn(upkeep::run(Arc::clone(node)));
-        let telemetry = tokio::spawn(telemetry::run(Arc::clone(node)));
+        let telemetry = tokio::spawn(telemetry::run(
+            Arc::clone(&node.telemetry),
+            node.clock.clone(),
+            node.stopping.clone(),
+        ));
         let canary = tokio::spawn(runner::run(Arc::clone(&app.canary)));
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(node), Arc::clone(&app.driver)));
         let guard = tokio::spawn(rollout::guard::run(Arc::clone(node), Arc::clone(&app.canary)));
@@ -354,7 +333,7 @@ fn read_policy(path: &Path, config: &Config, first_s: Option<u64>) -> Result<Pol
         .validate()
         .map_err(|errors| error(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")))?;
     if let Some(now) = first_s {
-        let errors = route_cost::all((&policy, &Settings::of(config).first_limits()), &config.roles, now);
+        let errors = route_cost::all((&policy, &Settings::from(config).first_limits()), &config.roles, now);
         if !errors.is_empty() {
             return Err(error(errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")));
         }

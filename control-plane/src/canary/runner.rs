@@ -14,7 +14,7 @@ use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
-use super::{Alert, Allowed, OWNER, Test, Url, reach, seeds};
+use super::{OWNER, Test, Url, reach, seeds};
 use crate::change::Change;
 use crate::clock;
 use crate::issuing;
@@ -53,25 +53,6 @@ const PROBE: &str = "revocation_probe";
 const HAS_KEY: &str = "canary_key";
 /// What the filter answers by itself: with 200 once it has a state.
 const READY_PATH: &str = "/.keygate/ready";
-
-/// How canaries are run.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// The proxies, as clients reach them; none: nothing is run.
-    pub proxies: Vec<Url>,
-    /// What may be called.
-    pub allowed: Arc<Allowed>,
-    /// How often.
-    pub interval: Duration,
-    /// How often the probe.
-    pub probe_interval: Duration,
-    /// The role of the canary's key.
-    pub role: String,
-    /// What the tests of the application call.
-    pub app_endpoint: String,
-    /// After how many failures somebody is told.
-    pub alert: Alert,
-}
 
 /// The canary's key.
 struct Key {

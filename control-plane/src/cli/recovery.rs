@@ -8,10 +8,11 @@ use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use keygate::backup::{self, Outcome};
 use keygate::clock::{Clock, rfc3339_ms};
+use keygate::config::Target;
 use keygate::journal;
 use keygate::keyring::{Keyring, Masters};
 use keygate::master_key::MasterKey;
-use keygate::redis_store::{self, Target};
+use keygate::redis_store;
 use zeroize::Zeroizing;
 
 /// Backups of the journal, from which all else is rebuilt.

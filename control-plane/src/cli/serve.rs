@@ -130,7 +130,7 @@ impl Serve {
         runtime.block_on(async {
             let serving = app::start(config, Clock::system(), given).await?;
             if new_admin_key {
-                serving.app.issue_admin_key().await?;
+                app::issue_admin_key(&serving.app.node).await?;
             }
             tracing::info!(
                 api = %serving.api_address()?,

@@ -1,6 +1,10 @@
 //! The configuration: what was typed (`keygate.toml`, then `KEYGATE_*`, then flags), then what is valid.
 //! Every error is reported at once, each with its key and what would be right.
 
+mod canary;
+mod durability;
+pub mod redis_url;
+mod rollout;
 mod value;
 
 use std::collections::BTreeMap;
@@ -10,25 +14,27 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use keygate_core::crypto::Algorithm;
+use keygate_core::limits::MAX_UNITS;
 use keygate_core::token;
 use toml::Value;
 
+pub use self::canary::CanarySettings;
+pub use self::durability::Durability;
+pub use self::redis_url::{Target, TargetError};
+pub use self::rollout::{GuardSettings, RolloutSettings};
 use self::value::{
     address, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway, life, list,
     log_format, overlap, path, personal_data, plain_url, realm, redis_timeout, requests_per_hour, retention,
     retire, schedule, scopes, share, text, up_to_100, words,
 };
 pub use self::value::{gate_timeout, http_url};
-use crate::canary::runner::Settings as CanarySettings;
 use crate::canary::{Alert, Allowed, Url};
 use crate::journal::PersonalData;
 use crate::master_key::Source;
-use crate::redis_store::{Durability, Target};
 use crate::roles::{self, Role, Roles};
-use crate::rollout::Settings as RolloutSettings;
-use crate::rollout::guard::Limits;
 use crate::rotation::schedule::QUARTERLY;
 use crate::rotation::{Lives, Schedule};
+use crate::state;
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
 /// `KEYGATE_` and the key in capitals, dots as underscores, is the variable.
@@ -459,8 +465,8 @@ impl Typed {
     }
 
     fn rollout(&mut self) -> RolloutSettings {
-        let usual = Limits::default();
-        let guard = Limits {
+        let usual = GuardSettings::default();
+        let guard = GuardSettings {
             window: self.take("rollout.guard.window", between(5, 3_600)).unwrap_or(usual.window),
             min_requests: self.take("rollout.guard.min_requests", count).unwrap_or(usual.min_requests),
             margin: self.take("rollout.guard.margin", share).unwrap_or(usual.margin),
@@ -576,6 +582,31 @@ fn suggestion(key: &str) -> String {
         })
         .map(|(known, _)| format!("; did you mean '{known}'?"))
         .unwrap_or_default()
+}
+
+impl From<&Config> for state::Settings {
+    fn from(config: &Config) -> Self {
+        Self {
+            issuer: config.issuer.clone(),
+            audience: config.audience.clone(),
+            realm: config.realm.clone(),
+            leeway_s: config.leeway.as_secs(),
+            max_life_s: config.roles.values().map(|role| role.life.as_secs()).max().unwrap_or(1),
+            hard_age_s: config.hard_age.as_secs(),
+            has_v1: config.rollout.v1_cluster.is_some(),
+            without_limits: !config.enforces_limits,
+            role_limits: config
+                .roles
+                .iter()
+                .filter_map(|(name, role)| Some((name.clone(), limit_of(role)?)))
+                .collect(),
+        }
+    }
+}
+
+/// More than that is no limit.
+fn limit_of(role: &Role) -> Option<u32> {
+    role.requests_per_hour.and_then(|limit| u32::try_from(limit).ok()).filter(|limit| *limit <= MAX_UNITS)
 }
 
 #[cfg(test)]

@@ -10,9 +10,9 @@ use keygate_core::rules::MAX_LEEWAY_S;
 use keygate_core::token;
 use toml::Value;
 
+use super::Durability;
 use super::{A_DAY, LogFormat};
 use crate::journal::PersonalData;
-use crate::redis_store::Durability;
 use crate::rotation::Schedule;
 use crate::secret::Retire;
 

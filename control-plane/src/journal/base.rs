@@ -18,8 +18,9 @@ use serde::{Deserialize, Serialize};
 
 use super::checkpoint::Checks;
 use super::{JournalError, Link, Notary, Record, Segment, record, segment, sync_dir};
-use crate::change::{Change, Mark};
+use crate::change::Change;
 use crate::files;
+use crate::hlc::Mark;
 
 /// The file, in the journal's directory.
 const FILE: &str = "base.json";

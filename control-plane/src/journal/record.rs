@@ -19,8 +19,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::Privacy;
-use crate::change::{Change, Entry, Mark, Origin};
+use crate::change::{Change, Entry};
 use crate::clock;
+use crate::hlc::{Mark, Origin};
 
 /// The `prev` of the first record.
 pub const NO_HASH: &str = "0000000000000000000000000000000000000000000000000000000000000000";

@@ -20,7 +20,8 @@ pub use self::disk::DiskError;
 use self::forward::Forwarder;
 pub use self::forward::{ForwardError, Forwarded, OWNER, pass_on};
 pub use self::ownership::{run, take_over};
-pub use self::service::{Doubts, LedgerService, QuotaError};
+pub use self::service::{LedgerService, QuotaError};
+use crate::metrics::Doubts;
 use crate::node::Node;
 
 /// The control plane that keeps the ledger, as seen from here.

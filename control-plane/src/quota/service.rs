@@ -8,11 +8,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use keygate_core::quota::{Account, Answer, ExchangeError, Ledger, Member, Question, Saved, SilentProxy};
+use keygate_core::quota::{Account, Answer, ExchangeError, Ledger, Member, Question, Saved};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::{Notify, oneshot, watch};
 
 use super::disk::{Disk, DiskError, Head, Rows};
+use crate::metrics::Doubts;
 
 /// A question is not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -350,21 +351,6 @@ impl Drop for LedgerService {
     fn drop(&mut self) {
         self.end();
     }
-}
-
-/// Gaps in what the ledger knows, and their consequences.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Doubts {
-    /// Proxies that were not heard of for 3 s.
-    pub silent: Vec<SilentProxy>,
-    /// Time until limits grow again at proxies; 0: they do.
-    pub recovers_in: Duration,
-    /// Nothing is granted, since another control plane may keep the ledger.
-    pub suspended: bool,
-    /// Proxies that were released without a word since the ledger was opened.
-    pub released_proxies: u64,
-    /// Units granted to them that they had not reported as spent: as many may have been admitted once more.
-    pub released_units: u64,
 }
 
 impl Writer {

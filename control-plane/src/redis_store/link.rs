@@ -22,7 +22,7 @@ use redis::{
 };
 
 use super::LinkError;
-use super::target::{Address, Credentials, Servers, Target};
+use crate::config::redis_url::{Address, Credentials, Servers, Target};
 
 /// How many slots a Cluster has (its specification, "Key distribution model").
 const SLOTS: usize = 16384;

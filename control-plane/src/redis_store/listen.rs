@@ -9,9 +9,9 @@ use std::task::{Context, Poll};
 
 use futures_util::stream::{self, SelectAll, Stream, StreamExt as _};
 
+use super::LinkError;
 use super::link::Timeouts;
-use super::target::{Address, Servers};
-use super::{LinkError, Target};
+use crate::config::redis_url::{Address, Servers, Target};
 
 /// Something that was published.
 #[derive(Debug, Clone, PartialEq, Eq)]

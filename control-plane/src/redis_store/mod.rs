@@ -27,7 +27,6 @@ mod scripts;
 mod sealed;
 mod secrets;
 mod session;
-mod target;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +36,8 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
+use crate::config::{Durability, Target};
+use crate::metrics::Metrics;
 use crate::state::State;
 
 pub use self::error::LinkError;
@@ -47,7 +48,6 @@ pub use self::names::OperatorKey;
 pub use self::recover::{RecoverError, Recovered, recover};
 pub use self::sealed::Sealer;
 pub use self::session::run;
-pub use self::target::{Target, TargetError};
 
 /// What the time of Redis is measured for.
 pub const OPERATIONS: [&str; 4] = ["append", "wait", "look", "unite"];
@@ -65,16 +65,6 @@ const SETTLED_WITHIN: Duration = Duration::from_secs(1);
 
 /// How long Redis may take to take a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
-
-/// Where a change is that was answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Durability {
-    /// In the journal of this control plane.
-    Local,
-    /// In Redis too, and in as many of its replicas as are asked for.
-    Replicated,
-}
 
 /// How far what others had when this process started was taken in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -178,6 +168,32 @@ pub struct Mirror {
     /// The rollout's document.
     rollout: Mutex<rollout::Copy>,
     status: watch::Sender<Status>,
+}
+
+/// Shows what an operator should change in Redis.
+fn show_problems(metrics: &Metrics, problems: &[(&'static str, String)]) {
+    for name in PROBLEMS {
+        let there = problems.iter().any(|(problem, _)| *problem == name);
+        metrics.redis_problems.with_label_values(&[name]).set(f64::from(u8::from(there)));
+    }
+}
+
+/// Makes the series of Redis, with 0.
+pub fn begin_metrics(metrics: &Metrics) {
+    for operation in OPERATIONS {
+        metrics.redis_seconds.with_label_values(&[operation]);
+    }
+    for problem in PROBLEMS {
+        metrics.redis_problems.with_label_values(&[problem]);
+    }
+    for kind in error_kinds() {
+        metrics.redis_errors.with_label_values(&[kind]);
+    }
+    for key in OperatorKey::ALL.map(OperatorKey::name) {
+        for outcome in ["taken", "refused"] {
+            metrics.redis_edits.with_label_values(&[key, outcome]);
+        }
+    }
 }
 
 impl Mirror {

@@ -7,7 +7,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
-use crate::change::{Change, Entry, Origin};
+use crate::change::{Change, Entry};
+use crate::hlc::Origin;
 use crate::keyring::RootKey;
 use crate::secret;
 use crate::writer::Logged;

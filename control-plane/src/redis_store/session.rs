@@ -495,7 +495,7 @@ impl Session<'_> {
         let is_same = known.is_empty() || runs(&known) == runs(&masters);
         let problems: Vec<_> =
             masters.iter().flat_map(|health| health.problems(self.mirror.replicas)).collect();
-        self.node.metrics.show_redis_problems(&problems);
+        super::show_problems(&self.node.metrics, &problems);
         self.evicted = evicted;
         for (_, problem) in
             problems.iter().filter(|problem| !self.mirror.status.borrow().problems.contains(problem))

@@ -13,6 +13,7 @@ use super::tally::{OfVersion, Tally};
 use super::{Flags, Past};
 use crate::canary::runner::{self, Canary};
 use crate::change::Change;
+use crate::config::GuardSettings;
 use crate::node::Node;
 use crate::notify::Kind;
 use crate::writer::View;
@@ -23,30 +24,6 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 2;
 /// In whose name it rolls back.
 pub const ACTOR: &str = "guard";
-
-/// When the guard rolls back.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Limits {
-    /// Over so long requests are counted.
-    pub window: Duration,
-    /// With fewer requests to V2 in it nothing is said.
-    pub min_requests: u64,
-    /// By how much V2's share of bad requests may be greater than V1's, from 0 to 1.
-    pub margin: f64,
-    /// What was in force for so long counts as good.
-    pub good_after: Duration,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            window: Duration::from_secs(60),
-            min_requests: 50,
-            margin: 0.05,
-            good_after: Duration::from_secs(600),
-        }
-    }
-}
 
 /// Why it rolls back.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,7 +39,7 @@ pub enum Breach {
 
 impl Breach {
     /// One sentence.
-    pub fn text(&self, limits: &Limits) -> String {
+    pub fn text(&self, limits: &GuardSettings) -> String {
         match self {
             Self::Worse { seen } => format!(
                 "{:.1} % of {} requests to V2 failed or were refused within {}, {:.1} % of {} to V1",
@@ -89,7 +66,7 @@ pub struct Guard {
 
 impl Guard {
     /// Looks at the counts of now, since change `seq`; whether it is bad.
-    pub fn look(&mut self, now_ms: u64, tally: Tally, seq: u64, limits: &Limits) -> Option<Breach> {
+    pub fn look(&mut self, now_ms: u64, tally: Tally, seq: u64, limits: &GuardSettings) -> Option<Breach> {
         if seq != self.since {
             // What was before says nothing of what is.
             *self = Self { since: seq, ..Self::default() };
@@ -184,7 +161,7 @@ mod tests {
         Tally { v1: of(v1), v2: of(v2) }
     }
 
-    const LIMITS: Limits = Limits {
+    const LIMITS: GuardSettings = GuardSettings {
         window: Duration::from_secs(60),
         min_requests: 50,
         margin: 0.05,

@@ -16,15 +16,6 @@ use crate::canary;
 /// How many changes of the rollout are remembered beside the journal.
 const REMEMBERED: usize = 100;
 
-/// What the configuration says of the rollout.
-#[derive(Debug, Clone, Default)]
-pub struct Settings {
-    /// The Envoy cluster of the V1 upstream; `None`: there is no V1.
-    pub v1_cluster: Option<String>,
-    /// When the guard rolls back.
-    pub guard: guard::Limits,
-}
-
 /// The rollout that is set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

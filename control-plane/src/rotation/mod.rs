@@ -327,7 +327,7 @@ fn moved(secret: SecretRecord, justification: Option<String>) -> Change {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::change::Mark;
+    use crate::hlc::Mark;
     use crate::keyring::{Keyring, RootKey};
     use crate::master_key::MasterKey;
 

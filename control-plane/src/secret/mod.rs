@@ -12,6 +12,7 @@
 //! the latest, and never again: a secret that stopped signing is gone, and a record that was put back does not open.
 //! All of a record is authenticated (HMAC-SHA-256, RFC 2104) with a key derived from the keyring's root.
 
+mod identity;
 pub mod import;
 pub mod ring;
 mod seal;
@@ -27,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
 
+pub use self::identity::Identity;
 pub use self::ring::Ring;
 pub use self::seal::{open, seal};
 pub use self::signer::Signer;

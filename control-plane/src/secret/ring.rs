@@ -11,7 +11,7 @@ use keygate_core::crypto::Algorithm;
 use keygate_core::rules::{Material, VerificationKey};
 
 use super::{Opened, SecretError, SecretRecord, SecretState, Signer};
-use crate::change::Mark;
+use crate::hlc::Mark;
 use crate::keyring::Keyring;
 
 /// A secret as it stands.

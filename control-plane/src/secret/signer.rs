@@ -11,9 +11,9 @@ use keygate_core::jti::JtiKey;
 use keygate_core::token::{Claims, TYPE};
 use zeroize::Zeroizing;
 
+use super::Identity;
 use super::SecretError;
 use crate::hsm::Hsm;
-use crate::key::Identity;
 
 /// Signs keys.
 #[derive(Clone)]

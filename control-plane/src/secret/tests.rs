@@ -1,11 +1,12 @@
 use keygate_core::token::Claims;
 
 use super::*;
-use crate::change::Mark;
-use crate::key::{Creator, Identity, KeyRequest};
+use crate::hlc::Mark;
+use crate::key::{Creator, KeyRequest};
 use crate::keyring::RootKey;
 use crate::master_key::MasterKey;
 use crate::roles;
+use crate::secret::Identity;
 
 const ALL: [Algorithm; 3] = [Algorithm::ES256, Algorithm::EdDSA, Algorithm::HS256];
 

@@ -26,8 +26,8 @@ use self::book::{Book, Totals};
 pub use self::book::{BookError, Known};
 pub use self::shown::Shown;
 pub use self::times::Times;
+use crate::clock::Clock;
 use crate::metrics::{Metrics, V1, V2};
-use crate::node::Node;
 use crate::rollout::tally::Tally;
 
 /// Proxies report again after so long, and later the more of them there are.
@@ -273,23 +273,21 @@ impl Telemetry {
 }
 
 /// Writes what is counted, until the control plane stops.
-pub async fn run(node: Arc<Node>) {
-    let mut stopping = node.stopping.clone();
+pub async fn run(telemetry: Arc<Telemetry>, clock: Clock, mut stopping: watch::Receiver<bool>) {
     loop {
         tokio::select! {
-            () = node.telemetry.news.notified() => {}
+            () = telemetry.news.notified() => {}
             () = tokio::time::sleep(WRITE_OWN_EVERY) => {}
             _ = stopping.wait_for(|stop| *stop) => break,
         }
-        let pause =
-            if node.telemetry.write(node.clock.now_s()).await { WRITE_EVERY } else { WRITE_OWN_EVERY };
+        let pause = if telemetry.write(clock.now_s()).await { WRITE_EVERY } else { WRITE_OWN_EVERY };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
     // Reports that came before the port was closed wait for it.
-    let _last = node.telemetry.write(node.clock.now_s()).await;
+    let _last = telemetry.write(clock.now_s()).await;
 }
 
 /// Forgets who was silent for very long, and those longest silent when there are too many.

@@ -26,15 +26,15 @@ const MASTER_NAME: &str = "mymaster";
 /// Where Redis is and how to get in. `Display` and `Debug` print its URL without the passwords.
 #[derive(Clone)]
 pub struct Target {
-    pub(super) servers: Servers,
-    pub(super) credentials: Credentials,
-    pub(super) database: u32,
-    pub(super) tls: Option<Tls>,
+    pub(crate) servers: Servers,
+    pub(crate) credentials: Credentials,
+    pub(crate) database: u32,
+    pub(crate) tls: Option<Tls>,
 }
 
 /// The servers that are named, at least one each.
 #[derive(Clone)]
-pub(super) enum Servers {
+pub(crate) enum Servers {
     One(Address),
     Sentinels { addresses: Vec<Address>, master: String, credentials: Credentials },
     Cluster { seeds: Vec<Address> },
@@ -42,22 +42,22 @@ pub(super) enum Servers {
 
 /// A host, without brackets if it is an IPv6 address, and a port.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(super) struct Address {
-    pub(super) host: String,
-    pub(super) port: u16,
+pub(crate) struct Address {
+    pub(crate) host: String,
+    pub(crate) port: u16,
 }
 
 /// What to log in with; nothing for the default user without a password.
 #[derive(Clone, Default)]
-pub(super) struct Credentials {
-    pub(super) user: Option<String>,
-    pub(super) password: Option<Zeroizing<String>>,
+pub(crate) struct Credentials {
+    pub(crate) user: Option<String>,
+    pub(crate) password: Option<Zeroizing<String>>,
 }
 
 /// With TLS, verified by these roots; by those of browsers if none are named.
 #[derive(Debug, Clone)]
-pub(super) struct Tls {
-    pub(super) ca: Option<PathBuf>,
+pub(crate) struct Tls {
+    pub(crate) ca: Option<PathBuf>,
 }
 
 /// Why a URL does not say where Redis is.
@@ -132,7 +132,7 @@ impl Target {
     }
 
     /// The file with the roots to trust, if one is named.
-    pub(super) fn ca(&self) -> Option<&Path> {
+    pub(crate) fn ca(&self) -> Option<&Path> {
         self.tls.as_ref()?.ca.as_deref()
     }
 }

@@ -1,0 +1,36 @@
+//! The state of the HTTP handlers: the node, and the services that they call.
+
+use std::ops::Deref;
+use std::sync::{Arc, Mutex};
+
+use keygate_core::cache::TokenCache;
+
+use crate::canary::runner::Canary;
+use crate::node::Node;
+use crate::quota::Quotas;
+use crate::rotation::Driver;
+use crate::sync;
+
+/// A control plane with its services, as its API and its sync port use it.
+pub struct ApiState {
+    /// The parts that the services share.
+    pub node: Arc<Node>,
+    /// Snapshots that proxies are fetching.
+    pub snapshots: sync::Snapshots,
+    /// The rate limits of the fleet.
+    pub quotas: Arc<Quotas>,
+    /// Tokens of callers that were verified before.
+    pub cache: Mutex<TokenCache>,
+    /// Tests through the proxies.
+    pub canary: Arc<Canary>,
+    /// Progress of a rotation of secrets.
+    pub driver: Arc<Driver>,
+}
+
+impl Deref for ApiState {
+    type Target = Node;
+
+    fn deref(&self) -> &Node {
+        &self.node
+    }
+}

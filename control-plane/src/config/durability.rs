@@ -1,0 +1,13 @@
+//! The durability that a change has when it is answered.
+
+use serde::Serialize;
+
+/// Where a change is that was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// In the journal of this control plane.
+    Local,
+    /// In Redis too, and in as many of its replicas as are asked for.
+    Replicated,
+}
