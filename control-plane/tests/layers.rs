@@ -1,0 +1,142 @@
+//! The layers of the control plane: a module imports from its own layer and from those below it, never from above.
+//! docs/ARCHITECTURE.md says what each layer is for.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// The layers from the lowest to the highest, with their modules. A submodule belongs to the layer of its parent unless
+/// it is named itself.
+const LAYERS: [&[&str]; 11] = [
+    &["clock", "files", "hlc", "random", "trace"],
+    &["hsm", "keyring", "master_key", "secret"],
+    &[
+        "approval",
+        "canary",
+        "change",
+        "expiry",
+        "key",
+        "limits",
+        "lockdown",
+        "registrations",
+        "roles",
+        "rollout",
+        "rotation",
+        "route_cost",
+        "state",
+    ],
+    &["backup", "journal", "store", "writer"],
+    &["config"],
+    &["fleet", "metrics", "notify", "rollout::tally", "telemetry"],
+    &["node"],
+    &["canary::caller", "canary::runner", "issuing", "quota", "rollout::guard", "rotation::driver", "upkeep"],
+    &["redis_store"],
+    &["api", "problem", "sync"],
+    &["app", "cli", "lib", "main"],
+];
+
+/// Imports that point upwards still, by module and what it imports. Nothing may be added.
+const KNOWN: [(&str, &str); 7] = [
+    ("node", "redis_store::Mirror"),
+    ("quota::handover", "redis_store::Mirror"),
+    ("quota::ownership", "redis_store::Intake"),
+    ("rotation", "store::StoreError"),
+    ("rotation", "writer::View"),
+    ("rotation::driver", "redis_store::Report"),
+    ("writer", "metrics::Metrics"),
+];
+
+/// The layer of a module or of something in it, if it is in one.
+fn layer(path: &str) -> Option<usize> {
+    let mut prefix = path;
+    loop {
+        if let Some(layer) = LAYERS.iter().position(|modules| modules.contains(&prefix)) {
+            return Some(layer);
+        }
+        prefix = prefix.rsplit_once("::")?.0;
+    }
+}
+
+/// The paths of a `use` without its braces: `a::{b, c::{d}}` is `a::b` and `a::c::d`.
+fn expand(tree: &str) -> Vec<String> {
+    let tree = tree.trim();
+    let Some((prefix, rest)) = tree.split_once('{') else { return vec![tree.to_owned()] };
+    let inner = rest.rsplit_once('}').map_or(rest, |(inner, _)| inner);
+    let (mut depth, mut parts) = (0, vec![String::new()]);
+    for character in inner.chars() {
+        match character {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                parts.push(String::new());
+                continue;
+            }
+            _ => {}
+        }
+        parts.last_mut().expect("there is one").push(character);
+    }
+    let parts = parts.iter().filter(|part| !part.trim().is_empty());
+    parts.flat_map(|part| expand(&format!("{prefix}{}", part.trim()))).collect()
+}
+
+/// The imports of a file from this crate, without those of its tests.
+fn imports(text: &str) -> Vec<String> {
+    let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+    let uses = code.split("use crate::").skip(1);
+    uses.filter_map(|rest| rest.split_once(';')).flat_map(|(tree, _)| expand(tree)).collect()
+}
+
+fn files(directory: &Path, found: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).expect("a directory").flatten() {
+        let path = entry.path();
+        if path.is_dir() {
+            files(&path, found);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+}
+
+/// All imports, each with the module that it is in.
+fn all_imports() -> Vec<(String, String)> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    files(&source, &mut found);
+    let mut all = Vec::new();
+    for file in found {
+        let module = file.strip_prefix(&source).expect("a file in it").with_extension("");
+        let module = module.to_string_lossy().replace('/', "::");
+        let module = module.strip_suffix("::mod").unwrap_or(&module).to_owned();
+        // The world of the API's own tests starts a whole control plane.
+        if module.ends_with("tests") || module == "api::world" {
+            continue;
+        }
+        let text = fs::read_to_string(&file).expect("a source file");
+        all.extend(imports(&text).into_iter().map(|import| (module.clone(), import)));
+    }
+    all
+}
+
+#[test]
+fn no_module_imports_from_a_layer_above_it() {
+    let all = all_imports();
+    assert!(all.len() > 400, "only {} imports were found", all.len());
+    let mut upwards = Vec::new();
+    for (module, import) in &all {
+        let own = layer(module).unwrap_or_else(|| panic!("{module} is in no layer of tests/layers.rs"));
+        if layer(import).is_some_and(|imported| imported > own) {
+            upwards.push((module.as_str(), import.as_str()));
+        }
+    }
+    let new: Vec<_> = upwards.iter().filter(|import| !KNOWN.contains(import)).collect();
+    assert!(new.is_empty(), "these import from a layer above their own: {new:#?}");
+    let gone: Vec<_> = KNOWN.iter().filter(|import| !upwards.contains(import)).collect();
+    assert!(gone.is_empty(), "these are mended and no longer known: {gone:#?}");
+}
+
+#[test]
+fn an_import_of_a_layer_above_is_found() {
+    assert_eq!(expand("a::{self, b, c::{d, e}}"), ["a::self", "a::b", "a::c::d", "a::c::e"]);
+    assert_eq!(imports("use crate::api::json;\n#[cfg(test)]\nmod tests { use crate::app; }"), ["api::json"]);
+    assert!(layer("api::json") > layer("rotation::driver") && layer("rotation::driver") > layer("rotation"));
+    assert_eq!(layer("nowhere"), None);
+}
