@@ -1,12 +1,12 @@
 //! The layers of the control plane: a module imports from its own layer and from those below it, never from above.
-//! docs/ARCHITECTURE.md says what each layer is for.
+//! docs/ARCHITECTURE.md shows them; `KEYGATE_WRITE=1 cargo test -p keygate --test layers` writes what it shows.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The layers from the lowest to the highest, with their modules. A submodule belongs to the layer of its parent unless
 /// it is named itself.
-const LAYERS: [&[&str]; 11] = [
+const LAYERS: [&[&str]; PURPOSES.len()] = [
     &["clock", "files", "hlc", "random", "trace"],
     &["hsm", "keyring", "master_key", "secret"],
     &[
@@ -32,6 +32,21 @@ const LAYERS: [&[&str]; 11] = [
     &["redis_store"],
     &["api", "problem", "sync"],
     &["app", "cli", "lib", "main"],
+];
+
+/// The purpose of each layer.
+const PURPOSES: [&str; 11] = [
+    "Operating system, time and randomness",
+    "Key material: nothing else sees plain bytes",
+    "The model: a change in, a state out",
+    "Durability: makes changes last",
+    "Settings from file, environment and flags",
+    "Observation: reports of proxies, metrics, notifications",
+    "The handles that services and API share",
+    "Services: loops, each with its own state",
+    "Redis: the copy, the peers, operators' edits",
+    "HTTP: parses a request, calls, shapes the answer",
+    "Assembly and commands",
 ];
 
 /// Imports that point upwards still, by module and what it imports. Nothing may be added.
@@ -131,6 +146,31 @@ fn no_module_imports_from_a_layer_above_it() {
     assert!(new.is_empty(), "these import from a layer above their own: {new:#?}");
     let gone: Vec<_> = KNOWN.iter().filter(|import| !upwards.contains(import)).collect();
     assert!(gone.is_empty(), "these are mended and no longer known: {gone:#?}");
+}
+
+/// The table of the layers, the highest first.
+fn table() -> String {
+    let mut table = "| layer | modules | purpose |\n|---|---|---|\n".to_owned();
+    for (number, (modules, purpose)) in LAYERS.iter().zip(PURPOSES).enumerate().rev() {
+        let modules: Vec<_> = modules.iter().map(|module| format!("`{module}`")).collect();
+        table += &format!("| {} | {} | {purpose} |\n", number + 1, modules.join(", "));
+    }
+    table
+}
+
+#[test]
+fn the_architecture_shows_the_layers() {
+    const BEGIN: &str = "<!-- control-plane/tests/layers.rs writes this table -->\n";
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/ARCHITECTURE.md");
+    let text = fs::read_to_string(&document).expect("the document");
+    let (before, rest) = text.split_once(BEGIN).expect("the place of the table");
+    let (_, after) = rest.split_once("\n\n").expect("text after the table");
+    let wanted = format!("{before}{BEGIN}{}\n{after}", table());
+    if std::env::var_os("KEYGATE_WRITE").is_some() {
+        fs::write(&document, wanted).expect("the document");
+    } else {
+        assert!(text == wanted, "docs/ARCHITECTURE.md shows other layers; see the top of this file");
+    }
 }
 
 #[test]
