@@ -100,7 +100,7 @@ impl RotateBody {
         if !rotation::is_why(&why) {
             return Err(Problem::bad_request("'reason' must be 1 to 200 printable characters."));
         }
-        let usual = if self.secret.is_some() { Algorithm::HS256 } else { app.config.lives.algorithm };
+        let usual = if self.secret.is_some() { Algorithm::HS256 } else { app.config.signing.algorithm };
         let alg = match &self.algorithm {
             None => usual,
             Some(name) => Algorithm::from_name(name)
@@ -111,7 +111,7 @@ impl RotateBody {
                 "'secret' can only be an HS256 secret; leave it out, and one is made for the algorithm.",
             ));
         }
-        if alg != Algorithm::ES256 && app.config.lives.in_hsm && self.secret.is_none() {
+        if alg != Algorithm::ES256 && app.config.signing.in_hsm && self.secret.is_none() {
             return Err(Problem::bad_request(
                 "'algorithm': hsm.signing is set, and the HSM signs with ES256 only.",
             ));
@@ -169,7 +169,7 @@ pub async fn rotate(
         order.in_hsm = driver::make_in_hsm(&app.node, order.alg).await.inspect_err(failed)?;
     }
     let pair = order.in_hsm.as_ref().map(|pair| pair.kid.clone());
-    let needs_pair = app.config.lives.in_hsm && order.imported.is_none();
+    let needs_pair = app.config.signing.in_hsm && order.imported.is_none();
     let (roles, verified) = (app.config.roles.clone(), Arc::clone(&caller.0));
     let plan = move |view: &View<'_>| {
         let lacks_pair = needs_pair && order.in_hsm.is_none();
@@ -241,8 +241,8 @@ async fn what_ends(app: &Arc<ApiState>, old: &str, immediate: bool) -> Result<se
     let now = app.clock.now_s();
     let state = app.state();
     let Some(held) = state.secrets.get(old) else { return Ok(serde_json::Value::Null) };
-    let retire = app.config.lives.retire(held.record.alg);
-    let end = if immediate { Some(now) } else { app.config.lives.end(retire, now) };
+    let retire = app.config.signing.retire(held.record.alg);
+    let end = if immediate { Some(now) } else { app.config.signing.end(retire, now) };
     let (here, kid) = (Arc::clone(app), old.to_owned());
     let by_role = request::read(move || {
         let mut by_role: BTreeMap<String, u64> = BTreeMap::new();
@@ -304,8 +304,8 @@ pub async fn force(
     let state = app.state();
     let waits_for = state.secrets.rotating().or_else(|| state.secrets.active());
     let without = waits_for.map(|held| driver::missing(&app, &state, held)).unwrap_or_default();
-    let lives = app.config.lives.clone();
-    let plan = move |view: &View<'_>| rotation::force(view, &lives, justification);
+    let policy = app.config.signing.clone();
+    let plan = move |view: &View<'_>| rotation::force(view, &policy, justification);
     let (kid, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     app.metrics.secret_rotations.with_label_values(&["forced"]).inc();
     tracing::error!(

@@ -186,10 +186,10 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let roles = config.roles.keys().cloned().collect();
     let telemetry = Arc::new(Telemetry::open(dir, Arc::clone(&metrics), roles)?);
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
-    if let Some(active) = active.filter(|active| *active != config.lives.algorithm) {
+    if let Some(active) = active.filter(|active| *active != config.signing.algorithm) {
         tracing::warn!(
             active = active.name(),
-            configured = config.lives.algorithm.name(),
+            configured = config.signing.algorithm.name(),
             "secrets.algorithm counts for new secrets; rotate to go over to it"
         );
     }
@@ -369,8 +369,8 @@ fn first_changes(
     keys: &Keyring,
     now: u64,
 ) -> Result<Vec<Change>, OpenError> {
-    let alg = config.lives.algorithm;
-    let in_hsm = if config.lives.in_hsm { Some(HsmPair::make(alg, keys)?) } else { None };
+    let alg = config.signing.algorithm;
+    let in_hsm = if config.signing.in_hsm { Some(HsmPair::make(alg, keys)?) } else { None };
     let secret = SecretRecord::make(NewSecret::first(alg, in_hsm), keys, now)?;
     let signer = secret.open(keys)?.signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
     let key = first_key(config, &signer, now)?;

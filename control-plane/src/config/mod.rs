@@ -5,6 +5,7 @@ mod canary;
 mod durability;
 pub mod redis_url;
 mod rollout;
+mod signing;
 mod value;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ pub use self::canary::CanarySettings;
 pub use self::durability::Durability;
 pub use self::redis_url::{Target, TargetError};
 pub use self::rollout::{GuardSettings, RolloutSettings};
+pub use self::signing::SigningKeyPolicy;
 use self::value::{
     address, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway, life, list,
     log_format, overlap, path, personal_data, plain_url, realm, redis_timeout, requests_per_hour, retention,
@@ -32,8 +34,7 @@ use crate::canary::{Alert, Allowed, Url};
 use crate::journal::PersonalData;
 use crate::master_key::Source;
 use crate::roles::{self, Role, Roles};
-use crate::rotation::schedule::QUARTERLY;
-use crate::rotation::{Lives, Schedule};
+use crate::rotation::schedule::{QUARTERLY, Schedule};
 use crate::state;
 
 /// The settings that a variable or a flag can set: their key in the file, and what they are.
@@ -240,7 +241,7 @@ pub struct Config {
     /// How far clocks may differ.
     pub leeway: Duration,
     /// How secrets live.
-    pub lives: Lives,
+    pub signing: SigningKeyPolicy,
     /// How long proxies go on without news.
     pub hard_age: Duration,
     /// The share of live keys, from 0 to 1, above which a cut-off needs a second approval; `None`: never.
@@ -357,14 +358,14 @@ impl Typed {
         }
         let master_key = in_hsm.unwrap_or_else(|| Source::File(file(key_file, "master.key")));
         let previous_master_key = previous_in_hsm.or_else(|| previous_file.map(Source::File));
-        let lives = self.lives();
+        let signing = self.signing();
         let canary = self.canary();
         let rollout = self.rollout();
         let uses_hsm = [Some(&master_key), previous_master_key.as_ref()]
             .into_iter()
             .flatten()
             .any(|source| matches!(source, Source::Hsm(_)));
-        if hsm.is_none() && (uses_hsm || lives.in_hsm) {
+        if hsm.is_none() && (uses_hsm || signing.in_hsm) {
             self.errors.push("hsm.module: must be set, as hsm.token, for what else is set of the HSM".into());
         }
         let config = Config {
@@ -380,7 +381,7 @@ impl Typed {
             audience: self.take("tokens.audience", identifier),
             realm: self.take("tokens.realm", realm).unwrap_or_else(|| "keygate".into()),
             leeway: self.take("tokens.leeway", leeway).unwrap_or_default(),
-            lives,
+            signing,
             hard_age: self.take("fleet.hard_age", hard_age).unwrap_or(Duration::from_secs(300)),
             two_approvals_above: self.take("emergency.two_approvals_above", share),
             personal_data: self.take("journal.personal_data", personal_data).unwrap_or_default(),
@@ -418,13 +419,13 @@ impl Typed {
         if self.errors.is_empty() { Ok(config) } else { Err(ConfigErrors(self.errors)) }
     }
 
-    fn lives(&mut self) -> Lives {
+    fn signing(&mut self) -> SigningKeyPolicy {
         let algorithm = self.take("secrets.algorithm", algorithm).unwrap_or(Algorithm::ES256);
         let in_hsm = self.take("hsm.signing", flag).unwrap_or_default();
         if in_hsm && algorithm != Algorithm::ES256 {
             self.errors.push(format!("hsm.signing: the HSM signs with ES256 only, not {}", algorithm.name()));
         }
-        Lives {
+        SigningKeyPolicy {
             algorithm,
             overlap: self.take("secrets.overlap", overlap).unwrap_or(A_DAY),
             retire: self.take("secrets.retire", retire),

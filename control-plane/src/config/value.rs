@@ -13,7 +13,7 @@ use toml::Value;
 use super::Durability;
 use super::{A_DAY, LogFormat};
 use crate::journal::PersonalData;
-use crate::rotation::Schedule;
+use crate::rotation::schedule::Schedule;
 use crate::secret::Retire;
 
 pub fn text(value: &Value) -> Result<&str, String> {

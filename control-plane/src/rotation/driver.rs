@@ -193,7 +193,7 @@ async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
         Some(held) => {
             let (kid, missing) = (held.record.kid.clone(), missing(node, &state, held));
             let is_known = missing.is_empty();
-            if driver.waits(&kid, missing.clone(), node.config.lives.gate_timeout) {
+            if driver.waits(&kid, missing.clone(), node.config.signing.gate_timeout) {
                 let missing = missing.join(", ");
                 note_failure(
                     node,
@@ -280,10 +280,10 @@ async fn submit<T: Send + 'static>(
 
 /// Has the new secret sign: makes it active, or says that the active one is known.
 async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepError> {
-    let (lives, id) = (node.config.lives.clone(), kid.clone());
+    let (policy, id) = (node.config.signing.clone(), kid.clone());
     let plan = move |view: &View<'_>| match is_active {
         true => super::announce(view, &id, None),
-        false => super::activate(view, &lives, &id, None),
+        false => super::activate(view, &policy, &id, None),
     };
     match submit(node, plan).await {
         // It was cancelled or forced meanwhile.
@@ -301,7 +301,7 @@ async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepErro
 /// whatever became of it. A secret from before there were rotations is as old as this process for that: an upgrade
 /// begins none.
 pub fn next_at(node: &Node, state: &State) -> Option<u64> {
-    let schedule = node.config.lives.schedule.as_ref()?;
+    let schedule = node.config.signing.schedule.as_ref()?;
     let of_old = state.secrets.active().is_some_and(|held| held.record.is_of_old());
     let begun = state.secrets.all().into_iter().map(|held| held.record.created_at).max()?;
     schedule.next_after(if of_old { begun.max(node.started_s) } else { begun })
@@ -309,7 +309,7 @@ pub fn next_at(node: &Node, state: &State) -> Option<u64> {
 
 /// Begins a rotation by itself.
 async fn begin(node: &Arc<Node>, why: &str, immediate: bool) -> Result<(), StepError> {
-    let alg = node.config.lives.algorithm;
+    let alg = node.config.signing.algorithm;
     let in_hsm = make_in_hsm(node, alg).await?;
     let pair = in_hsm.as_ref().map(|pair| pair.kid.clone());
     let order = Order { alg, immediate, why: why.into(), imported: None, in_hsm };
@@ -332,7 +332,7 @@ async fn begin(node: &Arc<Node>, why: &str, immediate: bool) -> Result<(), StepE
 /// # Errors
 /// When it does not.
 pub async fn make_in_hsm(node: &Arc<Node>, alg: Algorithm) -> Result<Option<HsmPair>, RotationError> {
-    if !node.config.lives.in_hsm {
+    if !node.config.signing.in_hsm {
         return Ok(None);
     }
     let here = Arc::clone(node);

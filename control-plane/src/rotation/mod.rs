@@ -19,6 +19,7 @@ use zeroize::Zeroizing;
 pub use self::driver::{Driver, Progress};
 pub use self::schedule::Schedule;
 use crate::change::{Change, Idempotency};
+use crate::config::SigningKeyPolicy;
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
 use crate::store::StoreError;
@@ -33,38 +34,6 @@ const LATE_S: u64 = 60 * 60;
 /// Why a rotation is begun, if nobody says.
 pub const UNSAID: &str = "unspecified";
 const MAX_WHY_CHARS: usize = 200;
-
-/// How secrets live.
-#[derive(Debug, Clone)]
-pub struct Lives {
-    /// The algorithm of new ones.
-    pub algorithm: Algorithm,
-    /// For how long a secret that signs no more verifies, after [`Retire::AfterOverlap`].
-    pub overlap: Duration,
-    /// What ends secrets, if it is not what is usual for their algorithm.
-    pub retire: Option<Retire>,
-    /// When rotations are begun by themselves; `None`: never.
-    pub schedule: Option<Schedule>,
-    /// How long proxies may take to know a new secret before somebody is told.
-    pub gate_timeout: Duration,
-    /// Whether the HSM makes and keeps new ones.
-    pub in_hsm: bool,
-}
-
-impl Lives {
-    /// What ends secrets of an algorithm.
-    pub fn retire(&self, alg: Algorithm) -> Retire {
-        self.retire.unwrap_or_else(|| Retire::usual(alg))
-    }
-
-    /// When a secret that stops signing at `now` stops verifying, Unix seconds; `None`: with its last key.
-    pub fn end(&self, retire: Retire, now: u64) -> Option<u64> {
-        match retire {
-            Retire::AfterOverlap => Some(now.saturating_add(self.overlap.as_secs())),
-            Retire::WithLastKey => None,
-        }
-    }
-}
 
 /// A rotation that is wanted.
 #[derive(Debug)]
@@ -208,20 +177,25 @@ pub fn begin(view: &View<'_>, order: Order, request: Option<Idempotency>) -> Pla
     Ok((changes, begun))
 }
 
-/// Makes the secret that is `rotating` the one that signs; those that signed verify for as long as `lives` says.
+/// Makes the secret that is `rotating` the one that signs; those that signed verify for as long as `policy` says.
 /// With a `justification` nobody was waited for.
 ///
 /// # Errors
 /// When `kid` is not that secret any more, or one cannot be sealed anew.
-pub fn activate(view: &View<'_>, lives: &Lives, kid: &str, justification: Option<String>) -> Plan<()> {
+pub fn activate(
+    view: &View<'_>,
+    policy: &SigningKeyPolicy,
+    kid: &str,
+    justification: Option<String>,
+) -> Plan<()> {
     let ring = view.model.secrets();
     let new = ring.rotating().filter(|held| held.record.kid == kid).ok_or(RotationError::None)?;
     let (now, keys) = (view.now, view.keys);
     let mut changes = vec![moved(new.record.moved(SecretState::Active, now, keys)?, justification)];
     // One that another control plane made and that cannot be opened here stays beside, and signs no more.
     for old in actives(ring).filter(|old| old.is_open()) {
-        let retire = lives.retire(old.record.alg);
-        changes.push(moved(old.record.retired(retire, lives.end(retire, now), now, keys)?, None));
+        let retire = policy.retire(old.record.alg);
+        changes.push(moved(old.record.retired(retire, policy.end(retire, now), now, keys)?, None));
     }
     Ok((changes, ()))
 }
@@ -241,10 +215,10 @@ pub fn announce(view: &View<'_>, kid: &str, justification: Option<String>) -> Pl
 ///
 /// # Errors
 /// When nothing is under way.
-pub fn force(view: &View<'_>, lives: &Lives, justification: String) -> Plan<String> {
+pub fn force(view: &View<'_>, policy: &SigningKeyPolicy, justification: String) -> Plan<String> {
     let ring = view.model.secrets();
     let (changes, kid) = if let Some(held) = ring.rotating() {
-        (activate(view, lives, &held.record.kid, Some(justification))?.0, &held.record.kid)
+        (activate(view, policy, &held.record.kid, Some(justification))?.0, &held.record.kid)
     } else if let Some(held) = under_way(ring) {
         (announce(view, &held.record.kid, Some(justification))?.0, &held.record.kid)
     } else {
