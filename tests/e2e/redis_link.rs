@@ -4,7 +4,8 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
-use keygate::redis_store::{Link, LinkError, Message, Messages, Target, Timeouts};
+use keygate::config::Target;
+use keygate::redis_store::{Link, LinkError, Message, Messages, Timeouts};
 use keygate_e2e::ports::Port;
 use keygate_e2e::{Cluster, Redis, SOON, Sentinels, wait_until};
 use redis::{Cmd, Script, Value, cmd};
