@@ -696,7 +696,9 @@ mod tests {
 
     #[test]
     fn every_series_is_there_before_anything_happened() {
-        let text = Metrics::new(&crate::roles::expand(crate::roles::defaults())).text();
+        let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
+        crate::redis_store::begin_metrics(&metrics);
+        let text = metrics.text();
         for series in [
             "api_key_created_total{role=\"basic\",version=\"v2\"} 0",
             "api_key_validated_total{result=\"failure\",role=\"admin\",version=\"v2\"} 0",
