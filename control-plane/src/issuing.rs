@@ -8,7 +8,7 @@ use crate::config::Config;
 use crate::key::KeyRecord;
 use crate::secret::{SecretError, Signer};
 
-/// Why a key has no token.
+/// A key cannot be signed.
 #[derive(Debug, thiserror::Error)]
 pub enum SignError {
     /// The secret does not sign.

@@ -67,7 +67,7 @@ async fn answer(State(behaviour): State<Arc<Behaviour>>, request: Request) -> Re
     if behaviour.name == "v1" && request.uri().path() != "/" && !is_good_for_v1(request.headers()) {
         return failed(StatusCode::UNAUTHORIZED);
     }
-    // Hyper closes a connection whose request's body nobody reads, and the reset can overtake the answer.
+    // hyper resets a connection if the body of its request is left unread, and the client may see the reset first.
     let (head, body) = request.into_parts();
     let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else {
         return failed(StatusCode::BAD_REQUEST);

@@ -94,8 +94,8 @@ pub enum RunError {
     Commit(#[from] CommitError),
 }
 
-/// Issues another first admin key and writes it in place of the one before, which goes on to count. Whoever may
-/// start the control plane with its master key needs no key to be let in.
+/// Issues another admin key and writes it to the file of the first one, which stays valid. No key is asked for: the
+/// caller starts the control plane, with its master key.
 ///
 /// # Errors
 /// When it cannot be issued or written.

@@ -381,7 +381,7 @@ async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<St
     Ok(token)
 }
 
-/// Why a change to the canary's keys failed.
+/// A change to the canary's keys failed.
 #[derive(Debug, thiserror::Error)]
 enum KeyError {
     /// A key that was just issued is not known.

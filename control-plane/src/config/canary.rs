@@ -5,21 +5,21 @@ use std::time::Duration;
 
 use crate::canary::{Alert, Allowed, Url};
 
-/// How canaries are run.
+/// Settings of the canary.
 #[derive(Debug, Clone)]
 pub struct CanarySettings {
     /// The proxies, as clients reach them; none: nothing is run.
     pub proxies: Vec<Url>,
-    /// What may be called.
+    /// Addresses that tests may call.
     pub allowed: Arc<Allowed>,
-    /// How often.
+    /// Time between runs.
     pub interval: Duration,
-    /// How often the probe.
+    /// Time between probes of a revocation.
     pub probe_interval: Duration,
     /// The role of the canary's key.
     pub role: String,
-    /// What the tests of the application call.
+    /// Path that the tests of the application call.
     pub app_endpoint: String,
-    /// After how many failures somebody is told.
+    /// Number of failures after which an alert is sent.
     pub alert: Alert,
 }

@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-/// Where a change is that was answered.
+/// The place of a change when it is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Durability {

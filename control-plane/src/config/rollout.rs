@@ -7,20 +7,20 @@ use std::time::Duration;
 pub struct RolloutSettings {
     /// The Envoy cluster of the V1 upstream; `None`: there is no V1.
     pub v1_cluster: Option<String>,
-    /// When the guard rolls back.
+    /// Settings of the guard.
     pub guard: GuardSettings,
 }
 
-/// When the guard rolls back.
+/// Settings of the guard: the conditions under which it rolls back.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GuardSettings {
-    /// Over so long requests are counted.
+    /// Time over which requests are counted.
     pub window: Duration,
-    /// With fewer requests to V2 in it nothing is said.
+    /// Least number of requests to V2 within the window; with fewer, the guard does not judge.
     pub min_requests: u64,
-    /// By how much V2's share of bad requests may be greater than V1's, from 0 to 1.
+    /// Most by which V2's share of bad requests may exceed V1's, from 0 to 1.
     pub margin: f64,
-    /// What was in force for so long counts as good.
+    /// Time in force after which a step counts as good.
     pub good_after: Duration,
 }
 

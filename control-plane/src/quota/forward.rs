@@ -75,7 +75,7 @@ pub struct Forwarded {
     pub body: Bytes,
 }
 
-/// Why a question did not reach the owner of the ledger.
+/// A question did not reach the owner of the ledger.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// No owner is known yet.

@@ -135,7 +135,7 @@ pub async fn run(node: Arc<Node>, driver: Arc<Driver>) {
             Ok(()) => {
                 driver.failed(None);
                 if !driver.progress().stalled {
-                    node.notifier.resolve(Kind::RotationFailed, "rotation of signing secrets goes on again");
+                    node.notifier.resolve(Kind::RotationFailed, "rotation of signing secrets has resumed");
                 }
             }
             Err(error) => {
