@@ -843,6 +843,21 @@ fn messages_are_read_strictly() {
 }
 
 #[test]
+fn a_cap_that_an_answer_lowers_is_reported_at_once() {
+    let (mut ledger, mut sites) = fleet(1, 100);
+    let site = &mut sites[0];
+    assert!(site.spend(1, 3 * S).is_admitted());
+    let ticks = (0..20).map(|tick| 3 * S + tick * 10 * MS);
+    let asked = |site: &mut Site, now| Some((site.ask(now)?, now)).filter(|(it, _)| !it.reports.is_empty());
+    let (question, now) = ticks.clone().find_map(|now| asked(site, now)).unwrap();
+    let mut answer = ledger.exchange(&question, now).unwrap().answer;
+    answer.grants[0].cap = Some(50);
+    assert!(site.leader.on_answer(&mut site.memory, &answer, now + MS));
+    let next = site.ask(now + 10 * MS).unwrap();
+    assert_eq!(next.reports.iter().map(|report| report.cap).collect::<Vec<_>>(), [50]);
+}
+
+#[test]
 fn a_damaged_page_admits_nothing() {
     let (_, mut sites) = fleet(1, 100);
     let site = &mut sites[0];
