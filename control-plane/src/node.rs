@@ -13,7 +13,7 @@ use crate::journal::{Notary, Privacy};
 use crate::keyring::Keyring;
 use crate::metrics::Metrics;
 use crate::notify::Notifier;
-use crate::redis_store::Mirror;
+use crate::peers::Peers;
 use crate::state::{Deltas, State};
 use crate::store::Store;
 use crate::telemetry::Telemetry;
@@ -39,8 +39,8 @@ pub struct Node {
     pub feed: Arc<Feed>,
     /// The proxies.
     pub fleet: Arc<Fleet>,
-    /// The copy in Redis, if there is one.
-    pub mirror: Option<Arc<Mirror>>,
+    /// The other control planes.
+    pub peers: Arc<dyn Peers>,
     /// Metrics.
     pub metrics: Arc<Metrics>,
     /// Address at which other control planes reach the sync port.
@@ -67,5 +67,10 @@ impl Node {
     /// The state now.
     pub fn state(&self) -> Arc<State> {
         Arc::clone(&self.states.borrow())
+    }
+
+    /// Whether this control plane does the scheduled work that only one of several does.
+    pub fn leads(&self) -> bool {
+        self.peers.leads(&self.state())
     }
 }

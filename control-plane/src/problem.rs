@@ -6,10 +6,19 @@ use axum::response::{IntoResponse, Response};
 use keygate_core::refusal::Refusal;
 
 use crate::approval::ApprovalError;
-use crate::issuing::SignError;
+use crate::clock;
+use crate::issuing::{IssuingError, SignError};
 use crate::key::KeyRequestError;
+use crate::model::RecordsError;
+use crate::model::commands::RevisionMismatch;
+use crate::model::commands::canary::TestError;
+use crate::model::commands::emergency::CutoffError;
+use crate::model::commands::keys::{IssueError, KeyError};
+use crate::model::commands::limits::LimitsError;
+use crate::model::commands::policy::PolicyError;
+use crate::model::commands::rollout::RolloutError;
+use crate::model::commands::rotation::RotationError;
 use crate::quota::ForwardError;
-use crate::rotation::RotationError;
 use crate::route_cost::CostAboveLimit;
 use crate::secret::ring::NoSigner;
 use crate::store::StoreError;
@@ -57,6 +66,22 @@ impl Problem {
             problem = problem.with_header(header::WWW_AUTHENTICATE, challenge);
         }
         problem
+    }
+
+    /// 412: the document was changed since it was read.
+    fn version_mismatch(document: &str, error: RevisionMismatch) -> Self {
+        let detail = format!("The {document} was changed since it was read; read it again.");
+        Self::new(StatusCode::PRECONDITION_FAILED, "version_mismatch", detail)
+            .with("etag", format!("\"{}\"", error.current))
+    }
+
+    /// 400: a document has errors. `document` is its name with the verb: "limits have".
+    fn invalid(document: &str, errors: Vec<String>) -> Self {
+        let detail = match errors.as_slice() {
+            [only] => format!("{only}; nothing was changed."),
+            all => format!("The {document} {} errors; nothing was changed.", all.len()),
+        };
+        Self::bad_request(detail).with("errors", serde_json::json!(errors))
     }
 
     /// With a header.
@@ -170,7 +195,118 @@ impl From<RotationError> for Problem {
                 tracing::error!(%error, "a secret cannot be made or moved on");
                 Self::unavailable(detail)
             }
-            RotationError::Store(error) => error.into(),
+            RotationError::Records(error) => error.into(),
+        }
+    }
+}
+
+impl From<RecordsError> for Problem {
+    fn from(error: RecordsError) -> Self {
+        tracing::error!(%error, "the store cannot be read");
+        Self::unavailable("The store cannot be read; retry later.")
+    }
+}
+
+impl From<KeyError> for Problem {
+    fn from(error: KeyError) -> Self {
+        match error {
+            KeyError::Unknown => Self::not_found(error.to_string()),
+            KeyError::Revoked => Self::new(StatusCode::CONFLICT, "revoked", error.to_string()),
+            KeyError::Records(error) => error.into(),
+        }
+    }
+}
+
+impl From<IssueError> for Problem {
+    fn from(error: IssueError) -> Self {
+        let detail = error.to_string();
+        match error {
+            // The handlers give the refusal of a proxy, with its realm.
+            IssueError::CallerEnded => Self::refusal(Refusal::InvalidToken, "", &[]),
+            IssueError::Unknown => Self::not_found(detail),
+            IssueError::TooEarly { refresh_after } => {
+                let after = clock::rfc3339(refresh_after);
+                let detail = format!("This key can be renewed from {after} on.");
+                Self::new(StatusCode::BAD_REQUEST, "too_early", detail).with("refresh_after", after)
+            }
+            IssueError::TooMany { wait_s, .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail)
+                    .with_header(header::RETRY_AFTER, wait_s.to_string())
+            }
+            IssueError::IdempotencyKeyReused => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", detail)
+            }
+            IssueError::KeyGone => Self::new(StatusCode::CONFLICT, "key_gone", detail),
+            IssueError::NoSigner(error) => error.into(),
+            IssueError::Records(error) => error.into(),
+        }
+    }
+}
+
+impl From<IssuingError> for Problem {
+    fn from(error: IssuingError) -> Self {
+        match error {
+            IssuingError::Request(error) => error.into(),
+            IssuingError::Command(error) => error.into(),
+            IssuingError::NoSigner(error) => error.into(),
+            IssuingError::Sign(error) => error.into(),
+            IssuingError::Commit(error) => error.into(),
+            IssuingError::Rotating => Self::unavailable(error.to_string()),
+        }
+    }
+}
+
+impl From<CutoffError> for Problem {
+    fn from(error: CutoffError) -> Self {
+        let detail = error.to_string();
+        match error {
+            CutoffError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_cutoffs", detail),
+            CutoffError::TooManyPending => Self::new(StatusCode::CONFLICT, "too_many_approvals", detail),
+            CutoffError::NotInForce | CutoffError::NotPending => Self::not_found(detail),
+            CutoffError::Approval(error) => error.into(),
+            CutoffError::Records(error) => error.into(),
+        }
+    }
+}
+
+impl From<LimitsError> for Problem {
+    fn from(error: LimitsError) -> Self {
+        match error {
+            LimitsError::Invalid(errors) => Self::invalid("limits have", errors),
+            LimitsError::CostAboveLimit(errors) => errors.into(),
+        }
+    }
+}
+
+impl From<PolicyError> for Problem {
+    fn from(error: PolicyError) -> Self {
+        let detail = error.to_string();
+        match error {
+            PolicyError::Revision(error) => Self::version_mismatch("policy", error),
+            PolicyError::Invalid(errors) => {
+                Self::bad_request(detail).with("errors", serde_json::json!(errors))
+            }
+            PolicyError::CostAboveLimit(errors) => errors.into(),
+            PolicyError::TooLong(_) => Self::bad_request(detail),
+        }
+    }
+}
+
+impl From<RolloutError> for Problem {
+    fn from(error: RolloutError) -> Self {
+        match error {
+            RolloutError::Revision(error) => Self::version_mismatch("rollout", error),
+            RolloutError::Invalid(errors) => Self::invalid("rollout has", errors),
+        }
+    }
+}
+
+impl From<TestError> for Problem {
+    fn from(error: TestError) -> Self {
+        let detail = error.to_string();
+        match error {
+            TestError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_tests", detail),
+            TestError::Unknown => Self::not_found(detail),
         }
     }
 }

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::change::Change;
 use crate::key::{KeyRecord, RevocationReason};
+use crate::model::Seen;
 
 /// The file, in the data directory.
 pub const FILE: &str = "store.redb";
@@ -77,15 +78,6 @@ from_redb!(StoreError);
 pub struct Store {
     database: Database,
     batches: std::sync::atomic::AtomicU32,
-}
-
-/// A request that came before.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
-    /// The digest of its body.
-    pub body: String,
-    /// The id of the key or secret that it made.
-    pub made: String,
 }
 
 /// A revocation that happened.

@@ -283,12 +283,11 @@ fn check_proxy(format: u32, id: &str, incarnation: &str) -> Result<(), Problem> 
 /// The state, unless what others had is only taken in by half: then there may be a secret and not yet that a key signed
 /// with it was revoked. A poll that was held back must ask again when it is answered.
 async fn whole_state(app: &ApiState) -> Result<Arc<state::State>, Problem> {
-    let Some(mirror) = &app.mirror else { return Ok(app.state()) };
-    while mirror.may_be_followed().await {
-        let before = mirror.intake();
+    while app.peers.wait_caught_up().await {
+        let before = app.peers.intake();
         let state = app.state();
         // Taking in had not begun, or was done, for as long as it took to look.
-        if mirror.intake() == before {
+        if app.peers.intake() == before {
             return Ok(state);
         }
     }
@@ -299,7 +298,7 @@ async fn whole_state(app: &ApiState) -> Result<Arc<state::State>, Problem> {
 /// itself if it is another control plane's, and nothing of it is lacking here.
 fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
     let have = state.version;
-    let elsewhere = app.mirror.as_ref().and_then(|mirror| mirror.covered(applied.source));
+    let elsewhere = app.peers.covered(applied.source);
     let known = elsewhere.max(state.lines.get(&applied.source).copied());
     if applied.source == have.source && applied.seq <= have.seq {
         return Ok(None);
@@ -307,7 +306,7 @@ fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Op
     match known {
         Some(covered) if applied.seq <= covered => Ok(Some(applied)),
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
-        None if applied < have && app.mirror.as_ref().is_none_or(|mirror| mirror.knows_all()) => Ok(None),
+        None if applied < have && app.peers.is_caught_up() => Ok(None),
         _ => {
             app.metrics.sync_ahead.inc();
             Err(ahead(applied, have))

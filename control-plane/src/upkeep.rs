@@ -6,30 +6,19 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::change::Change;
 use crate::clock;
 use crate::journal;
+use crate::model::View;
+use crate::model::commands::revocations::{self as commands, CleanedUp};
 use crate::node::Node;
-use crate::writer::{CommitError, Committed, View};
+use crate::writer::{CommitError, Committed};
 
 /// How often expired keys are forgotten. Each time is a new version for the fleet.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
 /// How often old segments of the journal are looked for.
 const PRUNE_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
-const A_DAY_S: u64 = 24 * 60 * 60;
 /// In whose name.
 const ACTOR: &str = "system";
-
-/// What a clean-up did.
-#[derive(Debug, Clone, Copy)]
-pub struct CleanedUp {
-    /// Revocations and suspensions that were dropped.
-    pub forgotten: usize,
-    /// Those that are left.
-    pub remaining: usize,
-    /// Keys whose `exp` is not later have expired for good. Unix seconds.
-    pub until: u64,
-}
 
 /// Forgets what is known of keys that have expired.
 ///
@@ -43,22 +32,7 @@ pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed)
         .at(node.clock.now_ms(), Instant::now());
     // With leeway, a key counts for a while after its expiry.
     let until = (now_ms / 1_000).saturating_sub(node.config.leeway.as_secs());
-    let plan = move |view: &View<'_>| {
-        let model = view.model;
-        let forgotten = model.due(until);
-        let spent: Vec<_> = model.spent_cutoffs(until).collect();
-        let mut changes = Vec::new();
-        // Now and then also for the records of keys that were never revoked.
-        let long_ago = until >= model.expired_until().saturating_add(A_DAY_S);
-        if forgotten > 0 || !spent.is_empty() || long_ago {
-            changes.push(Change::ExpiredForgotten { until });
-            changes.extend(spent.iter().map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }));
-        }
-        let remaining = model.revocations().len().saturating_sub(forgotten);
-        let until = if changes.is_empty() { model.expired_until() } else { until };
-        (changes, CleanedUp { forgotten, remaining, until })
-    };
-    node.writer.commit(actor, plan).await
+    node.writer.commit(actor, move |view: &View<'_>| commands::forget_expired(view, until)).await
 }
 
 /// Has every proxy take the revocation set over anew.
@@ -66,8 +40,7 @@ pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed)
 /// # Errors
 /// When the journal cannot be written.
 pub async fn rebuild(node: &Node, actor: &str) -> Result<Committed, CommitError> {
-    let plan = |_: &View<'_>| (vec![Change::RevocationsRebuilt {}], ());
-    let ((), committed) = node.writer.commit(actor, plan).await?;
+    let ((), committed) = node.writer.commit(actor, commands::rebuild).await?;
     Ok(committed)
 }
 

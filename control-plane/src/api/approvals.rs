@@ -9,59 +9,28 @@ use axum::response::Response;
 use keygate_core::cutoff::Cutoff;
 use serde_json::{Value, json as value};
 
-use super::emergency::{note_revoked, order_view, put_in_force};
+use super::emergency::{note_revoked, order_view};
 use super::request::{self, KeyId, Waits};
 use super::{Caller, actor};
 use crate::api::ApiState;
 use crate::approval::{Count, Proposal};
-use crate::change::Change;
 use crate::clock;
 use crate::key::RevocationReason;
+use crate::model::View;
+use crate::model::commands::emergency as commands;
 use crate::problem::Problem;
-use crate::writer::View;
 
-/// The most requests that wait at a time: more than people look at, and few in the state.
-const MAX_PENDING: usize = 64;
-
-/// What is asked for.
-pub struct Order {
-    /// The rule.
-    pub cutoff: Cutoff,
-    /// Why.
-    pub reason: RevocationReason,
-    /// What it hits.
-    pub count: Count,
-}
-
-/// Has a cut-off wait for its second approval. `answer` is what is said of it besides.
+/// Has a cut-off, for a reason and with its count, wait for its second approval. `answer` is what is said of it besides.
 pub async fn propose(
     app: &ApiState,
     caller: &Caller,
     waits: Waits,
-    order: Order,
+    (cutoff, reason, count): (Cutoff, RevocationReason, Count),
     mut answer: Value,
 ) -> Result<Response, Problem> {
-    let Order { cutoff, reason, count } = order;
     let requested_by = actor(&caller.0).to_owned();
-    let plan = move |view: &View<'_>| {
-        let (pending, expired): (Vec<_>, Vec<_>) =
-            view.model.proposals().iter().partition(|proposal| proposal.is_pending(view.now));
-        if pending.len() >= MAX_PENDING {
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "too_many_approvals",
-                format!("{MAX_PENDING} cut-offs wait for their approval; approve or withdraw some."),
-            ));
-        }
-        let proposal = Proposal { cutoff, reason, requested_by, requested_at: view.now, count };
-        let mut changes: Vec<Change> = expired
-            .into_iter()
-            .map(|proposal| Change::CutoffWithdrawn { id: proposal.cutoff.id.clone() })
-            .collect();
-        changes.push(Change::CutoffProposed { proposal: proposal.clone() });
-        Ok((changes, proposal))
-    };
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::propose(view, cutoff, reason, count, requested_by);
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
     let (id, keys) = (&proposal.cutoff.id, proposal.count.keys());
     tracing::warn!(by = proposal.requested_by, id, keys, "a mass revocation waits for its second approval");
     answer["share"] = proposal.count.share().into();
@@ -76,20 +45,8 @@ pub async fn approve(
     waits: Waits,
 ) -> Result<Response, Problem> {
     let approver = Arc::clone(&caller.0);
-    let plan = move |view: &View<'_>| {
-        let proposal = pending(view, &id)?;
-        proposal.check_approver(&approver.claims)?;
-        let requester = view.key(&proposal.requested_by)?;
-        proposal.check_requester(requester.as_ref(), view.model.cutoffs(), view.now)?;
-        let added = Change::CutoffAdded {
-            cutoff: proposal.cutoff.clone(),
-            reason: proposal.reason,
-            approved_by: Some(actor(&approver).to_owned()),
-            break_glass: None,
-        };
-        Ok::<_, Problem>((put_in_force(view, added)?, proposal.clone()))
-    };
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::approve(view, &id, &approver.claims);
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
     let Proposal { cutoff, reason, requested_by, count, .. } = proposal;
     note_revoked(&app, &caller, &cutoff.id, &count, reason);
     let mut answer = order_view(&cutoff, &count);
@@ -106,11 +63,8 @@ pub async fn withdraw(
     KeyId(id): KeyId,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| {
-        let proposal = pending(view, &id)?.clone();
-        Ok::<_, Problem>((vec![Change::CutoffWithdrawn { id: proposal.cutoff.id.clone() }], proposal))
-    };
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::withdraw(view, &id);
+    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
     tracing::warn!(by = actor(&caller.0), id = proposal.cutoff.id, "a mass revocation was withdrawn");
     let answer = value!({ "withdrawn": proposal_view(&proposal) });
     Ok(request::finish(&app, committed, waits.for_nothing(), StatusCode::OK, answer).await)
@@ -119,13 +73,6 @@ pub async fn withdraw(
 /// The cut-offs of `proposals` that wait at `now`.
 pub fn pending_view(proposals: &[Proposal], now: u64) -> Value {
     proposals.iter().filter(|proposal| proposal.is_pending(now)).map(proposal_view).collect()
-}
-
-fn pending<'v>(view: &'v View<'_>, id: &str) -> Result<&'v Proposal, Problem> {
-    let mut proposals = view.model.proposals().iter();
-    proposals.find(|proposal| proposal.cutoff.id == id && proposal.is_pending(view.now)).ok_or_else(|| {
-        Problem::not_found("No cut-off with this id waits for an approval; each does so for 1 h.")
-    })
 }
 
 fn approval_view(proposal: &Proposal) -> Value {
@@ -151,6 +98,7 @@ mod tests {
     use super::*;
     use crate::api::world::World;
     use crate::approval::LIFE_S;
+    use crate::model::commands::emergency::MAX_PENDING;
 
     const REVOKE: &str = "/api/admin/emergency/revoke";
     const SETTINGS: &str = "emergency.two_approvals_above = 0.25";

@@ -3,98 +3,25 @@
 use std::sync::Arc;
 
 use axum::extract::State;
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use keygate_core::cache::Verified;
 use keygate_core::decision::Reason;
 use keygate_core::policy::Route;
 use keygate_core::refusal::Refusal;
-use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
 use crate::api::ApiState;
-use crate::canary::{self, runner};
-use crate::change::{Change, Idempotency};
+use crate::canary;
 use crate::clock;
-use crate::issuing;
-use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, RevocationReason};
+use crate::issuing::{self, Issued, IssuingError};
+use crate::key::{self, Creator, KeyRecord, KeyRequest, RevocationReason};
 use crate::metrics::V2;
+use crate::model::View;
+use crate::model::commands::keys::{self, IssueError};
 use crate::problem::Problem;
-use crate::registrations::MOST_UNLIMITED;
-use crate::rotation::driver;
-use crate::secret::{SecretState, Signer};
-use crate::writer::{Committed, View};
-
-/// A key that was issued now or by the same request before, and its token.
-struct Issued {
-    key: KeyRecord,
-    token: Zeroizing<String>,
-    replayed: bool,
-}
-
-/// What a plan to issue a key comes to.
-enum Planned {
-    /// The key that was made and signed before.
-    Issued,
-    /// The one that the same request created.
-    Replayed(Box<KeyRecord>, Arc<Signer>),
-    /// Another secret signs by now, or the key to be renewed has changed: from the beginning.
-    Overtaken,
-}
-
-/// How often a key is made anew since another secret signs by then. Rotations are at least a second apart.
-const TRIES: usize = 3;
-
-/// Issues a key. It is signed before it is journalled: when it cannot be signed, nothing has happened. `make` makes its
-/// record, for what signs it; `plan` the changes with it.
-async fn issue<M, P>(
-    app: &Arc<ApiState>,
-    caller: &Arc<Verified>,
-    make: M,
-    plan: P,
-) -> Result<(Issued, Committed), Problem>
-where
-    M: Fn(&Signer, u64) -> Result<KeyRecord, Problem>,
-    P: Fn(&View<'_>, &KeyRecord) -> Result<(Vec<Change>, Planned), Problem> + Clone + Send + 'static,
-{
-    for _ in 0..TRIES {
-        driver::wait_for_signer(app).await;
-        let signer = Arc::clone(app.state().secrets.signer()?);
-        let key = make(&signer, app.clock.now_s())?;
-        let token = issuing::token(&app.config, &signer, &key).await?;
-        let (plan, made, verified) = (plan.clone(), key.clone(), Arc::clone(caller));
-        let refusal = Problem::refusal(Refusal::InvalidToken, &app.state().rules.realm, &[]);
-        let whole = move |view: &View<'_>| {
-            // Whoever was let in a moment ago may wait here while the secret of their key ends.
-            if !still_verifies(view, &verified.kid) {
-                return Err(refusal);
-            }
-            let (changes, planned) = plan(view, &made)?;
-            match planned {
-                Planned::Issued if signer_of(view)?.kid != made.kid => Ok((Vec::new(), Planned::Overtaken)),
-                planned => Ok((changes, planned)),
-            }
-        };
-        let (planned, committed) = app.writer.submit(actor(caller), whole).await??;
-        match planned {
-            Planned::Overtaken => {}
-            Planned::Issued => return Ok((Issued { key, token, replayed: false }, committed)),
-            Planned::Replayed(key, signer) => {
-                let token = issuing::token(&app.config, &signer, &key).await?;
-                return Ok((Issued { key: *key, token, replayed: true }, committed));
-            }
-        }
-    }
-    Err(Problem::unavailable("Secrets are being rotated; retry later."))
-}
-
-/// Whether a secret counts at the moment.
-fn still_verifies(view: &View<'_>, kid: &str) -> bool {
-    view.model.secrets().get(kid).is_some_and(|held| {
-        held.record.state < SecretState::Expired && held.record.not_after.is_none_or(|end| view.now < end)
-    })
-}
+use crate::secret::Signer;
 
 pub async fn register(
     State(app): State<Arc<ApiState>>,
@@ -105,42 +32,27 @@ pub async fn register(
     let request: KeyRequest = request::body(&bytes)?;
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
     let make = |signer: &Signer, now| {
-        let (request, identity) = (request.clone(), signer.identity());
-        Ok(request.record(creator_of(&caller), &app.config.roles, identity, &signer.kid, now)?)
+        let creator = creator_of(&caller);
+        request.clone().record(creator, &app.config.roles, signer.identity(), &signer.kid, now)
     };
     let maker = Arc::clone(&caller);
-    let plan = move |view: &View<'_>, key: &KeyRecord| {
-        if let Some((key, signer)) = replay(view, idempotency.as_ref())? {
-            return Ok((Vec::new(), Planned::Replayed(Box::new(key), signer)));
-        }
-        check_registrations(view, &maker, key)?;
-        let change = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
-        Ok((vec![change], Planned::Issued))
-    };
-    let (issued, committed) = issue(&app, &caller, make, plan).await?;
+    let command =
+        move |view: &View<'_>, key: &KeyRecord| keys::register(view, key, &maker, idempotency.as_ref());
+    let (issued, committed) = issuing::issue(&app, actor(&caller), make, command)
+        .await
+        .map_err(|error| refused(error, &app.state().rules.realm))?;
     if !issued.replayed {
         app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
     }
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
 }
 
-/// Refuses a registration by a key that is no administrator's, when its owner has made as many keys within the hour as the
-/// key's limit has units. The canaries make one with each probe.
-fn check_registrations(view: &View<'_>, maker: &Verified, key: &KeyRecord) -> Result<(), Problem> {
-    let Some(owner) =
-        key.registered_by.as_ref().and(key.owner.as_deref()).filter(|owner| *owner != canary::OWNER)
-    else {
-        return Ok(());
-    };
-    let limit = view.model.limits_in_force().of_key(maker.claims.holder(), view.now).map(|(_, limit)| limit);
-    view.model.registrations().check(owner, limit, key.issued_at).map_err(|until| {
-        let wait_s = until.saturating_sub(view.now).max(1);
-        let most = limit.map_or(MOST_UNLIMITED, |limit| limit.units);
-        let detail =
-            format!("At most {most} keys are made within an hour for one owner; retry in {wait_s} s.");
-        Problem::new(StatusCode::TOO_MANY_REQUESTS, "rate_limited", detail)
-            .with_header(header::RETRY_AFTER, wait_s.to_string())
-    })
+/// The problem of a key that is not issued.
+fn refused(error: IssuingError, realm: &str) -> Problem {
+    match error {
+        IssuingError::Command(IssueError::CallerEnded) => Problem::refusal(Refusal::InvalidToken, realm, &[]),
+        error => error.into(),
+    }
 }
 
 pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> Result<Response, Problem> {
@@ -180,7 +92,6 @@ pub async fn refresh(
     // The renewal itself revokes this key. Whoever did not get the answer asks again with it.
     let again = headers.contains_key("idempotency-key");
     let caller = authenticate_or(&app, &headers, &route, |reason| again && reason == Reason::Revoked)?.0;
-    let realm = app.state().rules.realm.clone();
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
@@ -189,45 +100,23 @@ pub async fn refresh(
     };
     let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
     let (key_id, jti) = (caller.claims.sub.clone(), caller.claims.jti.clone());
-    // Also the one that was renewed before: whether this is the same request again shows in the plan.
-    let unknown = || Problem::not_found("This key is not known here.");
-    let known = app.store.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;
+    // Also the one that was renewed before: the command sees whether this is the same request again.
+    let known = app.store.key(&key_id)?.filter(|old| old.jti == jti).ok_or(IssueError::Unknown)?;
     let configured = app.config.roles.get(&role);
     let make =
         |signer: &Signer, now| Ok(key::renewal(&known, configured, signer.identity(), &signer.kid, now));
-    let old_then = known.clone();
-    let plan = move |view: &View<'_>, key: &KeyRecord| {
-        let old = view.key(&key_id)?.filter(|old| old.jti == jti).ok_or_else(unknown)?;
-        let renewed = old.revoked.as_ref().is_some_and(|ended| ended.reason == RevocationReason::Rotation);
-        if renewed && let Some((key, signer)) = replay(view, idempotency.as_ref())? {
-            return Ok((Vec::new(), Planned::Replayed(Box::new(key), signer)));
-        }
-        if old.revoked.is_some() {
-            return Err(Problem::refusal(Refusal::InvalidToken, &realm, &[]));
-        }
-        // A key whose secret signs no more may end before its time.
-        let ring = view.model.secrets();
-        let is_previous = ring.get(&old.kid).is_some_and(|held| ring.state_of(held) == SecretState::Previous);
-        if view.now < old.refresh_after() && !is_previous {
-            let after = clock::rfc3339(old.refresh_after());
-            let detail = format!("This key can be renewed from {after} on.");
-            return Err(
-                Problem::new(StatusCode::BAD_REQUEST, "too_early", detail).with("refresh_after", after)
-            );
-        }
-        if old != old_then {
-            return Ok((Vec::new(), Planned::Overtaken)); // Suspended or resumed meanwhile.
-        }
-        let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: key_id.clone() };
-        let issued = Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.clone() };
-        Ok((vec![issued, Change::revoking(&old, ended)], Planned::Issued))
+    let (former, holder) = (known.clone(), Arc::clone(&caller));
+    let command = move |view: &View<'_>, key: &KeyRecord| {
+        keys::renew(view, key, &former, &holder, idempotency.as_ref())
     };
-    let is_canarys = runner::is_canarys(&known);
-    let (issued, committed) = issue(&app, &caller, make, plan).await.inspect_err(|_| {
+    let is_canary_key = canary::is_canary_key(&known);
+    let issuing = issuing::issue(&app, actor(&caller), make, command).await;
+    let (issued, committed) = issuing.map_err(|error| {
         // That its key is not renewed yet is what the canary tests, again and again.
-        if !is_canarys {
+        if !is_canary_key {
             count("false");
         }
+        refused(error, &app.state().rules.realm)
     })?;
     if !issued.replayed {
         count("true");
@@ -256,39 +145,6 @@ fn creator_of(key: &Verified) -> Creator<'_> {
         scopes: &claims.scope,
         owner: holder.owner,
     }
-}
-
-fn signer_of(view: &View<'_>) -> Result<Arc<Signer>, Problem> {
-    Ok(Arc::clone(view.model.secrets().signer()?))
-}
-
-/// The key that the same request created before, if it did, and what signs it again.
-fn replay(
-    view: &View<'_>,
-    idempotency: Option<&Idempotency>,
-) -> Result<Option<(KeyRecord, Arc<Signer>)>, Problem> {
-    let Some(idempotency) = idempotency else { return Ok(None) };
-    let Some(seen) = view.request(&idempotency.request_id)? else { return Ok(None) };
-    if seen.body != idempotency.body {
-        return Err(Problem::new(
-            StatusCode::UNPROCESSABLE_ENTITY,
-            "idempotency_key_reused",
-            "This Idempotency-Key was used for another request; choose a new one.",
-        ));
-    }
-    let gone = || {
-        Problem::new(
-            StatusCode::CONFLICT,
-            "key_gone",
-            "The key that this request created cannot be shown again.",
-        )
-    };
-    let key = view.key(&seen.made)?.ok_or_else(gone)?;
-    let signer = signer_of(view)?;
-    if signer.kid != key.kid {
-        return Err(gone()); // Its secret signs no more.
-    }
-    Ok(Some((key, signer)))
 }
 
 fn issued_view(issued: &Issued) -> serde_json::Value {

@@ -12,10 +12,10 @@ use serde::Deserialize;
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json};
 use crate::api::ApiState;
-use crate::canary::{MAX_TESTS, Test, TestRequest, runner};
-use crate::change::Change;
+use crate::canary::{Test, TestRequest, runner};
+use crate::model::View;
+use crate::model::commands::canary as commands;
 use crate::problem::Problem;
-use crate::writer::View;
 
 pub async fn health_of(State(app): State<Arc<ApiState>>) -> Response {
     json(StatusCode::OK, serde_json::json!(runner::health(&app.canary)))
@@ -63,17 +63,9 @@ pub async fn put(
     let test = request
         .test(&app.config.canary.allowed)
         .map_err(|wrong| Problem::bad_request(format!("{}.", wrong.join("; "))).with("errors", wrong))?;
-    let (count, id) = (runner::tests(&app.canary).len(), test.id.clone());
-    let put = Box::new(test.clone());
-    let plan = move |view: &View<'_>| {
-        let is_new = !matches!(view.model.canary_tests().get(&id), Some(Some(_)));
-        if is_new && count >= MAX_TESTS {
-            let detail = format!("There are {MAX_TESTS} canary tests already; remove some.");
-            return Err(Problem::new(StatusCode::CONFLICT, "too_many_tests", detail));
-        }
-        Ok::<_, Problem>((vec![Change::CanaryTestPut { test: put }], ()))
-    };
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let (endpoint, added) = (app.config.canary.app_endpoint.clone(), test.clone());
+    let command = move |view: &View<'_>| commands::put(view, &endpoint, added);
+    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view(&test)).await)
 }
 
@@ -82,12 +74,9 @@ pub async fn remove(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
 ) -> Result<Response, Problem> {
-    if runner::tests(&app.canary).iter().all(|test| test.id != id) {
-        return Err(Problem::not_found("There is no canary test with this id."));
-    }
-    let removed = id.clone();
-    let plan = move |_: &View<'_>| Ok::<_, Problem>((vec![Change::CanaryTestDeleted { id }], ()));
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let (endpoint, removed) = (app.config.canary.app_endpoint.clone(), id.clone());
+    let command = move |view: &View<'_>| commands::remove(view, &endpoint, &id);
+    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
     let body = serde_json::json!({ "removed": removed });
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::OK, body).await)
 }

@@ -13,18 +13,16 @@ use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, approvals, json};
 use crate::api::ApiState;
 use crate::approval::{Count, Warrant};
-use crate::change::Change;
 use crate::clock;
 use crate::key::{self, KeyState, RevocationReason};
 use crate::lockdown;
+use crate::model::View;
+use crate::model::commands::emergency as commands;
 use crate::notify::Kind;
 use crate::problem::Problem;
 use crate::random;
 use crate::store::StoreError;
-use crate::writer::View;
 
-/// The most cut-offs in force at a time. Each is asked about every request.
-const MAX_CUTOFFS: usize = 256;
 const MAX_JUSTIFICATION_CHARS: usize = 500;
 
 #[derive(Debug, Deserialize)]
@@ -131,13 +129,11 @@ pub async fn cut_off(
         let mut answer = order_view(&cutoff, &count);
         answer["dry_run"] = false.into();
         answer["reason"] = serde_json::json!(reason);
-        return approvals::propose(&app, &caller, waits, approvals::Order { cutoff, reason, count }, answer)
-            .await;
+        return approvals::propose(&app, &caller, waits, (cutoff, reason, count), answer).await;
     }
     let (rule, glass) = (cutoff.clone(), break_glass.clone());
-    let added = Change::CutoffAdded { cutoff: rule, reason, approved_by: None, break_glass: glass };
-    let plan = move |view: &View<'_>| Ok::<_, Problem>((put_in_force(view, added)?, ()));
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::cut_off(view, rule, reason, glass);
+    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
     if let Some(justification) = &break_glass {
         app.metrics.break_glass.inc();
         tracing::error!(
@@ -172,27 +168,6 @@ pub async fn cut_off(
     Ok(request::finish(&app, committed, waits, StatusCode::OK, answer).await)
 }
 
-/// The changes that have a cut-off enforced which `added` adds.
-pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Problem> {
-    if view.model.cutoffs().len() < MAX_CUTOFFS {
-        return Ok(vec![added]);
-    }
-    let mut changes: Vec<Change> = view
-        .model
-        .spent_cutoffs(view.model.expired_until())
-        .map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() })
-        .collect();
-    if changes.is_empty() {
-        return Err(Problem::new(
-            StatusCode::CONFLICT,
-            "too_many_cutoffs",
-            format!("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more."),
-        ));
-    }
-    changes.push(added);
-    Ok(changes)
-}
-
 /// Counts and logs what a cut-off ended that has come into force.
 pub fn note_revoked(app: &ApiState, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
     for (role, keys) in &count.by_role {
@@ -215,13 +190,8 @@ pub async fn lift_cut_off(
     KeyId(id): KeyId,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| {
-        let cutoff = view.model.cutoffs().iter().find(|cutoff| cutoff.id == id).cloned();
-        let cutoff =
-            cutoff.ok_or_else(|| Problem::not_found("There is no cut-off with this id in force."))?;
-        Ok::<_, Problem>((vec![Change::CutoffLifted { id: cutoff.id.clone() }], cutoff))
-    };
-    let (cutoff, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::lift_cut_off(view, &id);
+    let (cutoff, committed) = app.writer.submit(actor(&caller.0), command).await??;
     tracing::warn!(by = actor(&caller.0), id = cutoff.id, "a mass revocation was lifted");
     let body = serde_json::json!({ "lifted": cutoff_view(&cutoff) });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
@@ -337,15 +307,8 @@ async fn change(
     lockdown: Option<Lockdown>,
 ) -> Result<Response, Problem> {
     let body = view(lockdown.as_ref(), app.clock.now_s());
-    let plan = move |view: &View<'_>| {
-        let changes = if view.model.lockdown() == lockdown.as_ref() {
-            Vec::new()
-        } else {
-            vec![Change::LockdownChanged { lockdown }]
-        };
-        Ok::<_, Problem>((changes, ()))
-    };
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let command = move |view: &View<'_>| commands::lock_down(view, lockdown);
+    let ((), committed) = app.writer.commit(actor(&caller.0), command).await?;
     tracing::warn!(by = actor(&caller.0), lockdown = %body["lockdown"], "the lockdown was changed");
     Ok(request::finish(app, committed, waits, StatusCode::OK, body).await)
 }

@@ -11,14 +11,14 @@ use serde_json::{Value, json};
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::api::ApiState;
-use crate::change::Change;
 use crate::clock;
+use crate::model::View;
+use crate::model::commands::rollout::{self as commands, RolloutError};
 use crate::problem::Problem;
-use crate::rollout::document::{self, Edit, Surroundings, percent};
+use crate::rollout::document::{self, Edit, percent};
 use crate::rollout::tally::{self, Tally};
-use crate::rollout::{Flags, Past, Pasts};
+use crate::rollout::{Past, Pasts};
 use crate::state;
-use crate::writer::View;
 
 pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
@@ -57,31 +57,10 @@ pub async fn replace(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let asked: Value = request::body(&bytes)?;
-    let edit = Edit::read(&asked).map_err(wrong)?;
-    let wanted = headers.get(header::IF_MATCH).map(|value| value.as_bytes().to_vec());
-    let plan = move |view: &View<'_>| {
-        let tag = etag(view.model.pasts());
-        if wanted.is_some_and(|wanted| wanted != b"*" && wanted != tag.as_bytes()) {
-            return Err(Problem::new(
-                StatusCode::PRECONDITION_FAILED,
-                "version_mismatch",
-                "The rollout was changed since it was read; read it again.",
-            )
-            .with("etag", tag));
-        }
-        let current = view.model.flags();
-        let around =
-            Surroundings { has_v1: view.model.has_v1(), policy: view.model.policy().0, now_s: view.now };
-        let flags = edit.apply(current, around).map_err(wrong)?;
-        let is_same = Flags { cause: current.cause.clone(), ..flags.clone() } == *current;
-        let changes = if is_same && flags.cause.is_none() {
-            Vec::new()
-        } else {
-            vec![Change::RolloutChanged { flags: Box::new(flags) }]
-        };
-        Ok((changes, ()))
-    };
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let edit = Edit::read(&asked).map_err(RolloutError::Invalid)?;
+    let expected = request::if_match(&headers);
+    let command = move |view: &View<'_>| commands::edit(view, edit, expected);
+    let (_, committed) = app.writer.submit(actor(&caller.0), command).await??;
     let state = app.state();
     app.metrics.show_rollout(&state.flags, state.has_v1, app.clock.now_s());
     let answer = request::finish(&app, committed, waits, StatusCode::OK, shown(&app, &state)).await;
@@ -105,27 +84,15 @@ pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extensio
 /// Since they were begun anew.
 pub fn counts(app: &ApiState) -> Value {
     let (before, since_ms) = app.telemetry.rollout_reset();
-    let others = app.mirror.as_ref().map(|mirror| mirror.counted_by_others()).unwrap_or_default();
+    let others = app.redis.as_ref().map(|redis| redis.counted_by_others()).unwrap_or_default();
     let mut counts = Tally::of(&app.metrics).since(before).plus(others).show();
     counts["since"] = json!((since_ms > 0).then(|| clock::rfc3339_ms(since_ms)));
     counts["last_updated"] = json!(clock::rfc3339_ms(app.clock.now_ms()));
     counts
 }
 
-fn wrong(errors: Vec<String>) -> Problem {
-    let detail = match errors.as_slice() {
-        [only] => format!("{only}; nothing was changed."),
-        all => format!("The rollout has {} errors; nothing was changed.", all.len()),
-    };
-    Problem::bad_request(detail).with("errors", json!(errors))
-}
-
-fn etag(pasts: &Pasts) -> String {
-    format!("\"{}\"", pasts.last().map_or(0, |past| past.seq))
-}
-
 fn tagged(mut response: Response, pasts: &Pasts) -> Response {
-    if let Ok(value) = HeaderValue::from_str(&etag(pasts)) {
+    if let Ok(value) = HeaderValue::from_str(&request::etag(commands::revision(pasts))) {
         response.headers_mut().insert(header::ETAG, value);
     }
     response

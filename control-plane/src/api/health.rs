@@ -51,8 +51,8 @@ impl Check {
 fn checks(app: &ApiState) -> Vec<Check> {
     let state = app.state();
     let mut checks = vec![Check::new("journal", of_journal(app)), Check::new("store", of_store(app))];
-    if let Some(mirror) = &app.mirror {
-        checks.push(Check::new("redis", of_redis(&mirror.status())));
+    if let Some(redis) = &app.redis {
+        checks.push(Check::new("redis", of_redis(&redis.status())));
     }
     checks.push(Check::new("rotation", of_rotation(app)));
     checks.push(Check::new("keyring", of_keyring(&state)));
@@ -210,9 +210,9 @@ pub async fn readyz(
     let mut answer = serde_json::json!({ "status": status, "journal": "sealed" });
     if code == StatusCode::OK {
         answer["journal"] = "ok".into();
-        answer["store"] = (if app.mirror.is_some() { "redis" } else { "embedded" }).into();
-        if let Some(mirror) = &app.mirror {
-            let connected = mirror.status().connected;
+        answer["store"] = (if app.redis.is_some() { "redis" } else { "embedded" }).into();
+        if let Some(redis) = &app.redis {
+            let connected = redis.status().connected;
             answer["redis"] = (if connected { "connected" } else { "unreachable" }).into();
         }
     }
@@ -220,8 +220,8 @@ pub async fn readyz(
         answer["checks"] = serde_json::json!(checks);
         answer["reasons"] = serde_json::json!(reasons);
         answer["version"] = serde_json::json!(app.state().version);
-        if let Some(mirror) = &app.mirror {
-            answer["redis"] = serde_json::json!(mirror.status());
+        if let Some(redis) = &app.redis {
+            answer["redis"] = serde_json::json!(redis.status());
         }
     }
     json(code, answer)

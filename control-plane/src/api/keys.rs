@@ -12,10 +12,11 @@ use serde::Deserialize;
 use super::request::{self, Body, KeyId, Waits};
 use super::{Caller, actor, json, key_view};
 use crate::api::ApiState;
-use crate::change::Change;
-use crate::key::{Ended, KeyRecord, KeyState, RevocationReason};
+use crate::key::{KeyRecord, KeyState, RevocationReason};
+use crate::model::View;
+use crate::model::commands::Plan;
+use crate::model::commands::keys::{self as commands, KeyError};
 use crate::problem::Problem;
-use crate::writer::View;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -50,7 +51,7 @@ pub async fn list(
 }
 
 pub async fn show(State(app): State<Arc<ApiState>>, KeyId(id): KeyId) -> Result<Response, Problem> {
-    let key = app.store.key(&id)?.ok_or_else(unknown)?;
+    let key = app.store.key(&id)?.ok_or(KeyError::Unknown)?;
     Ok(json(StatusCode::OK, key_view(&key, &app.state().secrets, app.clock.now_s())))
 }
 
@@ -81,16 +82,7 @@ pub async fn revoke_key(
     waits: Waits,
 ) -> Result<Response, Problem> {
     let (id, by) = (id.to_owned(), actor.to_owned());
-    change_key(app, actor, waits, move |view| {
-        let mut key = find(view, &id)?;
-        if key.revoked.is_some() {
-            return Ok((Vec::new(), key));
-        }
-        let ended = Ended { at: view.now, reason, by };
-        key.revoked = Some(ended.clone());
-        Ok((vec![Change::revoking(&key, ended)], key))
-    })
-    .await
+    change_key(app, actor, waits, move |view| commands::revoke(view, &id, reason, &by)).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -111,29 +103,8 @@ pub async fn suspend(
         return Err(Problem::bad_request("'reason' must be at most 200 characters."));
     }
     let by = actor(&caller.0).to_owned();
-    change_key(&app, actor(&caller.0), waits, move |view| {
-        let mut key = find(view, &id)?;
-        if key.revoked.is_some() {
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "revoked",
-                "This key is revoked; that is for good.",
-            ));
-        }
-        if key.suspended.is_some() {
-            return Ok((Vec::new(), key));
-        }
-        let suspension = Ended { at: view.now, reason: body.reason, by };
-        key.suspended = Some(suspension.clone());
-        let change = Change::KeySuspended {
-            key_id: key.key_id.clone(),
-            jti: key.jti.clone(),
-            expires_at: key.expires_at,
-            suspension,
-        };
-        Ok((vec![change], key))
-    })
-    .await
+    let command = move |view: &View<'_>| commands::suspend(view, &id, body.reason, &by);
+    change_key(&app, actor(&caller.0), waits, command).await
 }
 
 pub async fn resume(
@@ -142,50 +113,26 @@ pub async fn resume(
     KeyId(id): KeyId,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    change_key(&app, actor(&caller.0), waits, move |view| {
-        let mut key = find(view, &id)?;
-        if key.revoked.is_some() {
-            return Err(Problem::new(
-                StatusCode::CONFLICT,
-                "revoked",
-                "This key is revoked; that is for good.",
-            ));
-        }
-        if key.suspended.take().is_none() {
-            return Ok((Vec::new(), key));
-        }
-        let change = Change::KeyResumed { key_id: key.key_id.clone(), jti: key.jti.clone() };
-        Ok((vec![change], key))
-    })
-    .await
+    change_key(&app, actor(&caller.0), waits, move |view| commands::resume(view, &id)).await
 }
 
-/// Has a plan about one key carried out, and answers with the key as it is then.
+/// Carries out a command about one key, and answers with the key as it is then.
 async fn change_key(
     app: &ApiState,
     actor: &str,
     waits: Waits,
-    plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, KeyRecord), Problem> + Send + 'static,
+    command: impl FnOnce(&View<'_>) -> Plan<KeyRecord, KeyError> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| {
-        let (changes, key) = plan(view)?;
+    let command = move |view: &View<'_>| {
+        let (changes, key) = command(view)?;
         let changed = !changes.is_empty();
-        Ok::<_, Problem>((changes, (key, changed)))
+        Ok::<_, KeyError>((changes, (key, changed)))
     };
-    let ((key, changed), committed) = app.writer.submit(actor, plan).await??;
+    let ((key, changed), committed) = app.writer.submit(actor, command).await??;
     if changed && let Some(revoked) = &key.revoked {
         app.metrics.revoked.with_label_values(&[key.role.as_str(), revoked.reason.label()]).inc();
     }
     let mut view = key_view(&key, &app.state().secrets, app.clock.now_s());
     view["changed"] = changed.into();
     Ok(request::finish(app, committed, waits, StatusCode::OK, view).await)
-}
-
-fn find(view: &View<'_>, id: &str) -> Result<KeyRecord, Problem> {
-    view.key(id)?.ok_or_else(unknown)
-}
-
-fn unknown() -> Problem {
-    // The id is not repeated: it may be a key that was put there by mistake.
-    Problem::not_found("There is no key with this id. (The id begins with 'key_'; it is not the key itself.)")
 }

@@ -7,7 +7,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::limits::{Limits, Override};
+use keygate_core::limits::Override;
 use keygate_core::quota::SHARES;
 use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
@@ -16,14 +16,13 @@ use serde_json::Value;
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::api::ApiState;
-use crate::change::Change;
 use crate::limits::{self, AccountNames, DEFAULT_TTL, TTL};
+use crate::model::View;
+use crate::model::commands::Plan;
+use crate::model::commands::limits::{self as commands, LimitsError};
 use crate::problem::Problem;
 use crate::quota::{self, Role};
-use crate::roles::Roles;
-use crate::route_cost;
 use crate::store::StoreError;
-use crate::writer::View;
 
 pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     json(StatusCode::OK, shown(&app))
@@ -41,23 +40,7 @@ pub async fn replace(
 ) -> Result<Response, Problem> {
     let document: Value = request::body(&bytes)?;
     let roles = app.config.roles.clone();
-    let plan = move |view: &View<'_>| {
-        let current = view.model.limits();
-        let set = current.edited(&document, |role| roles.contains_key(role)).map_err(|errors| {
-            let detail = match errors.as_slice() {
-                [only] => format!("{only}; nothing was changed."),
-                all => format!("The limits have {} errors; nothing was changed.", all.len()),
-            };
-            Problem::bad_request(detail).with("errors", serde_json::json!(errors))
-        })?;
-        let limits = view.model.limits_with(&set, view.model.limits_override());
-        check_costs(view, &limits, &roles)?;
-        let changes =
-            if set == *current { Vec::new() } else { vec![Change::LimitsChanged { limits: Box::new(set) }] };
-        Ok::<_, Problem>((changes, ()))
-    };
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    Ok(request::finish(&app, committed, waits, StatusCode::OK, shown(&app)).await)
+    submit(&app, &caller, waits, move |view| commands::edit(view, &document, &roles)).await
 }
 
 /// Number of accounts shown: those that use the greatest part of their limits.
@@ -89,9 +72,7 @@ pub async fn usage(State(app): State<Arc<ApiState>>) -> Result<Response, Problem
     let keeper = match app.quotas.role() {
         Role::Unknown => None,
         Role::Here(_) => Some((app.state().version.source, true, Some(app.sync_url.clone()))),
-        Role::Elsewhere(source) => {
-            Some((source, false, app.mirror.as_ref().and_then(|mirror| mirror.sync_url(source))))
-        }
+        Role::Elsewhere(source) => Some((source, false, app.peers.sync_url(source))),
     };
     let keeper = keeper.map(|(source, here, url)| {
         serde_json::json!({ "source": format!("{source:x}"), "here": here, "url": url })
@@ -165,11 +146,7 @@ pub async fn override_for_a_time(
     let until = app.clock.now_s().saturating_add(ttl.as_secs().max(1));
     let emergency = Override { until, roles };
     let roles = app.config.roles.clone();
-    let plan = move |view: &View<'_>| {
-        check_costs(view, &view.model.limits_with(view.model.limits(), Some(&emergency)), &roles)?;
-        Ok(vec![Change::LimitsOverridden { emergency: Some(emergency) }])
-    };
-    submit(&app, &caller, waits, plan).await
+    submit(&app, &caller, waits, move |view| commands::override_roles(view, Some(emergency), &roles)).await
 }
 
 pub async fn lift_override(
@@ -177,29 +154,18 @@ pub async fn lift_override(
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let lift = |view: &View<'_>| match view.model.limits_override() {
-        Some(_) => Ok(vec![Change::LimitsOverridden { emergency: None }]),
-        None => Ok(Vec::new()),
-    };
-    submit(&app, &caller, waits, lift).await
+    let roles = app.config.roles.clone();
+    submit(&app, &caller, waits, move |view| commands::override_roles(view, None, &roles)).await
 }
 
 async fn submit(
     app: &Arc<ApiState>,
     caller: &Caller,
     waits: Waits,
-    changes: impl FnOnce(&View<'_>) -> Result<Vec<Change>, Problem> + Send + 'static,
+    command: impl FnOnce(&View<'_>) -> Plan<(), LimitsError> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let plan = move |view: &View<'_>| Ok::<_, Problem>((changes(view)?, ()));
-    let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
     Ok(request::finish(app, committed, waits, StatusCode::OK, shown(app)).await)
-}
-
-/// Refuses limits that are below the cost of a route which they apply to, and were not so before.
-fn check_costs(view: &View<'_>, limits: &Limits, roles: &Roles) -> Result<(), Problem> {
-    let policy = view.model.policy().0;
-    let before = view.model.limits_in_force();
-    Ok(route_cost::check((policy, &before), (policy, limits), roles, view.now)?)
 }
 
 #[cfg(test)]

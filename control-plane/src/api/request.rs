@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, StatusCode};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
@@ -20,8 +20,8 @@ use sha2::{Digest, Sha256};
 
 use crate::api::ApiState;
 use crate::change::Idempotency;
-use crate::config::Durability;
 use crate::metrics::V2;
+use crate::model::commands::Expected;
 use crate::problem::Problem;
 use crate::writer::Committed;
 
@@ -189,10 +189,7 @@ pub async fn finish(
     mut body: serde_json::Value,
 ) -> Response {
     body["version"] = serde_json::json!(committed.version);
-    let durability = match &app.mirror {
-        Some(mirror) => mirror.durability(committed.journal_seq).await,
-        None => Durability::Local,
-    };
+    let durability = app.peers.durability(committed.journal_seq).await;
     body["durability"] = serde_json::json!(durability);
     if let Some(limit) = waits.limit {
         let state = app.state();
@@ -208,6 +205,22 @@ pub async fn finish(
     }
     let is_short_of = durability < app.config.durability;
     super::json(if is_short_of { StatusCode::ACCEPTED } else { status }, body)
+}
+
+/// The entity tag of a document at a revision.
+pub fn etag(revision: u64) -> String {
+    format!("\"{revision}\"")
+}
+
+/// The revision that the `If-Match` of a request names (RFC 9110, 13.1.1).
+pub fn if_match(headers: &HeaderMap) -> Expected {
+    let Some(tag) = headers.get(header::IF_MATCH) else { return Expected::Any };
+    if tag == "*" {
+        return Expected::Any;
+    }
+    let digits = tag.to_str().ok().and_then(|tag| tag.strip_prefix('"')?.strip_suffix('"'));
+    let revision = digits.and_then(|digits| digits.parse().ok()).filter(|revision| tag == &etag(*revision));
+    revision.map_or(Expected::Unknown, Expected::Revision)
 }
 
 /// Reads what takes a while, on a thread that answers nobody.

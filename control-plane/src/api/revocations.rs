@@ -1,6 +1,5 @@
 //! `/api/admin/revocations`: revoking many at once, what was revoked, and the upkeep of the set.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 use axum::Extension;
@@ -17,11 +16,11 @@ use serde_json::json as value;
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::api::ApiState;
-use crate::change::Change;
-use crate::key::{Ended, KeyRecord, RevocationReason};
+use crate::key::RevocationReason;
+use crate::model::View;
+use crate::model::commands::keys::{self, Batch, Outcome};
 use crate::problem::Problem;
 use crate::store::PastRevocation;
-use crate::writer::View;
 use crate::{clock, upkeep};
 
 /// The most that one call revokes; a proxy follows as many at once.
@@ -29,7 +28,7 @@ const MAX_ITEMS: usize = 10_000;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Batch {
+struct BatchBody {
     #[serde(default)]
     key_ids: Vec<String>,
     #[serde(default)]
@@ -37,7 +36,7 @@ struct Batch {
     reason: RevocationReason,
 }
 
-impl Batch {
+impl BatchBody {
     fn check(&self) -> Result<(), Problem> {
         let items = self.key_ids.len() + self.jtis.len();
         if !(1..=MAX_ITEMS).contains(&items) {
@@ -52,100 +51,35 @@ impl Batch {
     }
 }
 
-/// What became of one item.
-enum Outcome {
-    Revoked,
-    Already,
-    /// No key of this id: there is nothing to revoke.
-    UnknownKey,
-    /// No key of this token's id, revoked all the same: a key issued elsewhere, or not seen here yet.
-    RevokedUnseen,
-}
-
-impl Outcome {
-    const fn label(&self) -> &'static str {
-        match self {
-            Self::Revoked => "revoked",
-            Self::Already => "already_revoked",
-            Self::UnknownKey => "unknown_key",
-            Self::RevokedUnseen => "revoked_unseen",
-        }
-    }
-}
-
-/// A batch as it is planned.
-struct Planned {
-    ended: Ended<RevocationReason>,
-    changes: Vec<Change>,
-    results: Vec<serde_json::Value>,
-    roles: Vec<String>,
-    seen: HashSet<String>,
-}
-
-impl Planned {
-    fn key(&mut self, key: &KeyRecord) -> Outcome {
-        if key.revoked.is_some() || !self.seen.insert(key.jti.clone()) {
-            return Outcome::Already;
-        }
-        self.changes.push(Change::revoking(key, self.ended.clone()));
-        self.roles.push(key.role.clone());
-        Outcome::Revoked
-    }
-
-    /// What became of a token's id, and of which key that was.
-    fn jti(&mut self, view: &View<'_>, jti: &str) -> Result<(Outcome, Option<String>), Problem> {
-        if let Some(key) = view.key_of_jti(jti)? {
-            return Ok((self.key(&key), Some(key.key_id)));
-        }
-        if view.model.is_revoked(jti) || !self.seen.insert(jti.to_owned()) {
-            return Ok((Outcome::Already, None));
-        }
-        self.changes.push(view.revoking(jti, self.ended.clone())?);
-        Ok((Outcome::RevokedUnseen, None))
-    }
-}
-
 pub async fn revoke_many(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let batch: Batch = request::body(&bytes)?;
+    let batch: BatchBody = request::body(&bytes)?;
     batch.check()?;
     let (by, reason) = (actor(&caller.0).to_owned(), batch.reason);
-    let plan = move |view: &View<'_>| {
-        let mut planned = Planned {
-            ended: Ended { at: view.now, reason, by },
-            changes: Vec::new(),
-            results: Vec::new(),
-            roles: Vec::new(),
-            seen: HashSet::new(),
-        };
-        for key_id in &batch.key_ids {
-            let outcome = view.key(key_id)?.map_or(Outcome::UnknownKey, |key| planned.key(&key));
-            planned.results.push(value!({ "key_id": key_id, "result": outcome.label() }));
-        }
-        for jti in &batch.jtis {
-            let (outcome, key_id) = planned.jti(view, jti)?;
-            let mut result = value!({ "jti": jti, "result": outcome.label() });
-            if let Some(key_id) = key_id {
-                result["key_id"] = key_id.into();
-            }
-            planned.results.push(result);
-        }
-        Ok::<_, Problem>((planned.changes, (planned.results, planned.roles)))
-    };
-    let ((results, roles), committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    for role in &roles {
+    let batch = Batch { key_ids: batch.key_ids, jtis: batch.jtis, reason };
+    let command = move |view: &View<'_>| keys::revoke_many(view, &batch, &by);
+    let (receipt, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    for role in &receipt.roles {
         app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc();
     }
-    let count = |label: &str| results.iter().filter(|result| result["result"] == label).count();
+    let of_keys =
+        receipt.keys.iter().map(|(key_id, outcome)| value!({ "key_id": key_id, "result": outcome.label() }));
+    let of_jtis = receipt.jtis.iter().map(|(jti, outcome, key_id)| {
+        let mut result = value!({ "jti": jti, "result": outcome.label() });
+        if let Some(key_id) = key_id {
+            result["key_id"] = key_id.as_str().into();
+        }
+        result
+    });
     let body = value!({
-        "revoked": count("revoked") + count("revoked_unseen"),
-        "already_revoked": count("already_revoked"),
-        "unknown": count("unknown_key"),
-        "results": results,
+        "revoked": receipt.count(Outcome::Revoked) + receipt.count(Outcome::RevokedUnseen),
+        "already_revoked": receipt.count(Outcome::AlreadyRevoked),
+        "unknown": receipt.count(Outcome::UnknownKey),
+        "results": of_keys.chain(of_jtis).collect::<Vec<_>>(),
     });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
 }

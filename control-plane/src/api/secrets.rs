@@ -15,20 +15,19 @@ use zeroize::Zeroizing;
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
 use crate::api::ApiState;
-use crate::change::Change;
 use crate::clock;
 use crate::config;
 use crate::issuing;
-use crate::key::{self, Ended, KeyState, RevocationReason};
+use crate::key::KeyState;
+use crate::model::View;
+use crate::model::commands::rotation::{self as commands, Asked, Begun, Order, RotationError};
 use crate::notify::Kind;
 use crate::problem::Problem;
-use crate::rotation::{self, Begun, Order, RotationError, driver};
-use crate::secret::Identity;
+use crate::rotation::driver;
 use crate::secret::import;
 use crate::secret::ring::{Held, Ring};
 use crate::secret::{Retire, SecretState};
 use crate::store::StoreError;
-use crate::writer::View;
 
 fn view(ring: &Ring, held: &Held) -> serde_json::Value {
     let record = &held.record;
@@ -40,7 +39,7 @@ fn view(ring: &Ring, held: &Held) -> serde_json::Value {
         "since": clock::rfc3339(record.since.max(record.created_at)),
         "reason": record.why,
         "retire": record.retire,
-        "ends_at": rotation::ends_at(ring, held).map(clock::rfc3339),
+        "ends_at": commands::ends_at(ring, held).map(clock::rfc3339),
         "in_hsm": record.in_hsm,
         "open": held.is_open(),
     })
@@ -50,7 +49,7 @@ pub async fn status(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let ring = &state.secrets;
     let progress = app.driver.progress();
-    let under_way = rotation::under_way(ring).map(|held| {
+    let under_way = commands::under_way(ring).map(|held| {
         let is_late = progress.kid.as_deref() == Some(held.record.kid.as_str()) && progress.stalled;
         serde_json::json!({
             "version_id": held.record.kid,
@@ -96,8 +95,8 @@ impl RotateBody {
     /// What is wanted, and how long proxies may take.
     fn read(self, app: &ApiState) -> Result<(Order, bool, Option<Duration>), Problem> {
         let wrong = |name: &str, problem: String| Problem::bad_request(format!("'{name}': {problem}."));
-        let why = self.reason.unwrap_or_else(|| rotation::UNSAID.into());
-        if !rotation::is_why(&why) {
+        let why = self.reason.unwrap_or_else(|| commands::UNSAID.into());
+        if !commands::is_why(&why) {
             return Err(Problem::bad_request("'reason' must be 1 to 200 printable characters."));
         }
         let usual = if self.secret.is_some() { Algorithm::HS256 } else { app.config.signing.algorithm };
@@ -153,11 +152,8 @@ pub async fn rotate(
         return Ok(json(StatusCode::OK, serde_json::json!({ "dry_run": true, "ends": ends })));
     }
     // Two control planes that begin at once do not hear of each other in time.
-    if let Some(mirror) = &app.mirror {
-        let source = app.state().version.source;
-        if mirror.claim("rotation", source).await == Some(false) {
-            return Err(RotationError::Elsewhere.into());
-        }
+    if app.peers.claim("rotation", app.state().version.source).await == Some(false) {
+        return Err(RotationError::Elsewhere.into());
     }
     let failed = |error: &RotationError| {
         if let RotationError::Secret(error) = error {
@@ -165,40 +161,20 @@ pub async fn rotate(
         }
     };
     let mut order = order;
-    if order.imported.is_none() && rotation::under_way(&app.state().secrets).is_none() {
+    if order.imported.is_none() && commands::under_way(&app.state().secrets).is_none() {
         order.in_hsm = driver::make_in_hsm(&app.node, order.alg).await.inspect_err(failed)?;
     }
     let pair = order.in_hsm.as_ref().map(|pair| pair.kid.clone());
     let needs_pair = app.config.signing.in_hsm && order.imported.is_none();
     let (roles, verified) = (app.config.roles.clone(), Arc::clone(&caller.0));
-    let plan = move |view: &View<'_>| {
-        let lacks_pair = needs_pair && order.in_hsm.is_none();
-        let (mut changes, begun) = rotation::begin(view, order, idempotency)?;
-        if lacks_pair && !begun.replayed {
-            // What was under way a moment ago is over.
-            return Err(RotationError::JustBegun(begun.old));
-        }
-        // Whoever ends the secret of their own key would be locked out: they get another one.
-        let ends_caller = begun.ended.contains(&verified.kid);
-        let old = if ends_caller { view.key(&verified.claims.sub)? } else { None };
-        // Not a token that somebody minted in the name of a key.
-        let old = old.filter(|old| old.jti == verified.claims.jti && old.revoked.is_none());
-        let renewed = old.map(|old| {
-            let identity = Identity::new(begun.ids.as_ref());
-            let new = key::renewal(&old, roles.get(&old.role), identity, &begun.kid, view.now);
-            let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: old.key_id.clone() };
-            changes.push(Change::KeyIssued { key: Box::new(new.clone()), idempotency: None });
-            changes.push(Change::revoking(&old, ended));
-            new
-        });
-        Ok((changes, (begun, renewed)))
-    };
-    let submitted = app.writer.submit(actor(&caller.0), plan).await;
-    let is_used = |kid: &String| matches!(&submitted, Ok(Ok(((begun, _), _))) if begun.kid == *kid);
+    let command =
+        move |view: &View<'_>| commands::ask(view, order, idempotency, &verified, &roles, needs_pair);
+    let submitted = app.writer.submit(actor(&caller.0), command).await;
+    let is_used = |kid: &String| matches!(&submitted, Ok(Ok((asked, _))) if asked.begun.kid == *kid);
     if let Some(kid) = pair.filter(|kid| !is_used(kid)) {
         driver::discard_in_hsm(&app.node, kid).await;
     }
-    let ((begun, renewed), committed) = submitted?.inspect_err(failed)?;
+    let (Asked { begun, renewed }, committed) = submitted?.inspect_err(failed)?;
     let Begun { kid, state, old, replayed, ended, ids: _ } = begun;
     let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old });
     if !replayed {
@@ -210,7 +186,7 @@ pub async fn rotate(
     }
     if let Some(key) = renewed {
         // Should proxies take longer than this waits, the caller still needs it here.
-        driver::wait_for_signer(&app).await;
+        issuing::wait_for_signer(&app).await;
         let state = app.state();
         if let Some(signer) = state.secrets.get(&key.kid).and_then(Held::signer) {
             body["api_key"] = issuing::token(&app.config, signer, &key).await?.as_str().into();
@@ -277,7 +253,7 @@ pub async fn cancel(
     Extension(caller): Extension<Caller>,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let (kid, committed) = app.writer.submit(actor(&caller.0), rotation::cancel).await??;
+    let (kid, committed) = app.writer.submit(actor(&caller.0), commands::cancel).await??;
     app.metrics.secret_rotations.with_label_values(&["cancelled"]).inc();
     tracing::warn!(by = actor(&caller.0), kid, "a rotation of secrets was cancelled");
     let body = serde_json::json!({ "version_id": kid, "state": SecretState::Expired });
@@ -298,14 +274,14 @@ pub async fn force(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let ForceBody { justification } = request::body(&bytes)?;
-    if !rotation::is_why(&justification) {
+    if !commands::is_why(&justification) {
         return Err(Problem::bad_request("'justification' must be 1 to 200 printable characters."));
     }
     let state = app.state();
     let waits_for = state.secrets.rotating().or_else(|| state.secrets.active());
     let without = waits_for.map(|held| driver::missing(&app, &state, held)).unwrap_or_default();
     let policy = app.config.signing.clone();
-    let plan = move |view: &View<'_>| rotation::force(view, &policy, justification);
+    let plan = move |view: &View<'_>| commands::force(view, &policy, justification);
     let (kid, committed) = app.writer.submit(actor(&caller.0), plan).await??;
     app.metrics.secret_rotations.with_label_values(&["forced"]).inc();
     tracing::error!(

@@ -8,6 +8,7 @@ use keygate_core::cache::TokenCache;
 use crate::canary::runner::Canary;
 use crate::node::Node;
 use crate::quota::Quotas;
+use crate::redis_store::RedisPeers;
 use crate::rotation::Driver;
 use crate::sync;
 
@@ -17,6 +18,8 @@ pub struct ApiState {
     pub node: Arc<Node>,
     /// Snapshots that proxies are fetching.
     pub snapshots: sync::Snapshots,
+    /// The copy in Redis, if there is one.
+    pub redis: Option<Arc<RedisPeers>>,
     /// The rate limits of the fleet.
     pub quotas: Arc<Quotas>,
     /// Tokens of callers that were verified before.

@@ -30,17 +30,19 @@ use crate::key::{Creator, KeyRecord, KeyRequest};
 use crate::keyring::{Keyring, KeyringError};
 use crate::master_key::MasterKeyError;
 use crate::metrics::Metrics;
+use crate::model::View;
 use crate::node::Node;
 use crate::notify::Notifier;
+use crate::peers::{Alone, Peers};
 use crate::quota::{self, Quotas};
-use crate::redis_store::{self, Mirror, Sealer};
+use crate::redis_store::{self, RedisPeers, Sealer};
 use crate::rollout;
 use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
 use crate::state::Settings;
 use crate::telemetry::{self, BookError, Telemetry};
-use crate::writer::{self, CommitError, History, OpenError, Start, View};
+use crate::writer::{self, CommitError, History, OpenError, Start};
 use crate::{api, files, random, route_cost, sync, upkeep};
 
 /// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
@@ -162,9 +164,13 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let destinations = given::destinations(&config, &given)?;
     let notifier =
         Arc::new(Notifier::start(&destinations, &config.notify.source, clock.clone(), Arc::clone(&metrics)));
-    let mirror = config.redis.as_ref().map(|redis| {
-        Mirror::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(keys.root()))
+    let redis = config.redis.as_ref().map(|redis| {
+        RedisPeers::new(redis.target.clone(), redis.replicas, redis.timeout, Sealer::new(keys.root()))
     });
+    let peers: Arc<dyn Peers> = match &redis {
+        Some(redis) => Arc::clone(redis) as Arc<dyn Peers>,
+        None => Arc::new(Alone),
+    };
     let first_changes = || first_changes(&config, &policy, &keys, clock.now_s());
     let checkpoint_seed = keys.root().derive("keygate journal checkpoints");
     let notary = Notary::new(&checkpoint_seed);
@@ -207,7 +213,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         store,
         feed,
         fleet,
-        mirror,
+        peers,
         metrics,
         telemetry,
         sync_url,
@@ -222,6 +228,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     });
     let app = Arc::new(ApiState {
         snapshots: sync::Snapshots::default(),
+        redis,
         quotas: Arc::new(Quotas::new(Arc::clone(&node))),
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         canary: Arc::new(Canary::new(Arc::clone(&node))),
@@ -262,8 +269,7 @@ impl Serving {
         let rotation = tokio::spawn(rotation::driver::run(Arc::clone(node), Arc::clone(&app.driver)));
         let guard = tokio::spawn(rollout::guard::run(Arc::clone(node), Arc::clone(&app.canary)));
         let limits = tokio::spawn(quota::run(Arc::clone(&app.quotas)));
-        let mirror =
-            node.mirror.clone().map(|mirror| tokio::spawn(redis_store::run(Arc::clone(node), mirror)));
+        let redis = app.redis.clone().map(|redis| tokio::spawn(redis_store::run(Arc::clone(node), redis)));
         let notifier = Arc::clone(&app.notifier);
         drop(app);
         let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
@@ -284,8 +290,8 @@ impl Serving {
         let _ended = guard.await;
         let _ended = limits.await;
         let _ended = canary.await;
-        if let Some(mirror) = mirror {
-            let _ended = mirror.await;
+        if let Some(redis) = redis {
+            let _ended = redis.await;
         }
         // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
         let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;

@@ -25,7 +25,10 @@ use serde_json::{Value, json};
 pub use self::caller::Caller;
 pub use self::history::{Alert, Health, History, Outcome};
 pub use self::target::{Allowed, Url};
+use crate::key::KeyRecord;
 
+/// The name of the canary's own keys.
+pub const KEY_NAME: &str = "keygate canary";
 /// The seed that needs a key which may not be renewed yet.
 const TOO_EARLY: &str = "seed_refresh_too_early";
 /// The owner of the canary's keys. A rollout sends them to V2 unless somebody fixes another version for it.
@@ -257,6 +260,24 @@ impl Assertion {
         // What stands there may be anybody's; that it is not as wanted is all that is told.
         (!holds).then(|| format!("{what} is not as wanted"))
     }
+}
+
+/// The tests there are: those of the journal, and the seeds that it does not change.
+pub fn defined(app_endpoint: &str, journalled: &BTreeMap<String, Option<Test>>) -> Vec<Test> {
+    let mut tests: BTreeMap<String, Test> =
+        seeds(app_endpoint).into_iter().map(|test| (test.id.clone(), test)).collect();
+    for (id, test) in journalled {
+        match test {
+            Some(test) => drop(tests.insert(id.clone(), test.clone())),
+            None => drop(tests.remove(id)),
+        }
+    }
+    tests.into_values().collect()
+}
+
+/// Whether a key is the canary's own.
+pub fn is_canary_key(key: &KeyRecord) -> bool {
+    key.name == KEY_NAME && key.metadata.get("canary") == Some(&Value::Bool(true))
 }
 
 /// What is tested unless somebody says otherwise: what a holder of a key does. Registering, revoking and the end of a key

@@ -14,23 +14,20 @@ use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
-use super::{OWNER, Test, Url, reach, seeds};
-use crate::change::Change;
+use super::{KEY_NAME, OWNER, Test, Url, is_canary_key, reach};
 use crate::clock;
-use crate::issuing;
-use crate::key::{self, Creator, Ended, KeyRecord, KeyRequest, KeyState, RevocationReason};
+use crate::issuing::{self, Issued};
+use crate::key::{self, Creator, KeyRecord, KeyRequest, KeyState, RevocationReason};
+use crate::model::View;
+use crate::model::commands::keys;
 use crate::node::Node;
 use crate::notify::Kind;
-use crate::rotation::driver;
+use crate::secret::Signer;
 use crate::state;
-use crate::store::StoreError;
 use crate::trace::Trace;
-use crate::writer::{CommitError, View};
 
 /// In whose name the journal has what the canary does.
 const ACTOR: &str = "canary";
-/// What its keys are called.
-const KEY_NAME: &str = "keygate canary";
 /// How long its key lives, unless its role has a shorter life.
 const KEY_LIFE: Duration = Duration::from_secs(4 * 24 * 60 * 60);
 /// It gets another one when so much is left: before it may be renewed, since that it may not is tested.
@@ -88,20 +85,9 @@ impl Canary {
     }
 }
 
-/// The tests there are: those of the journal, and the seeds that it does not change.
+/// The tests there are.
 pub fn tests(canary: &Canary) -> Vec<Test> {
-    let state = canary.node.state();
-    let mut tests: BTreeMap<String, Test> = seeds(&canary.node.config.canary.app_endpoint)
-        .into_iter()
-        .map(|test| (test.id.clone(), test))
-        .collect();
-    for (id, test) in state.canary_tests.iter() {
-        match test {
-            Some(test) => drop(tests.insert(id.clone(), test.clone())),
-            None => drop(tests.remove(id)),
-        }
-    }
-    tests.into_values().collect()
+    super::defined(&canary.node.config.canary.app_endpoint, &canary.node.state().canary_tests)
 }
 
 /// Runs them until the control plane stops: every interval, and at once when another secret signs, since what a proxy
@@ -133,7 +119,7 @@ pub async fn run(canary: Arc<Canary>) {
             }
         };
         let now = tokio::time::Instant::now();
-        let led = std::mem::replace(&mut leads, driver::leads(&canary.node));
+        let led = std::mem::replace(&mut leads, canary.node.leads());
         if led && !leads && canary.history().leave() {
             canary
                 .node
@@ -336,11 +322,6 @@ async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<St
             return Ok(key.token.clone());
         }
     }
-    // After an immediate rotation nothing signs until every live proxy knows the new secret.
-    driver::wait_for_signer(&canary.node).await;
-    let current = canary.node.state();
-    let signer =
-        Arc::clone(current.secrets.signer().map_err(|error| format!("no key for the canary: {error}"))?);
     let role = canary.node.config.canary.role.clone();
     let scopes = canary.node.config.roles.get(&role).map_or_else(String::new, |role| role.scopes.join(" "));
     let life = canary.node.config.roles.get(&role).map_or(KEY_LIFE, |role| role.life.min(KEY_LIFE));
@@ -352,60 +333,24 @@ async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<St
         owner: Some(OWNER.into()),
         ..KeyRequest::default()
     };
-    let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
-    let record = request
-        .record(creator, &canary.node.config.roles, signer.identity(), &signer.kid, now)
-        .map_err(|error| format!("no key for the canary: {error}"))?;
-    let token = issuing::token(&canary.node.config, &signer, &record)
-        .await
-        .map_err(|error| format!("no key for the canary: {error}"))?;
-    let before: Vec<KeyRecord> = match state.key.take() {
-        Some(key) => vec![key.record],
+    let make = |signer: &Signer, now| {
+        let creator =
+            Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
+        request.clone().record(creator, &canary.node.config.roles, signer.identity(), &signer.kid, now)
+    };
+    let former: Vec<KeyRecord> = match &state.key {
+        Some(key) => vec![key.record.clone()],
         None if state.tidied => Vec::new(),
         None => left_over(canary, now).await,
     };
-    let issued = record.clone();
-    let plan = move |view: &View<'_>| {
-        let mut changes = vec![Change::KeyIssued { key: Box::new(issued), idempotency: None }];
-        for old in before {
-            if view.key(&old.key_id)?.is_some_and(|old| old.state(view.now) == KeyState::Active) {
-                let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: ACTOR.into() };
-                changes.push(Change::revoking(&old, ended));
-            }
-        }
-        Ok((changes, ()))
-    };
-    submit(canary, plan).await.map_err(|error| format!("no key for the canary: {error}"))?;
+    let command = move |view: &View<'_>, key: &KeyRecord| keys::replace(view, key, &former, ACTOR);
+    let (issued, _) = issuing::issue(&canary.node, ACTOR, make, command)
+        .await
+        .map_err(|error| format!("no key for the canary: {error}"))?;
+    let Issued { key: record, token, .. } = issued;
     state.tidied = true;
     state.key = Some(Key { record, token: token.clone() });
     Ok(token)
-}
-
-/// A change to the canary's keys failed.
-#[derive(Debug, thiserror::Error)]
-enum KeyError {
-    /// A key that was just issued is not known.
-    #[error("the probe's key is gone")]
-    Gone,
-    /// The store cannot be read.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// The journal cannot be written.
-    #[error(transparent)]
-    Commit(#[from] CommitError),
-}
-
-async fn submit(
-    canary: &Canary,
-    plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, ()), KeyError> + Send + 'static,
-) -> Result<(), KeyError> {
-    canary.node.writer.submit(ACTOR, plan).await??;
-    Ok(())
-}
-
-/// Whether a key is the canary's own.
-pub fn is_canarys(key: &KeyRecord) -> bool {
-    key.name == KEY_NAME && key.metadata.get("canary") == Some(&Value::Bool(true))
 }
 
 /// The canary's keys of processes before this one.
@@ -414,7 +359,7 @@ async fn left_over(canary: &Arc<Canary>, now: u64) -> Vec<KeyRecord> {
     let found = tokio::task::spawn_blocking(move || {
         let mut found = Vec::new();
         let read = here.node.store.each_key(|key| {
-            if is_canarys(&key) && key.state(now) == KeyState::Active {
+            if is_canary_key(&key) && key.state(now) == KeyState::Active {
                 found.push(key);
             }
         });
@@ -500,14 +445,14 @@ async fn probed(
         .await
         .map_err(gone)?
         .map_err(|failure| format!("using a new key: {failure}"));
-    let plan = move |view: &View<'_>| {
-        let key = view.key(&key_id)?.ok_or(KeyError::Gone)?;
-        let ended = Ended { at: view.now, reason: RevocationReason::AdminAction, by: ACTOR.into() };
-        Ok((vec![Change::revoking(&key, ended)], ()))
-    };
+    let command = move |view: &View<'_>| keys::revoke(view, &key_id, RevocationReason::AdminAction, ACTOR);
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
-    submit(canary, plan).await.map_err(|error| format!("revoking the key: {error}"))?;
+    let revoked = canary.node.writer.submit(ACTOR, command).await;
+    revoked
+        .map_err(|error| error.to_string())
+        .and_then(|revoked| revoked.map_err(|error| error.to_string()))
+        .map_err(|error| format!("revoking the key: {error}"))?;
     used?;
     ask(401, REFUSED_WITHIN)
         .await

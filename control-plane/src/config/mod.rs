@@ -5,7 +5,6 @@ mod canary;
 mod durability;
 pub mod redis_url;
 mod rollout;
-mod signing;
 mod value;
 
 use std::collections::BTreeMap;
@@ -23,7 +22,6 @@ pub use self::canary::CanarySettings;
 pub use self::durability::Durability;
 pub use self::redis_url::{Target, TargetError};
 pub use self::rollout::{GuardSettings, RolloutSettings};
-pub use self::signing::SigningKeyPolicy;
 use self::value::{
     address, algorithm, count, durability, duration, flag, hard_age, identifier, label, leeway, life, list,
     log_format, overlap, path, personal_data, plain_url, realm, redis_timeout, requests_per_hour, retention,
@@ -33,6 +31,7 @@ pub use self::value::{gate_timeout, http_url};
 use crate::canary::{Alert, Allowed, Url};
 use crate::journal::PersonalData;
 use crate::master_key::Source;
+pub use crate::model::SigningKeyPolicy;
 use crate::roles::{self, Role, Roles};
 use crate::rotation::schedule::{QUARTERLY, Schedule};
 use crate::state;

@@ -39,7 +39,7 @@ pub async fn pass_on(
     if headers.contains_key(PASSED_ON) {
         return Err(ForwardError::NotOwner);
     }
-    let url = quotas.node.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
+    let url = quotas.node.peers.sync_url(keeper);
     let answer = match url {
         Some(url) => quotas.forwarder.post(&url, path, &quotas.node.fleet_token, body).await,
         None => Err(ForwardError::AddressUnknown),
@@ -55,7 +55,7 @@ pub async fn pass_on(
 
 /// Calls the owner of the ledger; whether it is there and keeps it.
 pub async fn call_owner(quotas: &Quotas, owner: u64) -> bool {
-    let url = quotas.node.mirror.as_ref().and_then(|mirror| mirror.sync_url(owner));
+    let url = quotas.node.peers.sync_url(owner);
     let Some(url) = url else { return false };
     let body = serde_json::json!({ "from": format!("{:x}", quotas.node.state().version.source) });
     let body = Bytes::from(body.to_string());

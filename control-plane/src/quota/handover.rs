@@ -5,7 +5,7 @@ use keygate_core::quota::Saved;
 use serde::{Deserialize, Serialize};
 
 use super::service::{LedgerService, moved, now_ns, unix_ms};
-use crate::redis_store::Mirror;
+use crate::peers::Peers;
 
 const KEY: &str = "keygate:limits:ledger";
 /// Longer than a window would serve nothing; a ledger that is older helps little.
@@ -35,17 +35,17 @@ struct Document {
     saved: Saved,
 }
 
-/// Writes the ledger to Redis; whether Redis has it.
-pub async fn write(mirror: &Mirror, service: &LedgerService, whole: bool) -> bool {
+/// Leaves the ledger for the next owner; whether it is there.
+pub async fn write(peers: &dyn Peers, service: &LedgerService, whole: bool) -> bool {
     let clocks = (now_ns(), unix_ms());
     let document = Document { format: 1, since: service.since(), whole, clocks, saved: service.saved() };
     let Ok(bytes) = serde_json::to_vec(&document) else { return false };
-    bytes.len() <= MAX_BYTES && mirror.put(KEY, &bytes, TTL_S).await
+    bytes.len() <= MAX_BYTES && peers.put(KEY, &bytes, TTL_S).await
 }
 
-/// Reads the ledger from Redis.
-pub async fn read(mirror: &Mirror) -> Option<HandedOver> {
-    let bytes = mirror.get(KEY).await?;
+/// The ledger that the last owner left.
+pub async fn read(peers: &dyn Peers) -> Option<HandedOver> {
+    let bytes = peers.get(KEY).await?;
     let document: Document = match serde_json::from_slice(&bytes) {
         Ok(document) => document,
         Err(error) => {

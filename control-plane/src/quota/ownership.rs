@@ -15,10 +15,11 @@ use super::disk::DiskError;
 use super::handover;
 use super::service::{LedgerService, Origin};
 use super::{Quotas, Role};
-use crate::change::Change;
-use crate::redis_store::Intake;
+use crate::model::View;
+use crate::model::commands::limits as commands;
+use crate::peers::Intake;
 use crate::state::{Keeper, State};
-use crate::writer::{CommitError, Committed, View};
+use crate::writer::{CommitError, Committed};
 
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Interval of renewals of the lease, and of calls of the owner.
@@ -88,11 +89,12 @@ pub async fn run(quotas: Arc<Quotas>) {
             _ = stopping.wait_for(|stop| *stop) => break,
         }
     }
-    if let (Some(service), Some(mirror)) = (quotas.here(), &quotas.node.mirror) {
+    let peers = quotas.node.peers.as_ref();
+    if let Some(service) = quotas.here().filter(|_| !peers.is_alone()) {
         service.end();
         let own = quotas.node.state().version.source;
-        if handover::write(mirror, &service, true).await {
-            mirror.release(WORK, own).await;
+        if handover::write(peers, &service, true).await {
+            peers.release(WORK, own).await;
         }
     }
 }
@@ -105,12 +107,8 @@ pub async fn run(quotas: Arc<Quotas>) {
 pub async fn take_over(quotas: &Quotas, actor: &str) -> Result<Committed, CommitError> {
     let own = quotas.node.state().version.source;
     let is_here = quotas.here().is_some();
-    let plan = move |view: &View<'_>| {
-        let is_mine = is_here || view.model.limits_keeper().is_some_and(|keeper| keeper.source == own);
-        let changes = if is_mine { Vec::new() } else { vec![Change::LimitsKept { keeper: own }] };
-        (changes, ())
-    };
-    let ((), committed) = quotas.node.writer.commit(actor, plan).await?;
+    let command = move |view: &View<'_>| commands::take_over_ledger(view, own, is_here);
+    let ((), committed) = quotas.node.writer.commit(actor, command).await?;
     quotas.claimed.store(!is_here, Ordering::Release);
     Ok(committed)
 }
@@ -149,27 +147,26 @@ async fn look(quotas: &Quotas, contact: &mut Contact) -> Result<(), anyhow::Erro
 /// Journals that this control plane keeps the ledger, if it is still as it was; the stamp of that.
 async fn claim(quotas: &Quotas, before: Option<Keeper>) -> Result<Option<u64>, anyhow::Error> {
     let own = quotas.node.state().version.source;
-    let plan = move |view: &View<'_>| {
-        let is_same = view.model.limits_keeper() == before;
-        let changes = if is_same { vec![Change::LimitsKept { keeper: own }] } else { Vec::new() };
-        Ok::<_, std::convert::Infallible>((changes, ()))
-    };
-    let Ok(((), _)) = quotas.node.writer.submit(ACTOR, plan).await?;
+    let command = move |view: &View<'_>| commands::claim_ledger(view, own, before);
+    quotas.node.writer.commit(ACTOR, command).await?;
     Ok(quotas.node.state().limits_keeper.filter(|keeper| keeper.source == own).map(|keeper| keeper.since))
 }
 
 /// Whether this owner may grant units: alone, or with the lease, or reached by all others.
 async fn owns(quotas: &Quotas, state: &State, contact: &mut Contact) -> bool {
-    let Some(mirror) = quotas.node.mirror.as_ref().filter(|_| state.has_peers()) else { return true };
+    let peers = quotas.node.peers.as_ref();
+    if peers.is_alone() || !state.has_peers() {
+        return true;
+    }
     let now = Instant::now();
     let claimed = quotas.claimed.swap(false, Ordering::AcqRel);
     if now >= contact.next_call || claimed {
         contact.next_call = now + CALL_EVERY;
         contact.forced |= claimed;
         if contact.forced {
-            mirror.release_any(WORK).await;
+            peers.release_any(WORK).await;
         }
-        match mirror.lease(WORK, state.version.source, LEASE).await {
+        match peers.lease(WORK, state.version.source, LEASE).await {
             Some(true) => (contact.renewed, contact.forced) = (Some(now), false),
             // Another one has it: it takes over, and will say so.
             Some(false) => {
@@ -182,15 +179,15 @@ async fn owns(quotas: &Quotas, state: &State, contact: &mut Contact) -> bool {
     }
     let is_recent = |at: Instant| now.saturating_duration_since(at) < OWNS_FOR;
     let callers = quotas.callers();
-    let peers = mirror.live_peers(state);
-    let reached = !peers.is_empty()
-        && peers.iter().all(|(source, _)| callers.get(source).is_some_and(|called| is_recent(*called)));
+    let live = peers.live(state);
+    let reached = !live.is_empty()
+        && live.iter().all(|peer| callers.get(&peer.source).is_some_and(|called| is_recent(*called)));
     let owns = contact.forced || contact.renewed.is_some_and(is_recent) || reached;
     if let Some(service) = quotas.here() {
         service.suspend(!owns);
         if owns && now >= contact.next_hand_over {
             contact.next_hand_over = now + HAND_OVER_EVERY;
-            handover::write(mirror, &service, false).await;
+            handover::write(peers, &service, false).await;
         }
         return true;
     }
@@ -205,7 +202,10 @@ async fn succeed(
     contact: &mut Contact,
 ) -> Result<(), anyhow::Error> {
     let now = Instant::now();
-    let Some(mirror) = &quotas.node.mirror else { return Ok(()) };
+    let peers = quotas.node.peers.as_ref();
+    if peers.is_alone() {
+        return Ok(());
+    }
     let reached = match contact.owner {
         Some((source, reached)) if source == owner => reached,
         _ => {
@@ -221,15 +221,15 @@ async fn succeed(
         contact.owner = Some((owner, Instant::now()));
         return Ok(());
     }
-    if mirror.intake() != Intake::Done {
+    if !peers.is_caught_up() {
         return Ok(());
     }
-    let handed_over = handover::read(mirror)
+    let handed_over = handover::read(peers)
         .await
         .filter(|handed_over| state.limits_keeper.is_some_and(|keeper| keeper.since == handed_over.since));
     let whole = handed_over.as_ref().is_some_and(|handed_over| handed_over.whole);
     let is_gone = Instant::now().saturating_duration_since(reached) >= TAKEOVER_AFTER;
-    if !whole && !is_gone || mirror.lease(WORK, state.version.source, LEASE).await != Some(true) {
+    if !whole && !is_gone || peers.lease(WORK, state.version.source, LEASE).await != Some(true) {
         return Ok(());
     }
     tracing::warn!(
@@ -254,17 +254,18 @@ async fn succeed(
 
 fn step(quotas: &Quotas, state: &State) -> Step {
     let keeper = state.limits_keeper;
-    let Some(mirror) = &quotas.node.mirror else {
+    let peers = quotas.node.peers.as_ref();
+    if peers.is_alone() {
         return match keeper {
             None => Step::Keep { since: alone(state), before: None, first: true },
             Some(keeper) => of(state.version.source, state.is_own(keeper.source), keeper, false),
         };
-    };
-    match (keeper, mirror.intake()) {
+    }
+    match (keeper, peers.intake()) {
         (Some(keeper), _) => of(state.version.source, state.is_own(keeper.source), keeper, true),
         // One that is alone need not wait for a Redis that is away.
         (None, Intake::Unreachable) if !state.has_peers() => Step::Claim,
-        (None, Intake::Done) if mirror.leads() => Step::Claim,
+        (None, Intake::Done) if peers.holds_lease() => Step::Claim,
         (None, _) => Step::Wait,
     }
 }

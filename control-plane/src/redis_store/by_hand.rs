@@ -10,11 +10,9 @@ use super::revoked::ACTOR;
 use super::scripts;
 use super::session::{Session, SessionError};
 use crate::change::Change;
-use crate::roles::Roles;
-use crate::rollout::Flags;
-use crate::rollout::document::{Edit, Surroundings};
-use crate::route_cost;
-use crate::writer::View;
+use crate::model::View;
+use crate::model::commands::{Expected, Plan, emergency, limits, rollout};
+use crate::peers::Peers as _;
 
 /// For how long one control plane has an edit to itself.
 const CLAIM_FOR: Duration = Duration::from_secs(2);
@@ -29,7 +27,9 @@ impl Session<'_> {
                 Verdict::Same => self.note_standing(key),
                 Verdict::Newer => {}
                 // The counts in it are written by the one that leads.
-                Verdict::Write if key == OperatorKey::Flags && !self.mirror.leads() && seen.is_of(&ours) => {
+                Verdict::Write
+                    if key == OperatorKey::Flags && !self.redis.holds_lease() && seen.is_of(&ours) =>
+                {
                     self.note_standing(key);
                 }
                 Verdict::Write => drop(self.put(key, &seen, &ours).await?),
@@ -68,7 +68,7 @@ impl Session<'_> {
                 self.node.clock.now_s(),
             ),
             OperatorKey::Flags => {
-                let text = self.mirror.rollout_document(self.node, &state);
+                let text = self.redis.rollout_document(self.node, &state);
                 Ours { stamp: state.rollout_stamp, text: Some(text), until_ms: 0 }
             }
             OperatorKey::CanaryUsers => edits::ours_canary_users(&state.flags, state.rollout_stamp),
@@ -159,65 +159,51 @@ impl Session<'_> {
         }
     }
 
-    /// Puts an edit in force, or refuses it.
+    /// Puts an edit in force by the command that the API uses, or refuses it; both are journalled.
     async fn honour(&self, key: OperatorKey, seen: &Seen) -> Result<(), SessionError> {
-        let now = self.node.clock.now_s();
-        let roles = &self.node.config.roles;
-        let change = match key {
+        let (now, roles) = (self.node.clock.now_s(), self.node.config.roles.clone());
+        let is_role = |role: &str| roles.contains_key(role);
+        match key {
             OperatorKey::Lockdown => {
-                edits::lockdown(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
-                    .map(|lockdown| Some(Change::LockdownChanged { lockdown }))
-            }
-            OperatorKey::Flags => return self.honour_rollout(key, edits::flags(&seen.value)).await,
-            OperatorKey::CanaryUsers => {
-                return self.honour_rollout(key, edits::canary_users(&seen.value).map(Some)).await;
+                let lockdown = edits::lockdown(&seen.value, seen.ttl_ms, now, is_role);
+                self.decide(key, lockdown, |view, lockdown| changed(emergency::lock_down(view, lockdown)))
+                    .await
             }
             OperatorKey::Limits => {
-                edits::limits(&seen.value, seen.ttl_ms, now, |role| roles.contains_key(role))
-                    .map(|emergency| Some(Change::LimitsOverridden { emergency }))
+                let limits = edits::limits(&seen.value, seen.ttl_ms, now, is_role);
+                let command =
+                    move |view: &View<'_>, limits| changed(limits::override_roles(view, limits, &roles));
+                self.decide(key, limits, command).await
             }
-        };
-        let Some(change) = change.transpose() else { return Ok(()) };
-        let (name, roles) = (key.name().to_owned(), roles.clone());
-        let plan = move |view: &View<'_>| {
-            let change = change.and_then(|change| affordable(view, change, &roles));
-            let problem = change.as_ref().err().cloned();
-            let change = change.unwrap_or_else(|problem| Change::EditRefused { key: name, problem });
-            (vec![change], problem)
-        };
-        let (problem, _) = self.node.writer.commit(ACTOR, plan).await?;
-        self.note_edit(key, problem.is_none(), problem);
-        Ok(())
+            OperatorKey::Flags => match edits::flags(&seen.value).transpose() {
+                None => Ok(()), // It was deleted, and is written again.
+                Some(edit) => {
+                    self.decide(key, edit, |view, edit| rollout::edit(view, edit, Expected::Any)).await
+                }
+            },
+            OperatorKey::CanaryUsers => {
+                let edit = edits::canary_users(&seen.value);
+                self.decide(key, edit, |view, edit| rollout::edit(view, edit, Expected::Any)).await
+            }
+        }
     }
 
-    /// The same of the rollout: what an edit does not name stays as it is, so it is read against what stands.
-    async fn honour_rollout(
+    /// Carries out the command that an edit stands for. The command says whether it changed anything.
+    async fn decide<Edit: Send + 'static, Refusal: ToString>(
         &self,
         key: OperatorKey,
-        edit: Result<Option<Edit>, String>,
+        edit: Result<Edit, String>,
+        command: impl FnOnce(&View<'_>, Edit) -> Plan<bool, Refusal> + Send + 'static,
     ) -> Result<(), SessionError> {
-        if edit == Ok(None) {
-            return Ok(()); // It was deleted, and is written again.
-        }
         let name = key.name().to_owned();
         let plan = move |view: &View<'_>| {
-            let around =
-                Surroundings { has_v1: view.model.has_v1(), policy: view.model.policy().0, now_s: view.now };
-            let current = view.model.flags();
-            let edited = edit.and_then(|edit| match edit {
-                Some(edit) => edit.apply(current, around).map(Some).map_err(|errors| errors.join("; ")),
-                None => Ok(None),
-            });
-            match edited {
-                // That nobody says why is no change.
-                Ok(Some(flags)) if Flags { cause: current.cause.clone(), ..flags.clone() } != *current => {
-                    (vec![Change::RolloutChanged { flags: Box::new(flags) }], Ok(true))
-                }
-                Ok(_) => (Vec::new(), Ok(false)),
+            let decided = edit.and_then(|edit| command(view, edit).map_err(|refusal| refusal.to_string()));
+            Ok(match decided {
+                Ok((changes, is_changed)) => (changes, Ok(is_changed)),
                 Err(problem) => {
                     (vec![Change::EditRefused { key: name, problem: problem.clone() }], Err(problem))
                 }
-            }
+            })
         };
         let (outcome, _) = self.node.writer.commit(ACTOR, plan).await?;
         match outcome {
@@ -260,13 +246,7 @@ impl Session<'_> {
     }
 }
 
-/// A change, unless it overrides limits by some below the cost of a route which they apply to.
-fn affordable(view: &View<'_>, change: Change, roles: &Roles) -> Result<Change, String> {
-    if let Change::LimitsOverridden { emergency } = &change {
-        let (policy, before) = (view.model.policy().0, view.model.limits_in_force());
-        let limits = view.model.limits_with(view.model.limits(), emergency.as_ref());
-        route_cost::check((policy, &before), (policy, &limits), roles, view.now)
-            .map_err(|errors| errors.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))?;
-    }
-    Ok(change)
+/// A command that counts as a change, even if it puts in force what is in force.
+fn changed<E>(plan: Plan<(), E>) -> Plan<bool, E> {
+    plan.map(|(changes, ())| (changes, true))
 }

@@ -19,6 +19,7 @@ mod listen;
 mod log;
 mod names;
 mod pass_on;
+mod peers;
 mod projection;
 mod recover;
 mod revoked;
@@ -30,15 +31,15 @@ mod session;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
-use crate::config::{Durability, Target};
+use crate::config::Target;
 use crate::metrics::Metrics;
-use crate::state::State;
+use crate::peers::Intake;
 
 pub use self::error::LinkError;
 pub use self::health::{Health, PROBLEMS};
@@ -56,29 +57,8 @@ pub fn error_kinds() -> impl Iterator<Item = &'static str> {
     LinkError::LABELS.into_iter().chain(session::SessionError::LABELS)
 }
 
-/// How long an answer waits for Redis to have its change.
-const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
-/// For how long a control plane claims what it begins: longer than others need to hear of it.
-const CLAIMED_FOR: Duration = Duration::from_secs(5);
-/// How long a proxy waits for what others had to be taken in.
-const SETTLED_WITHIN: Duration = Duration::from_secs(1);
-
 /// How long Redis may take to take a connection.
 const CONNECT_WITHIN: Duration = Duration::from_secs(1);
-
-/// How far what others had when this process started was taken in.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Intake {
-    /// Nobody has looked yet.
-    #[default]
-    Unknown,
-    /// It could not be looked at; what is here is what is known.
-    Unreachable,
-    /// It was begun: here may be a secret and not yet that a key signed with it was revoked.
-    Begun,
-    /// All of it.
-    Done,
-}
 
 /// How it stands with Redis.
 #[derive(Debug, Clone, Default, Serialize)]
@@ -147,7 +127,7 @@ pub struct Peer {
 
 /// The copy in Redis.
 #[derive(Debug)]
-pub struct Mirror {
+pub struct RedisPeers {
     /// Where Redis is.
     pub target: Target,
     /// Replicas that must have a change before it counts as replicated.
@@ -196,7 +176,7 @@ pub fn begin_metrics(metrics: &Metrics) {
     }
 }
 
-impl Mirror {
+impl RedisPeers {
     /// One that is not connected yet.
     pub fn new(target: Target, replicas: u64, timeout: Duration, sealer: Sealer) -> Arc<Self> {
         let status = watch::Sender::new(Status::default());
@@ -218,146 +198,6 @@ impl Mirror {
     /// How it stands now.
     pub fn status(&self) -> Status {
         self.status.borrow().clone()
-    }
-
-    /// Waits until Redis has change `seq` of the journal, for a moment; not at all when it is known not to come.
-    pub async fn durability(&self, seq: u64) -> Durability {
-        let mut status = self.status.subscribe();
-        let settled = status.wait_for(|status| {
-            !status.connected || status.may_lose() || status.replicated >= seq || status.tried >= seq
-        });
-        match tokio::time::timeout(REPLICATED_WITHIN, settled).await {
-            Ok(Ok(status)) if status.replicated >= seq && status.connected && !status.may_lose() => {
-                Durability::Replicated
-            }
-            _ => Durability::Local,
-        }
-    }
-
-    /// Waits until what is here can be handed out, for a moment; whether it can.
-    pub async fn may_be_followed(&self) -> bool {
-        let mut status = self.status.subscribe();
-        let settled = status.wait_for(|status| matches!(status.intake, Intake::Unreachable | Intake::Done));
-        tokio::time::timeout(SETTLED_WITHIN, settled).await.is_ok()
-    }
-
-    /// How far what others had at the start was taken in.
-    pub fn intake(&self) -> Intake {
-        self.status.borrow().intake
-    }
-
-    /// Whether a line of history of which nothing is known here is one that nobody knows any more.
-    pub fn knows_all(&self) -> bool {
-        self.status.borrow().intake == Intake::Done
-    }
-
-    /// Up to which change of another control plane nothing is lacking here; `None`: that one is not known.
-    pub fn covered(&self, source: u64) -> Option<u64> {
-        self.covered.lock().unwrap_or_else(PoisonError::into_inner).get(&source).copied()
-    }
-
-    /// Notes what other control planes have said of themselves, now that `merged` of their logs was taken in.
-    fn cover(&self, reports: &BTreeMap<u64, Report>, (own, last): (u64, u64), merged: &BTreeMap<u64, u64>) {
-        let mut covered = self.covered.lock().unwrap_or_else(PoisonError::into_inner);
-        let has = |(source, seq): (&u64, &u64)| {
-            if *source == own { *seq <= last } else { merged.get(source).is_some_and(|merged| merged >= seq) }
-        };
-        for (source, report) in reports.iter().filter(|(source, _)| **source != own) {
-            let known = covered.entry(*source).or_default();
-            if has((source, &report.last_own)) && report.merged.iter().all(has) {
-                *known = (*known).max(report.seq);
-            }
-        }
-        for source in merged.keys() {
-            covered.entry(*source).or_default(); // Known, whatever it has not said.
-        }
-    }
-
-    /// Whether this control plane does the scheduled work.
-    pub fn leads(&self) -> bool {
-        let status = self.status.borrow();
-        status.connected && status.lease.is_some()
-    }
-
-    /// The other control planes that may have live proxies, and what they said last: those that were heard of within
-    /// the hard age when Redis was looked at last, or that are known at all if it never was.
-    pub fn live_peers(&self, state: &State) -> Vec<(u64, Option<Report>)> {
-        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        let own = |source: &u64| state.is_own(*source);
-        let Some(looked) = heard.looked else {
-            return state.merged.keys().filter(|source| !own(source)).map(|source| (*source, None)).collect();
-        };
-        let hard_age = Duration::from_secs(state.rules.hard_age_s);
-        let live = heard.reports.iter().filter(|(source, (_, seen))| {
-            !own(source) && looked.saturating_duration_since(*seen) <= hard_age
-        });
-        live.map(|(source, (report, _))| (*source, Some(report.clone()))).collect()
-    }
-
-    /// Where another control plane takes questions of proxies, if it ever said that.
-    pub fn sync_url(&self, source: u64) -> Option<String> {
-        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.reports.get(&source).and_then(|(report, _)| report.sync_url.clone())
-    }
-
-    /// Takes note of what others say of themselves.
-    fn hear(&self, reports: &BTreeMap<u64, Report>) {
-        let now = Instant::now();
-        let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
-        heard.looked = Some(now);
-        for (source, report) in reports {
-            let seen = match heard.reports.get(source) {
-                Some((before, seen)) if before.beat == report.beat => *seen,
-                _ => now,
-            };
-            heard.reports.insert(*source, (report.clone(), seen));
-        }
-    }
-
-    /// Claims a work for one control plane for a moment; `None` when Redis cannot be asked.
-    pub async fn claim(&self, work: &str, source: u64) -> Option<bool> {
-        self.lease(work, source, CLAIMED_FOR).await
-    }
-
-    /// Takes or renews the lease of a work for one control plane; `None` when Redis cannot be asked.
-    pub async fn lease(&self, work: &str, source: u64, period: Duration) -> Option<bool> {
-        let link = self.asking()?;
-        session::lease(&link, work, source, period).await.ok().map(|token| token.is_some())
-    }
-
-    /// Gives the lease of a work back, if this control plane has it.
-    pub async fn release(&self, work: &str, source: u64) {
-        let [lease, _] = names::lease(work);
-        let mut command = redis::cmd("EVAL");
-        command.arg(scripts::RELEASE).arg(1).arg(lease).arg(format!("{source:x}"));
-        if let Some(link) = self.asking() {
-            let _expires_anyway: Result<u64, _> = link.query(&command).await;
-        }
-    }
-
-    /// Takes the lease of a work from any control plane that has it.
-    pub async fn release_any(&self, work: &str) {
-        let [lease, _] = names::lease(work);
-        if let Some(link) = self.asking() {
-            let _expires_anyway: Result<u64, _> = link.query(redis::cmd("DEL").arg(lease)).await;
-        }
-    }
-
-    /// Writes a value for a time; whether Redis has it.
-    pub async fn put(&self, key: &str, value: &[u8], ttl_s: u64) -> bool {
-        let Some(link) = self.asking() else { return false };
-        let set = link.query::<String>(redis::cmd("SET").arg(key).arg(value).arg("EX").arg(ttl_s)).await;
-        set.is_ok()
-    }
-
-    /// Reads a value.
-    pub async fn get(&self, key: &str) -> Option<Vec<u8>> {
-        let link = self.asking()?;
-        link.query::<Option<Vec<u8>>>(redis::cmd("GET").arg(key)).await.ok().flatten()
-    }
-
-    fn asking(&self) -> Option<Link> {
-        self.asking.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn timeouts(&self) -> Timeouts {

@@ -12,7 +12,7 @@ use super::link::Link;
 use super::log::{self, Filler};
 use super::sealed::{self, Shipped};
 use super::session::SessionError;
-use super::{Mirror, Report, names};
+use super::{RedisPeers, Report, names};
 use crate::node::Node;
 use crate::rotation;
 use crate::writer::{CommitError, Logged};
@@ -38,7 +38,7 @@ pub struct PassOn<'s> {
     /// Whose.
     pub node: &'s Arc<Node>,
     /// Where to.
-    pub mirror: &'s Arc<Mirror>,
+    pub redis: &'s Arc<RedisPeers>,
     /// A connection of its own.
     pub link: Link,
 }
@@ -56,7 +56,7 @@ impl PassOn<'_> {
                 // What Redis does not explain is looked at from the beginning: the log may not be as it was left.
                 Err(error) if error.is_of_writing() && error.label() != LinkError::UNEXPLAINED => {
                     self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
-                    self.mirror.update(|status| {
+                    self.redis.update(|status| {
                         status.tried = *last.borrow();
                         status.error = Some(error.to_string());
                     });
@@ -72,7 +72,7 @@ impl PassOn<'_> {
 
     /// Passes on what there is.
     pub async fn go_on(&self, passed_on: &mut PassedOn) -> Result<(), SessionError> {
-        let (node, mirror) = (self.node, self.mirror);
+        let (node, redis) = (self.node, self.redis);
         let mut said: BTreeMap<u64, u64> = BTreeMap::new();
         loop {
             let last = *node.feed.last().borrow();
@@ -80,7 +80,7 @@ impl PassOn<'_> {
             let source = state.version.source;
             let mut filler = Filler {
                 link: &self.link,
-                sealer: &mirror.sealer,
+                sealer: &redis.sealer,
                 keys: &node.keys,
                 source,
                 last: passed_on.in_log,
@@ -103,7 +103,7 @@ impl PassOn<'_> {
             filler.append(&changes, &node.store, node.clock.now_s()).await?;
             timer.observe_duration();
             *passed_on = PassedOn { seq: to, in_log: filler.last };
-            mirror.set_in_log(filler.last);
+            redis.set_in_log(filler.last);
             // A state that is later than its seq says too much, which asks more of others than it must.
             self.report(to, filler.last, (*state.merged).clone()).await?;
             self.note(to).await?;
@@ -122,9 +122,9 @@ impl PassOn<'_> {
         let sync_url = Some(self.node.sync_url.clone());
         let report = Report { seq, last_own, merged, known, sync_url, beat: self.node.clock.now_ms() };
         let source = self.node.state().version.source;
-        *self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner) =
+        *self.redis.reported.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((report.clone(), Instant::now()));
-        let sealed = self.mirror.sealer.seal(&sealed::report_place(source), &report);
+        let sealed = self.redis.sealer.seal(&sealed::report_place(source), &report);
         let mut set = redis::cmd("HSET");
         set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
         Ok(self.link.query::<()>(&set).await?)
@@ -132,22 +132,22 @@ impl PassOn<'_> {
 
     /// Notes that Redis has all changes up to `seq`, once its replicas have too.
     pub async fn note(&self, seq: u64) -> Result<(), SessionError> {
-        let mirror = self.mirror;
-        let have = if mirror.replicas == 0 {
+        let redis = self.redis;
+        let have = if redis.replicas == 0 {
             0
         } else {
             let _timer = self.node.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
             let source = self.node.state().version.source;
-            let wait = log::wait(mirror.replicas, mirror.timeout.mul_f64(WAIT_SHARE));
+            let wait = log::wait(redis.replicas, redis.timeout.mul_f64(WAIT_SHARE));
             self.link.query_at::<u64>(&names::log(source), &wait).await?
         };
-        mirror.update(|status| {
+        redis.update(|status| {
             status.tried = seq;
-            if have >= mirror.replicas {
+            if have >= redis.replicas {
                 status.replicated = seq;
                 status.error = None;
             } else {
-                let wanted = mirror.replicas;
+                let wanted = redis.replicas;
                 status.error = Some(format!("only {have} of {wanted} replicas have the latest changes"));
             }
         });

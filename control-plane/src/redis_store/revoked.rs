@@ -12,10 +12,12 @@ use super::error::LinkError;
 use super::link::Link;
 use super::projection::Write;
 use super::{log, names};
-use crate::key::{Ended, RevocationReason};
+use crate::key::RevocationReason;
+use crate::model::commands::keys::{self, Batch, Outcome};
+use crate::model::{RecordsError, View};
 use crate::node::Node;
 use crate::store::{Store, StoreError};
-use crate::writer::{CommitError, View};
+use crate::writer::CommitError;
 
 /// Members that are read or written at a time.
 const AT_A_TIME: usize = 1_000;
@@ -31,6 +33,9 @@ pub enum UnionError {
     /// The store.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The records cannot be read.
+    #[error(transparent)]
+    Records(#[from] RecordsError),
     /// The journal.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -225,19 +230,10 @@ async fn take(node: &Node, jtis: Vec<String>) -> Result<usize, UnionError> {
     if jtis.is_empty() {
         return Ok(0);
     }
-    let plan = move |view: &View<'_>| {
-        let revocation = Ended { at: view.now, reason: RevocationReason::AdminAction, by: ACTOR.to_owned() };
-        let mut changes = Vec::new();
-        for jti in jtis {
-            if view.model.is_revoked(&jti) {
-                continue;
-            }
-            changes.push(view.revoking(&jti, revocation.clone())?);
-        }
-        let taken = changes.len();
-        Ok::<_, StoreError>((changes, taken))
-    };
-    let (taken, _) = node.writer.submit(ACTOR, plan).await??;
+    let batch = Batch { key_ids: Vec::new(), jtis, reason: RevocationReason::AdminAction };
+    let command = move |view: &View<'_>| keys::revoke_many(view, &batch, ACTOR);
+    let (receipt, _) = node.writer.submit(ACTOR, command).await??;
+    let taken = receipt.count(Outcome::Revoked) + receipt.count(Outcome::RevokedUnseen);
     if taken > 0 {
         tracing::warn!(taken, "revocations that were put into Redis by hand are in force");
     }

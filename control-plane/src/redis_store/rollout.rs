@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
-use super::{Mirror, names};
+use super::{RedisPeers, names};
 use crate::clock;
 use crate::node::Node;
 use crate::rollout::document;
@@ -27,7 +27,7 @@ pub struct Copy {
     made: Option<(u64, Instant, String)>,
 }
 
-impl Mirror {
+impl RedisPeers {
     /// What other control planes have counted.
     pub fn counted_by_others(&self) -> Tally {
         self.rollout().others
@@ -80,13 +80,13 @@ impl Session<'_> {
         }
         let all: HashMap<String, String> =
             self.reading.query(redis::cmd("HGETALL").arg(names::ROLLOUT_COUNTS)).await?;
-        let lives = |source: &String| self.mirror.status().peers.iter().any(|peer| peer.source == *source);
+        let lives = |source: &String| self.redis.status().peers.iter().any(|peer| peer.source == *source);
         let others = all
             .iter()
             .filter(|(source, _)| **source != own && lives(source))
             .filter_map(|(_, text)| serde_json::from_str::<Tally>(text).ok())
             .fold(Tally::default(), Tally::plus);
-        self.mirror.rollout().others = others;
+        self.redis.rollout().others = others;
         Ok(())
     }
 }

@@ -17,13 +17,14 @@ use super::log::{self, Filler, LogError, Patience};
 use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
-use super::{Intake, Mirror, OperatorKey, Peer, Report, names, scripts};
+use super::{Intake, OperatorKey, Peer, RedisPeers, Report, names, scripts};
 use crate::change::{Change, Entry};
 use crate::journal::JournalError;
+use crate::model::View;
 use crate::node::Node;
 use crate::rotation;
 use crate::state::State;
-use crate::writer::{CommitError, View};
+use crate::writer::CommitError;
 
 /// How often Redis is looked at, whatever it says by itself: operators' edits are in force within a second.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -94,7 +95,7 @@ impl SessionError {
 }
 
 /// Keeps the copy in Redis until the control plane stops.
-pub async fn run(node: Arc<Node>, mirror: Arc<Mirror>) {
+pub async fn run(node: Arc<Node>, redis: Arc<RedisPeers>) {
     let mut stopping = node.stopping.clone();
     let mut said = String::new();
     let mut stood = BTreeMap::new();
@@ -102,21 +103,21 @@ pub async fn run(node: Arc<Node>, mirror: Arc<Mirror>) {
     loop {
         let started = Instant::now();
         let error = tokio::select! {
-            ended = session(&node, &mirror, &mut stood) => match ended {
+            ended = session(&node, &redis, &mut stood) => match ended {
                 Ok(never) => match never {},
                 Err(error) => error,
             },
             _ = stopping.wait_for(|stop| *stop) => return,
         };
-        *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
         node.metrics.redis_connection.set(0.0);
         node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
         let text = error.to_string();
         if text != said {
-            tracing::error!(error = text, redis = %mirror.target, "no Redis; the journal keeps every change");
+            tracing::error!(error = text, redis = %redis.target, "no Redis; the journal keeps every change");
             said.clone_from(&text);
         }
-        mirror.update(|status| {
+        redis.update(|status| {
             if status.intake == Intake::Unknown {
                 status.intake = Intake::Unreachable;
             }
@@ -137,15 +138,15 @@ pub async fn run(node: Arc<Node>, mirror: Arc<Mirror>) {
 
 async fn session(
     node: &Arc<Node>,
-    mirror: &Arc<Mirror>,
+    redis: &Arc<RedisPeers>,
     stood: &mut BTreeMap<OperatorKey, Evicted>,
 ) -> Result<Infallible, SessionError> {
     // `WAIT` holds back what comes after it on its connection, so reading has another.
-    let writing = mirror.target.connect(mirror.timeouts()).await?;
-    let reading = mirror.target.connect(mirror.timeouts()).await?;
+    let writing = redis.target.connect(redis.timeouts()).await?;
+    let reading = redis.target.connect(redis.timeouts()).await?;
     let mut session = Session {
         node,
-        mirror,
+        redis,
         writing,
         reading,
         patience: Patience::default(),
@@ -159,14 +160,14 @@ async fn session(
     };
     session.check().await?;
     let passed_on = session.make_good().await?;
-    *mirror.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.reading.clone());
+    *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.reading.clone());
     node.metrics.redis_connection.set(1.0);
-    mirror.update(|status| {
+    redis.update(|status| {
         status.connected = true;
         status.error = None;
     });
-    tracing::info!(redis = %mirror.target, "connected with Redis");
-    let pass_on = PassOn { node, mirror, link: session.writing.clone() };
+    tracing::info!(redis = %redis.target, "connected with Redis");
+    let pass_on = PassOn { node, redis, link: session.writing.clone() };
     tokio::select! {
         ended = pass_on.run(passed_on) => ended,
         ended = session.look_after() => ended,
@@ -179,7 +180,7 @@ pub type Evicted = BTreeMap<String, u64>;
 /// Takes in what others write, and keeps an eye on Redis.
 pub struct Session<'s> {
     pub(super) node: &'s Arc<Node>,
-    pub(super) mirror: &'s Arc<Mirror>,
+    pub(super) redis: &'s Arc<RedisPeers>,
     pub(super) writing: Link,
     pub(super) reading: Link,
     pub(super) patience: Patience,
@@ -202,9 +203,9 @@ impl Session<'_> {
         let told = [names::CHANGED, names::KEY_REVOKED, names::SECRET_ROTATION, names::EMERGENCY_REVOCATION];
         // Where Redis is set up to tell of them (notify-keyspace-events), edits are seen at once.
         let edited = OperatorKey::ALL
-            .map(|key| format!("__keyspace@{}__:{}", self.mirror.target.database(), key.name()));
+            .map(|key| format!("__keyspace@{}__:{}", self.redis.target.database(), key.name()));
         let channels: Vec<&str> = told.into_iter().chain(edited.iter().map(String::as_str)).collect();
-        let mut hints = self.mirror.target.listen(self.mirror.timeouts(), &channels).await?;
+        let mut hints = self.redis.target.listen(self.redis.timeouts(), &channels).await?;
         let mut states = self.node.states.clone();
         let every = |period| {
             let mut ticks = interval(period);
@@ -250,7 +251,7 @@ impl Session<'_> {
         let node = self.node;
         let mut state = node.state();
         foreign::remove(&self.writing, state.version.source).await?;
-        if log::take_away_if_spoiled(&self.writing, &self.mirror.sealer, state.version.source).await? {
+        if log::take_away_if_spoiled(&self.writing, &self.redis.sealer, state.version.source).await? {
             tracing::error!("somebody else has written to the log of this control plane; it is filled again");
         }
         self.check_fork(&state).await?;
@@ -260,7 +261,7 @@ impl Session<'_> {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = node.clock.now_ms().max(state.version.source + 1);
-            let plan = move |_: &View<'_>| (vec![Change::LineBegun { source, accepts_loss: false }], ());
+            let plan = move |_: &View<'_>| Ok((vec![Change::LineBegun { source, accepts_loss: false }], ()));
             node.writer.commit("system", plan).await?;
             state = node.state();
             in_log = 0;
@@ -270,18 +271,18 @@ impl Session<'_> {
         let reports = self.reports().await?;
         let lacks_all = state.merged.is_empty() || was_set_back;
         let others = reports.keys().any(|source| *source != state.version.source);
-        if self.mirror.status.borrow().intake != Intake::Done && lacks_all && others {
-            self.mirror.update(|status| status.intake = Intake::Begun);
+        if self.redis.status.borrow().intake != Intake::Done && lacks_all && others {
+            self.redis.update(|status| status.intake = Intake::Begun);
         }
         self.fill_up_others().await?;
-        self.mirror.hear(&reports);
+        self.redis.hear(&reports);
         while self.take_in().await? {}
         let own = (state.version.source, *node.feed.last().borrow());
-        self.mirror.cover(&reports, own, &node.state().merged);
-        self.mirror.update(|status| status.intake = Intake::Done);
-        self.mirror.set_in_log(in_log);
+        self.redis.cover(&reports, own, &node.state().merged);
+        self.redis.update(|status| status.intake = Intake::Done);
+        self.redis.set_in_log(in_log);
         let mut passed_on = PassedOn { seq: in_log.max(state.line_start.saturating_sub(1)), in_log };
-        let pass_on = PassOn { node, mirror: self.mirror, link: self.writing.clone() };
+        let pass_on = PassOn { node, redis: self.redis, link: self.writing.clone() };
         pass_on.go_on(&mut passed_on).await?;
         pass_on.report(passed_on.seq, passed_on.in_log, (*node.state().merged).clone()).await?;
         self.write_secrets().await?;
@@ -296,7 +297,7 @@ impl Session<'_> {
     async fn check_fork(&self, state: &State) -> Result<(), SessionError> {
         let (node, source) = (self.node, state.version.source);
         let last = *node.feed.last().borrow();
-        let there = log::last_until(&self.writing, &self.mirror.sealer, source, last).await?;
+        let there = log::last_until(&self.writing, &self.redis.sealer, source, last).await?;
         let Some((seq, there)) = there else { return Ok(()) };
         let here = journalled(node, seq.saturating_sub(1), seq).await?;
         let here = here.first().filter(|logged| logged.seq == seq && logged.entry.origin.is_none());
@@ -341,7 +342,7 @@ impl Session<'_> {
                 changes.retain(|(seq, _)| *seq > last);
                 let mut filler = Filler {
                     link: &self.writing,
-                    sealer: &self.mirror.sealer,
+                    sealer: &self.redis.sealer,
                     keys: &node.keys,
                     source,
                     last,
@@ -357,7 +358,7 @@ impl Session<'_> {
     async fn look(&mut self) -> Result<(), SessionError> {
         let source = self.node.state().version.source;
         let timer = self.node.metrics.redis_seconds.with_label_values(&["look"]).start_timer();
-        let expected = self.mirror.in_log();
+        let expected = self.redis.in_log();
         let in_log = log::last(&self.reading, source).await?;
         let size = revoked::count(&self.reading).await?;
         timer.observe_duration();
@@ -369,15 +370,15 @@ impl Session<'_> {
         if !reports.contains_key(&source) {
             return Err(LogError::Lost.into());
         }
-        self.mirror.hear(&reports);
+        self.redis.hear(&reports);
         while self.take_in().await? {}
         self.fetch_data_keys().await?;
         self.tell_again().await?;
-        self.mirror.cover(&reports, (source, *self.node.feed.last().borrow()), &self.node.state().merged);
+        self.redis.cover(&reports, (source, *self.node.feed.last().borrow()), &self.node.state().merged);
         self.look_at_edits().await?;
         // While changes are on their way the numbers differ by themselves.
         let last = *self.node.feed.last().borrow();
-        let is_still = self.seen_last == last && self.mirror.status.borrow().tried >= last;
+        let is_still = self.seen_last == last && self.redis.status.borrow().tried >= last;
         self.seen_last = last;
         let sizes = (size, self.node.state().revocations.revoked() as u64);
         if is_still && sizes.0 != sizes.1 && self.united_at != Some(sizes) {
@@ -394,7 +395,7 @@ impl Session<'_> {
             self.reading.query(redis::cmd("HGETALL").arg(names::REPORTS)).await?;
         let read = |(source, report): (String, String)| {
             let source = u64::from_str_radix(&source, 16).ok()?;
-            Some((source, self.mirror.sealer.open(&sealed::report_place(source), &report)?))
+            Some((source, self.redis.sealer.open(&sealed::report_place(source), &report)?))
         };
         Ok(all.into_iter().filter_map(read).collect())
     }
@@ -416,7 +417,7 @@ impl Session<'_> {
             }
             let merged = Arc::clone(&self.node.state().merged);
             let seq = merged.get(&source).copied().unwrap_or(0);
-            let (link, sealer) = (&self.reading, &self.mirror.sealer);
+            let (link, sealer) = (&self.reading, &self.redis.sealer);
             let found = log::news(link, sealer, (source, seq), (own, &merged), &mut self.patience).await;
             let error = match found {
                 Ok(news) => {
@@ -443,8 +444,8 @@ impl Session<'_> {
             let merged = self.node.state().merged.get(&source).copied().unwrap_or(0);
             peers.push(Peer { source: format!("{source:x}"), merged, error });
         }
-        if self.mirror.status.borrow().peers != peers {
-            self.mirror.update(|status| status.peers = peers);
+        if self.redis.status.borrow().peers != peers {
+            self.redis.update(|status| status.peers = peers);
         }
         Ok(more)
     }
@@ -469,7 +470,7 @@ impl Session<'_> {
     /// Looks how Redis is set up and fares, and whether it is still the one to go to.
     pub(super) async fn check(&mut self) -> Result<(), SessionError> {
         // A master that was cut off from its Sentinels does not know that it was deposed.
-        if let Some(master) = self.mirror.target.master_by_sentinels(self.mirror.timeouts()).await
+        if let Some(master) = self.redis.target.master_by_sentinels(self.redis.timeouts()).await
             && master != self.reading.address()
         {
             return Err(SessionError::NotReady("the Sentinels name another master"));
@@ -490,23 +491,23 @@ impl Session<'_> {
         let runs = |masters: &[Health]| -> Vec<(String, String)> {
             masters.iter().map(|health| (health.run_id.clone(), health.replication_id.clone())).collect()
         };
-        let known = self.mirror.status.borrow().masters.clone();
+        let known = self.redis.status.borrow().masters.clone();
         masters.sort_by(|a: &Health, b| a.run_id.cmp(&b.run_id));
         let is_same = known.is_empty() || runs(&known) == runs(&masters);
         let problems: Vec<_> =
-            masters.iter().flat_map(|health| health.problems(self.mirror.replicas)).collect();
+            masters.iter().flat_map(|health| health.problems(self.redis.replicas)).collect();
         super::show_problems(&self.node.metrics, &problems);
         self.evicted = evicted;
         for (_, problem) in
-            problems.iter().filter(|problem| !self.mirror.status.borrow().problems.contains(problem))
+            problems.iter().filter(|problem| !self.redis.status.borrow().problems.contains(problem))
         {
             tracing::warn!(problem, "Redis is not set up as it should be");
         }
-        self.mirror.update(|status| {
+        self.redis.update(|status| {
             status.masters = masters;
             status.problems = problems;
         });
-        if !is_same && self.mirror.status.borrow().connected {
+        if !is_same && self.redis.status.borrow().connected {
             return Err(SessionError::NotReady("Redis is another process or history than before"));
         }
         Ok(())
@@ -514,12 +515,12 @@ impl Session<'_> {
 
     /// Tells the others again how this one stands, when it has changed, and now and then.
     async fn tell_again(&self) -> Result<(), SessionError> {
-        let reported = self.mirror.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let reported = self.redis.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((before, at)) = reported else { return Ok(()) };
         if at.elapsed() < TELL_EVERY && before.known == rotation::driver::known_everywhere(self.node) {
             return Ok(());
         }
-        let pass_on = PassOn { node: self.node, mirror: self.mirror, link: self.reading.clone() };
+        let pass_on = PassOn { node: self.node, redis: self.redis, link: self.reading.clone() };
         match pass_on.report(before.seq, before.last_own, before.merged).await {
             // One that takes no writes can still be looked at.
             Err(error) if error.is_of_writing() => Ok(()),
@@ -535,8 +536,8 @@ impl Session<'_> {
             Err(error) if !error.must_reconnect() => None,
             Err(error) => return Err(error.into()),
         };
-        if self.mirror.status.borrow().lease != token {
-            self.mirror.update(|status| status.lease = token);
+        if self.redis.status.borrow().lease != token {
+            self.redis.update(|status| status.lease = token);
         }
         Ok(())
     }
@@ -544,9 +545,9 @@ impl Session<'_> {
     /// Whether anything had to be done, as far as is known.
     async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
         let timer = self.node.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
-        let may_forget = self.mirror.status.borrow().lease.is_some();
+        let may_forget = self.redis.status.borrow().lease.is_some();
         // No log is later than an answer of Redis may be.
-        let patience = (&mut self.met, self.mirror.timeout);
+        let patience = (&mut self.met, self.redis.timeout);
         let united = match revoked::unite(self.node, &self.writing, extent, may_forget, patience).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
                 self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();

@@ -10,13 +10,12 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::document::percent;
 use super::tally::{OfVersion, Tally};
-use super::{Flags, Past};
 use crate::canary::runner::{self, Canary};
-use crate::change::Change;
 use crate::config::GuardSettings;
+use crate::model::View;
+use crate::model::commands::rollout::{self as commands, RolledBack};
 use crate::node::Node;
 use crate::notify::Kind;
-use crate::writer::View;
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -128,20 +127,12 @@ async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), cr
     let limits = node.config.rollout.guard;
     let cause = breach.text(&limits);
     let said = cause.clone();
-    let plan = move |view: &View<'_>| {
-        let pasts = view.model.pasts();
-        if pasts.last().map_or(0, |past: &Past| past.seq) != seq {
-            return (Vec::new(), None);
-        }
-        let current = view.model.flags();
-        let good = pasts.last_good(current, view.now, limits.good_after);
-        let flags = Flags { cause: Some(said), ..good };
-        let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
-        (vec![change], Some((current.share_at(view.now), flags)))
+    let command = move |view: &View<'_>| commands::roll_back(view, seq, limits.good_after, said);
+    let (Some(RolledBack { from, flags }), _) = node.writer.commit(ACTOR, command).await? else {
+        return Ok(());
     };
-    let (Some((share, flags)), _) = node.writer.commit(ACTOR, plan).await? else { return Ok(()) };
     node.metrics.rollbacks.inc();
-    let (from, to) = (percent(share), percent(flags.share_at(node.clock.now_s())));
+    let (from, to) = (percent(from), percent(flags.share_at(node.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");
     let strategy = flags.rollout.strategy.label();
     node.notifier.tell(

@@ -9,23 +9,21 @@ use keygate_core::crypto::Algorithm;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 
-use super::{Order, RotationError, SETTLE};
 use crate::change::Change;
 use crate::hsm::HsmError;
+use crate::model::View;
+use crate::model::commands::rotation::{self, Order, RotationError, SETTLE};
 use crate::node::Node;
 use crate::notify::Kind;
-use crate::redis_store::Report;
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, SecretError, SecretState};
 use crate::state::State;
-use crate::writer::{CommitError, Committed, View};
+use crate::writer::{CommitError, Committed};
 
 /// How often it is looked at whatever nobody tells of: time that passes, other control planes.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// After a step failed, as for want of the HSM, it is tried again after this.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
-/// How long the secret that signs is waited for, before a caller is told to try again.
-const SIGNER_WITHIN: Duration = Duration::from_secs(10);
 const ACTOR: &str = "system";
 
 /// How a rotation fares.
@@ -187,7 +185,7 @@ enum StepError {
 async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
     let state = node.state();
     let secrets = &state.secrets;
-    let waits_for = super::under_way(secrets);
+    let waits_for = rotation::under_way(secrets);
     match waits_for {
         None => driver.rests(),
         Some(held) => {
@@ -201,7 +199,7 @@ async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
                     &missing,
                 );
             }
-            if is_known && leads(node) {
+            if is_known && node.leads() {
                 let is_active = held.record.state == SecretState::Active;
                 if is_active || driver.is_settled() {
                     return go_on(node, kid, is_active).await;
@@ -209,12 +207,12 @@ async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
             }
         }
     }
-    if !leads(node) {
+    if !node.leads() {
         return Ok(());
     }
     let now = cautious_now(node);
-    if super::is_untidy(secrets, now) {
-        submit(node, move |view| super::tidy(view, now)).await?;
+    if rotation::is_untidy(secrets, now) {
+        submit(node, move |view| rotation::tidy(view, now)).await?;
     }
     if waits_for.is_none() {
         if secrets.active().is_none() {
@@ -233,13 +231,6 @@ fn cautious_now(node: &Node) -> u64 {
     clock.at(node.clock.now_ms(), std::time::Instant::now()) / 1_000
 }
 
-/// Whether this control plane does what one of several does: it is the only one, or holds the lease. Without Redis nobody
-/// can know what others do.
-pub fn leads(node: &Node) -> bool {
-    let state = node.state();
-    node.mirror.as_ref().is_none_or(|mirror| mirror.leads() || mirror.live_peers(&state).is_empty())
-}
-
 /// Who may serve keys and does not know a secret yet.
 pub fn missing(node: &Node, state: &State, held: &Held) -> Vec<String> {
     let version = keygate_core::version::Version { source: state.version.source, seq: held.seq };
@@ -247,16 +238,14 @@ pub fn missing(node: &Node, state: &State, held: &Held) -> Vec<String> {
     if !held.verifies() {
         missing.push("this control plane, which cannot open it".into());
     }
-    if let Some(mirror) = &node.mirror {
-        if !mirror.status().connected && !mirror.live_peers(state).is_empty() {
-            missing.push("Redis, without which nobody knows of other control planes".into());
-        }
-        let lacks = |(source, report): (u64, Option<Report>)| {
-            let knows = report.is_some_and(|report| report.known.contains(&held.record.kid));
-            (!knows).then(|| format!("control plane {source:x}"))
-        };
-        missing.extend(mirror.live_peers(state).into_iter().filter_map(lacks));
+    let live = node.peers.live(state);
+    if !node.peers.is_connected() && !live.is_empty() {
+        missing.push("Redis, without which nobody knows of other control planes".into());
     }
+    let lacks = live
+        .iter()
+        .filter(|peer| !peer.known_secrets.as_ref().is_some_and(|known| known.contains(&held.record.kid)));
+    missing.extend(lacks.map(|peer| format!("control plane {:x}", peer.source)));
     missing
 }
 
@@ -282,8 +271,8 @@ async fn submit<T: Send + 'static>(
 async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepError> {
     let (policy, id) = (node.config.signing.clone(), kid.clone());
     let plan = move |view: &View<'_>| match is_active {
-        true => super::announce(view, &id, None),
-        false => super::activate(view, &policy, &id, None),
+        true => rotation::announce(view, &id, None),
+        false => rotation::activate(view, &policy, &id, None),
     };
     match submit(node, plan).await {
         // It was cancelled or forced meanwhile.
@@ -313,7 +302,7 @@ async fn begin(node: &Arc<Node>, why: &str, immediate: bool) -> Result<(), StepE
     let in_hsm = make_in_hsm(node, alg).await?;
     let pair = in_hsm.as_ref().map(|pair| pair.kid.clone());
     let order = Order { alg, immediate, why: why.into(), imported: None, in_hsm };
-    let begun = submit(node, move |view| super::begin(view, order, None)).await;
+    let begun = submit(node, move |view| rotation::begin(view, order, None)).await;
     if let (Err(_), Some(kid)) = (&begun, pair) {
         discard_in_hsm(node, kid).await;
     }
@@ -344,13 +333,6 @@ pub async fn make_in_hsm(node: &Arc<Node>, alg: Algorithm) -> Result<Option<HsmP
 pub async fn discard_in_hsm(node: &Arc<Node>, kid: String) {
     let here = Arc::clone(node);
     let _done_or_not = tokio::task::spawn_blocking(move || HsmPair::discard(&kid, &here.keys)).await;
-}
-
-/// Waits until a secret signs, for a moment. What comes of it then is the caller's to see.
-pub async fn wait_for_signer(node: &Node) {
-    let mut states = node.states.clone();
-    let signs = states.wait_for(|state| state.secrets.signer().is_ok());
-    let _signs_or_not = tokio::time::timeout(SIGNER_WITHIN, signs).await;
 }
 
 async fn stopped(stopping: &mut watch::Receiver<bool>) {

@@ -5,7 +5,7 @@
 //! before it in the same batch; if the write fails, none of them happened.
 
 mod feed;
-mod view;
+mod pending;
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -18,14 +18,14 @@ use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::feed::{Feed, Logged};
-use self::view::Pending;
-pub use self::view::View;
+use self::pending::{Current, Pending};
 use crate::backup::Restored;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
 use crate::journal::{Claim, Journal, JournalError, Notary, Privacy, Record};
 use crate::keyring::{Keyring, KeyringError, Wraps};
 use crate::metrics::Metrics;
+use crate::model::View;
 use crate::secret::SecretError;
 use crate::state::{Deltas, Effect, Model, Settings, State};
 use crate::store::{Store, StoreError};
@@ -162,9 +162,9 @@ impl Writer {
     pub async fn commit<T: Send + 'static>(
         &self,
         actor: &str,
-        plan: impl FnOnce(&View<'_>) -> (Vec<Change>, T) + Send + 'static,
+        plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), Infallible> + Send + 'static,
     ) -> Result<(T, Committed), CommitError> {
-        match self.submit(actor, move |view| Ok::<_, Infallible>(plan(view))).await? {
+        match self.submit(actor, plan).await? {
             Ok(done) => Ok(done),
             Err(never) => match never {},
         }
@@ -446,8 +446,7 @@ impl Thread {
                 now_ms,
                 stamp: model.next_stamp(now_ms),
                 keys: &self.keys,
-                store: &self.store,
-                pending: &pending,
+                records: &Current { store: &self.store, pending: &pending },
             };
             let planned = plan(&view);
             if !planned.iter().all(|entry| entry.change.ends_keys())

@@ -1,0 +1,144 @@
+//! Lockdown, mass revocations ("cut-offs") and their second approvals.
+
+use std::convert::Infallible;
+
+use keygate_core::cutoff::{Cutoff, Lockdown};
+use keygate_core::token::Claims;
+
+use super::Plan;
+use crate::approval::{ApprovalError, Count, Proposal};
+use crate::change::Change;
+use crate::key::RevocationReason;
+use crate::model::{RecordsError, View};
+
+/// The most cut-offs in force at a time: each is looked at for every request.
+const MAX_CUTOFFS: usize = 256;
+/// The most proposals that wait at a time.
+pub const MAX_PENDING: usize = 64;
+
+/// A cut-off is not put in force, approved, withdrawn or lifted.
+#[derive(Debug, thiserror::Error)]
+pub enum CutoffError {
+    /// Too many are in force.
+    #[error("{MAX_CUTOFFS} cut-offs are in force; lift some that are not needed any more.")]
+    TooMany,
+    /// Too many wait.
+    #[error("{MAX_PENDING} cut-offs wait for their approval; approve or withdraw some.")]
+    TooManyPending,
+    /// None with this id is in force.
+    #[error("There is no cut-off with this id in force.")]
+    NotInForce,
+    /// None with this id waits.
+    #[error("No cut-off with this id waits for an approval; each does so for 1 h.")]
+    NotPending,
+    /// The approval does not count.
+    #[error(transparent)]
+    Approval(#[from] ApprovalError),
+    /// The records cannot be read.
+    #[error(transparent)]
+    Records(#[from] RecordsError),
+}
+
+/// Begins, replaces or lifts the lockdown.
+pub fn lock_down(view: &View<'_>, lockdown: Option<Lockdown>) -> Plan<(), Infallible> {
+    let is_same = view.model.lockdown() == lockdown.as_ref();
+    Ok((if is_same { Vec::new() } else { vec![Change::LockdownChanged { lockdown }] }, ()))
+}
+
+/// Puts a cut-off in force. `break_glass` justifies one that goes without a second approval.
+///
+/// # Errors
+/// When too many are in force.
+pub fn cut_off(
+    view: &View<'_>,
+    cutoff: Cutoff,
+    reason: RevocationReason,
+    break_glass: Option<String>,
+) -> Plan<(), CutoffError> {
+    let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass };
+    Ok((put_in_force(view, added)?, ()))
+}
+
+/// Lifts a cut-off.
+///
+/// # Errors
+/// When none with this id is in force.
+pub fn lift_cut_off(view: &View<'_>, id: &str) -> Plan<Cutoff, CutoffError> {
+    let cutoff = view.model.cutoffs().iter().find(|cutoff| cutoff.id == id).cloned();
+    let cutoff = cutoff.ok_or(CutoffError::NotInForce)?;
+    Ok((vec![Change::CutoffLifted { id: cutoff.id.clone() }], cutoff))
+}
+
+/// Has a cut-off, which ends `count` keys, wait for its second approval. Expired proposals are forgotten.
+///
+/// # Errors
+/// When too many wait.
+pub fn propose(
+    view: &View<'_>,
+    cutoff: Cutoff,
+    reason: RevocationReason,
+    count: Count,
+    requested_by: String,
+) -> Plan<Proposal, CutoffError> {
+    let (pending, expired): (Vec<_>, Vec<_>) =
+        view.model.proposals().iter().partition(|proposal| proposal.is_pending(view.now));
+    if pending.len() >= MAX_PENDING {
+        return Err(CutoffError::TooManyPending);
+    }
+    let proposal = Proposal { cutoff, reason, requested_by, requested_at: view.now, count };
+    let mut changes: Vec<Change> = expired.into_iter().map(withdrawal).collect();
+    changes.push(Change::CutoffProposed { proposal: proposal.clone() });
+    Ok((changes, proposal))
+}
+
+/// Gives the second approval, with the key that has these claims, and puts the cut-off in force.
+///
+/// # Errors
+/// When none waits, or the approval does not count.
+pub fn approve(view: &View<'_>, id: &str, approver: &Claims) -> Plan<Proposal, CutoffError> {
+    let proposal = pending(view, id)?;
+    proposal.check_approver(approver)?;
+    let requester = view.key(&proposal.requested_by)?;
+    proposal.check_requester(requester.as_ref(), view.model.cutoffs(), view.now)?;
+    let added = Change::CutoffAdded {
+        cutoff: proposal.cutoff.clone(),
+        reason: proposal.reason,
+        approved_by: Some(approver.sub.clone()),
+        break_glass: None,
+    };
+    Ok((put_in_force(view, added)?, proposal.clone()))
+}
+
+/// Withdraws a proposal.
+///
+/// # Errors
+/// When none waits.
+pub fn withdraw(view: &View<'_>, id: &str) -> Plan<Proposal, CutoffError> {
+    let proposal = pending(view, id)?.clone();
+    Ok((vec![withdrawal(&proposal)], proposal))
+}
+
+/// The changes that add a cut-off; those that hit only expired keys give place to it.
+fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, CutoffError> {
+    if view.model.cutoffs().len() < MAX_CUTOFFS {
+        return Ok(vec![added]);
+    }
+    let spent = view.model.spent_cutoffs(view.model.expired_until());
+    let mut changes: Vec<Change> =
+        spent.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }).collect();
+    if changes.is_empty() {
+        return Err(CutoffError::TooMany);
+    }
+    changes.push(added);
+    Ok(changes)
+}
+
+fn pending<'v>(view: &'v View<'_>, id: &str) -> Result<&'v Proposal, CutoffError> {
+    let mut proposals = view.model.proposals().iter();
+    let found = proposals.find(|proposal| proposal.cutoff.id == id && proposal.is_pending(view.now));
+    found.ok_or(CutoffError::NotPending)
+}
+
+fn withdrawal(proposal: &Proposal) -> Change {
+    Change::CutoffWithdrawn { id: proposal.cutoff.id.clone() }
+}

@@ -1,0 +1,60 @@
+//! The route policy.
+
+use keygate_core::policy::{Mode, Policy, PolicyError as RouteError, Route};
+use keygate_core::rules::MAX_RULES_BYTES;
+
+use super::{Expected, Plan, RevisionMismatch};
+use crate::change::Change;
+use crate::model::View;
+use crate::roles::Roles;
+use crate::route_cost::{self, CostAboveLimit};
+
+/// The most bytes of a policy within the rules; the rest of them is small.
+const MAX_BYTES: usize = MAX_RULES_BYTES - 64 * 1024;
+
+/// A policy is not taken.
+#[derive(Debug, thiserror::Error)]
+pub enum PolicyError {
+    /// It was written for another revision.
+    #[error(transparent)]
+    Revision(#[from] RevisionMismatch),
+    /// Routes have errors.
+    #[error("The policy has {} error(s); nothing was changed.", .0.len())]
+    Invalid(Vec<RouteError>),
+    /// Routes would cost more than a limit that applies to them, and did not so before.
+    #[error("routes cost more than a limit that applies to them")]
+    CostAboveLimit(Vec<CostAboveLimit>),
+    /// It is too long.
+    #[error("The policy has {0} bytes; at most {MAX_BYTES} reach a proxy at once.")]
+    TooLong(usize),
+}
+
+/// Replaces the members of the policy that are given; the policy as it is then.
+///
+/// # Errors
+/// See [`PolicyError`].
+pub fn replace(
+    view: &View<'_>,
+    mode: Option<Mode>,
+    routes: Option<Vec<Route>>,
+    expected: Expected,
+    roles: &Roles,
+) -> Plan<Policy, PolicyError> {
+    let (current, revision) = view.model.policy();
+    expected.check(revision)?;
+    let policy = Policy {
+        mode: mode.unwrap_or(current.mode),
+        routes: routes.unwrap_or_else(|| current.routes.clone()),
+    };
+    policy.validate().map_err(PolicyError::Invalid)?;
+    let limits = view.model.limits_in_force();
+    route_cost::check((current, &limits), (&policy, &limits), roles, view.now)
+        .map_err(PolicyError::CostAboveLimit)?;
+    let bytes = serde_json::to_vec(&policy).map_or(usize::MAX, |bytes| bytes.len());
+    if bytes > MAX_BYTES {
+        return Err(PolicyError::TooLong(bytes));
+    }
+    let is_same = policy == *current;
+    let changes = if is_same { Vec::new() } else { vec![Change::PolicyReplaced { policy: policy.clone() }] };
+    Ok((changes, policy))
+}

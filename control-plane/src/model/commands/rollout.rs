@@ -1,0 +1,70 @@
+//! The rollout of V2.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use super::{Expected, Plan, RevisionMismatch};
+use crate::change::Change;
+use crate::model::View;
+use crate::rollout::document::{Edit, Surroundings};
+use crate::rollout::{Flags, Pasts};
+
+/// An edit of the rollout is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RolloutError {
+    /// It was written for another revision.
+    #[error(transparent)]
+    Revision(#[from] RevisionMismatch),
+    /// It has errors.
+    #[error("{}", .0.join("; "))]
+    Invalid(Vec<String>),
+}
+
+/// The revision of the rollout: the journal entry of its last change.
+pub fn revision(pasts: &Pasts) -> u64 {
+    pasts.last().map_or(0, |past| past.seq)
+}
+
+/// Changes the members of the rollout that an edit has; whether anything changed. An edit without effect counts as a change
+/// when it gives a reason.
+///
+/// # Errors
+/// See [`RolloutError`].
+pub fn edit(view: &View<'_>, edit: Edit, expected: Expected) -> Plan<bool, RolloutError> {
+    expected.check(revision(view.model.pasts()))?;
+    let current = view.model.flags();
+    let around = Surroundings { has_v1: view.model.has_v1(), policy: view.model.policy().0, now_s: view.now };
+    let flags = edit.apply(current, around).map_err(RolloutError::Invalid)?;
+    let is_same = Flags { cause: current.cause.clone(), ..flags.clone() } == *current;
+    if is_same && flags.cause.is_none() {
+        return Ok((Vec::new(), false));
+    }
+    Ok((vec![Change::RolloutChanged { flags: Box::new(flags) }], true))
+}
+
+/// A rollback.
+#[derive(Debug)]
+pub struct RolledBack {
+    /// The share of V2 before, see [`Flags::share_at`].
+    pub from: u32,
+    /// The rollout now.
+    pub flags: Flags,
+}
+
+/// Returns to the last state of the rollout that was good for `good_after`, if nothing changed since `seen`, the revision
+/// that was judged.
+pub fn roll_back(
+    view: &View<'_>,
+    seen: u64,
+    good_after: Duration,
+    cause: String,
+) -> Plan<Option<RolledBack>, Infallible> {
+    let pasts = view.model.pasts();
+    if revision(pasts) != seen {
+        return Ok((Vec::new(), None));
+    }
+    let current = view.model.flags();
+    let flags = Flags { cause: Some(cause), ..pasts.last_good(current, view.now, good_after) };
+    let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
+    Ok((vec![change], Some(RolledBack { from: current.share_at(view.now), flags })))
+}
