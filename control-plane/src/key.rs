@@ -352,11 +352,11 @@ pub fn is_owner(text: &str) -> bool {
 }
 
 fn life_of(expires_in: Option<&str>, role: &Role) -> Result<Duration, String> {
-    let Some(text) = expires_in else { return Ok(role.life) };
-    let range = Duration::from_secs(1)..=role.life;
+    let Some(text) = expires_in else { return Ok(role.ttl) };
+    let range = Duration::from_secs(1)..=role.ttl;
     match humantime::parse_duration(text) {
         Ok(life) if range.contains(&life) => Ok(Duration::from_secs(life.as_secs())),
-        Ok(_) => Err(format!("'expires_in' must be from 1s to {}", humantime::format_duration(role.life))),
+        Ok(_) => Err(format!("'expires_in' must be from 1s to {}", humantime::format_duration(role.ttl))),
         Err(_) => Err(format!("'expires_in': {text:?} is not a duration such as \"24h\"")),
     }
 }
@@ -365,7 +365,7 @@ fn life_of(expires_in: Option<&str>, role: &Role) -> Result<Duration, String> {
 /// owner of what renews it, so that both are counted in one account.
 pub fn renewal(old: &KeyRecord, role: Option<&Role>, identity: Identity, kid: &str, now: u64) -> KeyRecord {
     let life = old.expires_at.saturating_sub(old.issued_at);
-    let longest = role.map_or(life, |role| role.life.as_secs());
+    let longest = role.map_or(life, |role| role.ttl.as_secs());
     KeyRecord {
         key_id: identity.key_id,
         jti: identity.jti,

@@ -12,9 +12,9 @@ pub const ALL: &str = "*";
 /// A role.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Role {
-    /// How long its keys live.
+    /// Longest lifetime of its keys.
     #[serde(skip)]
-    pub life: Duration,
+    pub ttl: Duration,
     /// How many requests a key of it may make in an hour; `None` is unlimited.
     pub requests_per_hour: Option<u64>,
     /// Its scopes, sorted.
@@ -29,7 +29,7 @@ pub type Roles = BTreeMap<String, Role>;
 /// The roles that there are unless the configuration says otherwise, as it would say them.
 pub fn defaults() -> Roles {
     let role = |days: u32, requests_per_hour, scopes: &[&str], may_create: &str| Role {
-        life: DAY * days,
+        ttl: DAY * days,
         requests_per_hour,
         scopes: scopes.iter().map(|scope| (*scope).to_owned()).collect(),
         may_create: vec![may_create.to_owned()],

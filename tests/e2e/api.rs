@@ -218,7 +218,7 @@ fn a_key_is_renewed_only_near_its_end() {
 
 #[test]
 fn a_restart_does_not_forget_a_proxy_that_is_cut_off() {
-    let mut stack = Stack::builder().config("[fleet]\nhard_age = \"8s\"\n").start();
+    let mut stack = Stack::builder().config("[fleet]\nmax_staleness = \"8s\"\n").start();
     let acknowledged = |stack: &Stack| stack.api().fleet().iter().any(|proxy| proxy["current"] == true);
     wait_until(Duration::from_secs(10), "the proxy acknowledges", || acknowledged(&stack));
     stack.control_plane.kill();

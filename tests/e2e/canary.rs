@@ -141,7 +141,7 @@ fn a_test_that_comes_and_goes_is_told_of_once_if_that_is_asked_for() {
     let flaky = Receiver::start(&statuses);
     let receiver = Receiver::start(&[]);
     let stack = start(&format!(
-        "allowed_hosts = [\"127.0.0.1:{}\"]\nalert = {{ failures = 3, of = 6 }}\n[notify]\nwebhook_url = \"{}\"\n",
+        "allowed_hosts = [\"127.0.0.1:{}\"]\nalert = {{ failures = 3, window = 6 }}\n[notify]\nwebhook_url = \"{}\"\n",
         flaky.port(),
         receiver.url("/hook")
     ));

@@ -42,11 +42,11 @@ fn a_bad_configuration_is_refused_with_every_error_at_once() {
         colour = "red"
 
         [roles.basic]
-        life = "soon"
+        ttl = "soon"
         requests_per_hour = "many"
 
         [roles.nobody]
-        life = "7 days ago"
+        ttl = "7 days ago"
     "#;
     let said = refused(&stack, toml, |_| {});
     for error in [
@@ -54,8 +54,8 @@ fn a_bad_configuration_is_refused_with_every_error_at_once() {
         "tokens.issuer",
         "secrets.algorithm",
         "secrets.colour",
-        "roles.basic.life",
-        "roles.nobody.life",
+        "roles.basic.ttl",
+        "roles.nobody.ttl",
     ] {
         assert!(said.contains(error), "{error} is not named:\n{said}");
     }
@@ -74,6 +74,11 @@ fn flags_and_environment_are_checked_as_the_file_is() {
     });
     assert!(said.contains("unknown"), "{said}");
     assert!(said.contains("KEYGATE_LOG_FORMAT"), "where it came from: {said}");
+    let said = refused(&stack, "", |command| {
+        command.env("KEYGATE_FLEET_HARD_AGE", "1m");
+    });
+    assert!(said.contains("fleet.hard_age: is called fleet.max_staleness now"), "{said}");
+    assert!(said.contains("KEYGATE_FLEET_HARD_AGE"), "{said}");
     let said = refused(&stack, "", |command| {
         command.arg("--no-such-flag");
     });

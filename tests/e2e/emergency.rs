@@ -14,7 +14,7 @@ use crate::requests::assert_serves;
 
 const PATH: &str = "/api/admin/emergency/lockdown";
 const REVOKE: &str = "/api/admin/emergency/revoke";
-const TWO_APPROVALS: &str = "[emergency]\ntwo_approvals_above = 0.25";
+const TWO_APPROVALS: &str = "[emergency]\nsecond_approval_threshold = 0.25";
 
 fn let_a_second_pass() {
     let now = || std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();

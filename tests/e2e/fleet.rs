@@ -183,7 +183,7 @@ fn a_proxy_that_is_cut_off() {
     const HARD_AGE: Duration = Duration::from_secs(4);
     const ROUNDS: usize = 6;
 
-    let stack = Stack::builder().workers(2).config("[fleet]\nhard_age = \"4s\"").start();
+    let stack = Stack::builder().workers(2).config("[fleet]\nmax_staleness = \"4s\"").start();
     let second = stack.another_envoy("envoy-2", 2);
     let (third, mut line) = stack.another_envoy_on_a_line("envoy-3", 4);
     let api = stack.api();
@@ -270,7 +270,7 @@ fn a_proxy_that_is_cut_off() {
 
 #[test]
 fn a_connection_that_is_lost_without_a_word_is_given_up_before_the_state_is_too_old() {
-    let stack = Stack::builder().without_envoy().config("[fleet]\nhard_age = \"4s\"").start();
+    let stack = Stack::builder().without_envoy().config("[fleet]\nmax_staleness = \"4s\"").start();
     let line = Line::relay(stack.control_plane.sync_port());
     let envoy = stack.another_envoy_through(&line, "envoy-1", 1);
     let api = stack.api();
@@ -299,7 +299,7 @@ fn a_connection_that_is_lost_without_a_word_is_given_up_before_the_state_is_too_
 
 #[test]
 fn how_far_behind_a_proxy_is_and_that_it_is_gone_shows_in_metrics() {
-    let stack = Stack::builder().workers(1).config("[fleet]\nhard_age = \"6s\"\n").start();
+    let stack = Stack::builder().workers(1).config("[fleet]\nmax_staleness = \"6s\"\n").start();
     let api = stack.api();
     let (_other, mut line) = stack.another_envoy_on_a_line("envoy-2", 1);
     let value = |series: &str| Metrics::of(&api).value(series);

@@ -341,7 +341,7 @@ fn a_proxy_that_is_cut_off_and_a_rotation_that_waits_for_it_fire_and_resolve() {
     // A proxy in touch is then never older than some 9 s.
     let stack = Stack::builder()
         .workers(1)
-        .config("[fleet]\nhard_age = \"20s\"\n[secrets]\ngate_timeout = \"1s\"\n")
+        .config("[fleet]\nmax_staleness = \"20s\"\n[secrets]\npropagation_timeout = \"1s\"\n")
         .start();
     let (other, mut line) = stack.another_envoy_on_a_line("envoy-2", 1);
     let prometheus = Prometheus::start(

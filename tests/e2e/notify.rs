@@ -14,7 +14,7 @@ const SLACK_PATH: &str = "/services/T000/B000/a-token-of-slack";
 
 fn config(receiver: &Receiver) -> String {
     format!(
-        "[notify]\nsource = \"cp-1\"\nwebhook_url = \"{}\"\npagerduty_url = \"{}\"\n[secrets]\ngate_timeout = \"1s\"\n",
+        "[notify]\nsource = \"cp-1\"\nwebhook_url = \"{}\"\npagerduty_url = \"{}\"\n[secrets]\npropagation_timeout = \"1s\"\n",
         receiver.url("/hook"),
         receiver.url("/v2/enqueue")
     )

@@ -245,7 +245,7 @@ fn a_proxy_with_a_wrong_fleet_token_learns_nothing() {
 
 #[test]
 fn out_of_touch_for_too_long_a_proxy_stops_deciding() {
-    let mut stack = Stack::builder().config("[fleet]\nhard_age = \"2s\"").start();
+    let mut stack = Stack::builder().config("[fleet]\nmax_staleness = \"2s\"").start();
     let api = stack.api();
     // One route that says otherwise.
     let policy = api.get("/api/admin/policy").expect(200);
@@ -290,7 +290,7 @@ fn out_of_touch_for_too_long_a_proxy_stops_deciding() {
 
 #[test]
 fn a_proxy_that_must_have_stopped_deciding_holds_no_revocation_up() {
-    let stack = Stack::builder().workers(1).config("[fleet]\nhard_age = \"2s\"").start();
+    let stack = Stack::builder().workers(1).config("[fleet]\nmax_staleness = \"2s\"").start();
     let api = stack.api();
     let mut second = stack.another_envoy("envoy-2", 1);
     wait_until(SOON, "two proxies in the fleet", || api.fleet().len() == 2);

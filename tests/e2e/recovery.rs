@@ -48,7 +48,7 @@ fn lose(control_plane: &ControlPlane) {
 
 #[test]
 fn a_backup_takes_the_place_of_a_lost_journal_and_proxies_that_know_more_keep_it() {
-    let mut stack = Stack::builder().workers(2).config("[fleet]\nhard_age = \"3s\"").start();
+    let mut stack = Stack::builder().workers(2).config("[fleet]\nmax_staleness = \"3s\"").start();
     let api = stack.api();
     let keys: Vec<Key> = (0..4).map(|_| api.issue("basic")).collect();
     let [good, early, late, _] = &keys[..] else { panic!("four keys") };

@@ -279,7 +279,7 @@ fn off_by_redis_cli_is_in_force_within_a_second_and_the_canary_set_too() {
 fn a_v2_that_fails_is_rolled_back_by_itself() {
     let receiver = Receiver::start(&[200]);
     let config = format!(
-        "guard = {{ window = \"10s\", min_requests = 20, good_after = \"8s\" }}\n[notify]\nwebhook_url = \"{}\"\n",
+        "guard = {{ window = \"10s\", min_requests = 20, stable_after = \"8s\" }}\n[notify]\nwebhook_url = \"{}\"\n",
         receiver.url("/hook")
     );
     let config = format!("[rollout]\nv1_cluster = \"upstream_v1\"\n{config}");
@@ -297,7 +297,7 @@ fn a_v2_that_fails_is_rolled_back_by_itself() {
         turn += 1;
         requests[turn % requests.len()].clone()
     });
-    load.wait_answered(4_000); // Ten seconds: five percent are good for longer than good_after.
+    load.wait_answered(4_000); // Ten seconds: five percent are good for longer than stable_after.
     set(&api, &json!({ "strategy": "percentage", "percentage": 25 }));
     load.wait_answered(4_300);
 

@@ -101,7 +101,7 @@ mod tests {
     use crate::model::commands::emergency::MAX_PENDING;
 
     const REVOKE: &str = "/api/admin/emergency/revoke";
-    const SETTINGS: &str = "emergency.two_approvals_above = 0.25";
+    const SETTINGS: &str = "emergency.second_approval_threshold = 0.25";
 
     impl World {
         /// Asks to end every key; the path of its approval.

@@ -114,9 +114,9 @@ pub async fn cut_off(
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
     let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
     // In an emergency nobody waits for a count that nothing depends on: it reads all keys.
-    let counted_first = body.dry_run || app.config.two_approvals_above.is_some();
+    let counted_first = body.dry_run || app.config.second_approval_threshold.is_some();
     let count = if counted_first { hits(&app, &cutoff, now).await? } else { Count::default() };
-    let needs_approval = count.exceeds(app.config.two_approvals_above);
+    let needs_approval = count.exceeds(app.config.second_approval_threshold);
     if body.dry_run {
         let mut answer = order_view(&cutoff, &count);
         answer["dry_run"] = true.into();

@@ -172,7 +172,7 @@ fn operations() -> Vec<Operation> {
                     MANAGE,
                     "Begin a rotation to a new signing secret; `immediate` ends the old one at once, `dry_run` counts the \
                      keys that end with it, `algorithm` goes over to another, `secret` is an HS256 secret made elsewhere \
-                     (base64url), `gate_timeout` how long proxies may take to know it",
+                     (base64url), `propagation_timeout` how long proxies may take to know it",
                     post(secrets::rotate),
                 ),
             ))

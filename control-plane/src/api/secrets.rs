@@ -88,7 +88,7 @@ struct RotateBody {
     algorithm: Option<String>,
     /// An HMAC secret that was made elsewhere, base64url.
     secret: Option<Zeroizing<String>>,
-    gate_timeout: Option<String>,
+    propagation_timeout: Option<String>,
 }
 
 impl RotateBody {
@@ -120,15 +120,15 @@ impl RotateBody {
             .map(|text| import::read(&text))
             .transpose()
             .map_err(|error| wrong("secret", error.to_string()))?;
-        let gate_timeout = self
-            .gate_timeout
-            .map(|text| config::gate_timeout(&toml::Value::String(text)))
+        let propagation_timeout = self
+            .propagation_timeout
+            .map(|text| config::propagation_timeout(&toml::Value::String(text)))
             .transpose()
-            .map_err(|problem| wrong("gate_timeout", problem))?;
+            .map_err(|problem| wrong("propagation_timeout", problem))?;
         Ok((
             Order { alg, immediate: self.immediate, why, imported, in_hsm: None },
             self.dry_run,
-            gate_timeout,
+            propagation_timeout,
         ))
     }
 }
@@ -143,7 +143,7 @@ pub async fn rotate(
 ) -> Result<Response, Problem> {
     let body: RotateBody = request::body(&bytes)?;
     let idempotency = request::idempotency(&headers, actor(&caller.0), "rotate", &bytes)?;
-    let (order, dry_run, gate_timeout) = body.read(&app)?;
+    let (order, dry_run, propagation_timeout) = body.read(&app)?;
     let immediate = order.immediate;
     if dry_run {
         let state = app.state();
@@ -180,7 +180,7 @@ pub async fn rotate(
     if !replayed {
         app.metrics.secret_rotations.with_label_values(&["begun"]).inc();
         tracing::info!(by = actor(&caller.0), kid, old, immediate, "a rotation of secrets was begun");
-        if let Some(timeout) = gate_timeout {
+        if let Some(timeout) = propagation_timeout {
             app.driver.allow(&kid, timeout);
         }
     }

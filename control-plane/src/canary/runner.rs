@@ -324,7 +324,7 @@ async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<St
     }
     let role = canary.node.config.canary.role.clone();
     let scopes = canary.node.config.roles.get(&role).map_or_else(String::new, |role| role.scopes.join(" "));
-    let life = canary.node.config.roles.get(&role).map_or(KEY_LIFE, |role| role.life.min(KEY_LIFE));
+    let life = canary.node.config.roles.get(&role).map_or(KEY_LIFE, |role| role.ttl.min(KEY_LIFE));
     let request = KeyRequest {
         name: KEY_NAME.into(),
         role,

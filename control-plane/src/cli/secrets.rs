@@ -58,7 +58,7 @@ pub struct Rotate {
     dry_run: bool,
     /// How long proxies may take to know the new secret before it counts as a failure
     #[arg(long, value_name = "DURATION")]
-    gate_timeout: Option<String>,
+    propagation_timeout: Option<String>,
     /// Wait until the new secret signs; exit with 2 if it does not in time
     #[arg(long)]
     wait: bool,
@@ -154,8 +154,8 @@ impl Rotate {
         if let Some(algorithm) = &self.algorithm {
             body["algorithm"] = algorithm.as_str().into();
         }
-        if let Some(gate_timeout) = &self.gate_timeout {
-            body["gate_timeout"] = gate_timeout.as_str().into();
+        if let Some(propagation_timeout) = &self.propagation_timeout {
+            body["propagation_timeout"] = propagation_timeout.as_str().into();
         }
         if let Some(secret) = &secret {
             body["secret"] = secret.trim().into();

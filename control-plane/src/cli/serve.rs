@@ -7,7 +7,8 @@ use anyhow::Context as _;
 use clap::Args;
 use keygate::app::{self, FromEnvironment};
 use keygate::clock::Clock;
-use keygate::config::{self, Config, LogFormat, SETTINGS};
+use keygate::config::settings::{self, RENAMED, SETTINGS, variable};
+use keygate::config::{self, Config, LogFormat};
 use tokio::signal::unix::{SignalKind, signal};
 use zeroize::Zeroizing;
 
@@ -24,26 +25,19 @@ pub struct Serve {
     /// Check the configuration and stop
     #[arg(long)]
     check: bool,
-    /// Address of the API, metrics and console
-    #[arg(long)]
+    #[arg(long, help = help("listen"))]
     listen: Option<String>,
-    /// Address of the sync port, for proxies only
-    #[arg(long)]
+    #[arg(long, help = help("sync_listen"))]
     sync_listen: Option<String>,
-    /// Directory of the journal and the store
-    #[arg(long)]
+    #[arg(long, help = help("data_dir"))]
     data_dir: Option<String>,
-    /// Where the first admin key is written, once
-    #[arg(long)]
+    #[arg(long, help = help("admin_key_file"))]
     admin_key_file: Option<String>,
-    /// File with the token that proxies show; made if missing
-    #[arg(long)]
+    #[arg(long, help = help("fleet_token_file"))]
     fleet_token_file: Option<String>,
-    /// File with the key that seals secrets; made if missing
-    #[arg(long)]
+    #[arg(long, help = help("master_key_file"))]
     master_key_file: Option<String>,
-    /// File with the master key before, while the new one takes its place
-    #[arg(long)]
+    #[arg(long, help = help("previous_master_key_file"))]
     previous_master_key_file: Option<String>,
     /// Issue another first admin key at the start, and write it in place of the one before: for who is locked out
     #[arg(long)]
@@ -51,27 +45,27 @@ pub struct Serve {
     /// Redis that control planes share; a password is better given as KEYGATE_REDIS_URL
     #[arg(long, value_name = "URL")]
     redis: Option<String>,
-    /// Route policy that a new data directory begins with
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", help = help("policy_file"))]
     policy: Option<String>,
 }
 
 fn after_help() -> String {
     let mut text = "Settings, by their key in keygate.toml and their variable:\n".to_owned();
-    for (key, meaning) in SETTINGS {
-        text.push_str(&format!("  {key:<30} {:<38} {meaning}\n", variable(key)));
+    for setting in SETTINGS {
+        text.push_str(&format!("  {:<35} {:<43} {}\n", setting.key, setting.variable(), setting.describe()));
     }
     text.push_str(
         "\nSecrets in variables instead of files: KEYGATE_FLEET_TOKEN, KEYGATE_MASTER_KEY, KEYGATE_PREVIOUS_MASTER_KEY,\n\
          KEYGATE_HSM_PIN, KEYGATE_NOTIFY_SLACK_URL, KEYGATE_NOTIFY_PAGERDUTY_KEY, KEYGATE_NOTIFY_WEBHOOK_SECRET.\n\
          Roles are tables of keygate.toml:\n",
     );
-    text.push_str("  [roles.NAME]  life = \"7d\", requests_per_hour = 100 (-1: unlimited), scopes = [...], may_create = [...]\n");
+    text.push_str("  [roles.NAME]  ttl = \"7d\", requests_per_hour = 100 (-1: unlimited), scopes = [...], may_create = [...]\n");
     text
 }
 
-fn variable(key: &str) -> String {
-    format!("KEYGATE_{}", key.replace('.', "_").to_uppercase())
+/// The help of a flag, which is that of its setting.
+fn help(key: &str) -> String {
+    settings::find(key).map(|setting| setting.describe()).unwrap_or_default()
 }
 
 impl Serve {
@@ -84,7 +78,8 @@ impl Serve {
             },
         };
         let mut overrides = Vec::new();
-        for (key, _) in SETTINGS {
+        // A variable by a former name is refused, like its key.
+        for key in SETTINGS.iter().map(|setting| setting.key).chain(RENAMED.map(|(old, _)| old)) {
             let variable = variable(key);
             if let Some(value) = std::env::var(&variable).ok().filter(|value| !value.is_empty()) {
                 overrides.push((key, value, variable));

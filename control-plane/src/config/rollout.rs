@@ -2,8 +2,11 @@
 
 use std::time::Duration;
 
+use super::raw::RawConfig;
+use super::value::{between, count, identifier, share};
+
 /// The configuration of the rollout.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub struct RolloutSettings {
     /// The Envoy cluster of the V1 upstream; `None`: there is no V1.
     pub v1_cluster: Option<String>,
@@ -20,17 +23,18 @@ pub struct GuardSettings {
     pub min_requests: u64,
     /// Most by which V2's share of bad requests may exceed V1's, from 0 to 1.
     pub margin: f64,
-    /// Time in force after which a step counts as good.
-    pub good_after: Duration,
+    /// Time in force after which a step counts as stable.
+    pub stable_after: Duration,
 }
 
-impl Default for GuardSettings {
-    fn default() -> Self {
-        Self {
-            window: Duration::from_secs(60),
-            min_requests: 50,
-            margin: 0.05,
-            good_after: Duration::from_secs(600),
-        }
+impl RolloutSettings {
+    pub(super) fn read(raw: &mut RawConfig) -> Self {
+        let guard = GuardSettings {
+            window: raw.get("rollout.guard.window", between(5, 3_600)),
+            min_requests: raw.get("rollout.guard.min_requests", count),
+            margin: raw.get("rollout.guard.margin", share),
+            stable_after: raw.get("rollout.guard.stable_after", between(1, 30 * 86_400)),
+        };
+        Self { v1_cluster: raw.take("rollout.v1_cluster", identifier), guard }
     }
 }

@@ -11,7 +11,7 @@ use keygate_core::token;
 use toml::Value;
 
 use super::Durability;
-use super::{A_DAY, LogFormat};
+use super::LogFormat;
 use crate::journal::PersonalData;
 use crate::rotation::schedule::Schedule;
 use crate::secret::Retire;
@@ -91,6 +91,16 @@ pub fn up_to_100(value: &Value) -> Result<u32, String> {
     u32::try_from(wanted).ok().filter(|n| (1..=100).contains(n)).ok_or_else(|| "must be from 1 to 100".into())
 }
 
+/// Reads a duration of so many seconds.
+pub fn between(from: u64, to: u64) -> impl Fn(&Value) -> Result<Duration, String> {
+    move |value| {
+        let wanted = duration(value)?;
+        let range = Duration::from_secs(from)..=Duration::from_secs(to);
+        let say = || format!("must be from {from}s to {}", humantime::format_duration(*range.end()));
+        if range.contains(&wanted) { Ok(wanted) } else { Err(say()) }
+    }
+}
+
 pub fn overlap(value: &Value) -> Result<Duration, String> {
     let overlap = duration(value)?;
     let range = Duration::from_secs(1)..=Duration::from_secs(366 * 86_400);
@@ -116,10 +126,10 @@ pub fn schedule(value: &Value) -> Result<Option<Schedule>, String> {
     }
 }
 
-/// How long proxies may take to know a new secret.
-pub fn gate_timeout(value: &Value) -> Result<Duration, String> {
+/// Time within which proxies must know a new secret.
+pub fn propagation_timeout(value: &Value) -> Result<Duration, String> {
     let timeout = duration(value)?;
-    if (Duration::from_secs(1)..=A_DAY).contains(&timeout) {
+    if (Duration::from_secs(1)..=Duration::from_secs(86_400)).contains(&timeout) {
         Ok(timeout)
     } else {
         Err("must be from 1s to 24h".into())
@@ -151,7 +161,7 @@ pub fn leeway(value: &Value) -> Result<Duration, String> {
     }
 }
 
-pub fn hard_age(value: &Value) -> Result<Duration, String> {
+pub fn max_staleness(value: &Value) -> Result<Duration, String> {
     let age = duration(value)?;
     let range = Duration::from_secs(1)..=Duration::from_secs(86_400);
     if range.contains(&age) && age.subsec_nanos() == 0 {
@@ -198,10 +208,10 @@ pub fn durability(value: &Value) -> Result<Durability, String> {
     }
 }
 
-pub fn life(value: &Value) -> Result<Duration, String> {
-    let life = duration(value)?;
+pub fn ttl(value: &Value) -> Result<Duration, String> {
+    let ttl = duration(value)?;
     let range = Duration::from_secs(60)..=Duration::from_secs(10 * 366 * 86_400);
-    if range.contains(&life) { Ok(life) } else { Err("must be from 1m to 10 years".into()) }
+    if range.contains(&ttl) { Ok(ttl) } else { Err("must be from 1m to 10 years".into()) }
 }
 
 pub fn algorithm(value: &Value) -> Result<Algorithm, String> {

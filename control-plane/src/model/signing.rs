@@ -19,7 +19,7 @@ pub struct SigningKeyPolicy {
     /// Schedule of automatic rotations; `None`: there are none.
     pub schedule: Option<Schedule>,
     /// Time within which proxies must know a new secret; after that, an alert is sent.
-    pub gate_timeout: Duration,
+    pub propagation_timeout: Duration,
     /// Whether the HSM makes and keeps new secrets.
     pub in_hsm: bool,
 }

@@ -127,7 +127,7 @@ async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), cr
     let limits = node.config.rollout.guard;
     let cause = breach.text(&limits);
     let said = cause.clone();
-    let command = move |view: &View<'_>| commands::roll_back(view, seq, limits.good_after, said);
+    let command = move |view: &View<'_>| commands::roll_back(view, seq, limits.stable_after, said);
     let (Some(RolledBack { from, flags }), _) = node.writer.commit(ACTOR, command).await? else {
         return Ok(());
     };
@@ -156,7 +156,7 @@ mod tests {
         window: Duration::from_secs(60),
         min_requests: 50,
         margin: 0.05,
-        good_after: Duration::from_secs(600),
+        stable_after: Duration::from_secs(600),
     };
 
     /// Looks every second at these; the first look that finds a breach.

@@ -107,10 +107,10 @@ impl Pasts {
         self.0.front()
     }
 
-    /// What to roll back to at `now_s`: the share that was in force `good_after` ago, if it is a smaller one, else
+    /// What to roll back to at `now_s`: the share that was in force `stable_after` ago, if it is a smaller one, else
     /// nothing. What was held for longer and is bad all the same leaves no step to trust.
-    pub fn last_good(&self, current: &Flags, now_s: u64, good_after: Duration) -> Flags {
-        let then_s = now_s.saturating_sub(good_after.as_secs());
+    pub fn last_good(&self, current: &Flags, now_s: u64, stable_after: Duration) -> Flags {
+        let then_s = now_s.saturating_sub(stable_after.as_secs());
         let then = self.0.iter().find(|past| past.at_ms / 1_000 <= then_s);
         let share = then.map_or(0, |past| past.flags.share_at(then_s));
         let is_smaller = share > 0 && share < current.share_at(now_s);

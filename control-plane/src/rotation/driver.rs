@@ -38,7 +38,7 @@ pub struct Progress {
     /// Whether it takes longer than it may.
     pub stalled: bool,
     /// How long it may take, if that was said for this one.
-    gate_timeout: Option<(String, Duration)>,
+    propagation_timeout: Option<(String, Duration)>,
     /// Why the last step did not succeed, until one does.
     pub failure: Option<String>,
 }
@@ -55,7 +55,7 @@ impl Driver {
 
     /// How long proxies may take to know this one secret.
     pub fn allow(&self, kid: &str, timeout: Duration) {
-        self.lock().gate_timeout = Some((kid.into(), timeout));
+        self.lock().propagation_timeout = Some((kid.into(), timeout));
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
@@ -69,7 +69,7 @@ impl Driver {
             (progress.kid, progress.since) = (Some(kid.into()), Some(Instant::now()));
             progress.stalled = false;
         }
-        let timeout = match &progress.gate_timeout {
+        let timeout = match &progress.propagation_timeout {
             Some((of, timeout)) if of == kid => *timeout,
             _ => usual,
         };
@@ -191,7 +191,7 @@ async fn step(node: &Arc<Node>, driver: &Driver) -> Result<(), StepError> {
         Some(held) => {
             let (kid, missing) = (held.record.kid.clone(), missing(node, &state, held));
             let is_known = missing.is_empty();
-            if driver.waits(&kid, missing.clone(), node.config.signing.gate_timeout) {
+            if driver.waits(&kid, missing.clone(), node.config.signing.propagation_timeout) {
                 let missing = missing.join(", ");
                 note_failure(
                     node,

@@ -36,7 +36,7 @@ fn latest_activation(api: &Api) -> Value {
 
 #[test]
 fn a_proxy_that_is_cut_off_holds_a_rotation_up_until_it_is_back() {
-    let (stack, second, mut line) = one_cut_off("[secrets]\ngate_timeout = \"1s\"\n");
+    let (stack, second, mut line) = one_cut_off("[secrets]\npropagation_timeout = \"1s\"\n");
     let api = stack.api();
     let old = active(&api);
     let failures = || Metrics::of(&api).value("secret_rotation_failures");
@@ -72,7 +72,7 @@ fn a_proxy_that_is_cut_off_holds_a_rotation_up_until_it_is_back() {
 
 #[test]
 fn a_proxy_that_serves_no_keys_any_more_holds_no_rotation_up() {
-    let (stack, second, mut line) = one_cut_off("[fleet]\nhard_age = \"2s\"\n");
+    let (stack, second, mut line) = one_cut_off("[fleet]\nmax_staleness = \"2s\"\n");
     let api = stack.api();
     let mut workers = second.connect_to_all_workers();
     rotated(&api);
@@ -97,7 +97,7 @@ fn whoever_forces_a_rotation_says_why_and_is_waited_for_by_nobody() {
     let refused = api.post(FORCE, &json!({ "justification": "nothing runs" }));
     refused.expect_problem(409, "no_rotation");
     // Of this one alone it is said that it takes long soon.
-    let kid = text(&begin(&api, &json!({ "gate_timeout": "1s" }))["version_id"]);
+    let kid = text(&begin(&api, &json!({ "propagation_timeout": "1s" }))["version_id"]);
     wait_until(SOON, "it to take too long", || status(&api)["rotation"]["stalled"] == true);
     api.post(FORCE, &json!({ "justification": "" })).expect_problem(400, "bad_request");
     let answer = api.post(FORCE, &json!({ "justification": "envoy-2 is in the sea" })).expect(200).json();

@@ -175,7 +175,7 @@ fn after_a_day_the_previous_secrets_keys_end_to_the_minute_also_where_nobody_tel
     const DAY: u64 = 86_400;
 
     let mut stack = Stack::builder().without_control_plane().without_envoy().start();
-    let config = "[secrets]\nalgorithm = \"HS256\"\n[fleet]\nhard_age = \"24h\"\n";
+    let config = "[secrets]\nalgorithm = \"HS256\"\n[fleet]\nmax_staleness = \"24h\"\n";
     std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
     let clock = Clock::new(stack.directory());
     stack.control_plane.use_moved_clock(&clock);

@@ -146,7 +146,7 @@ fn it_waits_for_the_proxies_of_the_other_one() {
     for begins in [&here, &there] {
         two.line.cut();
         let old = active(begins);
-        let kid = text(&begin(begins, &json!({ "gate_timeout": "1s" }))["version_id"]);
+        let kid = text(&begin(begins, &json!({ "propagation_timeout": "1s" }))["version_id"]);
         wait_until(SOON, "it to take too long", || status(begins)["rotation"]["stalled"] == true);
         wait_until(SOON, "each to know whom it waits for", || {
             let waits_for = |api: &Api| status(api)["rotation"]["waiting_for"].clone();
@@ -270,7 +270,7 @@ fn begun_on_both_sides_of_a_split_both_agree_on_one_when_it_heals() {
     let old = active(&here);
     two.to_redis.iter_mut().for_each(Line::cut);
     let begun = [&here, &there].map(|api| {
-        let kid = text(&begin(api, &json!({ "gate_timeout": "1s" }))["version_id"]);
+        let kid = text(&begin(api, &json!({ "propagation_timeout": "1s" }))["version_id"]);
         wait_until(2 * SOON, "it to take too long", || status(api)["rotation"]["stalled"] == true);
         kid
     });

@@ -51,12 +51,12 @@ pub struct RolledBack {
     pub flags: Flags,
 }
 
-/// Returns to the last state of the rollout that was good for `good_after`, if nothing changed since `seen`, the revision
+/// Returns to the last state of the rollout that was good for `stable_after`, if nothing changed since `seen`, the revision
 /// that was judged.
 pub fn roll_back(
     view: &View<'_>,
     seen: u64,
-    good_after: Duration,
+    stable_after: Duration,
     cause: String,
 ) -> Plan<Option<RolledBack>, Infallible> {
     let pasts = view.model.pasts();
@@ -64,7 +64,7 @@ pub fn roll_back(
         return Ok((Vec::new(), None));
     }
     let current = view.model.flags();
-    let flags = Flags { cause: Some(cause), ..pasts.last_good(current, view.now, good_after) };
+    let flags = Flags { cause: Some(cause), ..pasts.last_good(current, view.now, stable_after) };
     let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
     Ok((vec![change], Some(RolledBack { from: current.share_at(view.now), flags })))
 }

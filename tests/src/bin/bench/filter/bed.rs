@@ -278,7 +278,7 @@ fn configuration() -> String {
     let mut configuration = "[rollout]\nv1_cluster = \"upstream_v1\"\n".to_owned();
     for role in [INTEGRATION, UNLIMITED] {
         let scopes = [&["chat:read"], INTEGRATION_SCOPES.as_slice()].concat();
-        configuration += &format!("[roles.{role}]\nlife = \"30d\"\nscopes = {}\n", json!(scopes));
+        configuration += &format!("[roles.{role}]\nttl = \"30d\"\nscopes = {}\n", json!(scopes));
     }
     configuration
 }
