@@ -21,6 +21,7 @@ use crate::roles::Roles;
 use crate::rollout::Flags;
 use crate::secret::{Ring, SecretState};
 use crate::telemetry::{self, Shown, Times};
+use crate::writer::{WriterObserver, WriterStatus};
 
 /// The version label: what was there before Keygate.
 pub const V1: &str = "v1";
@@ -575,6 +576,19 @@ impl Metrics {
         }
     }
 
+    /// Shows the state of the journal and the store.
+    #[allow(clippy::cast_precision_loss)] // Far below 2^53.
+    pub fn show_writer(&self, status: WriterStatus) {
+        self.journal_reserve.set(f64::from(u8::from(status.reserve_ok)));
+        self.store_waiting.set(status.store_backlog as f64);
+        for (counter, total) in [
+            (&self.journal_failures, status.journal_failures),
+            (&self.store_failures, status.store_failures),
+        ] {
+            counter.inc_by(total.saturating_sub(counter.get()));
+        }
+    }
+
     /// Shows how the proxies fare.
     #[allow(clippy::cast_precision_loss)] // There are some thousands.
     pub fn show_fleet(&self, fleet: Summary) {
@@ -675,6 +689,16 @@ impl Metrics {
         // Writing into memory fails only for metrics without names.
         let _never = TextEncoder::new().encode(&self.registry.gather(), &mut text);
         String::from_utf8(text).unwrap_or_default()
+    }
+}
+
+impl WriterObserver for Arc<Metrics> {
+    fn journal_appended(&self, took: Duration) {
+        self.journal_append_seconds.observe(took.as_secs_f64());
+    }
+
+    fn store_applied(&self, took: Duration) {
+        self.store_apply_seconds.observe(took.as_secs_f64());
     }
 }
 

@@ -50,12 +50,11 @@ const PURPOSES: [&str; 11] = [
 ];
 
 /// Imports that point upwards still, by module and what it imports. Nothing may be added.
-const KNOWN: [(&str, &str); 5] = [
+const KNOWN: [(&str, &str); 4] = [
     ("node", "redis_store::Mirror"),
     ("quota::handover", "redis_store::Mirror"),
     ("quota::ownership", "redis_store::Intake"),
     ("rotation::driver", "redis_store::Report"),
-    ("writer", "metrics::Metrics"),
 ];
 
 /// The layer of a module or of something in it, if it is in one.

@@ -178,7 +178,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         keys: Arc::clone(&keys),
         first_changes: &first_changes,
         clock: clock.clone(),
-        metrics: Arc::clone(&metrics),
+        observer: Box::new(Arc::clone(&metrics)),
     })?;
     metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     warn_of_costs(&states.borrow().rules, &config, clock.now_s());
