@@ -1,13 +1,12 @@
 //! Metrics. Every series exists from the start, with 0, so that alerts see a first event; labels come
 //! from closed sets, never a key, path or owner.
 
+mod proxies;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use keygate_core::decision::Reason;
-use keygate_core::policy::Policy;
 use keygate_core::quota::SilentProxy;
-use keygate_core::telemetry::Trouble;
 use prometheus::{
     Encoder, Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, Opts,
     Registry, TextEncoder,
@@ -20,11 +19,9 @@ use crate::notify::{self, Destination};
 use crate::roles::Roles;
 use crate::rollout::Flags;
 use crate::secret::{Ring, SecretState};
-use crate::telemetry::{self, Shown, Times};
+use crate::telemetry::Telemetry;
 use crate::writer::{WriterObserver, WriterStatus};
 
-/// The version label: what was there before Keygate.
-pub const V1: &str = "v1";
 /// The version label: keys of Keygate.
 pub const V2: &str = "v2";
 /// Buckets from 10 µs to 100 ms, for what takes microseconds.
@@ -54,20 +51,10 @@ pub struct Metrics {
     registry: Registry,
     /// Keys issued.
     pub created: IntCounterVec,
-    /// Keys validated by proxies and by `/api/auth/validate`.
-    pub validated: IntCounterVec,
-    /// Requests to proxies, by the route's name and what became of them.
-    pub requests: IntCounterVec,
     /// Renewals, tried and done.
     pub refreshed: IntCounterVec,
     /// Keys revoked.
     pub revoked: IntCounterVec,
-    /// Refused credentials by precise reason.
-    pub auth_errors: IntCounterVec,
-    /// Requests that proxies refused, by precise reason.
-    pub refusals: IntCounterVec,
-    /// Answers of an upstream that tell of trouble, while a rollout is under way.
-    pub upstream_answers: IntCounterVec,
     /// The share of subjects that goes to V2.
     pub rollout_share: Gauge,
     /// The rollout's strategy.
@@ -90,16 +77,6 @@ pub struct Metrics {
     pub quota_pass_on_failures: IntCounter,
     /// How often the guard rolled back.
     pub rollbacks: IntCounter,
-    /// Time to decide on a key, from the request's headers to the answer.
-    pub validation_seconds: Times,
-    /// Time to read and verify the token in that, or to find it remembered.
-    pub decode_seconds: Times,
-    /// Those of the above that outlive the process, as they are shown.
-    pub kept: Shown,
-    /// Reports of proxies that could not be kept.
-    pub telemetry_failures: IntCounter,
-    /// Requests beyond a key's limit.
-    pub rate_limit_exceeded: IntCounterVec,
     /// Rotations of signing secrets that failed.
     pub secret_rotation_failures: IntCounter,
     /// Rotations of signing secrets, and what became of them.
@@ -217,62 +194,6 @@ impl Metrics {
             registry.register(Box::new(histogram.clone())).expect("a name of its own");
             histogram
         };
-        // These outlive the process: what is shown of them is on disk.
-        let kept = |name: &str, help: &str, labels: &[&str]| {
-            IntCounterVec::new(Opts::new(name, help), labels).expect("a valid metric")
-        };
-        let times = |name, help, label| Times::new(name, help, label).expect("a valid metric");
-        let validated = kept(
-            "api_key_validated_total",
-            "Keys looked at by proxies and by /api/auth/validate; role is 'unknown' when the signature did not verify.",
-            &["role", "version", "result"],
-        );
-        let requests = kept(
-            "keygate_requests_total",
-            "Requests to proxies and what was decided; endpoint is the route's name in the policy, 'none' when none matched.",
-            &["version", "endpoint", "outcome"],
-        );
-        let refusals = kept(
-            "keygate_refusals_total",
-            "Requests refused by proxies, by precise reason.",
-            &["error_type"],
-        );
-        let upstream_answers = kept(
-            "keygate_upstream_answers_total",
-            "Answers of an upstream that tell of trouble, while a rollout is under way: error (500 and more), denied (401, 403, 429).",
-            &["version", "endpoint", "kind"],
-        );
-        let auth_errors = kept(
-            "auth_errors_total",
-            "Requests refused by proxies and by the control plane's own API, by precise reason.",
-            &["error_type", "version"],
-        );
-        let rate_limit_exceeded = kept(
-            "rate_limit_exceeded_total",
-            "Requests beyond a key's limit; endpoint is the route's name in the policy.",
-            &["role", "endpoint"],
-        );
-        let validation_seconds = times(
-            "key_validation_duration_seconds",
-            "Time to decide on a key: of every call of the API, and of one in sixteen requests to proxies.",
-            Some(("version", V2)),
-        );
-        let decode_seconds = times(
-            "jwt_decode_duration_seconds",
-            "Time to read and verify a token, or to find it remembered; of the same calls and requests.",
-            None,
-        );
-        let kept = Shown::new(vec![
-            Box::new(validated.clone()),
-            Box::new(requests.clone()),
-            Box::new(refusals.clone()),
-            Box::new(upstream_answers.clone()),
-            Box::new(auth_errors.clone()),
-            Box::new(rate_limit_exceeded.clone()),
-            Box::new(validation_seconds.clone()),
-            Box::new(decode_seconds.clone()),
-        ]);
-        registry.register(Box::new(kept.clone())).expect("names of their own");
         let redis_seconds = HistogramVec::new(
             HistogramOpts::new(
                 "redis_operation_duration_seconds",
@@ -312,10 +233,6 @@ impl Metrics {
 
         let metrics = Self {
             created: counters("api_key_created_total", "Keys issued.", &["role", "version"]),
-            validated,
-            requests,
-            refusals,
-            upstream_answers,
             rollout_share: gauge(
                 "keygate_rollout_share",
                 "The share of subjects that goes to V2 at the moment, from 0 to 1, canary users and overrides apart.",
@@ -363,15 +280,6 @@ impl Metrics {
             ),
             refreshed: counters("api_key_refreshed_total", "Renewals asked for.", &["role", "success"]),
             revoked: counters("api_key_revoked_total", "Keys revoked.", &["role", "reason"]),
-            auth_errors,
-            validation_seconds,
-            decode_seconds,
-            kept,
-            telemetry_failures: counter(
-                "keygate_telemetry_failures_total",
-                "Times that the reports of proxies could not be kept; they report again.",
-            ),
-            rate_limit_exceeded,
             secret_rotation_failures: counter(
                 "secret_rotation_failures",
                 "Rotations of signing secrets that failed.",
@@ -526,7 +434,6 @@ impl Metrics {
             .register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))
             .expect("a name of its own");
         metrics.begin(roles);
-        metrics.kept.show(metrics.kept.live());
         Arc::new(metrics)
     }
 
@@ -538,9 +445,6 @@ impl Metrics {
             for success in ["true", "false"] {
                 self.refreshed.with_label_values(&[role.as_str(), success]);
             }
-            for result in ["success", "failure"] {
-                self.validated.with_label_values(&[role.as_str(), V2, result]);
-            }
             for reason in RevocationReason::ALL {
                 self.revoked.with_label_values(&[role.as_str(), reason.label()]);
             }
@@ -548,10 +452,6 @@ impl Metrics {
         for kind in ["current", "delta", "snapshot", "shards"] {
             self.sync_answers.with_label_values(&[kind]);
             self.sync_bytes.with_label_values(&[kind]);
-        }
-        self.validated.with_label_values(&[telemetry::UNKNOWN, V2, "failure"]);
-        for outcome in telemetry::OUTCOMES {
-            self.requests.with_label_values(&[V2, "none", outcome]);
         }
         for result in ["pass", "fail"] {
             self.canary_runs.with_label_values(&[result]);
@@ -570,10 +470,6 @@ impl Metrics {
             self.secret_stage_seconds.with_label_values(&[state.label()]);
         }
         self.show_rollout(&Flags::default(), false, 0);
-        for reason in Reason::ALL.iter().filter(|reason| reason.refusal().is_some()) {
-            self.refusals.with_label_values(&[reason.label()]);
-            self.auth_errors.with_label_values(&[reason.label(), V2]);
-        }
     }
 
     /// Shows the state of the journal and the store.
@@ -581,10 +477,9 @@ impl Metrics {
     pub fn show_writer(&self, status: WriterStatus) {
         self.journal_reserve.set(f64::from(u8::from(status.reserve_ok)));
         self.store_waiting.set(status.store_backlog as f64);
-        for (counter, total) in [
-            (&self.journal_failures, status.journal_failures),
-            (&self.store_failures, status.store_failures),
-        ] {
+        for (counter, total) in
+            [(&self.journal_failures, status.journal_failures), (&self.store_failures, status.store_failures)]
+        {
             counter.inc_by(total.saturating_sub(counter.get()));
         }
     }
@@ -658,23 +553,9 @@ impl Metrics {
         self.secret_next_rotation.set(next.map_or(f64::NAN, |next| next as f64 - now as f64));
     }
 
-    /// Makes the series of a policy's routes, with 0.
-    pub fn begin_routes(&self, roles: &Roles, policy: &Policy) {
-        for route in &policy.routes {
-            for version in [V1, V2] {
-                for outcome in telemetry::OUTCOMES {
-                    self.requests.with_label_values(&[version, &route.name, outcome]);
-                }
-                for kind in Trouble::ALL {
-                    self.upstream_answers.with_label_values(&[version, &route.name, kind.label()]);
-                }
-            }
-        }
-        for role in roles.keys() {
-            for route in &policy.routes {
-                self.rate_limit_exceeded.with_label_values(&[role.as_str(), &route.name]);
-            }
-        }
+    /// Exports what proxies report. To be called once.
+    pub fn export(&self, telemetry: Arc<Telemetry>) {
+        self.registry.register(Box::new(proxies::ProxyMetrics::new(telemetry))).expect("names of their own");
     }
 
     /// Counts an answer to a proxy.
@@ -720,7 +601,10 @@ mod tests {
 
     #[test]
     fn every_series_is_there_before_anything_happened() {
-        let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
+        let roles = crate::roles::expand(crate::roles::defaults());
+        let metrics = Metrics::new(&roles);
+        let dir = tempfile::tempdir().unwrap();
+        metrics.export(Arc::new(Telemetry::open(dir.path(), roles.keys().cloned().collect()).unwrap()));
         crate::redis_store::begin_metrics(&metrics);
         let text = metrics.text();
         for series in [
@@ -732,6 +616,9 @@ mod tests {
             "key_validation_duration_seconds_count{version=\"v2\"} 0",
             "active_api_keys{role=\"node_operator\"} 0",
             "keygate_journal_failures_total 0",
+            "keygate_telemetry_failures_total 0",
+            "keygate_requests_total{endpoint=\"none\",outcome=\"passed\",version=\"v2\"} 0",
+            "jwt_decode_duration_seconds_count 0",
             "keygate_break_glass_total 0",
             "keygate_canary_configured 0",
             "keygate_canary_consecutive_failures 0",

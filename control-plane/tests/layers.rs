@@ -26,7 +26,7 @@ const LAYERS: [&[&str]; PURPOSES.len()] = [
     ],
     &["backup", "journal", "store", "writer"],
     &["config"],
-    &["fleet", "metrics", "notify", "rollout::tally", "telemetry"],
+    &["fleet", "metrics", "notify", "telemetry"],
     &["node"],
     &["canary::caller", "canary::runner", "issuing", "quota", "rollout::guard", "rotation", "upkeep"],
     &["redis_store"],

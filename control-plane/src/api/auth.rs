@@ -24,6 +24,7 @@ use crate::problem::Problem;
 use crate::registrations::MOST_UNLIMITED;
 use crate::rotation::driver;
 use crate::secret::{SecretState, Signer};
+use crate::telemetry::counts::UNKNOWN;
 use crate::writer::{Committed, View};
 
 /// A key that was issued now or by the same request before, and its token.
@@ -147,10 +148,7 @@ pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> R
     match authenticate(&app, &headers, &Route::keyed("validate", &[])) {
         Ok(caller) => {
             let claims = &caller.0.claims;
-            // Only roles of the configuration are labels: the set must stay closed.
-            let role =
-                if app.config.roles.contains_key(&claims.role) { claims.role.as_str() } else { "unknown" };
-            app.metrics.validated.with_label_values(&[role, V2, "success"]).inc();
+            app.telemetry.key_validated(&claims.role, true);
             let scopes: Vec<&str> = claims.scope.split_terminator(' ').collect();
             Ok(json(
                 StatusCode::OK,
@@ -164,7 +162,7 @@ pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> R
             ))
         }
         Err(problem) => {
-            app.metrics.validated.with_label_values(&["unknown", V2, "failure"]).inc();
+            app.telemetry.key_validated(UNKNOWN, false);
             Err(problem)
         }
     }

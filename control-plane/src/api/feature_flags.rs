@@ -15,7 +15,6 @@ use crate::change::Change;
 use crate::clock;
 use crate::problem::Problem;
 use crate::rollout::document::{self, Edit, Surroundings, percent};
-use crate::rollout::tally::{self, Tally};
 use crate::rollout::{Flags, Past, Pasts};
 use crate::state;
 use crate::writer::View;
@@ -90,13 +89,13 @@ pub async fn replace(
 
 pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let mut answer = counts(&app);
-    answer["by_endpoint"] = json!(tally::by_endpoint(&app.metrics));
+    answer["by_endpoint"] = json!(app.telemetry.by_endpoint());
     json(StatusCode::OK, answer)
 }
 
 pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extension<Caller>) -> Response {
     let now_ms = app.clock.now_ms();
-    app.telemetry.reset_rollout(Tally::of(&app.metrics), now_ms);
+    app.telemetry.reset_rollout(now_ms);
     app.telemetry.write(now_ms / 1_000).await;
     tracing::warn!(by = actor(&caller.0), "the rollout's counts begin anew");
     json(StatusCode::OK, counts(&app))
@@ -106,7 +105,7 @@ pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extensio
 pub fn counts(app: &ApiState) -> Value {
     let (before, since_ms) = app.telemetry.rollout_reset();
     let others = app.mirror.as_ref().map(|mirror| mirror.counted_by_others()).unwrap_or_default();
-    let mut counts = Tally::of(&app.metrics).since(before).plus(others).show();
+    let mut counts = app.telemetry.tally().since(before).plus(others).show();
     counts["since"] = json!((since_ms > 0).then(|| clock::rfc3339_ms(since_ms)));
     counts["last_updated"] = json!(clock::rfc3339_ms(app.clock.now_ms()));
     counts

@@ -78,7 +78,7 @@ pub async fn replace(
         Ok((changes, policy))
     };
     let (policy, committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    app.metrics.begin_routes(&app.config.roles, &policy);
+    app.telemetry.note_routes(&policy);
     let answer = request::finish(&app, committed, waits, StatusCode::OK, serde_json::json!(policy)).await;
     Ok(tagged(answer, app.state().policy_seq))
 }

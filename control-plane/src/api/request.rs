@@ -14,6 +14,7 @@ use keygate_core::cache::Verified;
 use keygate_core::credential;
 use keygate_core::decision::{Judge, Reason, Verdict, decide_on_route};
 use keygate_core::policy::Route;
+use keygate_core::telemetry::Timing;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
@@ -21,7 +22,6 @@ use sha2::{Digest, Sha256};
 use crate::api::ApiState;
 use crate::change::Idempotency;
 use crate::config::Durability;
-use crate::metrics::V2;
 use crate::problem::Problem;
 use crate::writer::Committed;
 
@@ -67,15 +67,15 @@ pub fn authenticate_or(
             trace: &mut (),
         };
         let decision = decide_on_route(&state.rules, route, credential::find(pairs), judge);
-        app.metrics.decode_seconds.observe(begun.elapsed());
+        app.telemetry.observe(Timing::Decode, begun.elapsed());
         decision
     };
-    app.metrics.validation_seconds.observe(started.elapsed());
+    app.telemetry.observe(Timing::Validation, started.elapsed());
     match (decision.verdict, decision.key) {
         (Verdict::Forward, Some(key)) => Ok(Caller(key)),
         (Verdict::Refuse(_), Some(key)) if but(decision.reason) => Ok(Caller(key)),
         (Verdict::Refuse(refusal), _) => {
-            app.metrics.auth_errors.with_label_values(&[decision.reason.label(), V2]).inc();
+            app.telemetry.request_refused(decision.reason);
             Err(Problem::refusal(refusal, &state.rules.realm, &route.scopes))
         }
         (Verdict::Forward, None) => Err(Problem::not_found("This path needs no key.")),

@@ -39,7 +39,7 @@ use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
 use crate::state::Settings;
-use crate::telemetry::{self, BookError, Telemetry};
+use crate::telemetry::{self, Telemetry, TelemetryStoreError};
 use crate::writer::{self, CommitError, History, OpenError, Start, View};
 use crate::{api, files, random, route_cost, sync, upkeep};
 
@@ -88,7 +88,7 @@ pub enum RunError {
     Open(#[from] OpenError),
     /// What proxies count.
     #[error(transparent)]
-    Telemetry(#[from] BookError),
+    Telemetry(#[from] TelemetryStoreError),
     /// The first change.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -180,11 +180,12 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         clock: clock.clone(),
         observer: Box::new(Arc::clone(&metrics)),
     })?;
-    metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     warn_of_costs(&states.borrow().rules, &config, clock.now_s());
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
-    let telemetry = Arc::new(Telemetry::open(dir, Arc::clone(&metrics), roles)?);
+    let telemetry = Arc::new(Telemetry::open(dir, roles)?);
+    telemetry.note_routes(&states.borrow().rules.policy);
+    metrics.export(Arc::clone(&telemetry));
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.signing.algorithm) {
         tracing::warn!(

@@ -9,13 +9,13 @@ use keygate_core::rollout::Strategy;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::document::percent;
-use super::tally::{OfVersion, Tally};
 use super::{Flags, Past};
 use crate::canary::runner::{self, Canary};
 use crate::change::Change;
 use crate::config::GuardSettings;
 use crate::node::Node;
 use crate::notify::Kind;
+use crate::telemetry::tally::{OfVersion, Tally};
 use crate::writer::View;
 
 /// How often it looks.
@@ -112,7 +112,7 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
         }
         let seq = state.pasts.last().map_or(0, |past| past.seq);
         let limits = &node.config.rollout.guard;
-        let mut breach = guard.look(node.clock.now_ms(), Tally::of(&node.metrics), seq, limits);
+        let mut breach = guard.look(node.clock.now_ms(), node.telemetry.tally(), seq, limits);
         if runner::health(&canary).status == "unhealthy" {
             breach = breach.or(Some(Breach::Canary));
         }
