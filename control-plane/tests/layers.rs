@@ -170,6 +170,40 @@ fn the_architecture_shows_the_layers() {
     }
 }
 
+/// Metrics are written and never read: only the exporter knows Prometheus, whose types can be read, and the kinds of
+/// metrics that it offers have no way to read one.
+#[test]
+fn metrics_are_write_only() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut found = Vec::new();
+    files(&source, &mut found);
+    let (mut readers, mut checked) = (Vec::new(), 0);
+    for file in &found {
+        let text = fs::read_to_string(file).expect("a source file");
+        let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        if file.ends_with("tests.rs") {
+            continue;
+        }
+        let is_exporter = file.starts_with(source.join("metrics"));
+        let forbidden: &[&str] = if file.ends_with("metrics/write_only.rs") {
+            &[".get()", "get_sample", ".collect()", "Deref", "-> f64", "-> u64"]
+        } else if is_exporter {
+            &[]
+        } else if file.ends_with("api/health.rs") {
+            &["prometheus::"]
+        } else {
+            &["prometheus::", "metrics.text()"]
+        };
+        checked += usize::from(!forbidden.is_empty());
+        let reads = forbidden.iter().filter(|word| code.contains(**word));
+        readers.extend(reads.map(|word| format!("{}: {word}", file.display())));
+    }
+    assert!(
+        checked > 100 && readers.is_empty(),
+        "of {checked} files, these could read a metric: {readers:#?}"
+    );
+}
+
 #[test]
 fn an_import_of_a_layer_above_is_found() {
     assert_eq!(expand("a::{self, b, c::{d, e}}"), ["a::self", "a::b", "a::c::d", "a::c::e"]);

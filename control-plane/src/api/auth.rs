@@ -120,7 +120,7 @@ pub async fn register(
     };
     let (issued, committed) = issue(&app, &caller, make, plan).await?;
     if !issued.replayed {
-        app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
+        app.metrics.keys.created.with([&issued.key.role, V2]).inc();
     }
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
 }
@@ -182,7 +182,7 @@ pub async fn refresh(
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
-            app.metrics.refreshed.with_label_values(&[role.as_str(), success]).inc();
+            app.metrics.keys.refreshed.with([&role, success]).inc();
         }
     };
     let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
@@ -230,8 +230,8 @@ pub async fn refresh(
     if !issued.replayed {
         count("true");
         let role = issued.key.role.as_str();
-        app.metrics.created.with_label_values(&[role, V2]).inc();
-        app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
+        app.metrics.keys.created.with([role, V2]).inc();
+        app.metrics.keys.revoked.with([role, RevocationReason::Rotation.label()]).inc();
     }
     Ok(request::finish(&app, committed, waits, StatusCode::OK, issued_view(&issued)).await)
 }

@@ -139,7 +139,7 @@ pub async fn cut_off(
     let plan = move |view: &View<'_>| Ok::<_, Problem>((put_in_force(view, added)?, ()));
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     if let Some(justification) = &break_glass {
-        app.metrics.break_glass.inc();
+        app.metrics.keys.break_glass.inc();
         tracing::error!(
             by = actor(&caller.0),
             id = cutoff.id,
@@ -196,7 +196,7 @@ pub fn put_in_force(view: &View<'_>, added: Change) -> Result<Vec<Change>, Probl
 /// Counts and logs what a cut-off ended that has come into force.
 pub fn note_revoked(app: &ApiState, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
     for (role, keys) in &count.by_role {
-        app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
+        app.metrics.keys.revoked.with([role, reason.label()]).inc_by(*keys);
     }
     tracing::warn!(by = actor(&caller.0), id, keys = count.keys(), "mass revocation");
     let by_role: Vec<String> = count.by_role.iter().map(|(role, keys)| format!("{role} {keys}")).collect();

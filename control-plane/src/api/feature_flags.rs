@@ -82,7 +82,7 @@ pub async fn replace(
     };
     let ((), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     let state = app.state();
-    app.metrics.show_rollout(&state.flags, state.has_v1, app.clock.now_s());
+    app.metrics.rollout.show(&state.flags, state.has_v1, app.clock.now_s());
     let answer = request::finish(&app, committed, waits, StatusCode::OK, shown(&app, &state)).await;
     Ok(tagged(answer, &state.pasts))
 }

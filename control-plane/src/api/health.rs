@@ -238,25 +238,15 @@ pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     for (role, live) in state.census.live(app.clock.now_s()) {
         if app.config.roles.contains_key(role) {
-            app.metrics.active_keys.with_label_values(&[role]).set(as_f64(live));
+            app.metrics.keys.active.with([role]).set_count(live);
         }
     }
-    app.metrics.show_writer(app.writer.status());
-    app.metrics.show_fleet(app.fleet.summary(&state, &app.deltas));
-    app.metrics.snapshot_bytes.set(as_f64(state.snapshot_bytes() as u64));
-    app.metrics.snapshot_age.set(state.published.elapsed().as_secs_f64());
-    app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
-    app.metrics.state_seq.set(as_f64(state.version.seq));
+    app.metrics.durability.show(app.writer.status());
+    app.metrics.fleet.show(app.fleet.summary(&state, &app.deltas), &state);
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
-    app.metrics.show_quotas(app.quotas.doubts().as_ref());
-    app.metrics.show_canary(&runner::health(&app.canary), app.canary.history().last_run_ms());
-    app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
+    app.metrics.quota.show(app.quotas.doubts().as_ref());
+    app.metrics.canary.show(&runner::health(&app.canary), app.canary.history().last_run_ms());
+    app.metrics.secrets.show(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
-}
-
-/// Counts below 2^53 are exact.
-#[allow(clippy::cast_precision_loss)]
-fn as_f64(count: u64) -> f64 {
-    count as f64
 }

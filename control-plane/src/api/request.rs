@@ -198,11 +198,9 @@ pub async fn finish(
         let state = app.state();
         let propagation = app.fleet.wait_applied(committed.version, &state, waits.since, limit).await;
         if !propagation.missing.is_empty() {
-            app.metrics.propagation_timeouts.inc();
+            app.metrics.fleet.propagation_timeouts.inc();
         } else if propagation.total > 0 {
-            app.metrics
-                .propagation_seconds
-                .observe(Duration::from_millis(propagation.max_lag_ms).as_secs_f64());
+            app.metrics.fleet.propagation.observe(Duration::from_millis(propagation.max_lag_ms));
         }
         body["propagation"] = serde_json::json!(propagation);
     }

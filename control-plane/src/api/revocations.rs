@@ -138,7 +138,7 @@ pub async fn revoke_many(
     };
     let ((results, roles), committed) = app.writer.submit(actor(&caller.0), plan).await??;
     for role in &roles {
-        app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc();
+        app.metrics.keys.revoked.with([role, reason.label()]).inc();
     }
     let count = |label: &str| results.iter().filter(|result| result["result"] == label).count();
     let body = value!({

@@ -157,8 +157,8 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let keys = Arc::new(given::keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
     redis_store::begin_metrics(&metrics);
-    metrics.redis_configured.set(f64::from(u8::from(config.redis.is_some())));
-    metrics.canary_configured.set(f64::from(u8::from(!config.canary.proxies.is_empty())));
+    metrics.redis.configured.set_flag(config.redis.is_some());
+    metrics.canary.configured.set_flag(!config.canary.proxies.is_empty());
     let destinations = given::destinations(&config, &given)?;
     let notifier =
         Arc::new(Notifier::start(&destinations, &config.notify.source, clock.clone(), Arc::clone(&metrics)));

@@ -101,7 +101,7 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
         }
         let state = node.state();
         let now_s = node.clock.now_s();
-        node.metrics.show_rollout(&state.flags, state.has_v1, now_s);
+        node.metrics.rollout.show(&state.flags, state.has_v1, now_s);
         let is_watched = state.flags.guard
             && state.has_v1
             && !state.flags.rollout.is_settled()
@@ -140,7 +140,7 @@ async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), cr
         (vec![change], Some((current.share_at(view.now), flags)))
     };
     let (Some((share, flags)), _) = node.writer.commit(ACTOR, plan).await? else { return Ok(()) };
-    node.metrics.rollbacks.inc();
+    node.metrics.rollout.rollbacks.inc();
     let (from, to) = (percent(share), percent(flags.share_at(node.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");
     let strategy = flags.rollout.strategy.label();
