@@ -183,7 +183,7 @@ async fn units(
             Problem::unavailable(error.to_string())
         }
     })?;
-    app.metrics.quota.questions.inc();
+    app.metrics.quota.requests.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
 }
 
@@ -309,7 +309,7 @@ fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Op
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
         None if applied < have && app.mirror.as_ref().is_none_or(|mirror| mirror.knows_all()) => Ok(None),
         _ => {
-            app.metrics.sync.ahead.inc();
+            app.metrics.sync.conflicts.inc();
             Err(ahead(applied, have))
         }
     }

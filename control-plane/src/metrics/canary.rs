@@ -26,9 +26,9 @@ component! {
             "Canary health: 1 for the current status, else 0.",
             ["status"]
         );
-        pass_rate: Gauge = (
-            "keygate_canary_pass_rate",
-            "Canary tests of the last five minutes that passed, in percent; NaN without any."
+        pass_ratio: Gauge = (
+            "keygate_canary_pass_ratio",
+            "Canary tests of the last five minutes that passed, from 0 to 1; NaN without any."
         );
         consecutive_failures: Gauge = (
             "keygate_canary_consecutive_failures",
@@ -60,7 +60,7 @@ impl CanaryMetrics {
         for status in Health::STATUSES {
             self.status.with([status]).set_flag(status == health.status);
         }
-        self.pass_rate.set(health.pass_rate.unwrap_or(f64::NAN));
+        self.pass_ratio.set(health.pass_rate.map_or(f64::NAN, |percent| percent / 100.0));
         self.consecutive_failures.set_count(health.consecutive_failures.into());
         self.alerting.set_flag(health.alerting);
         self.last_run.set(last_run_ms.map_or(0.0, |last| last as f64 / 1_000.0));

@@ -32,8 +32,8 @@ component! {
             "keygate_store_failures_total",
             "Batches of changes that the store could not take; they are in the journal and tried again."
         );
-        store_waiting: Gauge = (
-            "keygate_store_waiting",
+        store_backlog: Gauge = (
+            "keygate_store_backlog",
             "Changes that are in the journal and that the store has not taken: it failed, or the disk is full."
         );
     }
@@ -45,7 +45,7 @@ impl DurabilityMetrics {
         self.journal_failures.raise_to(status.journal_failures);
         self.journal_reserve.set_flag(status.reserve_ok);
         self.store_failures.raise_to(status.store_failures);
-        self.store_waiting.set_count(status.store_backlog as u64);
+        self.store_backlog.set_count(status.store_backlog as u64);
     }
 }
 

@@ -105,9 +105,9 @@ mod tests {
         flags.rollout.strategy = keygate_core::rollout::Strategy::Off;
         metrics.rollout.show(&flags, true, 0);
         let off = "keygate_rollout_strategy{strategy=\"off\"} 1";
-        assert!(metrics.text().contains(off) && metrics.text().contains("keygate_rollout_share 0\n"));
+        assert!(metrics.text().contains(off) && metrics.text().contains("keygate_rollout_v2_ratio 0\n"));
         metrics.rollout.show(&flags, false, 0);
-        assert!(!metrics.text().contains(off) && metrics.text().contains("keygate_rollout_share 1\n"));
+        assert!(!metrics.text().contains(off) && metrics.text().contains("keygate_rollout_v2_ratio 1\n"));
     }
 
     #[test]
@@ -134,7 +134,7 @@ mod tests {
             "keygate_canary_configured 0",
             "keygate_canary_consecutive_failures 0",
             "keygate_canary_alerting 0",
-            "keygate_store_waiting 0",
+            "keygate_store_backlog 0",
             "keygate_propagation_timeouts_total 0",
             "keygate_fleet_stale 0",
             "keygate_fleet_lag_seconds 0",

@@ -38,9 +38,9 @@ const REFUSALS: Family = Family {
     help: "Requests refused by proxies, by precise reason.",
     labels: &["error_type"],
 };
-const UPSTREAM_ANSWERS: Family = Family {
-    name: "keygate_upstream_answers_total",
-    help: "Answers of an upstream that tell of trouble, while a rollout is under way: error (500 and more), denied (401, 403, 429).",
+const UPSTREAM_RESPONSES: Family = Family {
+    name: "keygate_upstream_responses_total",
+    help: "Responses of an upstream that tell of trouble, while a rollout is under way: error (500 and more), denied (401, 403, 429).",
     labels: &["version", "endpoint", "kind"],
 };
 const AUTH_ERRORS: Family = Family {
@@ -72,7 +72,7 @@ const ALL: [&Family; 9] = [
     &VALIDATED,
     &REQUESTS,
     &REFUSALS,
-    &UPSTREAM_ANSWERS,
+    &UPSTREAM_RESPONSES,
     &AUTH_ERRORS,
     &RATE_LIMIT_EXCEEDED,
     &TELEMETRY_FAILURES,
@@ -118,7 +118,7 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
     let mut validated = VALIDATED.counter();
     let mut requests = REQUESTS.counter();
     let mut refusals = REFUSALS.counter();
-    let mut upstream_answers = UPSTREAM_ANSWERS.counter();
+    let mut upstream_responses = UPSTREAM_RESPONSES.counter();
     let mut auth_errors = AUTH_ERRORS.counter();
     let mut rate_limit_exceeded = RATE_LIMIT_EXCEEDED.counter();
     let mut failures = TELEMETRY_FAILURES.counter();
@@ -143,7 +143,7 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
                 requests.add(&[version, route, outcome.label()], 0);
             }
             for trouble in Trouble::ALL {
-                upstream_answers.add(&[version, route, trouble.label()], 0);
+                upstream_responses.add(&[version, route, trouble.label()], 0);
             }
         }
     }
@@ -168,7 +168,7 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
     }
     for (response, count) in &counts.upstream_responses {
         let labels = [response.version.label(), response.endpoint.as_str(), response.trouble.label()];
-        upstream_answers.add(&labels, *count);
+        upstream_responses.add(&labels, *count);
     }
     for (validation, count) in &counts.api_validations {
         validated.add(&[&validation.role, V2, result(validation.success)], *count);
@@ -176,7 +176,7 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
     for (reason, count) in &counts.api_refusals {
         auth_errors.add(&[reason.label(), V2], *count);
     }
-    [validated, requests, refusals, upstream_answers, auth_errors, rate_limit_exceeded, failures]
+    [validated, requests, refusals, upstream_responses, auth_errors, rate_limit_exceeded, failures]
         .into_iter()
         .flat_map(|counter| counter.0.collect())
         .collect()

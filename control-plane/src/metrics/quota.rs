@@ -24,12 +24,12 @@ pub struct Doubts {
 component! {
     /// Metrics of the ledger of rate limits.
     QuotaMetrics {
-        questions: Counter = (
-            "keygate_quota_questions_total",
-            "Questions of proxies for units of limits that were answered."
+        requests: Counter = (
+            "keygate_quota_requests_total",
+            "Requests of proxies for units of limits that were answered."
         );
-        in_doubt: Gauge = (
-            "keygate_quota_in_doubt",
+        recovering: Gauge = (
+            "keygate_quota_recovering",
             "1: caps of limits do not grow for 15 s, until proxies have told what another ledger granted them."
         );
         suspended: Gauge = (
@@ -48,13 +48,13 @@ component! {
             "keygate_quota_released_units_total",
             "Units of limits granted to those proxies and not reported as spent: as many may have been admitted once more."
         );
-        keeper: Gauge = (
-            "keygate_quota_keeper",
+        owner: Gauge = (
+            "keygate_quota_owner",
             "1: this control plane divides the limits of the fleet among its proxies."
         );
-        pass_on_failures: Counter = (
-            "keygate_quota_pass_on_failures_total",
-            "Questions about limits that did not get to the control plane that divides them."
+        forward_failures: Counter = (
+            "keygate_quota_forward_failures_total",
+            "Requests of proxies for units of limits that did not reach the control plane that divides them."
         );
     }
 }
@@ -62,8 +62,8 @@ component! {
 impl QuotaMetrics {
     /// Shows what the ledger does not know, if it is kept here.
     pub fn show(&self, doubts: Option<&Doubts>) {
-        self.keeper.set_flag(doubts.is_some_and(|doubts| !doubts.suspended));
-        self.in_doubt.set_flag(doubts.is_some_and(|doubts| !doubts.recovers_in.is_zero()));
+        self.owner.set_flag(doubts.is_some_and(|doubts| !doubts.suspended));
+        self.recovering.set_flag(doubts.is_some_and(|doubts| !doubts.recovers_in.is_zero()));
         self.suspended.set_flag(doubts.is_some_and(|doubts| doubts.suspended));
         self.silent_proxies.set_count(doubts.map_or(0, |doubts| doubts.silent.len() as u64));
         let Some(doubts) = doubts else { return };

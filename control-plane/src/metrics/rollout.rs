@@ -8,8 +8,8 @@ use crate::rollout::Flags;
 component! {
     /// Metrics of the rollout.
     RolloutMetrics {
-        share: Gauge = (
-            "keygate_rollout_share",
+        v2_ratio: Gauge = (
+            "keygate_rollout_v2_ratio",
             "Share of subjects that goes to V2 now, from 0 to 1, without canary users and overrides."
         );
         strategy: Gauges<1> = (
@@ -34,6 +34,6 @@ impl RolloutMetrics {
             self.strategy.with([strategy.label()]).set_flag(strategy == in_force);
         }
         let share = if has_v1 { flags.share_at(now) } else { FULL_SHARE };
-        self.share.set(f64::from(share) / f64::from(FULL_SHARE));
+        self.v2_ratio.set(f64::from(share) / f64::from(FULL_SHARE));
     }
 }
