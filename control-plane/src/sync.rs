@@ -183,7 +183,7 @@ async fn units(
             Problem::unavailable(error.to_string())
         }
     })?;
-    app.metrics.quota_questions.inc();
+    app.metrics.quota.requests.inc();
     Ok(json(StatusCode::OK, serde_json::json!(answer)))
 }
 
@@ -308,7 +308,7 @@ fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Op
         // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
         None if applied < have && app.peers.is_caught_up() => Ok(None),
         _ => {
-            app.metrics.sync_ahead.inc();
+            app.metrics.sync.conflicts.inc();
             Err(ahead(applied, have))
         }
     }
@@ -335,7 +335,7 @@ fn authenticate(app: &ApiState, headers: &HeaderMap) -> Result<(), Problem> {
     if matches {
         return Ok(());
     }
-    app.metrics.sync_unauthorized.inc();
+    app.metrics.sync.unauthorized.inc();
     Err(Problem::new(StatusCode::UNAUTHORIZED, "invalid_token", "The fleet token is missing or wrong.")
         .with_header(header::WWW_AUTHENTICATE, "Bearer realm=\"keygate fleet\""))
 }
@@ -345,7 +345,7 @@ fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
 }
 
 fn octets(app: &ApiState, kind: &'static str, bytes: Vec<u8>) -> Response {
-    app.metrics.answered_proxy(kind, bytes.len());
+    app.metrics.sync.answered(kind, bytes.len());
     let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
     (headers, bytes).into_response()
 }

@@ -67,7 +67,7 @@ pub async fn run(node: Arc<Node>) {
             }
             () = tokio::time::sleep_until(clean_up_at) => {
                 clean_up_at += CLEAN_UP_EVERY;
-                if node.metrics.journal_reserve.get() > 0.0 {
+                if node.writer.status().reserve_ok {
                     compress_journal(&node).await;
                 }
                 if clean_up_at >= prune_at {

@@ -1,5 +1,6 @@
-//! Counters in Envoy's own stats. `/stats/prometheus` shows them as `keygate_decisions{reason="…"}` and so
-//! on; the `stats_tags` of the shipped Envoy configuration make the label of a name's last part.
+//! Counters in Envoy's own stats. `/stats/prometheus` shows them as `keygate_decisions_total{reason="…"}` and so
+//! on; the `stats_tags` of the shipped Envoy configuration make the label of a name's last part. Names follow
+//! Prometheus, as Envoy passes them on; all values are whole numbers.
 
 use keygate_core::decision::Reason;
 
@@ -32,29 +33,30 @@ pub struct Metrics {
     pub cache_hits: Counter,
     /// Tokens that had to be verified, or refused.
     pub cache_misses: Counter,
-    /// Milliseconds since the state was last known to be the newest.
-    pub state_age_ms: Gauge,
+    /// Whole seconds since the state was last known to be the newest.
+    pub state_age_s: Gauge,
     /// Memory of the largest VM of this proxy, in bytes.
     pub vm_memory_bytes: Gauge,
     /// Memory of a worker's Bloom gates, in bytes.
     pub gate_bytes: Gauge,
-    /// How long a VM was busy at one go with anything but a request, in microseconds.
+    /// How long a VM was busy at one go with anything but a request, in microseconds: Envoy's histograms take whole
+    /// numbers, and of seconds all would be 0.
     pub slice_us: Histogram,
 }
 
 /// Decisions for a reason.
 pub fn decisions(reason: Reason) -> Counter {
-    Counter::define(&format!("keygate_decisions.reason.{}", reason.label()))
+    Counter::define(&format!("keygate_decisions_total.reason.{}", reason.label()))
 }
 
 /// Panics that were caught, in a dynamic module. In WebAssembly they trap, and Envoy counts what comes of that.
 pub fn panics() -> Counter {
-    Counter::define("keygate_panics")
+    Counter::define("keygate_panics_total")
 }
 
 /// Requests that waited for units of their limit, in a dynamic module. In WebAssembly none does.
 pub fn limit_waits() -> Counter {
-    Counter::define("keygate_limit_waits")
+    Counter::define("keygate_limit_waits_total")
 }
 
 impl Metrics {
@@ -64,19 +66,19 @@ impl Metrics {
         Self {
             decisions: Reason::ALL.iter().map(|reason| (decisions(*reason), 0)).collect(),
             since_tick: 0,
-            shadowed: Counter::define("keygate_shadowed"),
-            fair_share: Counter::define("keygate_fair_share"),
-            sync_failures: Counter::define("keygate_sync_failures"),
-            sync_refusals: Counter::define("keygate_sync_refusals"),
-            publications: Counter::define("keygate_publications"),
-            takeovers: Counter::define("keygate_leader_takeovers"),
-            starts: Counter::define("keygate_vm_starts"),
-            cache_hits: Counter::define("keygate_token_cache_hits"),
-            cache_misses: Counter::define("keygate_token_cache_misses"),
-            state_age_ms: Gauge::define("keygate_state_age_ms"),
+            shadowed: Counter::define("keygate_shadowed_total"),
+            fair_share: Counter::define("keygate_fair_share_total"),
+            sync_failures: Counter::define("keygate_sync_failures_total"),
+            sync_refusals: Counter::define("keygate_sync_refusals_total"),
+            publications: Counter::define("keygate_publications_total"),
+            takeovers: Counter::define("keygate_leader_takeovers_total"),
+            starts: Counter::define("keygate_vm_starts_total"),
+            cache_hits: Counter::define("keygate_token_cache_hits_total"),
+            cache_misses: Counter::define("keygate_token_cache_misses_total"),
+            state_age_s: Gauge::define("keygate_state_age_seconds"),
             vm_memory_bytes: Gauge::define("keygate_vm_memory_bytes"),
             gate_bytes: Gauge::define("keygate_gate_bytes"),
-            slice_us: Histogram::define("keygate_slice_us"),
+            slice_us: Histogram::define("keygate_slice_microseconds"),
         }
     }
 

@@ -174,7 +174,7 @@ impl Plugin {
         self.metrics.cache_hits.add(looks.hits);
         self.metrics.cache_misses.add(looks.misses);
         if self.replica.version().is_some() {
-            self.metrics.state_age_ms.set(self.replica.age_ns(now_ns) / 1_000_000);
+            self.metrics.state_age_s.set(self.replica.age_ns(now_ns) / 1_000_000_000);
         }
         if self.serves {
             self.metrics.gate_bytes.set(u64::try_from(self.replica.gate_bytes()).unwrap_or(u64::MAX));

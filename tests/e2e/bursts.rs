@@ -309,7 +309,7 @@ fn another_control_plane_takes_the_ledger_over_by_itself() {
     other.start();
     let envoy = stack.another_envoy_of(&other, "envoy-b", 2);
     let (api, there) = (stack.api(), Api::new(other.api_port(), &stack.control_plane.admin_key()));
-    let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_keeper") > 0.0;
+    let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_owner") > 0.0;
     let limited = |limit: usize| {
         let key = api.issue("contributor");
         wait_until(SOON, "the other one to know the key", || {
@@ -421,7 +421,7 @@ fn a_proxy_that_is_cut_off_goes_by_its_share_and_is_seen() {
     let fair = burst(&other, &chat(&key), 80, 2);
     assert_eq!(fair.admitted, 50);
     assert!(fair.exhausted == 0, "units are left at the other one");
-    wait_until(SOON, "the metric", || other.stat("keygate_fair_share") > 0);
+    wait_until(SOON, "the metric", || other.stat("keygate_fair_share_total") > 0);
     line.heal();
     wait_until(SOON, "it to be back", || usage()["silent_proxies"].as_array().is_some_and(Vec::is_empty));
     wait_reported(&api, &key, 50);

@@ -18,19 +18,19 @@ fn a_panic_costs_one_request_and_is_counted() {
     let stack = Stack::builder().workers(1).module().trap_filter().start();
     let key = stack.api().issue("basic");
     stack.get("/api/chat", &key.token).expect(200);
-    let undecided = || stack.envoy.stat("keygate_decisions.reason.no_state");
+    let undecided = || stack.envoy.stat("keygate_decisions_total.reason.no_state");
     let (before, seen) = (undecided(), stack.upstream.seen());
     // With a body that comes after it: nothing of it goes on.
     let request = Request::new("POST", "/api/chat").bearer(&key.token).body(vec![b'x'; 300_000]);
     stack.call(&request.clone().header("x-trap", "worker")).expect_problem(503, "unavailable");
-    assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
+    assert_eq!((stack.envoy.stat("keygate_panics_total"), undecided()), (1, before + 1));
     // Nobody has to ask: another plugin is made for the worker by the next tick after the pause.
-    wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts") == 3);
+    wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts_total") == 3);
     assert_eq!(stack.upstream.seen(), seen);
     stack.get("/api/chat", &key.token).expect(200);
     stack.call(&request.header("x-api-key", "another")).expect(400);
     assert_eq!(stack.upstream.seen(), seen + 1, "the one that was let pass");
-    assert_eq!((stack.envoy.stat("keygate_panics"), undecided()), (1, before + 1));
+    assert_eq!((stack.envoy.stat("keygate_panics_total"), undecided()), (1, before + 1));
 }
 
 #[test]
@@ -43,9 +43,9 @@ fn workers_that_panic_all_the_time_hold_up_no_revocation() {
     while begun.elapsed() < Duration::from_secs(3) {
         stack.call(&Request::get("/api/chat").bearer(&good.token).header("x-trap", "worker")).expect(503);
     }
-    assert!(stack.envoy.stat("keygate_panics") > 10);
+    assert!(stack.envoy.stat("keygate_panics_total") > 10);
     assert_eq!(
-        stack.envoy.stat("keygate_leader_takeovers"),
+        stack.envoy.stat("keygate_leader_takeovers_total"),
         1,
         "the main thread's plugin leads, and no other"
     );
@@ -70,7 +70,7 @@ fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
     let (good, revoked) = (api.issue("basic"), api.issue("basic"));
     api.revoke(&revoked.id).expect_everywhere(1);
     for round in 0..4 {
-        let starts = stack.envoy.stat("keygate_vm_starts");
+        let starts = stack.envoy.stat("keygate_vm_starts_total");
         // From now on whatever is known was known before.
         stack.control_plane.kill();
         stack.envoy.change_listeners(9_000 + round);
@@ -80,11 +80,11 @@ fn a_configuration_that_replaces_another_has_its_state_and_nobody_is_refused() {
             let draining =
                 ["listeners", "filter_chains"].map(|of| format!("listener_manager.total_{of}_draining"));
             let draining: u64 = draining.iter().map(|name| stack.envoy.stat(name)).sum();
-            stack.envoy.stat("keygate_vm_starts") == starts + 3 && draining == 0
+            stack.envoy.stat("keygate_vm_starts_total") == starts + 3 && draining == 0
         });
         // The old one's plugin that led has resigned, so the new one leads without waiting for the end of a lease.
         wait_until(Duration::from_secs(1), "another leader", || {
-            stack.envoy.stat("keygate_leader_takeovers") == 2 + round
+            stack.envoy.stat("keygate_leader_takeovers_total") == 2 + round
         });
         stack.control_plane.start();
         let next = api.issue("basic");

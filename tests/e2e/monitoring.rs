@@ -352,8 +352,8 @@ fn a_proxy_that_is_cut_off_and_a_rotation_that_waits_for_it_fire_and_resolve() {
             let text = changed(
                 text,
                 "KeygateProxyOutOfTouch",
-                "keygate_state_age_ms > 60000",
-                "keygate_state_age_ms > 12000",
+                "keygate_state_age_seconds >= 60",
+                "keygate_state_age_seconds >= 12",
             );
             let text = changed(
                 &text,

@@ -199,8 +199,8 @@ fn a_proxy_changes_over_and_takes_only_what_differs_and_never_less() {
 
     let envoy = stack.another_envoy_through(&line, "envoy-1", 2);
     let hammered = hammer(envoy.connect_to_all_workers(), dead);
-    let shards = |api: &Api| Metrics::of(api).value("keygate_sync_bytes_total{kind=\"shards\"}");
-    let snapshots = |api: &Api| Metrics::of(api).value("keygate_sync_answers_total{kind=\"snapshot\"}");
+    let shards = |api: &Api| Metrics::of(api).value("keygate_sync_response_bytes_total{kind=\"shards\"}");
+    let snapshots = |api: &Api| Metrics::of(api).value("keygate_sync_responses_total{kind=\"snapshot\"}");
     let follows = |api: &Api| {
         wait_until(SOON, "the proxy to follow", || {
             api.fleet().iter().any(|proxy| proxy["current"] == true && proxy["connected"] == true)
@@ -241,7 +241,7 @@ fn a_proxy_changes_over_and_takes_only_what_differs_and_never_less() {
     api.revoke(&fourth.id).expect_everywhere(1);
     let in_vain = hammer(vec![envoy.connect()], fourth);
     line.lead_to(ports[1]);
-    let ahead = || Metrics::of(&there).value("keygate_sync_ahead_total");
+    let ahead = || Metrics::of(&there).value("keygate_sync_conflicts_total");
     wait_until(SOON, "the proxy to be refused some times", || ahead() >= 3.0);
     assert_eq!(there.fleet()[0]["ahead"], true, "{:?}", there.fleet());
     envoy.call(&chat(good)).expect(200);

@@ -81,7 +81,7 @@ fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
     let others = stack.two_more_envoys(4);
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();
-    let questions = || Metrics::of(&api).value("keygate_quota_questions_total");
+    let questions = || Metrics::of(&api).value("keygate_quota_requests_total");
 
     for (limit, window_s, during_s, per_second) in
         [(100, 3_600, 4, 250), (1_000, 3_600, 5, 1_000), (10_000, 3_600, 20, 2_500), (50, 1, 10, 250)]
@@ -281,7 +281,7 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     let envoy = stack.another_envoy_of(&other, "envoy-b", 2);
     let api = stack.api();
     let there = Api::new(other.api_port(), &stack.control_plane.admin_key());
-    let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_keeper") > 0.0;
+    let keeps = |api: &Api| Metrics::of(api).value("keygate_quota_owner") > 0.0;
     assert_eq!((keeps(&api), keeps(&there)), (true, false));
     let usage = there.get(&format!("{LIMITS}/usage")).expect(200).json();
     assert_eq!(usage["keeper"]["here"], false, "{usage}");
@@ -325,13 +325,13 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     all += count_admitted(&envoy, &key, 20);
     assert!(all > before, "its fair share");
     wait_until(SOON, "failures to pass questions on", || {
-        Metrics::of(&there).value("keygate_quota_pass_on_failures_total") > 0.0
+        Metrics::of(&there).value("keygate_quota_forward_failures_total") > 0.0
     });
     there.post(&format!("{LIMITS}/take_over"), &json!({})).expect(200);
     wait_until(SOON, "the other one to divide limits", || keeps(&there));
-    assert_eq!(Metrics::of(&there).value("keygate_quota_in_doubt"), 1.0);
+    assert_eq!(Metrics::of(&there).value("keygate_quota_recovering"), 1.0);
     wait_until(SOON, "its proxy to be answered by it", || {
-        Metrics::of(&there).value("keygate_quota_questions_total") > 0.0
+        Metrics::of(&there).value("keygate_quota_requests_total") > 0.0
     });
     all += count_admitted(&envoy, &key, 300);
 

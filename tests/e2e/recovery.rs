@@ -73,7 +73,7 @@ fn a_backup_takes_the_place_of_a_lost_journal_and_proxies_that_know_more_keep_it
     wait_until(SOON, "the proxy to give up", || stack.get("/api/chat", &good.token).status == 503);
     assert_ne!(stack.get("/api/chat", &late.token).status, 200);
     let metrics = stack.api().call(&Request::get("/metrics")).text();
-    assert!(!metrics.contains("keygate_sync_ahead_total 0"), "the control plane says so");
+    assert!(!metrics.contains("keygate_sync_conflicts_total 0"), "the control plane says so");
 
     // Unless somebody says that it is lost for good.
     stack.control_plane.stop();

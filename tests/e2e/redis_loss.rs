@@ -311,7 +311,7 @@ fn a_control_plane_that_lost_its_data_gets_it_from_redis() {
     stack.control_plane.start();
     let api = stack.api();
     // What it has is not what the proxy has, and it knows that it does not know why.
-    let refused = || Metrics::of(&api).value("keygate_sync_ahead_total");
+    let refused = || Metrics::of(&api).value("keygate_sync_conflicts_total");
     wait_until(SOON, "the proxy to be refused some times", || refused() >= 3.0);
     let mut fresh = Envoy::new(stack.directory(), "envoy-2", 1);
     fresh.start(&stack.neighbours());

@@ -327,7 +327,7 @@ fn envoys_own_stats_count_decisions_by_reason() {
     let stack = Stack::builder().workers(1).start();
     let count = |reason: &str| {
         let text = stack.envoy.admin("/stats/prometheus").expect(200).text();
-        let series = format!("keygate_decisions{{reason=\"{reason}\"}} ");
+        let series = format!("keygate_decisions_total{{reason=\"{reason}\"}} ");
         let value = text.lines().find_map(|line| line.strip_prefix(series.as_str()).map(str::to_owned));
         value.unwrap_or_else(|| panic!("no {series} in {text}")).parse::<u64>().expect("a count")
     };

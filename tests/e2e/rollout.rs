@@ -312,7 +312,7 @@ fn a_v2_that_fails_is_rolled_back_by_itself() {
     // Five percent are as bad, and there is nothing below that was good.
     wait_until(SOON, "it to be off", || shown()["strategy"] == "off");
     let all = load.stop();
-    let failed = Metrics::of(&api).sum("keygate_upstream_answers_total{", &["error", "v2"]);
+    let failed = Metrics::of(&api).sum("keygate_upstream_responses_total{", &["error", "v2"]);
     println!("rolled back {took:.1?} after the first failure, {failed} failed requests until it was off");
     assert!(took < Duration::from_secs(10), "{took:?}");
     drop(all);
@@ -332,7 +332,7 @@ fn a_v2_that_fails_is_rolled_back_by_itself() {
             worker.send(&chat(&key.token)).expect(500);
         }
         wait_until(SOON, "them to be counted", || {
-            let errors = Metrics::of(&api).sum("keygate_upstream_answers_total{", &["error", "v2"]);
+            let errors = Metrics::of(&api).sum("keygate_upstream_responses_total{", &["error", "v2"]);
             errors >= failed + 80 * round
         });
     }

@@ -30,10 +30,10 @@ fn a_leader_that_dies_is_replaced_and_revocations_go_on() {
     api.post(&format!("/api/admin/keys/{}/revoke?wait=applied", revoked.id), &json!({})).expect(200);
     for _ in 0..3 {
         revive_all_workers(&stack, &good.token);
-        let takeovers = stack.envoy.stat("keygate_leader_takeovers");
+        let takeovers = stack.envoy.stat("keygate_leader_takeovers_total");
         stack.call(&Request::get("/").header("x-trap", "leader")).expect(200);
         wait_until(TAKEOVER, "another VM to lead", || {
-            stack.envoy.stat("keygate_leader_takeovers") > takeovers
+            stack.envoy.stat("keygate_leader_takeovers_total") > takeovers
         });
 
         let next = api.issue("basic");

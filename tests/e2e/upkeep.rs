@@ -129,9 +129,9 @@ fn a_set_that_grows_is_cut_anew_and_taken_over_while_the_proxy_serves() {
     assert!(held["bloom_fp_rate"].as_f64().is_some_and(|rate| rate < 1e-4), "{held}");
 
     // By hand it is a version like any other, too.
-    let before = stack.envoy.stat("keygate_publications");
+    let before = stack.envoy.stat("keygate_publications_total");
     let rebuilt = api.change("/api/admin/revocations/rebuild", &json!({})).expect_everywhere(1);
-    assert!(stack.envoy.stat("keygate_publications") > before);
+    assert!(stack.envoy.stat("keygate_publications_total") > before);
     assert_eq!(api.fleet()[0]["version"], rebuilt.version);
     assert_serves(&mut workers, &good.token);
     for connection in &mut workers {
@@ -144,6 +144,6 @@ fn a_set_that_grows_is_cut_anew_and_taken_over_while_the_proxy_serves() {
         connection.send(&chat(&late)).expect(401);
     }
     // Growing was no trouble: no delta that did not fit, no snapshot that was refused.
-    assert_eq!(stack.envoy.stat("keygate_sync_failures"), 0);
+    assert_eq!(stack.envoy.stat("keygate_sync_failures_total"), 0);
     stack.envoy.assert_no_vm_died();
 }

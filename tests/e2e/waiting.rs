@@ -12,11 +12,11 @@ fn stack(workers: usize) -> Stack {
 }
 
 fn decisions(envoy: &Envoy, reason: &str) -> u64 {
-    envoy.stat(&format!("keygate_decisions.reason.{reason}"))
+    envoy.stat(&format!("keygate_decisions_total.reason.{reason}"))
 }
 
 fn waits(envoy: &Envoy) -> u64 {
-    envoy.stat("keygate_limit_waits")
+    envoy.stat("keygate_limit_waits_total")
 }
 
 #[test]
@@ -103,10 +103,10 @@ fn a_panic_over_one_that_waits_refuses_it() {
     let mut other = stack.envoy.connect();
     other.begin(&request.clone().header("x-trap", "pending-always"));
     stack.call(&request.clone().header("x-trap", "pending-worker")).expect_problem(503, "unavailable");
-    assert_eq!((stack.envoy.stat("keygate_panics"), stack.upstream.seen()), (1, seen));
+    assert_eq!((stack.envoy.stat("keygate_panics_total"), stack.upstream.seen()), (1, seen));
     // So is another one that waits at the worker.
     other.receive().expect_problem(503, "unavailable");
-    wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts") == 3);
+    wait_until(SOON, "another plugin", || stack.envoy.stat("keygate_vm_starts_total") == 3);
     stack.call(&request.header("x-trap", "pending")).expect(200);
 }
 
@@ -119,7 +119,7 @@ fn those_that_wait_outlive_the_configuration() {
     let key = stack.api().issue("basic");
     let request = Request::get("/api/chat").bearer(&key.token);
     for round in 0..4 {
-        let starts = stack.envoy.stat("keygate_vm_starts");
+        let starts = stack.envoy.stat("keygate_vm_starts_total");
         let mut connections: Vec<Connection> = (0..40).map(|_| stack.envoy.connect()).collect();
         for (connection, asked) in connections.iter_mut().zip(["pending", "pending-always"].iter().cycle()) {
             connection.begin(&request.clone().header("x-trap", asked));
@@ -128,7 +128,7 @@ fn those_that_wait_outlive_the_configuration() {
         for (connection, wanted) in connections.iter_mut().zip([200, 429].iter().cycle()) {
             connection.receive().expect(*wanted);
         }
-        wait_until(SOON, "the new configuration", || stack.envoy.stat("keygate_vm_starts") == starts + 3);
+        wait_until(SOON, "the new configuration", || stack.envoy.stat("keygate_vm_starts_total") == starts + 3);
     }
     stack.call(&request.header("x-trap", "pending")).expect(200);
 }
@@ -159,5 +159,5 @@ fn in_webassembly_none_waits() {
     let answer = stack.call(&request).expect_problem(429, "rate_limited");
     let header = |name| answer.header(name);
     assert_eq!((header("retry-after"), header("x-ratelimit-remaining")), (Some("1"), Some("7")));
-    assert_eq!(stack.envoy.stat("wasmcustom.keygate_limit_waits"), 0);
+    assert_eq!(stack.envoy.stat("wasmcustom.keygate_limit_waits_total"), 0);
 }

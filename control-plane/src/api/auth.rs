@@ -22,6 +22,7 @@ use crate::model::View;
 use crate::model::commands::keys::{self, IssueError};
 use crate::problem::Problem;
 use crate::secret::Signer;
+use crate::telemetry::counts::UNKNOWN;
 
 pub async fn register(
     State(app): State<Arc<ApiState>>,
@@ -42,7 +43,7 @@ pub async fn register(
         .await
         .map_err(|error| refused(error, &app.state().rules.realm))?;
     if !issued.replayed {
-        app.metrics.created.with_label_values(&[issued.key.role.as_str(), V2]).inc();
+        app.metrics.keys.created.with([&issued.key.role, V2]).inc();
     }
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
 }
@@ -59,10 +60,7 @@ pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> R
     match authenticate(&app, &headers, &Route::keyed("validate", &[])) {
         Ok(caller) => {
             let claims = &caller.0.claims;
-            // Only roles of the configuration are labels: the set must stay closed.
-            let role =
-                if app.config.roles.contains_key(&claims.role) { claims.role.as_str() } else { "unknown" };
-            app.metrics.validated.with_label_values(&[role, V2, "success"]).inc();
+            app.telemetry.key_validated(&claims.role, true);
             let scopes: Vec<&str> = claims.scope.split_terminator(' ').collect();
             Ok(json(
                 StatusCode::OK,
@@ -76,7 +74,7 @@ pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> R
             ))
         }
         Err(problem) => {
-            app.metrics.validated.with_label_values(&["unknown", V2, "failure"]).inc();
+            app.telemetry.key_validated(UNKNOWN, false);
             Err(problem)
         }
     }
@@ -95,7 +93,7 @@ pub async fn refresh(
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
-            app.metrics.refreshed.with_label_values(&[role.as_str(), success]).inc();
+            app.metrics.keys.refreshed.with([&role, success]).inc();
         }
     };
     let idempotency = request::idempotency(&headers, actor(&caller), "refresh", &bytes)?;
@@ -121,8 +119,8 @@ pub async fn refresh(
     if !issued.replayed {
         count("true");
         let role = issued.key.role.as_str();
-        app.metrics.created.with_label_values(&[role, V2]).inc();
-        app.metrics.revoked.with_label_values(&[role, RevocationReason::Rotation.label()]).inc();
+        app.metrics.keys.created.with([role, V2]).inc();
+        app.metrics.keys.revoked.with([role, RevocationReason::Rotation.label()]).inc();
     }
     Ok(request::finish(&app, committed, waits, StatusCode::OK, issued_view(&issued)).await)
 }

@@ -135,7 +135,7 @@ pub async fn cut_off(
     let command = move |view: &View<'_>| commands::cut_off(view, rule, reason, glass);
     let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
     if let Some(justification) = &break_glass {
-        app.metrics.break_glass.inc();
+        app.metrics.keys.break_glass.inc();
         tracing::error!(
             by = actor(&caller.0),
             id = cutoff.id,
@@ -171,7 +171,7 @@ pub async fn cut_off(
 /// Counts and logs what a cut-off ended that has come into force.
 pub fn note_revoked(app: &ApiState, caller: &Caller, id: &str, count: &Count, reason: RevocationReason) {
     for (role, keys) in &count.by_role {
-        app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc_by(*keys);
+        app.metrics.keys.revoked.with([role, reason.label()]).inc_by(*keys);
     }
     tracing::warn!(by = actor(&caller.0), id, keys = count.keys(), "mass revocation");
     let by_role: Vec<String> = count.by_role.iter().map(|(role, keys)| format!("{role} {keys}")).collect();

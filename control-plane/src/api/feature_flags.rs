@@ -16,7 +16,6 @@ use crate::model::View;
 use crate::model::commands::rollout::{self as commands, RolloutError};
 use crate::problem::Problem;
 use crate::rollout::document::{self, Edit, percent};
-use crate::rollout::tally::{self, Tally};
 use crate::rollout::{Past, Pasts};
 use crate::state;
 
@@ -62,20 +61,20 @@ pub async fn replace(
     let command = move |view: &View<'_>| commands::edit(view, edit, expected);
     let (_, committed) = app.writer.submit(actor(&caller.0), command).await??;
     let state = app.state();
-    app.metrics.show_rollout(&state.flags, state.has_v1, app.clock.now_s());
+    app.metrics.rollout.show(&state.flags, state.has_v1, app.clock.now_s());
     let answer = request::finish(&app, committed, waits, StatusCode::OK, shown(&app, &state)).await;
     Ok(tagged(answer, &state.pasts))
 }
 
 pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let mut answer = counts(&app);
-    answer["by_endpoint"] = json!(tally::by_endpoint(&app.metrics));
+    answer["by_endpoint"] = json!(app.telemetry.by_endpoint());
     json(StatusCode::OK, answer)
 }
 
 pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extension<Caller>) -> Response {
     let now_ms = app.clock.now_ms();
-    app.telemetry.reset_rollout(Tally::of(&app.metrics), now_ms);
+    app.telemetry.reset_rollout(now_ms);
     app.telemetry.write(now_ms / 1_000).await;
     tracing::warn!(by = actor(&caller.0), "the rollout's counts begin anew");
     json(StatusCode::OK, counts(&app))
@@ -85,7 +84,7 @@ pub async fn reset(State(app): State<Arc<ApiState>>, Extension(caller): Extensio
 pub fn counts(app: &ApiState) -> Value {
     let (before, since_ms) = app.telemetry.rollout_reset();
     let others = app.redis.as_ref().map(|redis| redis.counted_by_others()).unwrap_or_default();
-    let mut counts = Tally::of(&app.metrics).since(before).plus(others).show();
+    let mut counts = app.telemetry.tally().since(before).plus(others).show();
     counts["since"] = json!((since_ms > 0).then(|| clock::rfc3339_ms(since_ms)));
     counts["last_updated"] = json!(clock::rfc3339_ms(app.clock.now_ms()));
     counts

@@ -74,11 +74,12 @@ fn checks(app: &ApiState) -> Vec<Check> {
 }
 
 fn of_journal(app: &ApiState) -> Vec<String> {
+    let status = app.writer.status();
     let mut reasons = Vec::new();
-    if is_sealed(app) {
+    if status.is_sealed() {
         reasons.push("the journal could not be written; changes are refused until a restart".into());
     }
-    if app.metrics.journal_reserve.get() == 0.0 {
+    if !status.reserve_ok {
         reasons.push("the disk of the journal is full; only changes that end keys are taken".into());
     }
     reasons
@@ -86,8 +87,8 @@ fn of_journal(app: &ApiState) -> Vec<String> {
 
 /// What waits for the store is tried again with the next change, but after some failures only a restart helps.
 fn of_store(app: &ApiState) -> Vec<String> {
-    let waiting = app.metrics.store_waiting.get();
-    let waits = (waiting > 0.0)
+    let waiting = app.writer.status().store_backlog;
+    let waits = (waiting > 0)
         .then(|| format!("store: {waiting} changes wait to be taken; they are in the journal, and a restart has it take them"));
     let unread = app.store.key("readyz").err().map(|error| format!("store: it cannot be read: {error}"));
     waits.into_iter().chain(unread).collect()
@@ -151,11 +152,6 @@ fn of_limits(app: &ApiState) -> Check {
     Check { note, ..Check::new("limits", reasons) }
 }
 
-/// Whether nothing can be written any more.
-fn is_sealed(app: &ApiState) -> bool {
-    app.metrics.journal_failures.get() > 0
-}
-
 /// What is wrong, if anything.
 fn reasons(checks: &[Check]) -> Vec<&str> {
     checks.iter().flat_map(|check| check.reasons.iter().map(String::as_str)).collect()
@@ -164,7 +160,7 @@ fn reasons(checks: &[Check]) -> Vec<&str> {
 pub async fn health(State(app): State<Arc<ApiState>>) -> Response {
     let checks = checks(&app);
     let reasons = reasons(&checks);
-    let status = match (is_sealed(&app), reasons.is_empty()) {
+    let status = match (app.writer.status().is_sealed(), reasons.is_empty()) {
         (true, _) => "unhealthy",
         (false, false) => "degraded",
         (false, true) => "healthy",
@@ -193,7 +189,7 @@ pub async fn readyz(
     let is_verbose = verbose.is_some();
     let checks = checks(&app);
     let reasons = reasons(&checks);
-    let (code, status) = match (is_sealed(&app), reasons.is_empty()) {
+    let (code, status) = match (app.writer.status().is_sealed(), reasons.is_empty()) {
         (true, _) => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
         (false, false) => (StatusCode::OK, "degraded"),
         (false, true) => (StatusCode::OK, "ready"),
@@ -242,24 +238,15 @@ pub async fn metrics(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     for (role, live) in state.census.live(app.clock.now_s()) {
         if app.config.roles.contains_key(role) {
-            app.metrics.active_keys.with_label_values(&[role]).set(as_f64(live));
+            app.metrics.keys.active.with([role]).set_count(live);
         }
     }
-    app.metrics.show_fleet(app.fleet.summary(&state, &app.deltas));
-    app.metrics.snapshot_bytes.set(as_f64(state.snapshot_bytes() as u64));
-    app.metrics.snapshot_age.set(state.published.elapsed().as_secs_f64());
-    app.metrics.revocations.set(as_f64(state.revocations.len() as u64));
-    app.metrics.state_seq.set(as_f64(state.version.seq));
+    app.metrics.durability.show(app.writer.status());
+    app.metrics.fleet.show(app.fleet.summary(&state, &app.deltas), &state);
     let now = app.clock.now_s();
     app.telemetry.write(now).await;
-    app.metrics.show_quotas(app.quotas.doubts().as_ref());
-    app.metrics.show_canary(&runner::health(&app.canary), app.canary.history().last_run_ms());
-    app.metrics.show_secrets(&state.secrets, driver::next_at(&app, &state), now);
+    app.metrics.quota.show(app.quotas.doubts().as_ref());
+    app.metrics.canary.show(&runner::health(&app.canary), app.canary.history().last_run_ms());
+    app.metrics.secrets.show(&state.secrets, driver::next_at(&app, &state), now);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.metrics.text()).into_response()
-}
-
-/// Counts below 2^53 are exact.
-#[allow(clippy::cast_precision_loss)]
-fn as_f64(count: u64) -> f64 {
-    count as f64
 }

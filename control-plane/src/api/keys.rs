@@ -130,7 +130,7 @@ async fn change_key(
     };
     let ((key, changed), committed) = app.writer.submit(actor, command).await??;
     if changed && let Some(revoked) = &key.revoked {
-        app.metrics.revoked.with_label_values(&[key.role.as_str(), revoked.reason.label()]).inc();
+        app.metrics.keys.revoked.with([&key.role, revoked.reason.label()]).inc();
     }
     let mut view = key_view(&key, &app.state().secrets, app.clock.now_s());
     view["changed"] = changed.into();

@@ -42,7 +42,7 @@ pub async fn replace(
     let command =
         move |view: &View<'_>| commands::replace(view, change.mode, change.routes, expected, &roles);
     let (policy, committed) = app.writer.submit(actor(&caller.0), command).await??;
-    app.metrics.begin_routes(&app.config.roles, &policy);
+    app.telemetry.note_routes(&policy);
     let answer = request::finish(&app, committed, waits, StatusCode::OK, serde_json::json!(policy)).await;
     Ok(tagged(answer, app.state().policy_seq))
 }

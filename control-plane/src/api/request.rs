@@ -14,13 +14,13 @@ use keygate_core::cache::Verified;
 use keygate_core::credential;
 use keygate_core::decision::{Judge, Reason, Verdict, decide_on_route};
 use keygate_core::policy::Route;
+use keygate_core::telemetry::Timing;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
 use crate::api::ApiState;
 use crate::change::Idempotency;
-use crate::metrics::V2;
 use crate::model::commands::Expected;
 use crate::problem::Problem;
 use crate::writer::Committed;
@@ -67,15 +67,15 @@ pub fn authenticate_or(
             trace: &mut (),
         };
         let decision = decide_on_route(&state.rules, route, credential::find(pairs), judge);
-        app.metrics.decode_seconds.observe(begun.elapsed());
+        app.telemetry.observe(Timing::Decode, begun.elapsed());
         decision
     };
-    app.metrics.validation_seconds.observe(started.elapsed());
+    app.telemetry.observe(Timing::Validation, started.elapsed());
     match (decision.verdict, decision.key) {
         (Verdict::Forward, Some(key)) => Ok(Caller(key)),
         (Verdict::Refuse(_), Some(key)) if but(decision.reason) => Ok(Caller(key)),
         (Verdict::Refuse(refusal), _) => {
-            app.metrics.auth_errors.with_label_values(&[decision.reason.label(), V2]).inc();
+            app.telemetry.request_refused(decision.reason);
             Err(Problem::refusal(refusal, &state.rules.realm, &route.scopes))
         }
         (Verdict::Forward, None) => Err(Problem::not_found("This path needs no key.")),
@@ -195,11 +195,9 @@ pub async fn finish(
         let state = app.state();
         let propagation = app.fleet.wait_applied(committed.version, &state, waits.since, limit).await;
         if !propagation.missing.is_empty() {
-            app.metrics.propagation_timeouts.inc();
+            app.metrics.fleet.propagation_timeouts.inc();
         } else if propagation.total > 0 {
-            app.metrics
-                .propagation_seconds
-                .observe(Duration::from_millis(propagation.max_lag_ms).as_secs_f64());
+            app.metrics.fleet.propagation.observe(Duration::from_millis(propagation.max_lag_ms));
         }
         body["propagation"] = serde_json::json!(propagation);
     }

@@ -64,7 +64,7 @@ pub async fn revoke_many(
     let command = move |view: &View<'_>| keys::revoke_many(view, &batch, &by);
     let (receipt, committed) = app.writer.submit(actor(&caller.0), command).await??;
     for role in &receipt.roles {
-        app.metrics.revoked.with_label_values(&[role.as_str(), reason.label()]).inc();
+        app.metrics.keys.revoked.with([role, reason.label()]).inc();
     }
     let of_keys =
         receipt.keys.iter().map(|(key_id, outcome)| value!({ "key_id": key_id, "result": outcome.label() }));

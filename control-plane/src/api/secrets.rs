@@ -178,7 +178,7 @@ pub async fn rotate(
     let Begun { kid, state, old, replayed, ended, ids: _ } = begun;
     let mut body = serde_json::json!({ "version_id": kid, "state": state, "replaces": old });
     if !replayed {
-        app.metrics.secret_rotations.with_label_values(&["begun"]).inc();
+        app.metrics.secrets.rotations.with(["begun"]).inc();
         tracing::info!(by = actor(&caller.0), kid, old, immediate, "a rotation of secrets was begun");
         if let Some(timeout) = propagation_timeout {
             app.driver.allow(&kid, timeout);
@@ -254,7 +254,7 @@ pub async fn cancel(
     waits: Waits,
 ) -> Result<Response, Problem> {
     let (kid, committed) = app.writer.submit(actor(&caller.0), commands::cancel).await??;
-    app.metrics.secret_rotations.with_label_values(&["cancelled"]).inc();
+    app.metrics.secrets.rotations.with(["cancelled"]).inc();
     tracing::warn!(by = actor(&caller.0), kid, "a rotation of secrets was cancelled");
     let body = serde_json::json!({ "version_id": kid, "state": SecretState::Expired });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
@@ -283,7 +283,7 @@ pub async fn force(
     let policy = app.config.signing.clone();
     let plan = move |view: &View<'_>| commands::force(view, &policy, justification);
     let (kid, committed) = app.writer.submit(actor(&caller.0), plan).await??;
-    app.metrics.secret_rotations.with_label_values(&["forced"]).inc();
+    app.metrics.secrets.rotations.with(["forced"]).inc();
     tracing::error!(
         by = actor(&caller.0),
         kid,

@@ -41,7 +41,7 @@ use crate::rotation::{self, Driver};
 use crate::secret::ring::Held;
 use crate::secret::{HsmPair, NewSecret, SecretRecord, Signer};
 use crate::state::Settings;
-use crate::telemetry::{self, BookError, Telemetry};
+use crate::telemetry::{self, Telemetry, TelemetryStoreError};
 use crate::writer::{self, CommitError, History, OpenError, Start};
 use crate::{api, files, random, route_cost, sync, upkeep};
 
@@ -90,7 +90,7 @@ pub enum RunError {
     Open(#[from] OpenError),
     /// What proxies count.
     #[error(transparent)]
-    Telemetry(#[from] BookError),
+    Telemetry(#[from] TelemetryStoreError),
     /// The first change.
     #[error(transparent)]
     Commit(#[from] CommitError),
@@ -159,8 +159,8 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let keys = Arc::new(given::keyring(&config, &given, claim.is_empty())?);
     let metrics = Metrics::new(&config.roles);
     redis_store::begin_metrics(&metrics);
-    metrics.redis_configured.set(f64::from(u8::from(config.redis.is_some())));
-    metrics.canary_configured.set(f64::from(u8::from(!config.canary.proxies.is_empty())));
+    metrics.redis.configured.set_flag(config.redis.is_some());
+    metrics.canary.configured.set_flag(!config.canary.proxies.is_empty());
     let destinations = given::destinations(&config, &given)?;
     let notifier =
         Arc::new(Notifier::start(&destinations, &config.notify.source, clock.clone(), Arc::clone(&metrics)));
@@ -184,13 +184,14 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         keys: Arc::clone(&keys),
         first_changes: &first_changes,
         clock: clock.clone(),
-        metrics: Arc::clone(&metrics),
+        observer: Box::new(Arc::clone(&metrics)),
     })?;
-    metrics.begin_routes(&config.roles, &states.borrow().rules.policy);
     warn_of_costs(&states.borrow().rules, &config, clock.now_s());
     let fleet = Fleet::open(Arc::clone(&store), clock.now_ms()).map_err(OpenError::from)?;
     let roles = config.roles.keys().cloned().collect();
-    let telemetry = Arc::new(Telemetry::open(dir, Arc::clone(&metrics), roles)?);
+    let telemetry = Arc::new(Telemetry::open(dir, roles)?);
+    telemetry.note_routes(&states.borrow().rules.policy);
+    metrics.export(Arc::clone(&telemetry));
     let active = states.borrow().secrets.active().map(|held| held.record.alg);
     if let Some(active) = active.filter(|active| *active != config.signing.algorithm) {
         tracing::warn!(

@@ -237,8 +237,8 @@ async fn run_within(canary: &Arc<Canary>, all: bool, trace: Trace) -> Vec<Outcom
     };
     for result in &results {
         let label = if result.passed { "pass" } else { "fail" };
-        canary.node.metrics.canary_runs.with_label_values(&[label]).inc();
-        canary.node.metrics.canary_seconds.observe(result.latency_ms / 1_000.0);
+        canary.node.metrics.canary.runs.with([label]).inc();
+        canary.node.metrics.canary.seconds.observe(Duration::from_secs_f64(result.latency_ms / 1_000.0));
     }
     match turn {
         Some(Turn::Fails(what)) => {
@@ -373,7 +373,7 @@ async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, tra
     let begun = Instant::now();
     let result = probed(canary, token, proxy, trace).await;
     if let Ok(took) = result {
-        canary.node.metrics.canary_revocation_seconds.observe(took.as_secs_f64());
+        canary.node.metrics.canary.revocation_seconds.observe(took);
     }
     let name = "A key is issued, passes, is revoked and refused";
     outcome(canary, trace, PROBE, name, &proxy.text, begun, None, result.err(), true)

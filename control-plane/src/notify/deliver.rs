@@ -57,7 +57,7 @@ impl Worker {
             // Once there is no time any more, one that does not answer is not asked again.
             gave_up |= outcome == "failed" && self.stopping.wait(Duration::ZERO);
             let label = self.destination.label();
-            self.metrics.notifications.with_label_values(&[label, outcome]).inc();
+            self.metrics.notifications.sent.with([label, outcome]).inc();
         }
     }
 

@@ -179,6 +179,11 @@ pub struct Notifier {
 impl Notifier {
     /// Begins to serve destinations. `source` names this control plane.
     pub fn start(destinations: &[Destination], source: &str, clock: Clock, metrics: Arc<Metrics>) -> Self {
+        for label in Destination::LABELS {
+            for outcome in OUTCOMES {
+                metrics.notifications.sent.with([label, outcome]);
+            }
+        }
         let (mut queues, mut threads) = (Vec::new(), Vec::new());
         let stopping = Arc::new(Stopping::default());
         for destination in destinations {
@@ -235,7 +240,7 @@ impl Notifier {
             if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
                 queue.try_send(Arc::clone(&notice))
             {
-                self.metrics.notifications.with_label_values(&[label, "dropped"]).inc();
+                self.metrics.notifications.sent.with([label, "dropped"]).inc();
                 tracing::error!(
                     to = label,
                     kind = kind.label(),

@@ -48,7 +48,7 @@ pub async fn pass_on(
         .as_ref()
         .is_ok_and(|answer| !answer.status.is_server_error() && answer.status != StatusCode::UNAUTHORIZED);
     if !is_answered {
-        quotas.node.metrics.quota_pass_on_failures.inc();
+        quotas.node.metrics.quota.forward_failures.inc();
     }
     answer
 }

@@ -131,7 +131,7 @@ impl Session<'_> {
             Err(error @ LinkError::WrongType) => Err(error.into()), // Made good by a new session.
             // It reads all the same; what cannot be written now is written when it can be.
             Err(error) if !error.must_reconnect() => {
-                self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                self.node.metrics.redis.errors.with([error.label()]).inc();
                 Ok(false)
             }
             Err(error) => Err(error.into()),
@@ -226,7 +226,7 @@ impl Session<'_> {
             );
         }
         let outcome = if is_taken { "taken" } else { "refused" };
-        self.node.metrics.redis_edits.with_label_values(&[key.name(), outcome]).inc();
+        self.node.metrics.redis.edits.with([key.name(), outcome]).inc();
     }
 
     fn note_standing(&mut self, key: OperatorKey) {

@@ -154,24 +154,24 @@ pub struct RedisPeers {
 fn show_problems(metrics: &Metrics, problems: &[(&'static str, String)]) {
     for name in PROBLEMS {
         let there = problems.iter().any(|(problem, _)| *problem == name);
-        metrics.redis_problems.with_label_values(&[name]).set(f64::from(u8::from(there)));
+        metrics.redis.setting_problems.with([name]).set_flag(there);
     }
 }
 
 /// Makes the series of Redis, with 0.
 pub fn begin_metrics(metrics: &Metrics) {
     for operation in OPERATIONS {
-        metrics.redis_seconds.with_label_values(&[operation]);
+        metrics.redis.seconds.with([operation]);
     }
     for problem in PROBLEMS {
-        metrics.redis_problems.with_label_values(&[problem]);
+        metrics.redis.setting_problems.with([problem]);
     }
     for kind in error_kinds() {
-        metrics.redis_errors.with_label_values(&[kind]);
+        metrics.redis.errors.with([kind]);
     }
     for key in OperatorKey::ALL.map(OperatorKey::name) {
         for outcome in ["taken", "refused"] {
-            metrics.redis_edits.with_label_values(&[key, outcome]);
+            metrics.redis.edits.with([key, outcome]);
         }
     }
 }

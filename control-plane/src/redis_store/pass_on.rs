@@ -55,7 +55,7 @@ impl PassOn<'_> {
                 }
                 // What Redis does not explain is looked at from the beginning: the log may not be as it was left.
                 Err(error) if error.is_of_writing() && error.label() != LinkError::UNEXPLAINED => {
-                    self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                    self.node.metrics.redis.errors.with([error.label()]).inc();
                     self.redis.update(|status| {
                         status.tried = *last.borrow();
                         status.error = Some(error.to_string());
@@ -99,7 +99,7 @@ impl PassOn<'_> {
                 let after = if live { news_of(&state.merged, &mut said) } else { BTreeMap::new() };
                 changes.push((logged.seq, Shipped::of(logged, after)));
             }
-            let timer = node.metrics.redis_seconds.with_label_values(&["append"]).start_timer();
+            let timer = node.metrics.redis.seconds.with(["append"]).start_timer();
             filler.append(&changes, &node.store, node.clock.now_s()).await?;
             timer.observe_duration();
             *passed_on = PassedOn { seq: to, in_log: filler.last };
@@ -136,7 +136,7 @@ impl PassOn<'_> {
         let have = if redis.replicas == 0 {
             0
         } else {
-            let _timer = self.node.metrics.redis_seconds.with_label_values(&["wait"]).start_timer();
+            let _timer = self.node.metrics.redis.seconds.with(["wait"]).start_timer();
             let source = self.node.state().version.source;
             let wait = log::wait(redis.replicas, redis.timeout.mul_f64(WAIT_SHARE));
             self.link.query_at::<u64>(&names::log(source), &wait).await?

@@ -9,8 +9,8 @@ use super::{RedisPeers, names};
 use crate::clock;
 use crate::node::Node;
 use crate::rollout::document;
-use crate::rollout::tally::Tally;
 use crate::state::State;
+use crate::telemetry::tally::Tally;
 
 /// For so long a document is not written again for its counts.
 const STANDS_FOR: Duration = Duration::from_secs(2);
@@ -63,7 +63,7 @@ impl RedisPeers {
 
 /// Since the counts were begun anew.
 fn counted_here(node: &Node) -> Tally {
-    Tally::of(&node.metrics).since(node.telemetry.rollout_reset().0)
+    node.telemetry.tally().since(node.telemetry.rollout_reset().0)
 }
 
 impl Session<'_> {

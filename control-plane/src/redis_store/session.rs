@@ -110,8 +110,8 @@ pub async fn run(node: Arc<Node>, redis: Arc<RedisPeers>) {
             _ = stopping.wait_for(|stop| *stop) => return,
         };
         *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        node.metrics.redis_connection.set(0.0);
-        node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+        node.metrics.redis.connection.set_flag(false);
+        node.metrics.redis.errors.with([error.label()]).inc();
         let text = error.to_string();
         if text != said {
             tracing::error!(error = text, redis = %redis.target, "no Redis; the journal keeps every change");
@@ -161,7 +161,7 @@ async fn session(
     session.check().await?;
     let passed_on = session.make_good().await?;
     *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = Some(session.reading.clone());
-    node.metrics.redis_connection.set(1.0);
+    node.metrics.redis.connection.set_flag(true);
     redis.update(|status| {
         status.connected = true;
         status.error = None;
@@ -357,7 +357,7 @@ impl Session<'_> {
     /// Looks whether Redis has lost something, and at what others wrote.
     async fn look(&mut self) -> Result<(), SessionError> {
         let source = self.node.state().version.source;
-        let timer = self.node.metrics.redis_seconds.with_label_values(&["look"]).start_timer();
+        let timer = self.node.metrics.redis.seconds.with(["look"]).start_timer();
         let expected = self.redis.in_log();
         let in_log = log::last(&self.reading, source).await?;
         let size = revoked::count(&self.reading).await?;
@@ -435,7 +435,7 @@ impl Session<'_> {
                     error,
                     "changes of another control plane are not taken in"
                 );
-                self.node.metrics.redis_errors.with_label_values(&[PEER]).inc();
+                self.node.metrics.redis.errors.with([PEER]).inc();
             }
             match &error {
                 Some(error) => drop(self.peer_errors.insert(source, error.clone())),
@@ -459,7 +459,7 @@ impl Session<'_> {
         let data_keys = self.data_keys(entries.iter().filter_map(|entry| entry.change.secret())).await?;
         match self.node.writer.merge(entries, data_keys).await {
             Ok(_) => {
-                self.node.metrics.merged.inc_by(taken);
+                self.node.metrics.redis.merged.inc_by(taken);
                 Ok(None)
             }
             Err(CommitError::Stopped) => Err(CommitError::Stopped.into()),
@@ -544,13 +544,13 @@ impl Session<'_> {
 
     /// Whether anything had to be done, as far as is known.
     async fn unite(&mut self, extent: Extent) -> Result<bool, SessionError> {
-        let timer = self.node.metrics.redis_seconds.with_label_values(&["unite"]).start_timer();
+        let timer = self.node.metrics.redis.seconds.with(["unite"]).start_timer();
         let may_forget = self.redis.status.borrow().lease.is_some();
         // No log is later than an answer of Redis may be.
         let patience = (&mut self.met, self.redis.timeout);
         let united = match revoked::unite(self.node, &self.writing, extent, may_forget, patience).await {
             Err(UnionError::Link(error)) if !error.must_reconnect() => {
-                self.node.metrics.redis_errors.with_label_values(&[error.label()]).inc();
+                self.node.metrics.redis.errors.with([error.label()]).inc();
                 return Ok(true);
             }
             united => united?,

@@ -9,13 +9,13 @@ use keygate_core::rollout::Strategy;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::document::percent;
-use super::tally::{OfVersion, Tally};
 use crate::canary::runner::{self, Canary};
 use crate::config::GuardSettings;
 use crate::model::View;
 use crate::model::commands::rollout::{self as commands, RolledBack};
 use crate::node::Node;
 use crate::notify::Kind;
+use crate::telemetry::tally::{OfVersion, Tally};
 
 /// How often it looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -100,7 +100,7 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
         }
         let state = node.state();
         let now_s = node.clock.now_s();
-        node.metrics.show_rollout(&state.flags, state.has_v1, now_s);
+        node.metrics.rollout.show(&state.flags, state.has_v1, now_s);
         let is_watched = state.flags.guard
             && state.has_v1
             && !state.flags.rollout.is_settled()
@@ -111,7 +111,7 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
         }
         let seq = state.pasts.last().map_or(0, |past| past.seq);
         let limits = &node.config.rollout.guard;
-        let mut breach = guard.look(node.clock.now_ms(), Tally::of(&node.metrics), seq, limits);
+        let mut breach = guard.look(node.clock.now_ms(), node.telemetry.tally(), seq, limits);
         if runner::health(&canary).status == "unhealthy" {
             breach = breach.or(Some(Breach::Canary));
         }
@@ -131,7 +131,7 @@ async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), cr
     let (Some(RolledBack { from, flags }), _) = node.writer.commit(ACTOR, command).await? else {
         return Ok(());
     };
-    node.metrics.rollbacks.inc();
+    node.metrics.rollout.rollbacks.inc();
     let (from, to) = (percent(from), percent(flags.share_at(node.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");
     let strategy = flags.rollout.strategy.label();

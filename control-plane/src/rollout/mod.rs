@@ -3,7 +3,6 @@
 
 pub mod document;
 pub mod guard;
-pub mod tally;
 
 use std::collections::VecDeque;
 use std::time::Duration;

@@ -100,7 +100,7 @@ impl Driver {
 
 /// Counts and tells that a rotation, or a step of one, failed.
 pub fn note_failure(node: &Node, what: &str, error: &str) {
-    node.metrics.secret_rotation_failures.inc();
+    node.metrics.secrets.rotation_failures.inc();
     tracing::error!(error, "rotation of secrets: {what}");
     let details = vec![("because", error.to_owned()), ("look", "keygate secrets status".into())];
     node.notifier.tell(Kind::RotationFailed, format!("rotation of signing secrets: {what}"), details);
@@ -279,7 +279,7 @@ async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepErro
         Err(StepError::Rotation(RotationError::None)) => Ok(()),
         Err(error) => Err(error),
         Ok(_) => {
-            node.metrics.secret_rotations.with_label_values(&["completed"]).inc();
+            node.metrics.secrets.rotations.with(["completed"]).inc();
             tracing::info!(kid, "the new secret signs: every live proxy knows it");
             Ok(())
         }

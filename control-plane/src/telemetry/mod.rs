@@ -4,31 +4,25 @@
 //! greater of that and of what is known here is new: it is counted, and only when it is on disk, together with how far
 //! it goes, is the report acknowledged. Reports that come at the same time share a write.
 
-mod book;
-mod shown;
-mod times;
+pub mod counts;
+mod disk;
+pub mod tally;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use keygate_core::decision::Reason;
 use keygate_core::policy::Policy;
-use keygate_core::refusal::Refusal;
 use keygate_core::telemetry::{MAX_REPORTED, MAX_SERIES_BYTES, Receipt, Report, Series, Timing};
-use prometheus::IntCounterVec;
-use prometheus::core::Collector as _;
-use prometheus::proto::{MetricFamily, MetricType};
 use tokio::sync::{Notify, watch};
 
-use self::book::{Book, Totals};
-pub use self::book::{BookError, Known};
-pub use self::shown::Shown;
-pub use self::times::Times;
+use self::counts::Counts;
+pub use self::disk::{Known, TelemetryStoreError};
+use self::disk::{TelemetryStore, Totals};
+use self::tally::Tally;
 use crate::clock::Clock;
-use crate::metrics::{Metrics, V1, V2};
-use crate::rollout::tally::Tally;
 
 /// Proxies report again after so long, and later the more of them there are.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -46,15 +40,6 @@ const MAX_KNOWN: usize = 20_000;
 /// More than any proxy counts between two reports; who says so is mistaken.
 const MOST_AT_ONCE: u64 = 1_000_000_000_000;
 
-/// The label of a route that this control plane has never heard of.
-const OTHER: &str = "other";
-/// The label where no route matched.
-const NONE: &str = "none";
-/// The label of a role where no key was verified.
-pub const UNKNOWN: &str = "unknown";
-/// What becomes of requests, as a label.
-pub const OUTCOMES: [&str; 3] = ["passed", "refused", "unavailable"];
-
 /// Why a report is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReportError {
@@ -66,11 +51,10 @@ pub enum ReportError {
     NotKept,
 }
 
-/// What all proxies and this process have counted.
+/// Counts of all proxies and of this process's API.
 pub struct Telemetry {
-    metrics: Arc<Metrics>,
     roles: BTreeSet<String>,
-    book: Arc<Book>,
+    store: Arc<TelemetryStore>,
     kept: Mutex<Kept>,
     /// For one write at a time.
     writing: tokio::sync::Mutex<()>,
@@ -82,6 +66,8 @@ pub struct Telemetry {
 
 #[derive(Debug)]
 struct Kept {
+    /// Counts, also those that are not on disk yet.
+    counts: Counts,
     /// By incarnation and id.
     known: HashMap<String, Known>,
     /// Those that are not on disk as they are.
@@ -89,34 +75,51 @@ struct Kept {
     /// Names of routes, now and before.
     routes: BTreeSet<String>,
     reports: u64,
-    /// Where the rollout's counts for people begin, and since when.
+    /// Counts of the rollout when an operator last reset them, and when that was.
     reset: (Tally, u64),
-    on_disk: Totals,
+    on_disk: Arc<Totals>,
+    /// Writes that failed.
+    failures: u64,
+}
+
+/// Counts as they are exported: not more than is on disk. A counter that went back at a restart would be taken for one
+/// that was reset, and all of it would be counted again.
+#[derive(Debug, Clone)]
+pub struct Exported {
+    totals: Arc<Totals>,
+    /// Names of known routes.
+    pub routes: BTreeSet<String>,
+    /// Writes that failed.
+    pub failures: u64,
+}
+
+impl Exported {
+    /// Counts that are on disk.
+    pub fn counts(&self) -> &Counts {
+        &self.totals.counts
+    }
 }
 
 impl Telemetry {
-    /// Takes up what was counted before, into the metrics.
+    /// Reads what was counted before. `roles` are the labels that keys may have.
     ///
     /// # Errors
-    /// When it cannot be kept.
-    pub fn open(dir: &Path, metrics: Arc<Metrics>, roles: BTreeSet<String>) -> Result<Self, BookError> {
-        let (book, (totals, known)) = Book::open(dir)?;
-        let endpoints = totals.counters.values().flatten();
-        let routes = endpoints.filter_map(|(labels, _)| labels.get("endpoint").cloned()).collect();
-        restore(&metrics, &totals);
-        metrics.kept.show(metrics.kept.live());
+    /// When counts cannot be saved.
+    pub fn open(dir: &Path, roles: BTreeSet<String>) -> Result<Self, TelemetryStoreError> {
+        let (store, (totals, known)) = TelemetryStore::open(dir)?;
         let kept = Kept {
+            counts: totals.counts.clone(),
             known,
             unwritten: BTreeSet::new(),
-            routes,
+            routes: totals.counts.routes().map(str::to_owned).collect(),
             reports: 0,
             reset: totals.reset,
-            on_disk: totals,
+            on_disk: Arc::new(totals),
+            failures: 0,
         };
         Ok(Self {
-            metrics,
             roles,
-            book: Arc::new(book),
+            store: Arc::new(store),
             kept: Mutex::new(kept),
             writing: tokio::sync::Mutex::new(()),
             news: Notify::new(),
@@ -124,14 +127,56 @@ impl Telemetry {
         })
     }
 
-    /// Where the rollout's counts for people begin, and since when, Unix milliseconds; 0: since ever.
+    /// Roles that keys may have, as labels.
+    pub const fn roles(&self) -> &BTreeSet<String> {
+        &self.roles
+    }
+
+    /// Makes the routes of a policy known, so that their series exist before the first request.
+    pub fn note_routes(&self, policy: &Policy) {
+        self.lock().note_routes(policy);
+    }
+
+    /// Counts a key that this process's API validated.
+    pub fn key_validated(&self, role: &str, success: bool) {
+        self.lock().counts.add_validation(role, success, &self.roles);
+    }
+
+    /// Counts a request that this process's API refused.
+    pub fn request_refused(&self, reason: Reason) {
+        self.lock().counts.add_refusal(reason);
+    }
+
+    /// Adds a duration that this process's API measured.
+    pub fn observe(&self, timing: Timing, time: Duration) {
+        self.lock().counts.add_time(timing, time);
+    }
+
+    /// Counts as they are exported.
+    pub fn exported(&self) -> Exported {
+        let kept = self.lock();
+        Exported { totals: Arc::clone(&kept.on_disk), routes: kept.routes.clone(), failures: kept.failures }
+    }
+
+    /// Requests of the rollout since the first start.
+    pub fn tally(&self) -> Tally {
+        Tally::of(&self.lock().counts)
+    }
+
+    /// Requests of the rollout by route, version and outcome.
+    pub fn by_endpoint(&self) -> Vec<serde_json::Value> {
+        tally::by_endpoint(&self.lock().counts)
+    }
+
+    /// Counts of the rollout when they were last reset, and when that was, Unix milliseconds; 0: never.
     pub fn rollout_reset(&self) -> (Tally, u64) {
         self.lock().reset
     }
 
-    /// Begins the rollout's counts for people anew.
-    pub fn reset_rollout(&self, tally: Tally, now_ms: u64) {
-        self.lock().reset = (tally, now_ms);
+    /// Resets the counts of the rollout that operators see.
+    pub fn reset_rollout(&self, now_ms: u64) {
+        let mut kept = self.lock();
+        kept.reset = (Tally::of(&kept.counts), now_ms);
     }
 
     /// Counts what is new in a report and waits until it is on disk.
@@ -174,12 +219,11 @@ impl Telemetry {
         if grown.iter().any(|(name, _, more)| *more > MOST_AT_ONCE && !is_time(name)) {
             return Err(ReportError::Invalid("no proxy counts that much between two reports"));
         }
-        let names = policy.routes.iter().map(|route| &route.name);
-        let unheard: Vec<String> = names.filter(|name| !kept.routes.contains(*name)).cloned().collect();
-        kept.routes.extend(unheard);
+        let kept = &mut *kept;
+        kept.note_routes(policy);
         for (name, _, more) in grown.iter().filter(|(.., more)| *more > 0) {
             match Series::of(name) {
-                Some(series) => self.add(series, *more, &kept.routes),
+                Some(series) => kept.counts.add(series, *more, &kept.routes, &self.roles),
                 None => tracing::debug!(name, "a series of a newer filter is not counted"),
             }
         }
@@ -194,45 +238,10 @@ impl Telemetry {
         Ok((kept.reports, u32::try_from(live).unwrap_or(u32::MAX)))
     }
 
-    fn add(&self, series: Series<'_>, more: u64, routes: &BTreeSet<String>) {
-        let metrics = &self.metrics;
-        match series {
-            Series::Decision { reason, route, role } => {
-                let endpoint = endpoint(route, routes);
-                let refusal = reason.refusal();
-                let outcome = match refusal {
-                    None => "passed",
-                    Some(Refusal::Unavailable) => "unavailable",
-                    Some(_) => "refused",
-                };
-                let version = if reason == Reason::V1 { V1 } else { V2 };
-                metrics.requests.with_label_values(&[version, endpoint, outcome]).inc_by(more);
-                if refusal.is_some() {
-                    metrics.refusals.with_label_values(&[reason.label()]).inc_by(more);
-                    metrics.auth_errors.with_label_values(&[reason.label(), V2]).inc_by(more);
-                }
-                let role = if self.roles.contains(role) { role } else { UNKNOWN };
-                if reason == Reason::RateLimited {
-                    metrics.rate_limit_exceeded.with_label_values(&[role, endpoint]).inc_by(more);
-                }
-                if let Some(success) = reason.is_of_key() {
-                    let result = if success { "success" } else { "failure" };
-                    metrics.validated.with_label_values(&[role, V2, result]).inc_by(more);
-                }
-            }
-            Series::Answer { version, trouble, route } => {
-                let labels = [version.label(), endpoint(route, routes), trouble.label()];
-                metrics.upstream_answers.with_label_values(&labels).inc_by(more);
-            }
-            Series::Bucket { timing, bucket } => times_of(metrics, timing).add(bucket, more),
-            Series::TimeSum { timing } => times_of(metrics, timing).add_sum(more),
-        }
-    }
-
-    /// Writes what is new, and shows it; whether that worked.
+    /// Writes what is new; whether that worked. From then on it is exported.
     pub async fn write(&self, now_s: u64) -> bool {
         let _one_at_a_time = self.writing.lock().await;
-        let (number, families, totals, known, forgotten) = {
+        let (number, totals, known, forgotten) = {
             let mut kept = self.lock();
             let forgotten = forget(&mut kept, now_s);
             let unwritten = std::mem::take(&mut kept.unwritten);
@@ -240,27 +249,25 @@ impl Telemetry {
                 .into_iter()
                 .filter_map(|id| kept.known.get(&id).cloned().map(|known| (id, known)))
                 .collect();
-            let families = self.metrics.kept.live();
-            let totals = Totals { reset: kept.reset, ..totals_of(&families, &self.metrics) };
-            (kept.reports, families, totals, known, forgotten)
+            let is_same = kept.counts == kept.on_disk.counts && kept.reset == kept.on_disk.reset;
+            if known.is_empty() && forgotten.is_empty() && is_same {
+                return true;
+            }
+            (kept.reports, Totals::new(kept.counts.clone(), kept.reset), known, forgotten)
         };
-        if known.is_empty() && forgotten.is_empty() && totals == self.lock().on_disk {
-            self.metrics.kept.show(families); // Of a new route there may be series without a number.
-            return true;
-        }
-        let book = Arc::clone(&self.book);
-        let write = move || (book.write(&totals, &known, &forgotten), totals, known);
+        let store = Arc::clone(&self.store);
+        let write = move || (store.write(&totals, &known, &forgotten), totals, known);
         match tokio::task::spawn_blocking(write).await {
             Ok((Ok(()), totals, _)) => {
-                self.lock().on_disk = totals;
-                self.metrics.kept.show(families);
+                self.lock().on_disk = Arc::new(totals);
                 self.written.send_replace(number);
                 true
             }
             Ok((Err(error), _, known)) => {
                 tracing::error!(%error, "reports of proxies are not acknowledged; nothing is lost");
-                self.metrics.telemetry_failures.inc();
-                self.lock().unwritten.extend(known.into_iter().map(|(id, _)| id));
+                let mut kept = self.lock();
+                kept.failures = kept.failures.saturating_add(1);
+                kept.unwritten.extend(known.into_iter().map(|(id, _)| id));
                 false
             }
             Err(_) => false,
@@ -269,6 +276,14 @@ impl Telemetry {
 
     fn lock(&self) -> MutexGuard<'_, Kept> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    fn note_routes(&mut self, policy: &Policy) {
+        let names = policy.routes.iter().map(|route| &route.name);
+        let unheard: Vec<String> = names.filter(|name| !self.routes.contains(*name)).cloned().collect();
+        self.routes.extend(unheard);
     }
 }
 
@@ -310,73 +325,6 @@ fn forget(kept: &mut Kept, now_s: u64) -> Vec<String> {
         kept.unwritten.remove(id);
     }
     forgotten
-}
-
-fn endpoint<'r>(route: &'r str, routes: &BTreeSet<String>) -> &'r str {
-    match route {
-        "" => NONE,
-        route if routes.contains(route) => route,
-        _ => OTHER,
-    }
-}
-
-fn times_of(metrics: &Metrics, timing: Timing) -> &Times {
-    match timing {
-        Timing::Validation => &metrics.validation_seconds,
-        Timing::Decode => &metrics.decode_seconds,
-    }
-}
-
-/// The counters that outlive this process.
-fn counters(metrics: &Metrics) -> [&IntCounterVec; 6] {
-    [
-        &metrics.validated,
-        &metrics.auth_errors,
-        &metrics.requests,
-        &metrics.refusals,
-        &metrics.upstream_answers,
-        &metrics.rate_limit_exceeded,
-    ]
-}
-
-fn totals_of(families: &[MetricFamily], metrics: &Metrics) -> Totals {
-    let mut totals = Totals::default();
-    for family in families.iter().filter(|family| family.get_field_type() == MetricType::COUNTER) {
-        let series = family.get_metric().iter().filter_map(|metric| {
-            // Counts are whole numbers, and floating-point ones are exact up to 2^53.
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let count = metric.get_counter().get_value() as u64;
-            let labels = metric.get_label().iter();
-            let labels = labels.map(|label| (label.name().to_owned(), label.value().to_owned()));
-            (count > 0).then(|| (labels.collect::<BTreeMap<_, _>>(), count))
-        });
-        totals.counters.insert(family.name().to_owned(), series.collect());
-    }
-    // Read after what is shown: never less than that.
-    for timing in Timing::ALL {
-        let observed = times_of(metrics, timing).observed();
-        totals.times.insert(times::name_of(timing).to_owned(), observed);
-    }
-    totals
-}
-
-fn restore(metrics: &Metrics, totals: &Totals) {
-    for counter in counters(metrics) {
-        let name = counter.collect().first().map(|family| family.name().to_owned()).unwrap_or_default();
-        for (labels, count) in totals.counters.get(&name).into_iter().flatten() {
-            let labels: HashMap<&str, &str> =
-                labels.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
-            // Of a version that had other labels, nothing is taken over.
-            if let Ok(counter) = counter.get_metric_with(&labels) {
-                counter.inc_by(*count);
-            }
-        }
-    }
-    for timing in Timing::ALL {
-        if let Some(observed) = totals.times.get(times::name_of(timing)) {
-            times_of(metrics, timing).add_all(observed);
-        }
-    }
 }
 
 #[cfg(test)]

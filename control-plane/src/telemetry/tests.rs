@@ -1,11 +1,17 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::metrics::Metrics;
 
-fn telemetry(dir: &Path) -> Telemetry {
+fn telemetry(dir: &Path) -> Arc<Telemetry> {
     let roles = crate::roles::expand(crate::roles::defaults());
-    let metrics = Metrics::new(&roles);
-    Telemetry::open(dir, metrics, roles.keys().cloned().collect()).unwrap()
+    Arc::new(Telemetry::open(dir, roles.keys().cloned().collect()).unwrap())
+}
+
+fn text(telemetry: &Arc<Telemetry>) -> String {
+    let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
+    metrics.export(Arc::clone(telemetry));
+    metrics.text()
 }
 
 fn policy() -> Policy {
@@ -17,8 +23,8 @@ fn report(incarnation: &str, counts: &[(&str, u64, u64)]) -> Report {
     Report { format: 1, proxy: "edge".into(), incarnation: incarnation.into(), counts: counts.collect() }
 }
 
-fn value(telemetry: &Telemetry, series: &str) -> u64 {
-    let text = telemetry.metrics.text();
+fn value(telemetry: &Arc<Telemetry>, series: &str) -> u64 {
+    let text = text(telemetry);
     let line = text.lines().find_map(|line| line.strip_prefix(series)?.strip_prefix(' '));
     line.unwrap_or_else(|| panic!("{series} is missing")).parse().unwrap()
 }
@@ -84,6 +90,8 @@ async fn totals_outlive_the_process() {
     ];
     {
         let telemetry = telemetry(dir.path());
+        telemetry.key_validated("basic", true);
+        telemetry.observe(Timing::Validation, Duration::from_millis(1));
         take(&telemetry, &report("a", &counts)).await;
     }
     let telemetry = telemetry(dir.path());
@@ -96,7 +104,9 @@ async fn totals_outlive_the_process() {
         ("auth_errors_total{error_type=\"no_route\",version=\"v2\"}", 1),
         ("api_key_validated_total{result=\"failure\",role=\"basic\",version=\"v2\"}", 2),
         ("key_validation_duration_seconds_bucket{version=\"v2\",le=\"0.00001\"}", 4),
-        ("key_validation_duration_seconds_count{version=\"v2\"}", 4),
+        ("key_validation_duration_seconds_count{version=\"v2\"}", 5),
+        ("jwt_decode_duration_seconds_count", 0),
+        ("api_key_validated_total{result=\"success\",role=\"basic\",version=\"v2\"}", 6),
     ] {
         assert_eq!(value(&telemetry, series), wanted, "{series}");
     }
@@ -120,7 +130,7 @@ async fn what_is_not_on_disk_is_not_shown() {
     let dir = tempfile::tempdir().unwrap();
     let telemetry = telemetry(dir.path());
     let malformed = "auth_errors_total{error_type=\"malformed\",version=\"v2\"}";
-    telemetry.metrics.auth_errors.with_label_values(&["malformed", V2]).inc();
+    telemetry.request_refused(Reason::Malformed);
     telemetry.count(&report("a", &[("decision malformed chat ", 0, 5)]), &policy(), 100).unwrap();
     assert_eq!(value(&telemetry, malformed), 0);
     assert!(telemetry.write(100).await);
@@ -131,7 +141,8 @@ async fn what_is_not_on_disk_is_not_shown() {
 async fn names_that_nobody_knows_make_no_series() {
     let dir = tempfile::tempdir().unwrap();
     let telemetry = telemetry(dir.path());
-    let before = telemetry.metrics.text().lines().count();
+    telemetry.note_routes(&policy());
+    let before = text(&telemetry).lines().count();
     let mut counts = BTreeMap::new();
     for number in 0..1_000 {
         counts.insert(format!("decision revoked route-{number} role-{number}"), (0, 1));
@@ -140,7 +151,7 @@ async fn names_that_nobody_knows_make_no_series() {
     let report = Report { counts, ..report("a", &[]) };
     take(&telemetry, &report).await;
     // One for each outcome at the route that is not known.
-    assert!(telemetry.metrics.text().lines().count() <= before + 3);
+    assert!(text(&telemetry).lines().count() <= before + 3);
     let other = "keygate_requests_total{endpoint=\"other\",outcome=\"refused\",version=\"v2\"}";
     assert_eq!(value(&telemetry, other), 1_000);
 }
@@ -158,11 +169,11 @@ async fn a_report_that_cannot_be_right_is_refused() {
     ] {
         assert!(matches!(telemetry.count(&bad, &policy(), 0), Err(ReportError::Invalid(_))));
     }
-    assert!(!telemetry.metrics.text().contains("chat"), "nothing of it was counted");
+    assert!(!text(&telemetry).contains("chat"), "nothing of it was counted");
 }
 
 #[tokio::test]
-async fn a_broken_book_is_put_aside() {
+async fn a_broken_file_is_put_aside() {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("telemetry.redb"), b"not a database at all").unwrap();
     let telemetry = telemetry(dir.path());
@@ -174,12 +185,14 @@ async fn a_broken_book_is_put_aside() {
 fn who_was_silent_for_a_month_is_forgotten() {
     let known = |heard_s| Known { heard_s, ..Known::default() };
     let mut kept = Kept {
+        counts: Counts::default(),
         known: HashMap::from([("old".into(), known(0)), ("new".into(), known(FORGET_AFTER_S + 5))]),
         unwritten: BTreeSet::new(),
         routes: BTreeSet::new(),
         reports: 0,
         reset: Default::default(),
-        on_disk: Totals::default(),
+        on_disk: Arc::default(),
+        failures: 0,
     };
     assert_eq!(forget(&mut kept, FORGET_AFTER_S + 5), ["old"]);
     assert_eq!(kept.known.len(), 1);

@@ -6,6 +6,7 @@
 
 mod feed;
 mod pending;
+mod status;
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -19,12 +20,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 pub use self::feed::{Feed, Logged};
 use self::pending::{Current, Pending};
+pub use self::status::{WriterObserver, WriterStatus};
 use crate::backup::Restored;
 use crate::change::{Change, Entry};
 use crate::clock::{self, Clock};
 use crate::journal::{Claim, Journal, JournalError, Notary, Privacy, Record};
 use crate::keyring::{Keyring, KeyringError, Wraps};
-use crate::metrics::Metrics;
 use crate::model::View;
 use crate::secret::SecretError;
 use crate::state::{Deltas, Effect, Model, Settings, State};
@@ -115,9 +116,15 @@ struct Job {
 #[derive(Clone)]
 pub struct Writer {
     jobs: mpsc::Sender<Job>,
+    status: watch::Receiver<WriterStatus>,
 }
 
 impl Writer {
+    /// State of the journal and the store.
+    pub fn status(&self) -> WriterStatus {
+        *self.status.borrow()
+    }
+
     /// Has `plan` made against what stands and its changes carried out, in the name of `actor`. The plan
     /// gives its changes and an answer, or refuses; no changes is a fine plan.
     ///
@@ -240,7 +247,8 @@ struct Thread {
     deltas: Arc<Deltas>,
     feed: Arc<Feed>,
     clock: Clock,
-    metrics: Arc<Metrics>,
+    observer: Box<dyn WriterObserver>,
+    status: watch::Sender<WriterStatus>,
     /// Changes of the journal that the store could not take yet.
     unstored: Vec<(u64, Change)>,
     /// The same as plans see it.
@@ -267,8 +275,8 @@ pub struct Start<'s> {
     pub first_changes: &'s dyn Fn() -> Result<Vec<Change>, OpenError>,
     /// Time.
     pub clock: Clock,
-    /// Metrics.
-    pub metrics: Arc<Metrics>,
+    /// Receives the durations of writes.
+    pub observer: Box<dyn WriterObserver>,
 }
 
 /// Takes up the history of a directory, or begins one.
@@ -276,7 +284,7 @@ pub struct Start<'s> {
 /// # Errors
 /// See [`OpenError`].
 pub fn open(start: Start<'_>) -> Result<History, OpenError> {
-    let Start { claim, notary, privacy, dir, settings, keys, first_changes, clock, metrics } = start;
+    let Start { claim, notary, privacy, dir, settings, keys, first_changes, clock, observer } = start;
     let store = Arc::new(Store::open(dir)?);
     let (stored_source, mut applied) = store.applied()?;
     let in_dir = |source| JournalError::Io { path: dir.into(), source };
@@ -371,7 +379,12 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     keys.keep_only(&model.secrets().data_keys().collect())?;
     let state = Arc::new(model.picture(None)?);
     let deltas = Arc::new(Deltas::after(state.version.seq));
-    metrics.journal_reserve.set(f64::from(u8::from(!journal.uses_reserve())));
+    let (status, status_receiver) = watch::channel(WriterStatus {
+        journal_failures: 0,
+        reserve_ok: !journal.uses_reserve(),
+        store_backlog: 0,
+        store_failures: 0,
+    });
     let feed = Feed::after_start(journal.last_seq());
     let (states, receiver) = watch::channel(state);
     let (jobs, queue) = mpsc::channel(QUEUE);
@@ -384,14 +397,16 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         deltas: deltas.clone(),
         feed: feed.clone(),
         clock,
-        metrics,
+        observer,
+        status,
         unstored: Vec::new(),
         pending: Pending::default(),
         rules_changed: false,
     };
     let thread =
         thread::Builder::new().name("writer".into()).spawn(move || thread.run(queue)).map_err(in_dir)?;
-    Ok(History { writer: Writer { jobs }, states: receiver, deltas, store, feed, latest_s, thread })
+    let writer = Writer { jobs, status: status_receiver };
+    Ok(History { writer, states: receiver, deltas, store, feed, latest_s, thread })
 }
 
 fn warn_if_slow(what: &str, took: Duration) {
@@ -494,8 +509,7 @@ impl Thread {
             if let Err(error) = self.journal.append(&at, &entries) {
                 tracing::error!(%error, "the journal cannot be written; changes are refused");
                 let full = matches!(error, JournalError::NoSpace { .. });
-                self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
-                self.metrics.journal_failures.inc_by(u64::from(!full));
+                self.update_status(|status| status.journal_failures += u64::from(!full));
                 self.destroy_data_keys(); // Of secrets that were planned and are not.
                 for (done, _) in waiting {
                     let error = if full { CommitError::NoSpace } else { CommitError::Journal };
@@ -503,9 +517,8 @@ impl Thread {
                 }
                 return;
             }
-            self.metrics.journal_append_seconds.observe(started.elapsed().as_secs_f64());
+            self.observer.journal_appended(started.elapsed());
             warn_if_slow("journal", started.elapsed());
-            self.metrics.journal_reserve.set(f64::from(u8::from(!self.journal.uses_reserve())));
             self.publish(model, effects);
             let first_seq = self.journal.last_seq() + 1 - entries.len() as u64;
             let logged = |(seq, entry)| Logged { seq, at: at.clone(), entry };
@@ -564,14 +577,22 @@ impl Thread {
         if !self.journal.uses_reserve() {
             self.try_to_store();
         }
-        #[allow(clippy::cast_precision_loss)] // Far below 2^53.
-        self.metrics.store_waiting.set(self.unstored.len() as f64);
+        self.update_status(|_| {});
+    }
+
+    /// Publishes the state of the journal and the store, with a change to its counts.
+    fn update_status(&self, count: impl FnOnce(&mut WriterStatus)) {
+        self.status.send_modify(|status| {
+            status.reserve_ok = !self.journal.uses_reserve();
+            status.store_backlog = self.unstored.len();
+            count(status);
+        });
     }
 
     fn try_to_store(&mut self) {
         let started = Instant::now();
         let stored = self.store.apply(&self.unstored);
-        self.metrics.store_apply_seconds.observe(started.elapsed().as_secs_f64());
+        self.observer.store_applied(started.elapsed());
         warn_if_slow("store", started.elapsed());
         match stored {
             Ok(()) => {
@@ -579,7 +600,7 @@ impl Thread {
                 self.pending = Pending::default();
             }
             Err(error) => {
-                self.metrics.store_failures.inc();
+                self.update_status(|status| status.store_failures += 1);
                 tracing::error!(%error, waiting = self.unstored.len(), "the store cannot be written");
             }
         }

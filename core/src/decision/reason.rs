@@ -1,9 +1,12 @@
 //! Why a decision is as it is.
 
+use serde::{Deserialize, Serialize};
+
 use crate::refusal::Refusal;
 
 /// Precisely why.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// The key counts and permits it.
     Allowed,

@@ -70,7 +70,8 @@ impl Timing {
 }
 
 /// What an upstream answered, where that tells of trouble.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Trouble {
     /// A status of 500 or more, also of Envoy itself when the upstream could not be reached.
     Error,
@@ -101,7 +102,7 @@ impl Trouble {
 }
 
 /// How often something took how long.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Times {
     /// How often it took up to each of [`BOUNDS_NS`] and longer than the one before; at last, longer than all.
     pub buckets: [u64; BUCKETS],

@@ -26,7 +26,7 @@ pub fn run() {
     let ready_in = begun.elapsed();
     let after = Metrics::of(&api);
     let sent = |metrics: &Metrics, kind: &str| {
-        metrics.value(&format!("keygate_sync_bytes_total{{kind=\"{kind}\"}}"))
+        metrics.value(&format!("keygate_sync_response_bytes_total{{kind=\"{kind}\"}}"))
     };
     let snapshot_bytes =
         ["snapshot", "shards"].map(|kind| sent(&after, kind) - sent(&before, kind)).iter().sum::<f64>();
@@ -169,7 +169,7 @@ fn cut_off_many(stack: &Stack) -> CutOff {
 }
 
 fn delta_bytes(api: &Api) -> f64 {
-    Metrics::of(api).value("keygate_sync_bytes_total{kind=\"delta\"}")
+    Metrics::of(api).value("keygate_sync_response_bytes_total{kind=\"delta\"}")
 }
 
 fn millis(time: Duration) -> f64 {
@@ -187,7 +187,7 @@ struct Proxy {
 impl Proxy {
     fn of(envoy: &Envoy) -> Self {
         // First what takes a while, in which every VM says again how much memory it has.
-        let longest_slice_ms = peak(envoy, "keygate_slice_us") / 1_000.0;
+        let longest_slice_ms = peak(envoy, "keygate_slice_microseconds") / 1_000.0;
         Self {
             vm_bytes: envoy.stat("keygate_vm_memory_bytes") as f64,
             gate_bytes: envoy.stat("keygate_gate_bytes") as f64,

@@ -255,7 +255,7 @@ impl Bed {
 
     /// How often Keygate looked for a token among those that it remembers: found, and not.
     pub fn looks(&self) -> (u64, u64) {
-        (self.stat("keygate_token_cache_hits"), self.stat("keygate_token_cache_misses"))
+        (self.stat("keygate_token_cache_hits_total"), self.stat("keygate_token_cache_misses_total"))
     }
 
     /// Panics when a VM of Keygate's has died.

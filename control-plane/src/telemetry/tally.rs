@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 
 use keygate_core::decision::Reason;
 use keygate_core::rollout::ApiVersion;
-use prometheus::core::Collector as _;
+use keygate_core::telemetry::Trouble;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::metrics::Metrics;
+use super::counts::{Counts, Outcome, version_of};
 
 /// What one version did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,40 +82,36 @@ impl Tally {
         Self { v1: self.v1.plus(other.v1), v2: self.v2.plus(other.v2) }
     }
 
-    /// What proxies have counted until now.
-    pub fn of(metrics: &Metrics) -> Self {
+    /// The rollout's part of counts.
+    pub fn of(counts: &Counts) -> Self {
         let mut tally = Self::default();
-        each(&metrics.requests, |labels, count| {
-            let of = tally.version(labels.get("version"));
-            of.requests += count;
-            if labels.get("outcome").is_some_and(|outcome| outcome == "unavailable") {
-                of.errors += count;
+        for (decision, count) in &counts.decisions {
+            let of = tally.version_mut(version_of(decision.reason));
+            of.requests = of.requests.saturating_add(*count);
+            if Outcome::of(decision.reason) == Outcome::Unavailable {
+                of.errors = of.errors.saturating_add(*count);
             }
-        });
-        each(&metrics.upstream_answers, |labels, count| {
-            let is_error = labels.get("kind").is_some_and(|kind| kind == "error");
-            let of = tally.version(labels.get("version"));
-            if is_error {
-                of.errors += count;
-            } else {
-                of.refused += count;
+            if is_fault(decision.reason) {
+                of.refused = of.refused.saturating_add(*count);
             }
-        });
-        // What V2's upstream denies by itself is its own matter; what Keygate refuses for it is not.
-        tally.v2.refused = 0;
-        each(&metrics.refusals, |labels, count| {
-            let reason = labels
-                .get("error_type")
-                .and_then(|label| Reason::ALL.into_iter().find(|reason| reason.label() == label.as_str()));
-            if reason.is_some_and(is_fault) {
-                tally.v2.refused += count;
+        }
+        for (response, count) in &counts.upstream_responses {
+            let of = tally.version_mut(response.version);
+            match (response.trouble, response.version) {
+                (Trouble::Error, _) => of.errors = of.errors.saturating_add(*count),
+                (Trouble::Denied, ApiVersion::V1) => of.refused = of.refused.saturating_add(*count),
+                // Denials by V2's upstream are its own decision; only Keygate's refusals count for V2.
+                (Trouble::Denied, ApiVersion::V2) => {}
             }
-        });
+        }
         tally
     }
 
-    fn version(&mut self, label: Option<&String>) -> &mut OfVersion {
-        if label.is_some_and(|label| label == ApiVersion::V1.label()) { &mut self.v1 } else { &mut self.v2 }
+    const fn version_mut(&mut self, version: ApiVersion) -> &mut OfVersion {
+        match version {
+            ApiVersion::V1 => &mut self.v1,
+            ApiVersion::V2 => &mut self.v2,
+        }
     }
 
     /// For people.
@@ -174,59 +170,79 @@ pub const fn is_fault(reason: Reason) -> bool {
 }
 
 /// Requests by route, version and outcome.
-pub fn by_endpoint(metrics: &Metrics) -> Vec<Value> {
-    let mut rows: BTreeMap<(String, String), BTreeMap<String, u64>> = BTreeMap::new();
-    let mut note = |labels: &BTreeMap<String, String>, what: &str, count: u64| {
-        let of = |name: &str| labels.get(name).cloned().unwrap_or_default();
-        *rows.entry((of("endpoint"), of("version"))).or_default().entry(what.to_owned()).or_default() +=
-            count;
+pub fn by_endpoint(counts: &Counts) -> Vec<Value> {
+    let mut rows: BTreeMap<(&str, ApiVersion), BTreeMap<&str, u64>> = BTreeMap::new();
+    let mut add = |endpoint, version, name, count: u64| {
+        let sum = rows.entry((endpoint, version)).or_default().entry(name).or_default();
+        *sum = sum.saturating_add(count);
     };
-    each(&metrics.requests, |labels, count| {
-        let outcome = labels.get("outcome").cloned().unwrap_or_default();
-        note(labels, &outcome, count);
-    });
-    each(&metrics.upstream_answers, |labels, count| {
-        let kind = labels.get("kind").cloned().unwrap_or_default();
-        note(labels, if kind == "error" { "upstream_errors" } else { "upstream_denied" }, count);
-    });
-    let row = |((endpoint, version), counts): ((String, String), BTreeMap<String, u64>)| {
-        let mut row = json!({ "endpoint": endpoint, "version": version });
-        for (what, count) in counts {
-            row[what] = json!(count);
+    for (decision, count) in &counts.decisions {
+        let (version, outcome) = (version_of(decision.reason), Outcome::of(decision.reason));
+        add(decision.endpoint.as_str(), version, outcome.label(), *count);
+    }
+    for (response, count) in &counts.upstream_responses {
+        let name = match response.trouble {
+            Trouble::Error => "upstream_errors",
+            Trouble::Denied => "upstream_denied",
+        };
+        add(response.endpoint.as_str(), response.version, name, *count);
+    }
+    let row = |((endpoint, version), counts): ((&str, ApiVersion), BTreeMap<&str, u64>)| {
+        let mut row = json!({ "endpoint": endpoint, "version": version.label() });
+        for (name, count) in counts {
+            row[name] = json!(count);
         }
         row
     };
-    rows.into_iter().filter(|(_, counts)| counts.values().any(|count| *count > 0)).map(row).collect()
-}
-
-fn each(counters: &prometheus::IntCounterVec, mut note: impl FnMut(&BTreeMap<String, String>, u64)) {
-    for family in counters.collect() {
-        for metric in family.get_metric() {
-            let labels = metric.get_label().iter();
-            let labels = labels.map(|label| (label.name().to_owned(), label.value().to_owned())).collect();
-            // Whole numbers, exact up to 2^53.
-            #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-            let count = metric.get_counter().get_value() as u64;
-            note(&labels, count);
-        }
-    }
+    rows.into_iter().map(row).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::roles;
+    use crate::telemetry::counts::{Decision, UpstreamResponse};
+
+    fn decided(counts: &mut Counts, reason: Reason, count: u64) {
+        let labels = Decision { reason, endpoint: "chat".into(), role: "basic".into() };
+        *counts.decisions.entry(labels).or_default() += count;
+    }
+
+    fn answered(counts: &mut Counts, version: ApiVersion, trouble: Trouble, count: u64) {
+        let labels = UpstreamResponse { version, trouble, endpoint: "chat".into() };
+        *counts.upstream_responses.entry(labels).or_default() += count;
+    }
 
     #[test]
     fn what_somebody_without_a_key_makes_up_is_no_fault_of_v2() {
-        let metrics = Metrics::new(&roles::expand(roles::defaults()));
-        let refused =
-            |reason: Reason, count| metrics.refusals.with_label_values(&[reason.label()]).inc_by(count);
-        refused(Reason::ForgedId, 1_000);
-        refused(Reason::Revoked, 100);
-        assert_eq!(Tally::of(&metrics).v2.refused, 0);
-        refused(Reason::BadSignature, 3);
-        refused(Reason::MissingScope, 4);
-        assert_eq!(Tally::of(&metrics).v2.refused, 7);
+        let mut counts = Counts::default();
+        decided(&mut counts, Reason::ForgedId, 1_000);
+        decided(&mut counts, Reason::Revoked, 100);
+        assert_eq!(Tally::of(&counts).v2.refused, 0);
+        decided(&mut counts, Reason::BadSignature, 3);
+        decided(&mut counts, Reason::MissingScope, 4);
+        assert_eq!(Tally::of(&counts).v2.refused, 7);
+    }
+
+    #[test]
+    fn a_denial_of_the_upstream_counts_as_refused_for_v1_alone() {
+        let mut counts = Counts::default();
+        decided(&mut counts, Reason::V1, 10);
+        decided(&mut counts, Reason::Allowed, 20);
+        decided(&mut counts, Reason::NoState, 5);
+        for version in [ApiVersion::V1, ApiVersion::V2] {
+            answered(&mut counts, version, Trouble::Error, 2);
+            answered(&mut counts, version, Trouble::Denied, 3);
+        }
+        let v1 = OfVersion { requests: 10, errors: 2, refused: 3 };
+        let v2 = OfVersion { requests: 25, errors: 7, refused: 0 };
+        assert_eq!(Tally::of(&counts), Tally { v1, v2 });
+        assert_eq!(
+            json!(by_endpoint(&counts)),
+            json!([
+                { "endpoint": "chat", "version": "v1", "passed": 10, "upstream_errors": 2, "upstream_denied": 3 },
+                { "endpoint": "chat", "version": "v2", "passed": 20, "unavailable": 5, "upstream_errors": 2,
+                  "upstream_denied": 3 },
+            ])
+        );
     }
 }
