@@ -74,7 +74,7 @@ pub enum KeyringError {
         id: String,
     },
     /// It is gone.
-    #[error("keyring {0} is missing, and the master key is in an HSM: restore it from a backup")]
+    #[error("keyring {0} is missing, and the journal beside it is not empty: restore both from one backup")]
     Missing(PathBuf),
     /// The HSM with the master key.
     #[error(transparent)]
@@ -111,6 +111,7 @@ impl RootKey {
         Zeroizing::new(mac.finalize().into_bytes().into())
     }
 
+    #[cfg(test)]
     pub(crate) fn expose(&self) -> &[u8; 32] {
         &self.0
     }
@@ -148,17 +149,16 @@ pub struct Masters {
 }
 
 impl Keyring {
-    /// Opens the keyring of a data directory. Without a file there, the master key's own bytes are the root: so were
-    /// all keys derived before there were keyrings, and so control planes with the same master key have the same
-    /// root. With a master key in an HSM, whose bytes nobody has, it is random, and made only if `may_create`.
-    /// `begins_anew`: the journal is empty, so what data keys there are belong to another one and are put aside. Entries that lack a wrap of the master key get it.
+    /// Opens the keyring of a data directory. With `begins_anew` the journal is empty: data keys that are there belong
+    /// to another one and are put aside, and a keyring that is missing is made. The root of a new one is derived from
+    /// the master key, so control planes that begin with the same master key have the same root; with a master key in
+    /// an HSM, which does not give its bytes, it is random. Entries that lack a wrap of the master key get it.
     ///
     /// # Errors
     /// When there is none, it does not open, or it cannot be written.
     pub fn open(
         data_dir: &Path,
         masters: Masters,
-        may_create: bool,
         begins_anew: bool,
     ) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
@@ -168,17 +168,11 @@ impl Keyring {
         }
         let found = read(&path)?;
         let (root, keys) = match &found {
-            Some(keys) => {
-                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
-                (unwrap(&master, previous.as_ref(), ROOT, wraps)?, keys.clone())
-            }
+            Some(keys) => (unwrap_root(&path, &master, previous.as_ref(), keys)?, keys.clone()),
+            None if !begins_anew => return Err(KeyringError::Missing(path)),
             None => {
-                let bytes = previous.as_ref().unwrap_or(&master).bytes();
-                let root = match bytes {
-                    Some(bytes) => Zeroizing::new(*bytes),
-                    None if may_create => Zeroizing::new(random::bytes::<32>()),
-                    None => return Err(KeyringError::Missing(path)),
-                };
+                let root = previous.as_ref().unwrap_or(&master).first_root();
+                let root = root.unwrap_or_else(|| Zeroizing::new(random::bytes::<32>()));
                 let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), &root)?)]);
                 (root, BTreeMap::from([(ROOT.to_owned(), wraps)]))
             }
@@ -212,17 +206,9 @@ impl Keyring {
     pub fn read_only(data_dir: &Path, masters: Masters) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
-        let keys = read(&path)?;
-        let root = match (&keys, master.bytes()) {
-            (Some(keys), _) => {
-                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
-                unwrap(&master, previous.as_ref(), ROOT, wraps)?
-            }
-            (None, Some(bytes)) => Zeroizing::new(*bytes),
-            (None, None) => return Err(KeyringError::Missing(path)),
-        };
-        let keys = Mutex::new(keys.unwrap_or_default());
-        Ok(Self { path: None, master, previous, hsm, root: RootKey(root), keys })
+        let Some(keys) = read(&path)? else { return Err(KeyringError::Missing(path)) };
+        let root = RootKey(unwrap_root(&path, &master, previous.as_ref(), &keys)?);
+        Ok(Self { path: None, master, previous, hsm, root, keys: Mutex::new(keys) })
     }
 
     /// One that is kept nowhere, for tests and for reading a journal.
@@ -380,6 +366,16 @@ fn unwrap(
     })
 }
 
+fn unwrap_root(
+    path: &Path,
+    master: &MasterKey,
+    previous: Option<&MasterKey>,
+    keys: &BTreeMap<String, Wraps>,
+) -> Result<Zeroizing<[u8; 32]>, KeyringError> {
+    let wraps = keys.get(ROOT).ok_or_else(|| damaged(path, "it has no root".into()))?;
+    unwrap(master, previous, ROOT, wraps)
+}
+
 fn damaged(path: &Path, problem: String) -> KeyringError {
     KeyringError::Damaged { path: path.into(), problem }
 }
@@ -420,7 +416,8 @@ mod tests {
     }
 
     fn open(dir: &Path, master: u8, previous: Option<u8>) -> Result<Keyring, KeyringError> {
-        Keyring::open(dir, masters(master, previous), true, false)
+        let begins_anew = !dir.join(FILE).exists();
+        Keyring::open(dir, masters(master, previous), begins_anew)
     }
 
     fn filled(dir: &Path) {
@@ -440,7 +437,10 @@ mod tests {
         filled(dir.path());
         let keys = open(dir.path(), 1, None).unwrap();
         assert!(all_open(&keys));
-        assert_eq!(keys.root().expose(), &[1; 32]);
+        let fellow = tempfile::tempdir().unwrap();
+        let fellow = open(fellow.path(), 1, None).unwrap();
+        assert_eq!(keys.root().expose(), fellow.root().expose(), "of one master key");
+        assert_ne!(keys.root().expose(), &[1; 32], "the root does not give the master key away");
         assert_eq!(keys.keep_only(&BTreeSet::from(["k1"])).unwrap(), 4);
         let keys = open(dir.path(), 1, None).unwrap();
         assert!(keys.get("k0").unwrap().is_none() && keys.get("k1").unwrap().is_some());
@@ -456,6 +456,7 @@ mod tests {
         filled(dir.path());
         let path = dir.path().join(FILE);
         let before = std::fs::read(&path).unwrap();
+        let root = *open(dir.path(), 1, None).unwrap().root().expose();
         assert!(open(dir.path(), 2, None).unwrap_err().to_string().contains("previous_master_key_file"));
         assert_eq!(std::fs::read(&path).unwrap(), before, "a wrong master key changes nothing");
 
@@ -480,7 +481,7 @@ mod tests {
 
         let keys = open(dir.path(), 2, None).unwrap();
         assert!(all_open(&keys) && *keys.get("k5").unwrap().unwrap() == [5; 32]);
-        assert_eq!(keys.root().expose(), &[1; 32], "what was derived stays");
+        assert_eq!(keys.root().expose(), &root, "what was derived stays");
         assert!(!std::fs::read_to_string(&path).unwrap().contains(&old), "the old master key opens nothing");
         assert!(open(dir.path(), 1, None).is_err());
     }
@@ -501,6 +502,31 @@ mod tests {
         assert!(open(dir.path(), 1, None).is_err());
         std::fs::write(&path, b"{").unwrap();
         assert!(open(dir.path(), 1, None).unwrap_err().to_string().contains("restore it from a backup"));
+    }
+
+    #[test]
+    fn a_keyring_that_is_missing_beside_a_journal_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = |opened: Result<Keyring, KeyringError>| opened.unwrap_err().to_string();
+        for missing in [
+            says(Keyring::open(dir.path(), masters(1, None), false)),
+            says(Keyring::open(dir.path(), masters(2, Some(1)), false)),
+            says(Keyring::read_only(dir.path(), masters(1, None))),
+        ] {
+            assert!(missing.contains("is missing") && missing.contains("restore both"), "{missing}");
+        }
+        assert!(!dir.path().join(FILE).exists());
+    }
+
+    #[test]
+    fn another_format_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        filled(dir.path());
+        let path = dir.path().join(FILE);
+        let text = std::fs::read_to_string(&path).unwrap().replace(r#""format":1"#, r#""format":2"#);
+        std::fs::write(&path, text).unwrap();
+        let refusal = open(dir.path(), 1, None).unwrap_err().to_string();
+        assert!(refusal.contains("it has format 2, this version reads 1"), "{refusal}");
     }
 
     #[test]

@@ -92,10 +92,10 @@ impl MasterKey {
         Some(Self(Kind::Here(Zeroizing::new(bytes.as_slice().try_into().ok()?))))
     }
 
-    /// Its bytes, unless an HSM keeps them.
-    pub fn bytes(&self) -> Option<&[u8; 32]> {
+    /// The root of a keyring that begins with it: the same each time; `None` where an HSM keeps it.
+    pub fn first_root(&self) -> Option<Zeroizing<[u8; 32]>> {
         match &self.0 {
-            Kind::Here(bytes) => Some(bytes),
+            Kind::Here(bytes) => Some(RootKey::of(**bytes).derive("keygate keyring root")),
             Kind::InHsm(..) => None,
         }
     }
@@ -142,7 +142,7 @@ impl MasterKey {
     }
 }
 
-/// The key that wraps: the master key's bytes may also be the root, from which it must be apart.
+/// The key that wraps: another one than what else is derived from the master key.
 fn wrapping(bytes: &[u8; 32]) -> Zeroizing<[u8; 32]> {
     RootKey::of(*bytes).derive("keygate wrapped data keys")
 }
@@ -166,7 +166,7 @@ mod tests {
         let path = dir.path().join("master.key");
         assert!(MasterKey::load(&path, false).is_err());
         let made = MasterKey::load(&path, true).unwrap();
-        assert_eq!(made.bytes(), MasterKey::load(&path, false).unwrap().bytes());
+        assert_eq!(made.id(), MasterKey::load(&path, false).unwrap().id());
         std::fs::write(&path, "short").unwrap();
         assert!(MasterKey::load(&path, true).is_err());
         assert!(MasterKey::from_variable("V", "short").is_err());

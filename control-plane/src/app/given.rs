@@ -76,7 +76,7 @@ pub fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Re
     let begins_anew = may_create;
     let may_create = may_create || previous.is_some();
     let master = key(&config.master_key, "KEYGATE_MASTER_KEY", given.master_key.as_ref(), may_create)?;
-    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create, begins_anew)?)
+    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, begins_anew)?)
 }
 
 /// Where notifications go, with the secrets from their files or the environment.

@@ -36,7 +36,8 @@ use checkpoint::{Checks, Keeper};
 
 /// The directory of the segments, in the data directory.
 pub const DIRECTORY: &str = "journal";
-/// The one file that a journal was before it had segments.
+/// A journal that is one file, in the data directory. It is not read, and not overlooked either: keys that it revoked
+/// would count again.
 const SINGLE_FILE: &str = "journal.jsonl";
 const LOCK: &str = "lock";
 const RESERVE: &str = "reserve";
@@ -69,6 +70,15 @@ pub enum JournalError {
         /// What is wrong.
         problem: String,
     },
+    /// A journal of one file.
+    #[error(
+        "{path}: a journal of one file, which this version does not read; move it away to begin with an empty journal, \
+         in which the keys and revocations of that one are unknown"
+    )]
+    SingleFile {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another process writes it.
     #[error("{path}: another keygate process has this data directory open")]
     InUse {
@@ -97,7 +107,7 @@ impl Claim {
     /// Claims the journal of a data directory; makes an empty one if there is none.
     ///
     /// # Errors
-    /// When another process has it, or the disk fails.
+    /// When another process has it, it is of another form, or the disk fails.
     pub fn new(data_dir: &Path) -> Result<Self, JournalError> {
         let dir = data_dir.join(DIRECTORY);
         let io = |source| JournalError::Io { path: dir.clone(), source };
@@ -116,8 +126,8 @@ impl Claim {
             Err(TryLockError::Error(source)) => return Err(io(source)),
         }
         let single = data_dir.join(SINGLE_FILE);
-        if single.exists() && list(&dir)?.is_empty() {
-            fs::rename(&single, segment::path_of(&dir, 1)).map_err(io)?;
+        if single.exists() {
+            return Err(JournalError::SingleFile { path: single });
         }
         sync_dir(&dir).and_then(|()| sync_dir(data_dir)).map_err(io)?;
         Ok(Self { dir, lock })
@@ -598,28 +608,34 @@ mod tests {
     }
 
     #[test]
-    fn a_journal_that_was_one_file_becomes_the_first_segment() {
+    fn a_journal_of_one_file_is_refused_and_left_as_it_is() {
         let dir = tempfile::tempdir().unwrap();
-        reopen(dir.path()).unwrap().0.append("2026-01-01T00:00:00Z", &changes(3)).unwrap();
-        // Its records did not say what auditors ask.
-        let text = std::fs::read(first_segment(dir.path())).unwrap();
-        let (mut old, mut prev) = (Vec::new(), record::NO_HASH.to_owned());
-        for line in text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-            let record = Record::parse(line).unwrap();
-            let body = serde_json::json!({
-                "seq": record.seq, "at": record.at, "actor": record.actor, "change": record.change, "prev": prev,
-            });
-            let body = body.to_string();
-            let body = body.strip_suffix('}').unwrap();
-            prev = record::hash_of(body.as_bytes());
-            old.extend_from_slice(format!("{body},\"hash\":\"{prev}\"}}\n").as_bytes());
+        let single = dir.path().join(SINGLE_FILE);
+        std::fs::write(&single, "{}\n").unwrap();
+        let refusal = reopen(dir.path()).unwrap_err().to_string();
+        assert!(refusal.contains("journal.jsonl: a journal of one file"), "{refusal}");
+        assert!(refusal.contains("move it away"), "{refusal}");
+        assert_eq!(std::fs::read(&single).unwrap(), b"{}\n");
+        std::fs::remove_file(&single).unwrap();
+        assert_eq!(reopen(dir.path()).unwrap().1, 0);
+    }
+
+    #[test]
+    fn a_record_without_what_auditors_ask_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        reopen(dir.path()).unwrap().0.append("2026-01-01T00:00:00Z", &changes(1)).unwrap();
+        let path = first_segment(dir.path());
+        let record = Record::parse(std::fs::read(&path).unwrap().trim_ascii_end()).unwrap();
+        for (member, value) in [("action", &record.action), ("outcome", &record.outcome)] {
+            let mut line = Vec::new();
+            record.write(&mut line);
+            let line = String::from_utf8(line).unwrap().replace(&format!(r#""{member}":"{value}","#), "");
+            let body = &line[..line.find(",\"hash\"").unwrap()];
+            let line = format!("{body},\"hash\":\"{}\"}}\n", record::hash_of(body.as_bytes()));
+            std::fs::write(&path, line).unwrap();
+            let refusal = reopen(dir.path()).unwrap_err().to_string();
+            assert!(refusal.contains(&format!("line 1: missing field `{member}`")), "{refusal}");
         }
-        std::fs::remove_file(first_segment(dir.path())).unwrap();
-        std::fs::write(dir.path().join(SINGLE_FILE), old).unwrap();
-        assert_eq!(reopen(dir.path()).unwrap().1, 3);
-        assert!(!dir.path().join(SINGLE_FILE).exists());
-        let (records, _) = page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap();
-        assert_eq!((records[0].action.as_str(), records[0].outcome.as_str()), ("genesis", "done"));
     }
 
     #[test]

@@ -97,8 +97,7 @@ pub struct SecretRecord {
     pub state: SecretState,
     /// Unix seconds.
     pub created_at: u64,
-    /// Since when it is at this stage, Unix seconds; 0 in a record from before there were stages.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    /// Since when it is at this stage, Unix seconds.
     pub since: u64,
     /// Why the rotation to it was begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -116,7 +115,7 @@ pub struct SecretRecord {
     #[serde(default, skip_serializing_if = "is_false")]
     pub in_hsm: bool,
     /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::jti`]: those of a secret that
-    /// was made elsewhere are not, nor those of one from before that was.
+    /// was made elsewhere are not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub keyed_ids: bool,
     /// Its public half, if it has one, base64url.
@@ -125,7 +124,7 @@ pub struct SecretRecord {
     /// The sealed secret, as long as it is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sealed: Option<Sealed>,
-    /// Authenticates all the rest. One from before there were stages lacks it, and is authenticated by its seal.
+    /// Authenticates all the rest. A record without it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mac: Option<String>,
 }
@@ -133,18 +132,12 @@ pub struct SecretRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed {
-    /// The id of its data key in the keyring. In a record without `mac`, the data key itself, sealed with the root.
+    /// The id of its data key in the keyring.
     data_key: String,
     secret: String,
 }
 
-// Serde hands over references.
-#[allow(clippy::trivially_copy_pass_by_ref)]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives references")]
 fn is_false(flag: &bool) -> bool {
     !*flag
 }
@@ -325,16 +318,10 @@ impl SecretRecord {
         let signs = state <= SecretState::Active;
         let verifies = state <= SecretState::Previous;
         let needs_secret = !self.in_hsm && (signs || (verifies && self.alg == Algorithm::HS256));
-        // One from before there were stages has its public half from its secret.
-        let lacks_public = verifies && self.public.is_none() && self.alg != Algorithm::HS256;
-        let secret = if needs_secret || lacks_public { Some(self.unseal(keys)?) } else { None };
-        let public = match (&self.public, &secret) {
-            (None, Some(secret)) => public_half(self.alg, secret).map(|public| BASE64URL.encode(public)),
-            (public, _) => public.clone(),
-        };
+        let secret = if needs_secret { Some(self.unseal(keys)?) } else { None };
         let mut record =
-            Self { state, since: now, public, sealed: None, mac: None, unannounced: false, ..self.clone() };
-        match secret.filter(|_| needs_secret) {
+            Self { state, since: now, sealed: None, mac: None, unannounced: false, ..self.clone() };
+        match secret {
             Some(secret) => record.seal(&secret, keys)?,
             None if verifies => record.seal(&[], keys)?,
             None => {}
@@ -372,12 +359,7 @@ impl SecretRecord {
         let tampered = || SecretError::Tampered { kid: self.kid.clone() };
         let missing = || SecretError::NoDataKey { kid: self.kid.clone(), state: self.state.label() };
         let sealed = self.sealed.as_ref().ok_or_else(tampered)?;
-        let data_key = if self.mac.is_some() {
-            keys.get(&sealed.data_key)?.ok_or_else(missing)?
-        } else {
-            let key = open(keys.root().expose(), &format!("keygate data key {}", self.kid), &sealed.data_key);
-            Zeroizing::new(key.and_then(|key| key.as_slice().try_into().ok()).ok_or_else(tampered)?)
-        };
+        let data_key = keys.get(&sealed.data_key)?.ok_or_else(missing)?;
         open(&data_key, &self.associated(), &sealed.secret).ok_or_else(tampered)
     }
 
@@ -395,8 +377,7 @@ impl SecretRecord {
         let public = match (&self.public, &secret) {
             (Some(public), _) => BASE64URL.decode(public).ok(),
             (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.to_vec()),
-            (None, Some(secret)) => public_half(self.alg, secret),
-            (None, None) => None,
+            (None, _) => None,
         };
         let verification = Material::new(public.ok_or_else(tampered)?);
         // A record that does not fit its secret is not to be found out by somebody's key.
@@ -417,20 +398,8 @@ impl SecretRecord {
     /// # Errors
     /// When it is not.
     pub fn check(&self, keys: &Keyring) -> Result<(), SecretError> {
-        let genuine = match &self.mac {
-            Some(mac) => {
-                let mac = BASE64URL.decode(mac).unwrap_or_default();
-                self.mac_of(keys).verify_slice(&mac).is_ok()
-            }
-            // From before there were stages: all are active, and the seal says so. It says nothing of other members, so
-            // there must be none.
-            None => {
-                let bare = self.public.is_none() && self.not_after.is_none() && self.retire.is_none();
-                let bare = bare && self.why.is_none() && !self.in_hsm && !self.unannounced && self.since == 0;
-                let bare = bare && !self.keyed_ids;
-                bare && self.state == SecretState::Active && self.unseal(keys).is_ok()
-            }
-        };
+        let mac = self.mac.as_ref().and_then(|mac| BASE64URL.decode(mac).ok()).unwrap_or_default();
+        let genuine = self.mac_of(keys).verify_slice(&mac).is_ok();
         if genuine { Ok(()) } else { Err(SecretError::Tampered { kid: self.kid.clone() }) }
     }
 
@@ -456,11 +425,6 @@ impl SecretRecord {
         self.jti_material(keys).and_then(|material| JtiKey::new(material.expose()))
     }
 
-    /// Whether it is from before there were stages.
-    pub fn is_of_old(&self) -> bool {
-        self.mac.is_none()
-    }
-
     /// What its tokens are verified with, as far as that is known without opening it.
     pub fn public_material(&self) -> Option<Material> {
         let public = self.public.as_ref().filter(|_| self.state < SecretState::Expired)?;
@@ -470,7 +434,7 @@ impl SecretRecord {
 
     /// The id of the data key that opens it, if it has one in the keyring.
     pub fn data_key(&self) -> Option<&str> {
-        self.sealed.as_ref().filter(|_| self.mac.is_some()).map(|sealed| sealed.data_key.as_str())
+        self.sealed.as_ref().map(|sealed| sealed.data_key.as_str())
     }
 
     fn associated(&self) -> String {
