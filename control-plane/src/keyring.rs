@@ -156,11 +156,7 @@ impl Keyring {
     ///
     /// # Errors
     /// When there is none, it does not open, or it cannot be written.
-    pub fn open(
-        data_dir: &Path,
-        masters: Masters,
-        begins_anew: bool,
-    ) -> Result<Self, KeyringError> {
+    pub fn open(data_dir: &Path, masters: Masters, begins_anew: bool) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
         if begins_anew {

@@ -17,6 +17,7 @@ pub mod files;
 pub mod fleet;
 pub mod hlc;
 pub mod hsm;
+pub mod http_client;
 pub mod issuing;
 pub mod journal;
 pub mod key;

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use axum::http::Uri;
 
+use crate::http_client::Guard;
+
 const MAX_ENDPOINT_BYTES: usize = 2_000;
 
 /// A URL with scheme, host and port, and no more.
@@ -87,12 +89,14 @@ impl Allowed {
             host_and_port(&uri).ok_or("must be a path, or an http or https URL without user")?;
         self.permits(&host, port)
     }
+}
 
+impl Guard for Allowed {
     /// Whether a host may be called at a port.
     ///
     /// # Errors
     /// Why not.
-    pub fn permits(&self, host: &str, port: u16) -> Result<(), String> {
+    fn permits(&self, host: &str, port: u16) -> Result<(), String> {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
         let is_named =
             |(name, only): &(String, Option<u16>)| *name == host && only.is_none_or(|only| only == port);
@@ -108,7 +112,7 @@ impl Allowed {
     ///
     /// # Errors
     /// Why not.
-    pub fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String> {
+    fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String> {
         let address = canonical(address);
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let is_literal = host.parse::<IpAddr>().is_ok_and(|named| canonical(named) == address);
@@ -117,7 +121,9 @@ impl Allowed {
             IpAddr::V6(v6) => never_v6(v6),
         };
         if never {
-            return Err(format!("{host} resolves to {address}, a reserved address that canaries may not call"));
+            return Err(format!(
+                "{host} resolves to {address}, a reserved address that canaries may not call"
+            ));
         }
         if address.is_loopback() && !is_literal && host != "localhost" {
             return Err(format!("{host} is at {address}: a name must not lead into this machine"));
@@ -241,8 +247,7 @@ mod tests {
         ] {
             assert!(says("api.example.com", address).is_err(), "{address}");
         }
-        for address in
-            ["10.1.2.3", "100.100.100.201", "192.168.0.7", "203.0.113.9", "2001:db8::1", "fd12::1"]
+        for address in ["10.1.2.3", "100.100.100.201", "192.168.0.7", "203.0.113.9", "2001:db8::1", "fd12::1"]
         {
             assert_eq!(says("api.example.com", address), Ok(()), "{address}");
         }

@@ -15,9 +15,11 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use hyper_util::client::proxy::matcher::Matcher;
 use zeroize::Zeroizing;
 
 use crate::clock::{self, Clock};
+use crate::http_client::HttpClient;
 use crate::metrics::Metrics;
 use crate::trace::Trace;
 
@@ -181,20 +183,30 @@ impl Notifier {
     pub fn start(destinations: &[Destination], source: &str, clock: Clock, metrics: Arc<Metrics>) -> Self {
         let (mut queues, mut threads) = (Vec::new(), Vec::new());
         let stopping = Arc::new(Stopping::default());
+        let client = HttpClient::through(Matcher::from_env());
         for destination in destinations {
             let (queue, notices) = sync_channel(QUEUE);
+            queues.push((destination.label(), queue));
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    tracing::error!(%error, to = destination.label(), "nothing can be told there");
+                    continue;
+                }
+            };
             let worker = deliver::Worker {
                 destination: destination.clone(),
                 source: source.to_owned(),
                 stopping: Arc::clone(&stopping),
                 metrics: Arc::clone(&metrics),
+                client: client.clone(),
+                runtime,
             };
             let thread = std::thread::Builder::new().name(format!("notify {}", destination.label()));
             match thread.spawn(move || worker.run(&notices)) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => tracing::error!(%error, to = destination.label(), "nothing can be told there"),
             }
-            queues.push((destination.label(), queue));
         }
         Self {
             queues: Mutex::new(queues),

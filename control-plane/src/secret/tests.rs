@@ -190,7 +190,9 @@ fn a_record_without_its_code_is_refused_though_its_seal_opens() {
         let bare: SecretRecord = serde_json::from_value(bare).unwrap();
         assert!(says(bare.check(&keys)).contains("is not as it was written"), "{alg:?}");
         assert!(says(bare.open(&keys)).contains("its data key is not in the keyring"), "{alg:?}");
-        assert!(says(Ring::default().take(&bare, mark(1), (1, true), &keys)).contains("not as it was written"));
+        assert!(
+            says(Ring::default().take(&bare, mark(1), (1, true), &keys)).contains("not as it was written")
+        );
     }
 }
 
