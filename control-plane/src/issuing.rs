@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use crate::config::Config;
 use crate::key::KeyRecord;
@@ -27,7 +27,7 @@ pub async fn token(
     config: &Config,
     signer: &Arc<Signer>,
     key: &KeyRecord,
-) -> Result<Zeroizing<String>, SignError> {
+) -> Result<Secret<String>, SignError> {
     let claims = key.claims(&config.issuer, config.audience.as_deref());
     if !signer.takes_long() {
         return Ok(signer.sign(&claims)?);

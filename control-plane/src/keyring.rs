@@ -19,15 +19,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hmac::{Hmac, KeyInit as _, Mac as _};
+use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
-use zeroize::Zeroizing;
 
 use crate::files;
 use crate::hsm::{Hsm, HsmError};
 use crate::master_key::MasterKey;
 use crate::random;
+use crate::root_key::RootKey;
 
 /// The file, in the data directory.
 pub const FILE: &str = "keyring.json";
@@ -88,35 +87,6 @@ struct File {
     keys: BTreeMap<String, Wraps>,
 }
 
-/// From which keys for one purpose are derived.
-#[derive(Clone)]
-pub struct RootKey(Zeroizing<[u8; 32]>);
-
-impl fmt::Debug for RootKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("RootKey(…)")
-    }
-}
-
-impl RootKey {
-    /// From its bytes.
-    pub fn of(bytes: [u8; 32]) -> Self {
-        Self(Zeroizing::new(bytes))
-    }
-
-    /// A key for one purpose: HMAC-SHA-256 (RFC 2104) of the purpose's name.
-    pub fn derive(&self, purpose: &str) -> Zeroizing<[u8; 32]> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.0).expect("a key of any length will do");
-        mac.update(purpose.as_bytes());
-        Zeroizing::new(mac.finalize().into_bytes().into())
-    }
-
-    #[cfg(test)]
-    pub(crate) fn expose(&self) -> &[u8; 32] {
-        &self.0
-    }
-}
-
 /// The keyring.
 pub struct Keyring {
     /// `None`: it is kept in memory, for tests and for reading.
@@ -168,13 +138,19 @@ impl Keyring {
             None if !begins_anew => return Err(KeyringError::Missing(path)),
             None => {
                 let root = previous.as_ref().unwrap_or(&master).first_root();
-                let root = root.unwrap_or_else(|| Zeroizing::new(random::bytes::<32>()));
-                let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), &root)?)]);
+                let root = root.unwrap_or_else(|| Secret::new(random::bytes::<32>()));
+                let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), root.expose())?)]);
                 (root, BTreeMap::from([(ROOT.to_owned(), wraps)]))
             }
         };
-        let keyring =
-            Self { path: Some(path), master, previous, hsm, root: RootKey(root), keys: Mutex::new(keys) };
+        let keyring = Self {
+            path: Some(path),
+            master,
+            previous,
+            hsm,
+            root: RootKey::from(root),
+            keys: Mutex::new(keys),
+        };
         let changed = keyring.rewrap()?;
         if changed > 0 && found.is_some() {
             keyring.save()?;
@@ -203,7 +179,7 @@ impl Keyring {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
         let Some(keys) = read(&path)? else { return Err(KeyringError::Missing(path)) };
-        let root = RootKey(unwrap_root(&path, &master, previous.as_ref(), &keys)?);
+        let root = RootKey::from(unwrap_root(&path, &master, previous.as_ref(), &keys)?);
         Ok(Self { path: None, master, previous, hsm, root, keys: Mutex::new(keys) })
     }
 
@@ -220,7 +196,7 @@ impl Keyring {
             for master in [Some(&self.master), self.previous.as_ref()].into_iter().flatten() {
                 if !wraps.contains_key(&master.id()) {
                     let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
-                    wraps.insert(master.id(), master.wrap(&associated(id), &key)?);
+                    wraps.insert(master.id(), master.wrap(&associated(id), key.expose())?);
                 }
             }
             wraps.retain(|master, _| self.given().any(|given| given.id() == *master));
@@ -247,7 +223,7 @@ impl Keyring {
     ///
     /// # Errors
     /// When it does not open.
-    pub fn get(&self, id: &str) -> Result<Option<Zeroizing<[u8; 32]>>, KeyringError> {
+    pub fn get(&self, id: &str) -> Result<Option<Secret<[u8; 32]>>, KeyringError> {
         let wraps = self.lock().get(id).cloned();
         wraps.map(|wraps| unwrap(&self.master, self.previous.as_ref(), id, &wraps)).transpose()
     }
@@ -283,7 +259,7 @@ impl Keyring {
             return Ok(());
         }
         let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
-        self.put(id, &key)
+        self.put(id, key.expose())
     }
 
     /// Destroys every data key but these; how many there were. What they opened is gone for good.
@@ -348,7 +324,7 @@ fn unwrap(
     previous: Option<&MasterKey>,
     id: &str,
     wraps: &Wraps,
-) -> Result<Zeroizing<[u8; 32]>, KeyringError> {
+) -> Result<Secret<[u8; 32]>, KeyringError> {
     for given in [Some(master), previous].into_iter().flatten() {
         if let Some(wrapped) = wraps.get(&given.id()) {
             let key = given.unwrap(&associated(id), wrapped)?;
@@ -367,7 +343,7 @@ fn unwrap_root(
     master: &MasterKey,
     previous: Option<&MasterKey>,
     keys: &BTreeMap<String, Wraps>,
-) -> Result<Zeroizing<[u8; 32]>, KeyringError> {
+) -> Result<Secret<[u8; 32]>, KeyringError> {
     let wraps = keys.get(ROOT).ok_or_else(|| damaged(path, "it has no root".into()))?;
     unwrap(master, previous, ROOT, wraps)
 }
@@ -403,137 +379,4 @@ pub fn write(path: &Path, keys: BTreeMap<String, Wraps>) -> Result<(), KeyringEr
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn masters(master: u8, previous: Option<u8>) -> Masters {
-        let key = |byte| MasterKey::of([byte; 32]);
-        Masters { master: key(master), previous: previous.map(key), hsm: None }
-    }
-
-    fn open(dir: &Path, master: u8, previous: Option<u8>) -> Result<Keyring, KeyringError> {
-        let begins_anew = !dir.join(FILE).exists();
-        Keyring::open(dir, masters(master, previous), begins_anew)
-    }
-
-    fn filled(dir: &Path) {
-        let keys = open(dir, 1, None).unwrap();
-        for n in 0..5 {
-            keys.put(&format!("k{n}"), &[n; 32]).unwrap();
-        }
-    }
-
-    fn all_open(keys: &Keyring) -> bool {
-        (0..5).all(|n| keys.get(&format!("k{n}")).is_ok_and(|key| key.is_some_and(|key| *key == [n; 32])))
-    }
-
-    #[test]
-    fn what_is_put_is_there_after_a_restart_and_what_is_dropped_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let keys = open(dir.path(), 1, None).unwrap();
-        assert!(all_open(&keys));
-        let fellow = tempfile::tempdir().unwrap();
-        let fellow = open(fellow.path(), 1, None).unwrap();
-        assert_eq!(keys.root().expose(), fellow.root().expose(), "of one master key");
-        assert_ne!(keys.root().expose(), &[1; 32], "the root does not give the master key away");
-        assert_eq!(keys.keep_only(&BTreeSet::from(["k1"])).unwrap(), 4);
-        let keys = open(dir.path(), 1, None).unwrap();
-        assert!(keys.get("k0").unwrap().is_none() && keys.get("k1").unwrap().is_some());
-        let mode = std::os::unix::fs::PermissionsExt::mode(
-            &std::fs::metadata(dir.path().join(FILE)).unwrap().permissions(),
-        );
-        assert_eq!(mode & 0o777, 0o600);
-    }
-
-    #[test]
-    fn a_new_master_key_takes_over_and_each_state_on_the_way_opens() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let path = dir.path().join(FILE);
-        let before = std::fs::read(&path).unwrap();
-        let root = *open(dir.path(), 1, None).unwrap().root().expose();
-        assert!(open(dir.path(), 2, None).unwrap_err().to_string().contains("previous_master_key_file"));
-        assert_eq!(std::fs::read(&path).unwrap(), before, "a wrong master key changes nothing");
-
-        let keys = open(dir.path(), 2, Some(1)).unwrap();
-        assert!(all_open(&keys));
-        keys.put("k5", &[5; 32]).unwrap();
-        // While both are given, a control plane with the old one alone goes on, too.
-        assert!(all_open(&open(dir.path(), 1, Some(2)).unwrap()));
-        let both = std::fs::read_to_string(&path).unwrap();
-        // Killed half way: some entries have one wrap, some have the other, some both.
-        let mut mixed: File = serde_json::from_str(&both).unwrap();
-        let (old, new) = (MasterKey::of([1; 32]).id(), MasterKey::of([2; 32]).id());
-        for (n, wraps) in mixed.keys.values_mut().enumerate() {
-            match n % 3 {
-                0 => drop(wraps.remove(&old)),
-                1 => drop(wraps.remove(&new)),
-                _ => {}
-            }
-        }
-        write(&path, mixed.keys).unwrap();
-        assert!(all_open(&open(dir.path(), 2, Some(1)).unwrap()));
-
-        let keys = open(dir.path(), 2, None).unwrap();
-        assert!(all_open(&keys) && *keys.get("k5").unwrap().unwrap() == [5; 32]);
-        assert_eq!(keys.root().expose(), &root, "what was derived stays");
-        assert!(!std::fs::read_to_string(&path).unwrap().contains(&old), "the old master key opens nothing");
-        assert!(open(dir.path(), 1, None).is_err());
-    }
-
-    #[test]
-    fn an_entry_that_was_swapped_or_edited_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let path = dir.path().join(FILE);
-        let mut keys = read(&path).unwrap().unwrap();
-        let other = keys["k2"].clone();
-        keys.insert("k1".into(), other);
-        write(&path, keys.clone()).unwrap();
-        let opened = open(dir.path(), 1, None).unwrap();
-        assert!(opened.get("k1").unwrap_err().to_string().contains("k1 does not open: it was changed"));
-        keys.insert(ROOT.into(), keys["k2"].clone());
-        write(&path, keys).unwrap();
-        assert!(open(dir.path(), 1, None).is_err());
-        std::fs::write(&path, b"{").unwrap();
-        assert!(open(dir.path(), 1, None).unwrap_err().to_string().contains("restore it from a backup"));
-    }
-
-    #[test]
-    fn a_keyring_that_is_missing_beside_a_journal_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let says = |opened: Result<Keyring, KeyringError>| opened.unwrap_err().to_string();
-        for missing in [
-            says(Keyring::open(dir.path(), masters(1, None), false)),
-            says(Keyring::open(dir.path(), masters(2, Some(1)), false)),
-            says(Keyring::read_only(dir.path(), masters(1, None))),
-        ] {
-            assert!(missing.contains("is missing") && missing.contains("restore both"), "{missing}");
-        }
-        assert!(!dir.path().join(FILE).exists());
-    }
-
-    #[test]
-    fn another_format_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let path = dir.path().join(FILE);
-        let text = std::fs::read_to_string(&path).unwrap().replace(r#""format":1"#, r#""format":2"#);
-        std::fs::write(&path, text).unwrap();
-        let refusal = open(dir.path(), 1, None).unwrap_err().to_string();
-        assert!(refusal.contains("it has format 2, this version reads 1"), "{refusal}");
-    }
-
-    #[test]
-    fn what_another_control_plane_wrapped_is_taken_if_it_opens() {
-        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        filled(one.path());
-        let one = open(one.path(), 1, None).unwrap();
-        let keys = open(two.path(), 1, None).unwrap();
-        keys.take("k3", &one.wraps("k3").unwrap()).unwrap();
-        assert_eq!(*keys.get("k3").unwrap().unwrap(), [3; 32]);
-        assert!(keys.take("k4", &one.wraps("k3").unwrap()).is_err(), "of another place");
-        assert!(keys.get("k4").unwrap().is_none());
-    }
-}
+mod tests;

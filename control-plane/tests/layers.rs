@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// it is named itself.
 const LAYERS: [&[&str]; PURPOSES.len()] = [
     &["clock", "files", "hlc", "http_client", "random", "trace"],
-    &["hsm", "keyring", "master_key", "secret"],
+    &["hsm", "keyring", "master_key", "root_key", "seal", "secret"],
     &[
         "approval",
         "canary",

@@ -9,7 +9,7 @@ use keygate_core::cache::Verified;
 use keygate_core::decision::Reason;
 use keygate_core::policy::Route;
 use keygate_core::refusal::Refusal;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
@@ -29,7 +29,7 @@ use crate::writer::{Committed, View};
 /// A key that was issued now or by the same request before, and its token.
 struct Issued {
     key: KeyRecord,
-    token: Zeroizing<String>,
+    token: Secret<String>,
     replayed: bool,
 }
 
@@ -294,7 +294,7 @@ fn replay(
 fn issued_view(issued: &Issued) -> serde_json::Value {
     let Issued { key, token, .. } = issued;
     serde_json::json!({
-        "api_key": token.as_str(),
+        "api_key": token.expose().as_str(),
         "key_id": key.key_id,
         "jti": key.jti,
         "name": key.name,

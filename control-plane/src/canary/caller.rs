@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderValue, Request, header};
 use http_body_util::Full;
+use keygate_core::secret::Secret;
 use serde_json::Value;
-use zeroize::Zeroizing;
 
 use super::Test;
 use super::target::Allowed;
@@ -25,7 +25,7 @@ pub struct Call<'c> {
     /// The URL.
     pub url: String,
     /// The key to send.
-    pub key: Option<&'c Zeroizing<String>>,
+    pub key: Option<&'c Secret<String>>,
     /// More headers.
     pub headers: &'c BTreeMap<String, String>,
     /// The body.
@@ -69,13 +69,7 @@ impl Caller {
     }
 
     /// Makes a test's call at a proxy and says whether all of it held.
-    pub async fn run(
-        &self,
-        test: &Test,
-        proxy: &str,
-        key: Option<&Zeroizing<String>>,
-        trace: Trace,
-    ) -> Called {
+    pub async fn run(&self, test: &Test, proxy: &str, key: Option<&Secret<String>>, trace: Trace) -> Called {
         let is_path = test.endpoint.starts_with('/');
         let url = if is_path { format!("{proxy}{}", test.endpoint) } else { test.endpoint.clone() };
         let begun = Instant::now();
@@ -123,9 +117,9 @@ impl Caller {
         }
         let unmakeable = |_| "the request cannot be made".to_owned();
         if let Some(key) = call.key {
-            let bearer = Zeroizing::new(format!("Bearer {}", key.as_str()));
+            let bearer = Secret::new(format!("Bearer {}", key.expose()));
             let mut bearer =
-                HeaderValue::try_from(bearer.as_str()).map_err(|error| unmakeable(error.into()))?;
+                HeaderValue::try_from(bearer.expose()).map_err(|error| unmakeable(error.into()))?;
             bearer.set_sensitive(true);
             request = request.header(header::AUTHORIZATION, bearer);
         }

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use keygate_core::secret::Secret;
 use serde_json::{Value, json};
 use tracing::Instrument as _;
-use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
@@ -57,7 +57,7 @@ const READY_PATH: &str = "/.keygate/ready";
 /// The canary's key.
 struct Key {
     record: KeyRecord,
-    token: Zeroizing<String>,
+    token: Secret<String>,
 }
 
 /// The canary: its results and its key.
@@ -274,7 +274,7 @@ async fn run_within(canary: &Arc<Canary>, all: bool, trace: Trace) -> Vec<Outcom
     results
 }
 
-async fn run_tests(canary: &Canary, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
+async fn run_tests(canary: &Canary, tests: &[Test], token: &Secret<String>, trace: Trace) -> Vec<Outcome> {
     let mut results = Vec::new();
     for proxy in &canary.node.config.canary.proxies {
         for test in tests {
@@ -326,7 +326,7 @@ fn outcome(
 
 /// The canary's token: the one that it has, or a new one when that is about to end, does not count any more, or another
 /// secret signs.
-async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<String>, String> {
+async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Secret<String>, String> {
     let current = canary.node.state();
     let now = canary.node.clock.now_s();
     if let Some(key) = &state.key {
@@ -428,7 +428,7 @@ async fn left_over(canary: &Arc<Canary>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
+async fn probe(canary: &Arc<Canary>, token: &Secret<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
     let result = probed(canary, token, proxy, trace).await;
     if let Ok(took) = result {
@@ -440,7 +440,7 @@ async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, tra
 
 async fn probed(
     canary: &Arc<Canary>,
-    token: &Zeroizing<String>,
+    token: &Secret<String>,
     proxy: &Url,
     trace: Trace,
 ) -> Result<Duration, String> {
@@ -464,10 +464,10 @@ async fn probed(
 /// Issues a key through a proxy; its id and token.
 async fn issue(
     canary: &Canary,
-    token: &Zeroizing<String>,
+    token: &Secret<String>,
     proxy: &Url,
     trace: Trace,
-) -> Result<(String, Zeroizing<String>), String> {
+) -> Result<(String, Secret<String>), String> {
     let role = &canary.node.config.canary.role;
     let body =
         json!({ "name": "keygate canary probe", "role": role, "owner": OWNER, "expires_in": PROBE_LIFE });
@@ -486,14 +486,14 @@ async fn issue(
     }
     let text =
         |member: &str| answer.json.as_ref().and_then(|json| json[member].as_str()).map(ToOwned::to_owned);
-    let issued = text("key_id").zip(text("api_key").map(Zeroizing::new));
+    let issued = text("key_id").zip(text("api_key").map(Secret::new));
     issued.ok_or_else(|| "registering a key: its answer has none".to_owned())
 }
 
 /// Calls a proxy with a key until it answers with the status that is wanted, for as long as `patience`.
 async fn ask(
     canary: &Canary,
-    key: &Zeroizing<String>,
+    key: &Secret<String>,
     proxy: &Url,
     trace: Trace,
     wanted: u16,

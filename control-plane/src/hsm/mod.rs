@@ -26,8 +26,8 @@ use std::sync::mpsc::{self, RecvTimeoutError, SyncSender, TrySendError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use keygate_core::secret::Secret;
 use sha2::{Digest as _, Sha256};
-use zeroize::Zeroizing;
 
 pub use self::error::{Cause, HsmError};
 use self::session::{Client, Kind, Login};
@@ -42,21 +42,14 @@ const OPEN_WITHIN: Duration = Duration::from_secs(30);
 const MAX_WAITING: usize = 64;
 
 /// Where the token is and how to log in.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct HsmConfig {
     /// The PKCS#11 module, a shared library of the HSM's vendor.
     pub module: PathBuf,
     /// The token's label.
     pub token: String,
     /// The PIN of the token's user.
-    pub pin: Zeroizing<String>,
-}
-
-impl fmt::Debug for HsmConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut shown = f.debug_struct("HsmConfig");
-        shown.field("module", &self.module).field("token", &self.token).finish_non_exhaustive()
-    }
+    pub pin: Secret<String>,
 }
 
 type Job = Box<dyn FnOnce(&mut Client) + Send>;
@@ -115,20 +108,15 @@ impl Hsm {
     /// # Errors
     /// When there is no such key or the HSM fails.
     pub fn wrap(&self, key: &str, associated: &[u8], plain: &[u8]) -> Result<Vec<u8>, HsmError> {
-        let (key, associated, plain) = (key.to_owned(), associated.to_vec(), Zeroizing::new(plain.to_vec()));
-        self.ask(ANSWER_WITHIN, move |login| login.wrap(&key, &associated, &plain))
+        let (key, associated, plain) = (key.to_owned(), associated.to_vec(), Secret::new(plain.to_vec()));
+        self.ask(ANSWER_WITHIN, move |login| login.wrap(&key, &associated, plain.expose()))
     }
 
     /// Opens what [`Hsm::wrap`] sealed with the same key and the same `associated`.
     ///
     /// # Errors
     /// [`HsmError::DoesNotOpen`] when that is not so; another when there is no such key or the HSM fails.
-    pub fn unwrap(
-        &self,
-        key: &str,
-        associated: &[u8],
-        sealed: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+    pub fn unwrap(&self, key: &str, associated: &[u8], sealed: &[u8]) -> Result<Secret<Vec<u8>>, HsmError> {
         let (key, associated, sealed) = (key.to_owned(), associated.to_vec(), sealed.to_vec());
         self.ask(ANSWER_WITHIN, move |login| login.unwrap(&key, &associated, &sealed))
     }

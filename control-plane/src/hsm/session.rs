@@ -14,7 +14,7 @@ use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
 use keygate_core::crypto::P256_POINT_BYTES;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use super::error::{refused, refuses_the_pin};
 use super::{ANSWER_WITHIN, Cause, HsmConfig, HsmError};
@@ -52,7 +52,7 @@ impl Client {
         // Keeps it loaded until the process ends: modules have threads and exit handlers of their own, whose code
         // must not be unmapped.
         std::mem::forget(module.clone());
-        let (token, pin) = (config.token.clone(), AuthPin::new(config.pin.as_str().into()));
+        let (token, pin) = (config.token.clone(), AuthPin::new(config.pin.expose().as_str().into()));
         let mut client = Self { path, module, token, pin, pin_refused: None, login: None };
         client.connect(&mut INITIALISED.lock().unwrap_or_else(PoisonError::into_inner))?;
         Ok(client)
@@ -253,7 +253,7 @@ impl Login {
         label: &str,
         associated: &[u8],
         sealed: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, HsmError> {
+    ) -> Result<Secret<Vec<u8>>, HsmError> {
         let key = self.key(Kind::Wrapping, label)?;
         let does_not_open = || HsmError::DoesNotOpen { key: label.into() };
         if sealed.len() < IV_BYTES + TAG_BYTES {
@@ -276,10 +276,10 @@ impl Login {
         key: ObjectHandle,
         associated: &[u8],
         sealed: &[u8],
-    ) -> Result<Zeroizing<Vec<u8>>, Pkcs11Error> {
+    ) -> Result<Secret<Vec<u8>>, Pkcs11Error> {
         let (iv, rest) = sealed.split_first_chunk().ok_or(Pkcs11Error::InvalidValue)?;
         let opened = self.session.decrypt(&gcm(&mut iv.clone(), associated)?, key, rest)?;
-        Ok(Zeroizing::new(opened))
+        Ok(Secret::new(opened))
     }
 
     /// With `id` it knows the pair that it made when it is called once more.

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::{Arc, LazyLock, MutexGuard, PoisonError};
 
+use keygate_core::secret::Secret;
 use tempfile::TempDir;
-use zeroize::Zeroizing;
 
 use super::session::INITIALISED;
 use super::{Hsm, HsmConfig};
@@ -67,7 +67,7 @@ impl Token {
             .expect(missing);
         assert!(output.status.success(), "{output:?}");
         let directory = tokens().find(|name| !before.contains(name)).expect("a new directory");
-        let config = HsmConfig { module, token: label, pin: Zeroizing::new(PIN.into()) };
+        let config = HsmConfig { module, token: label, pin: Secret::new(PIN.into()) };
         Self { config, directory }
     }
 

@@ -29,11 +29,11 @@ fn a_wrapping_key_is_made_once_and_found_again() {
 
     let hsm = token.open();
     hsm.ensure_wrapping_key("master", true).unwrap();
-    assert_eq!(hsm.unwrap("master", b"id 1", &sealed).unwrap().as_slice(), b"a data key");
+    assert_eq!(hsm.unwrap("master", b"id 1", &sealed).unwrap().expose(), b"a data key");
     assert!(!hsm.destroy("master").unwrap());
     hsm.ensure_wrapping_key("master", false).unwrap();
     let empty = hsm.wrap("master", b"", b"").unwrap();
-    assert_eq!(hsm.unwrap("master", b"", &empty).unwrap().as_slice(), b"");
+    assert_eq!(hsm.unwrap("master", b"", &empty).unwrap().expose(), b"");
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn what_was_changed_does_not_open() {
     is_refused("one", b"id 2", &sealed);
     is_refused("one", b"", &sealed);
     is_refused("two", b"id 1", &sealed);
-    assert_eq!(hsm.unwrap("one", b"id 1", &sealed).unwrap().as_slice(), b"a data key");
+    assert_eq!(hsm.unwrap("one", b"id 1", &sealed).unwrap().expose(), b"a data key");
 }
 
 #[test]
@@ -147,7 +147,7 @@ fn errors_at_opening_say_what_to_do() {
     assert!(error.starts_with(r#"no HSM token has the label "another"; there are [""#), "{error}");
     assert!(error.contains(&token.config.token), "{error}");
 
-    let wrong = opened(|config| config.pin = Zeroizing::new("5926-mistaken".into()));
+    let wrong = opened(|config| config.pin = Secret::new("5926-mistaken".into()));
     assert!(matches!(wrong, HsmError::PinRefused { .. }), "{wrong:?}");
     let text = format!("{wrong} {wrong:?} {:?}", token.config);
     assert!(text.contains("(C_Login: CKR_PIN_INCORRECT); it is not tried again"), "{text}");
@@ -161,7 +161,7 @@ fn a_wrong_pin_is_never_tried_again() {
     const CHANGED: &str = "5926-changed";
     let token = Token::new();
     let change_pin = |from: &'static str, to: &'static str| {
-        let config = HsmConfig { pin: Zeroizing::new(from.into()), ..token.config.clone() };
+        let config = HsmConfig { pin: Secret::new(from.into()), ..token.config.clone() };
         let (from, to) = (AuthPin::new(from.into()), AuthPin::new(to.into()));
         let done = Hsm::open(config).unwrap().ask(ANSWER_WITHIN, move |login| {
             login.session.set_pin(&from, &to)?;
@@ -219,7 +219,7 @@ fn a_token_that_was_away_is_used_again() {
 
     token.put_back();
     assert!(is_signed(&point, b"text", &hsm.sign_p256("k1", b"text").unwrap()));
-    assert_eq!(hsm.unwrap("master", b"", &sealed).unwrap().as_slice(), b"key");
+    assert_eq!(hsm.unwrap("master", b"", &sealed).unwrap().expose(), b"key");
     assert!(is_signed(&others_point, b"text", &others.sign_p256("k1", b"text").unwrap()));
 }
 

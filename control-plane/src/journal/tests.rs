@@ -3,7 +3,7 @@ use keygate_core::cutoff::{Cutoff, Scope};
 use super::*;
 use crate::change::Change;
 use crate::key::RevocationReason;
-use crate::keyring::RootKey;
+use crate::root_key::RootKey;
 
 fn changes(n: u64) -> Vec<Entry> {
     let entry =

@@ -92,9 +92,9 @@ impl Worker {
 
     fn attempt(&self, notice: &Notice) -> Answer {
         let (url, body) = match &self.destination {
-            Destination::Slack { url } => (url.0.as_str(), formats::slack(notice, &self.source)),
+            Destination::Slack { url } => (url.expose().as_str(), formats::slack(notice, &self.source)),
             Destination::PagerDuty { url, routing_key } => {
-                (url.as_str(), formats::pagerduty(notice, &self.source, &routing_key.0))
+                (url.as_str(), formats::pagerduty(notice, &self.source, routing_key.expose()))
             }
             Destination::Webhook { url, .. } => (url.as_str(), formats::webhook(notice, &self.source)),
         };
@@ -104,7 +104,8 @@ impl Worker {
             .header(header::USER_AGENT, "keygate");
         if let Destination::Webhook { secret, .. } = &self.destination {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            request = request.header(formats::SIGNATURE, formats::signature(&secret.0, now, body.as_bytes()));
+            request =
+                request.header(formats::SIGNATURE, formats::signature(secret.expose(), now, body.as_bytes()));
             // To nobody else: what does not belong to the operators gets what it asks for.
             request = request.header(trace::HEADER, notice.trace.part());
         }

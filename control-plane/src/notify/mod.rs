@@ -9,14 +9,13 @@ mod deliver;
 mod formats;
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use hyper_util::client::proxy::matcher::Matcher;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use crate::clock::{self, Clock};
 use crate::http_client::HttpClient;
@@ -95,37 +94,27 @@ pub struct Notice {
     pub trace: Trace,
 }
 
-/// A secret part of the configuration: a URL with a token in it, or a key.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Hidden(pub Zeroizing<String>);
-
-impl fmt::Debug for Hidden {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("…")
-    }
-}
-
 /// Where notices go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Destination {
     /// An incoming webhook of Slack. Its URL is its secret.
     Slack {
         /// The URL.
-        url: Hidden,
+        url: Secret<String>,
     },
     /// The Events API v2 of PagerDuty.
     PagerDuty {
         /// The URL.
         url: String,
         /// The integration's routing key.
-        routing_key: Hidden,
+        routing_key: Secret<String>,
     },
     /// Any web server.
     Webhook {
         /// The URL.
         url: String,
         /// What signs the body.
-        secret: Hidden,
+        secret: Secret<String>,
     },
 }
 

@@ -39,7 +39,7 @@ pub async fn pass_on(
     }
     let url = quotas.node.mirror.as_ref().and_then(|mirror| mirror.sync_url(keeper));
     let answer = match url {
-        Some(url) => quotas.forwarder.post(&url, path, &quotas.node.fleet_token, body).await,
+        Some(url) => quotas.forwarder.post(&url, path, quotas.node.fleet_token.expose(), body).await,
         None => Err(ForwardError::AddressUnknown),
     };
     let is_answered = answer
@@ -57,7 +57,7 @@ pub async fn call_owner(quotas: &Quotas, owner: u64) -> bool {
     let Some(url) = url else { return false };
     let body = serde_json::json!({ "from": format!("{:x}", quotas.node.state().version.source) });
     let body = Bytes::from(body.to_string());
-    let call = quotas.forwarder.post(&url, OWNER, &quotas.node.fleet_token, body);
+    let call = quotas.forwarder.post(&url, OWNER, quotas.node.fleet_token.expose(), body);
     let called = tokio::time::timeout(CALLED_WITHIN, call).await;
     matches!(called, Ok(Ok(Forwarded { status: StatusCode::OK, .. })))
 }

@@ -15,7 +15,6 @@
 mod identity;
 pub mod import;
 pub mod ring;
-mod seal;
 mod signer;
 
 use base64::Engine as _;
@@ -23,18 +22,18 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use keygate_core::crypto::{Algorithm, native};
 use keygate_core::jti::JtiKey;
-use keygate_core::rules::Material;
+use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use zeroize::Zeroizing;
 
 pub use self::identity::Identity;
 pub use self::ring::Ring;
-pub use self::seal::{open, seal};
+
 pub use self::signer::Signer;
 use crate::hsm::HsmError;
 use crate::keyring::{Keyring, KeyringError};
 use crate::random;
+use crate::seal::{open, seal};
 
 /// The stage of a secret's life. They only follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -212,7 +211,7 @@ pub struct NewSecret {
     /// The key pair that the HSM made for it, if one keeps it.
     pub in_hsm: Option<HsmPair>,
     /// Its bytes, if it was made elsewhere; for HS256.
-    pub imported: Option<Zeroizing<Vec<u8>>>,
+    pub imported: Option<Secret<Vec<u8>>>,
 }
 
 impl NewSecret {
@@ -265,7 +264,7 @@ fn new_kid(alg: Algorithm) -> String {
 #[derive(Debug, Clone, Default)]
 pub struct Opened {
     /// What its tokens are verified with.
-    pub verification: Option<Material>,
+    pub verification: Option<Secret<Vec<u8>>>,
     /// What signs, if it may.
     pub signer: Option<std::sync::Arc<Signer>>,
 }
@@ -302,8 +301,8 @@ impl SecretRecord {
             }
             None => {
                 let secret = imported.unwrap_or_else(|| draw(alg));
-                record.public = public_half(alg, &secret).map(|public| BASE64URL.encode(public));
-                record.seal(&secret, keys)?;
+                record.public = public_half(alg, secret.expose()).map(|public| BASE64URL.encode(public));
+                record.seal(secret.expose(), keys)?;
             }
         }
         record.authenticate(keys);
@@ -322,7 +321,7 @@ impl SecretRecord {
         let mut record =
             Self { state, since: now, sealed: None, mac: None, unannounced: false, ..self.clone() };
         match secret {
-            Some(secret) => record.seal(&secret, keys)?,
+            Some(secret) => record.seal(secret.expose(), keys)?,
             None if verifies => record.seal(&[], keys)?,
             None => {}
         }
@@ -347,20 +346,20 @@ impl SecretRecord {
     /// Seals a secret, or nothing: what verifies has a data key of its own in any case, so that a record which is put back
     /// after the secret has moved on does not open.
     fn seal(&mut self, secret: &[u8], keys: &Keyring) -> Result<(), KeyringError> {
-        let data_key = Zeroizing::new(random::bytes::<32>());
+        let data_key = Secret::new(random::bytes::<32>());
         let id = format!("{}.{}", self.kid, random::identifier());
-        let sealed = seal(&data_key, &self.associated(), secret);
-        keys.put(&id, &data_key)?;
+        let sealed = seal(data_key.expose(), &self.associated(), secret);
+        keys.put(&id, data_key.expose())?;
         self.sealed = Some(Sealed { data_key: id, secret: sealed });
         Ok(())
     }
 
-    fn unseal(&self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, SecretError> {
+    fn unseal(&self, keys: &Keyring) -> Result<Secret<Vec<u8>>, SecretError> {
         let tampered = || SecretError::Tampered { kid: self.kid.clone() };
         let missing = || SecretError::NoDataKey { kid: self.kid.clone(), state: self.state.label() };
         let sealed = self.sealed.as_ref().ok_or_else(tampered)?;
         let data_key = keys.get(&sealed.data_key)?.ok_or_else(missing)?;
-        open(&data_key, &self.associated(), &sealed.secret).ok_or_else(tampered)
+        open(data_key.expose(), &self.associated(), &sealed.secret).ok_or_else(tampered)
     }
 
     /// Opens what is needed of it at its stage.
@@ -373,13 +372,13 @@ impl SecretRecord {
             return Ok(Opened::default());
         }
         let signs = self.state <= SecretState::Active;
-        let secret = Some(self.unseal(keys)?).filter(|secret| !secret.is_empty());
+        let secret = Some(self.unseal(keys)?).filter(|secret| !secret.expose().is_empty());
         let public = match (&self.public, &secret) {
             (Some(public), _) => BASE64URL.decode(public).ok(),
-            (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.to_vec()),
+            (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.expose().clone()),
             (None, _) => None,
         };
-        let verification = Material::new(public.ok_or_else(tampered)?);
+        let verification = Secret::new(public.ok_or_else(tampered)?);
         // A record that does not fit its secret is not to be found out by somebody's key.
         self.alg.verification_key(verification.expose()).ok_or_else(tampered)?;
         let ids = self.jti_key(keys);
@@ -387,7 +386,9 @@ impl SecretRecord {
             _ if !signs => None,
             // Without an HSM, as on another control plane, it verifies all the same.
             None if self.in_hsm => keys.hsm().map(|hsm| Signer::in_hsm(&self.kid, hsm.clone(), ids)),
-            Some(secret) => Some(Signer::here(&self.kid, self.alg, &secret, ids).ok_or_else(tampered)?),
+            Some(secret) => {
+                Some(Signer::here(&self.kid, self.alg, secret.expose(), ids).ok_or_else(tampered)?)
+            }
             None => return Err(tampered()),
         };
         Ok(Opened { verification: Some(verification), signer: signer.map(Into::into) })
@@ -410,14 +411,14 @@ impl SecretRecord {
     fn mac_of(&self, keys: &Keyring) -> Hmac<Sha256> {
         let key = keys.root().derive("keygate secret records");
         let plain = serde_json::to_vec(&Self { mac: None, ..self.clone() }).expect("plain data");
-        let mac = Hmac::<Sha256>::new_from_slice(&*key).expect("a key of any length will do");
+        let mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("a key of any length will do");
         mac.chain_update(plain)
     }
 
     /// What proxies tell the ids of its tokens with, if they can. It is derived and stands nowhere.
-    pub fn jti_material(&self, keys: &Keyring) -> Option<Material> {
+    pub fn jti_material(&self, keys: &Keyring) -> Option<Secret<Vec<u8>>> {
         let derived = || keys.root().derive(&format!("keygate token ids {}", self.kid));
-        self.keyed_ids.then(|| Material::new(derived().to_vec()))
+        self.keyed_ids.then(|| Secret::new(derived().expose().to_vec()))
     }
 
     /// What the ids of its tokens are made with, if not at will.
@@ -426,9 +427,9 @@ impl SecretRecord {
     }
 
     /// What its tokens are verified with, as far as that is known without opening it.
-    pub fn public_material(&self) -> Option<Material> {
+    pub fn public_material(&self) -> Option<Secret<Vec<u8>>> {
         let public = self.public.as_ref().filter(|_| self.state < SecretState::Expired)?;
-        let material = Material::new(BASE64URL.decode(public).ok()?);
+        let material = Secret::new(BASE64URL.decode(public).ok()?);
         self.alg.verification_key(material.expose()).map(|_| material)
     }
 
@@ -443,11 +444,11 @@ impl SecretRecord {
 }
 
 /// Random bytes for a secret: a P-256 scalar (all but 1 in 2^32 of 32 bytes are), an Ed25519 seed, an HMAC secret.
-fn draw(alg: Algorithm) -> Zeroizing<Vec<u8>> {
+fn draw(alg: Algorithm) -> Secret<Vec<u8>> {
     loop {
-        let bytes = Zeroizing::new(random::bytes::<32>());
-        if alg != Algorithm::ES256 || native::p256_point(&*bytes).is_some() {
-            return Zeroizing::new(bytes.to_vec());
+        let bytes = Secret::new(random::bytes::<32>());
+        if alg != Algorithm::ES256 || native::p256_point(bytes.expose()).is_some() {
+            return Secret::new(bytes.expose().to_vec());
         }
     }
 }

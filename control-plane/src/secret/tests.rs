@@ -3,9 +3,9 @@ use keygate_core::token::Claims;
 use super::*;
 use crate::hlc::Mark;
 use crate::key::{Creator, KeyRequest};
-use crate::keyring::RootKey;
 use crate::master_key::MasterKey;
 use crate::roles;
+use crate::root_key::RootKey;
 use crate::secret::Identity;
 
 const ALL: [Algorithm; 3] = [Algorithm::ES256, Algorithm::EdDSA, Algorithm::HS256];
@@ -59,7 +59,7 @@ fn what_is_signed_is_read_strictly_and_verified_and_signed_the_same_again() {
         let signer = opened.signer.unwrap();
         let token = signer.sign(&claims()).unwrap();
         assert_eq!(signer.sign(&claims()).unwrap(), token);
-        let read = keygate_core::token::read(token.as_bytes()).unwrap();
+        let read = keygate_core::token::read(token.expose().as_bytes()).unwrap();
         assert_eq!((read.claims, read.kid, read.alg), (claims(), record.kid.clone(), alg));
         let key = alg.verification_key(opened.verification.unwrap().expose()).unwrap();
         assert!(keygate_core::crypto::verify(alg, &key, read.signing_input, read.signature));
@@ -181,7 +181,7 @@ fn a_record_without_its_code_is_refused_though_its_seal_opens() {
         let data_key = random::bytes::<32>();
         let sealed = Sealed {
             data_key: seal(keys.root().expose(), &format!("keygate data key {}", record.kid), &data_key),
-            secret: seal(&data_key, &record.associated(), &record.unseal(&keys).unwrap()),
+            secret: seal(&data_key, &record.associated(), record.unseal(&keys).unwrap().expose()),
         };
         let bare = serde_json::json!({
             "kid": record.kid, "alg": alg, "state": "active", "created_at": 1_000, "since": 1_000,
@@ -271,7 +271,7 @@ fn the_ids_of_tokens_are_those_that_proxies_know_at_every_stage() {
         assert!(says(unkeyed.check(&keys)).contains("not as it was written"));
     }
     // Whoever else has an imported secret signs tokens with ids of their own.
-    let imported = Some(Zeroizing::new(vec![3; 32]));
+    let imported = Some(Secret::new(vec![3; 32]));
     let new = NewSecret { imported, ..NewSecret::first(Algorithm::HS256, None) };
     let record = SecretRecord::make(new, &keys, 1_000).unwrap();
     assert!(record.jti_key(&keys).is_none());
@@ -283,7 +283,7 @@ fn nothing_secret_is_printed() {
     let keys = keyring();
     let record = make(Algorithm::HS256, SecretState::Active, &keys);
     let opened = record.open(&keys).unwrap();
-    let secret = BASE64URL.encode(record.unseal(&keys).unwrap());
+    let secret = BASE64URL.encode(record.unseal(&keys).unwrap().expose());
     let master = MasterKey::of([7; 32]);
     let printed = format!("{master:?} {keys:?} {:?} {record:?} {opened:?}", keys.root());
     assert!(
