@@ -81,7 +81,6 @@ struct Header {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     base: Option<journal::Base>,
     /// The data keys, wrapped with the master key.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     keyring: BTreeMap<String, Wraps>,
 }
 

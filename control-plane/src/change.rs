@@ -58,7 +58,6 @@ pub enum Change {
         /// Its number.
         source: u64,
         /// Whether changes that the copy lacks are lost for good, so that proxies shall not wait for them.
-        #[serde(default)]
         accepts_loss: bool,
     },
     /// The configuration says something else than before.
@@ -128,9 +127,7 @@ pub enum Change {
         key_id: String,
         /// The token's id.
         jti: String,
-        /// When the key would have expired; the suspension is kept until then. Unix seconds. Unknown in a journal
-        /// that was one file: kept for good.
-        #[serde(default = "never")]
+        /// When the key would have expired; the suspension is kept until then. Unix seconds.
         expires_at: u64,
         /// When, why and by whom.
         suspension: Ended<Option<String>>,
@@ -153,7 +150,6 @@ pub enum Change {
     /// Another control plane changed something that is its own matter, but for this.
     PeerChanged {
         /// The longest life of a key that it issues, in seconds; 0: not that.
-        #[serde(default)]
         max_life_s: u64,
     },
     /// Something was written into the shared store by hand that cannot be honoured.
@@ -234,10 +230,6 @@ pub enum Change {
         /// What is set from then on.
         flags: Box<Flags>,
     },
-}
-
-const fn never() -> u64 {
-    u64::MAX
 }
 
 impl Change {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use crate::change::Change;
 use crate::config::Config;
@@ -26,7 +26,7 @@ pub struct Issued {
     /// Its record.
     pub key: KeyRecord,
     /// Its token.
-    pub token: Zeroizing<String>,
+    pub token: Secret<String>,
     /// Whether an earlier request issued it.
     pub replayed: bool,
 }
@@ -108,7 +108,7 @@ pub async fn token(
     config: &Config,
     signer: &Arc<Signer>,
     key: &KeyRecord,
-) -> Result<Zeroizing<String>, SignError> {
+) -> Result<Secret<String>, SignError> {
     let claims = key.claims(&config.issuer, config.audience.as_deref());
     if !signer.takes_long() {
         return Ok(signer.sign(&claims)?);

@@ -19,15 +19,14 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use hmac::{Hmac, KeyInit as _, Mac as _};
+use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
-use sha2::Sha256;
-use zeroize::Zeroizing;
 
 use crate::files;
 use crate::hsm::{Hsm, HsmError};
 use crate::master_key::MasterKey;
 use crate::random;
+use crate::root_key::RootKey;
 
 /// The file, in the data directory.
 pub const FILE: &str = "keyring.json";
@@ -74,7 +73,7 @@ pub enum KeyringError {
         id: String,
     },
     /// It is gone.
-    #[error("keyring {0} is missing, and the master key is in an HSM: restore it from a backup")]
+    #[error("keyring {0} is missing, and the journal beside it is not empty: restore both from one backup")]
     Missing(PathBuf),
     /// The HSM with the master key.
     #[error(transparent)]
@@ -86,34 +85,6 @@ pub enum KeyringError {
 struct File {
     format: u32,
     keys: BTreeMap<String, Wraps>,
-}
-
-/// From which keys for one purpose are derived.
-#[derive(Clone)]
-pub struct RootKey(Zeroizing<[u8; 32]>);
-
-impl fmt::Debug for RootKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("RootKey(…)")
-    }
-}
-
-impl RootKey {
-    /// From its bytes.
-    pub fn of(bytes: [u8; 32]) -> Self {
-        Self(Zeroizing::new(bytes))
-    }
-
-    /// A key for one purpose: HMAC-SHA-256 (RFC 2104) of the purpose's name.
-    pub fn derive(&self, purpose: &str) -> Zeroizing<[u8; 32]> {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.0).expect("a key of any length will do");
-        mac.update(purpose.as_bytes());
-        Zeroizing::new(mac.finalize().into_bytes().into())
-    }
-
-    pub(crate) fn expose(&self) -> &[u8; 32] {
-        &self.0
-    }
 }
 
 /// The keyring.
@@ -148,19 +119,14 @@ pub struct Masters {
 }
 
 impl Keyring {
-    /// Opens the keyring of a data directory. Without a file there, the master key's own bytes are the root: so were
-    /// all keys derived before there were keyrings, and so control planes with the same master key have the same
-    /// root. With a master key in an HSM, whose bytes nobody has, it is random, and made only if `may_create`.
-    /// `begins_anew`: the journal is empty, so what data keys there are belong to another one and are put aside. Entries that lack a wrap of the master key get it.
+    /// Opens the keyring of a data directory. With `begins_anew` the journal is empty: data keys that are there belong
+    /// to another one and are put aside, and a keyring that is missing is made. The root of a new one is derived from
+    /// the master key, so control planes that begin with the same master key have the same root; with a master key in
+    /// an HSM, which does not give its bytes, it is random. Entries that lack a wrap of the master key get it.
     ///
     /// # Errors
     /// When there is none, it does not open, or it cannot be written.
-    pub fn open(
-        data_dir: &Path,
-        masters: Masters,
-        may_create: bool,
-        begins_anew: bool,
-    ) -> Result<Self, KeyringError> {
+    pub fn open(data_dir: &Path, masters: Masters, begins_anew: bool) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
         if begins_anew {
@@ -168,23 +134,23 @@ impl Keyring {
         }
         let found = read(&path)?;
         let (root, keys) = match &found {
-            Some(keys) => {
-                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
-                (unwrap(&master, previous.as_ref(), ROOT, wraps)?, keys.clone())
-            }
+            Some(keys) => (unwrap_root(&path, &master, previous.as_ref(), keys)?, keys.clone()),
+            None if !begins_anew => return Err(KeyringError::Missing(path)),
             None => {
-                let bytes = previous.as_ref().unwrap_or(&master).bytes();
-                let root = match bytes {
-                    Some(bytes) => Zeroizing::new(*bytes),
-                    None if may_create => Zeroizing::new(random::bytes::<32>()),
-                    None => return Err(KeyringError::Missing(path)),
-                };
-                let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), &root)?)]);
+                let root = previous.as_ref().unwrap_or(&master).first_root();
+                let root = root.unwrap_or_else(|| Secret::new(random::bytes::<32>()));
+                let wraps = Wraps::from([(master.id(), master.wrap(&associated(ROOT), root.expose())?)]);
                 (root, BTreeMap::from([(ROOT.to_owned(), wraps)]))
             }
         };
-        let keyring =
-            Self { path: Some(path), master, previous, hsm, root: RootKey(root), keys: Mutex::new(keys) };
+        let keyring = Self {
+            path: Some(path),
+            master,
+            previous,
+            hsm,
+            root: RootKey::from(root),
+            keys: Mutex::new(keys),
+        };
         let changed = keyring.rewrap()?;
         if changed > 0 && found.is_some() {
             keyring.save()?;
@@ -212,17 +178,9 @@ impl Keyring {
     pub fn read_only(data_dir: &Path, masters: Masters) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
-        let keys = read(&path)?;
-        let root = match (&keys, master.bytes()) {
-            (Some(keys), _) => {
-                let wraps = keys.get(ROOT).ok_or_else(|| damaged(&path, "it has no root".into()))?;
-                unwrap(&master, previous.as_ref(), ROOT, wraps)?
-            }
-            (None, Some(bytes)) => Zeroizing::new(*bytes),
-            (None, None) => return Err(KeyringError::Missing(path)),
-        };
-        let keys = Mutex::new(keys.unwrap_or_default());
-        Ok(Self { path: None, master, previous, hsm, root: RootKey(root), keys })
+        let Some(keys) = read(&path)? else { return Err(KeyringError::Missing(path)) };
+        let root = RootKey::from(unwrap_root(&path, &master, previous.as_ref(), &keys)?);
+        Ok(Self { path: None, master, previous, hsm, root, keys: Mutex::new(keys) })
     }
 
     /// One that is kept nowhere, for tests and for reading a journal.
@@ -238,7 +196,7 @@ impl Keyring {
             for master in [Some(&self.master), self.previous.as_ref()].into_iter().flatten() {
                 if !wraps.contains_key(&master.id()) {
                     let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
-                    wraps.insert(master.id(), master.wrap(&associated(id), &key)?);
+                    wraps.insert(master.id(), master.wrap(&associated(id), key.expose())?);
                 }
             }
             wraps.retain(|master, _| self.given().any(|given| given.id() == *master));
@@ -265,7 +223,7 @@ impl Keyring {
     ///
     /// # Errors
     /// When it does not open.
-    pub fn get(&self, id: &str) -> Result<Option<Zeroizing<[u8; 32]>>, KeyringError> {
+    pub fn get(&self, id: &str) -> Result<Option<Secret<[u8; 32]>>, KeyringError> {
         let wraps = self.lock().get(id).cloned();
         wraps.map(|wraps| unwrap(&self.master, self.previous.as_ref(), id, &wraps)).transpose()
     }
@@ -301,7 +259,7 @@ impl Keyring {
             return Ok(());
         }
         let key = unwrap(&self.master, self.previous.as_ref(), id, wraps)?;
-        self.put(id, &key)
+        self.put(id, key.expose())
     }
 
     /// Destroys every data key but these; how many there were. What they opened is gone for good.
@@ -366,7 +324,7 @@ fn unwrap(
     previous: Option<&MasterKey>,
     id: &str,
     wraps: &Wraps,
-) -> Result<Zeroizing<[u8; 32]>, KeyringError> {
+) -> Result<Secret<[u8; 32]>, KeyringError> {
     for given in [Some(master), previous].into_iter().flatten() {
         if let Some(wrapped) = wraps.get(&given.id()) {
             let key = given.unwrap(&associated(id), wrapped)?;
@@ -378,6 +336,16 @@ fn unwrap(
         sealed_with: ids(wraps.keys().cloned().collect()),
         given: ids([Some(master), previous].into_iter().flatten().map(MasterKey::id).collect()),
     })
+}
+
+fn unwrap_root(
+    path: &Path,
+    master: &MasterKey,
+    previous: Option<&MasterKey>,
+    keys: &BTreeMap<String, Wraps>,
+) -> Result<Secret<[u8; 32]>, KeyringError> {
+    let wraps = keys.get(ROOT).ok_or_else(|| damaged(path, "it has no root".into()))?;
+    unwrap(master, previous, ROOT, wraps)
 }
 
 fn damaged(path: &Path, problem: String) -> KeyringError {
@@ -411,107 +379,4 @@ pub fn write(path: &Path, keys: BTreeMap<String, Wraps>) -> Result<(), KeyringEr
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn masters(master: u8, previous: Option<u8>) -> Masters {
-        let key = |byte| MasterKey::of([byte; 32]);
-        Masters { master: key(master), previous: previous.map(key), hsm: None }
-    }
-
-    fn open(dir: &Path, master: u8, previous: Option<u8>) -> Result<Keyring, KeyringError> {
-        Keyring::open(dir, masters(master, previous), true, false)
-    }
-
-    fn filled(dir: &Path) {
-        let keys = open(dir, 1, None).unwrap();
-        for n in 0..5 {
-            keys.put(&format!("k{n}"), &[n; 32]).unwrap();
-        }
-    }
-
-    fn all_open(keys: &Keyring) -> bool {
-        (0..5).all(|n| keys.get(&format!("k{n}")).is_ok_and(|key| key.is_some_and(|key| *key == [n; 32])))
-    }
-
-    #[test]
-    fn what_is_put_is_there_after_a_restart_and_what_is_dropped_is_gone() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let keys = open(dir.path(), 1, None).unwrap();
-        assert!(all_open(&keys));
-        assert_eq!(keys.root().expose(), &[1; 32]);
-        assert_eq!(keys.keep_only(&BTreeSet::from(["k1"])).unwrap(), 4);
-        let keys = open(dir.path(), 1, None).unwrap();
-        assert!(keys.get("k0").unwrap().is_none() && keys.get("k1").unwrap().is_some());
-        let mode = std::os::unix::fs::PermissionsExt::mode(
-            &std::fs::metadata(dir.path().join(FILE)).unwrap().permissions(),
-        );
-        assert_eq!(mode & 0o777, 0o600);
-    }
-
-    #[test]
-    fn a_new_master_key_takes_over_and_each_state_on_the_way_opens() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let path = dir.path().join(FILE);
-        let before = std::fs::read(&path).unwrap();
-        assert!(open(dir.path(), 2, None).unwrap_err().to_string().contains("previous_master_key_file"));
-        assert_eq!(std::fs::read(&path).unwrap(), before, "a wrong master key changes nothing");
-
-        let keys = open(dir.path(), 2, Some(1)).unwrap();
-        assert!(all_open(&keys));
-        keys.put("k5", &[5; 32]).unwrap();
-        // While both are given, a control plane with the old one alone goes on, too.
-        assert!(all_open(&open(dir.path(), 1, Some(2)).unwrap()));
-        let both = std::fs::read_to_string(&path).unwrap();
-        // Killed half way: some entries have one wrap, some have the other, some both.
-        let mut mixed: File = serde_json::from_str(&both).unwrap();
-        let (old, new) = (MasterKey::of([1; 32]).id(), MasterKey::of([2; 32]).id());
-        for (n, wraps) in mixed.keys.values_mut().enumerate() {
-            match n % 3 {
-                0 => drop(wraps.remove(&old)),
-                1 => drop(wraps.remove(&new)),
-                _ => {}
-            }
-        }
-        write(&path, mixed.keys).unwrap();
-        assert!(all_open(&open(dir.path(), 2, Some(1)).unwrap()));
-
-        let keys = open(dir.path(), 2, None).unwrap();
-        assert!(all_open(&keys) && *keys.get("k5").unwrap().unwrap() == [5; 32]);
-        assert_eq!(keys.root().expose(), &[1; 32], "what was derived stays");
-        assert!(!std::fs::read_to_string(&path).unwrap().contains(&old), "the old master key opens nothing");
-        assert!(open(dir.path(), 1, None).is_err());
-    }
-
-    #[test]
-    fn an_entry_that_was_swapped_or_edited_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        filled(dir.path());
-        let path = dir.path().join(FILE);
-        let mut keys = read(&path).unwrap().unwrap();
-        let other = keys["k2"].clone();
-        keys.insert("k1".into(), other);
-        write(&path, keys.clone()).unwrap();
-        let opened = open(dir.path(), 1, None).unwrap();
-        assert!(opened.get("k1").unwrap_err().to_string().contains("k1 does not open: it was changed"));
-        keys.insert(ROOT.into(), keys["k2"].clone());
-        write(&path, keys).unwrap();
-        assert!(open(dir.path(), 1, None).is_err());
-        std::fs::write(&path, b"{").unwrap();
-        assert!(open(dir.path(), 1, None).unwrap_err().to_string().contains("restore it from a backup"));
-    }
-
-    #[test]
-    fn what_another_control_plane_wrapped_is_taken_if_it_opens() {
-        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        filled(one.path());
-        let one = open(one.path(), 1, None).unwrap();
-        let keys = open(two.path(), 1, None).unwrap();
-        keys.take("k3", &one.wraps("k3").unwrap()).unwrap();
-        assert_eq!(*keys.get("k3").unwrap().unwrap(), [3; 32]);
-        assert!(keys.take("k4", &one.wraps("k3").unwrap()).is_err(), "of another place");
-        assert!(keys.get("k4").unwrap().is_none());
-    }
-}
+mod tests;

@@ -8,11 +8,11 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use crate::hsm::{Hsm, HsmError};
-use crate::keyring::RootKey;
-use crate::secret::{open, seal};
+use crate::root_key::RootKey;
+use crate::seal::{open, seal};
 use crate::{files, random};
 
 /// Why there is no master key.
@@ -32,7 +32,7 @@ pub struct MasterKey(Kind);
 #[derive(Clone)]
 enum Kind {
     /// Its bytes are here.
-    Here(Zeroizing<[u8; 32]>),
+    Here(Secret<[u8; 32]>),
     /// In an HSM, by its label.
     InHsm(Arc<Hsm>, String),
 }
@@ -50,12 +50,14 @@ impl MasterKey {
     /// When it is missing and may not be made, or is not 32 bytes in base64url.
     pub fn load(path: &Path, may_create: bool) -> Result<Self, MasterKeyError> {
         let error = |problem: String| MasterKeyError { origin: path.display().to_string(), problem };
-        match std::fs::read_to_string(path).map(Zeroizing::new) {
-            Ok(text) => Self::parse(&text).ok_or_else(|| error("is not 32 bytes in base64url".into())),
+        match std::fs::read_to_string(path).map(Secret::new) {
+            Ok(text) => {
+                Self::parse(text.expose()).ok_or_else(|| error("is not 32 bytes in base64url".into()))
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound && may_create => {
-                let text = Zeroizing::new(BASE64URL.encode(*Zeroizing::new(random::bytes::<32>())));
-                files::write_private(path, text.as_bytes()).map_err(|e| error(e.to_string()))?;
-                Self::parse(&text).ok_or_else(|| error("cannot be made".into()))
+                let text = Secret::new(BASE64URL.encode(Secret::new(random::bytes::<32>()).expose()));
+                files::write_private(path, text.expose().as_bytes()).map_err(|e| error(e.to_string()))?;
+                Self::parse(text.expose()).ok_or_else(|| error("cannot be made".into()))
             }
             Err(e) if e.kind() == io::ErrorKind::NotFound => Err(error(
                 "is not there, but secrets were sealed with it; put it back, without it no key can be issued"
@@ -84,18 +86,18 @@ impl MasterKey {
 
     /// From its bytes.
     pub fn of(bytes: [u8; 32]) -> Self {
-        Self(Kind::Here(Zeroizing::new(bytes)))
+        Self(Kind::Here(Secret::new(bytes)))
     }
 
     fn parse(text: &str) -> Option<Self> {
-        let bytes = Zeroizing::new(BASE64URL.decode(text.trim().trim_end_matches('=')).ok()?);
-        Some(Self(Kind::Here(Zeroizing::new(bytes.as_slice().try_into().ok()?))))
+        let bytes = Secret::new(BASE64URL.decode(text.trim().trim_end_matches('=')).ok()?);
+        Some(Self(Kind::Here(Secret::new(bytes.expose().as_slice().try_into().ok()?))))
     }
 
-    /// Its bytes, unless an HSM keeps them.
-    pub fn bytes(&self) -> Option<&[u8; 32]> {
+    /// The root of a keyring that begins with it: the same each time; `None` where an HSM keeps it.
+    pub fn first_root(&self) -> Option<Secret<[u8; 32]>> {
         match &self.0 {
-            Kind::Here(bytes) => Some(bytes),
+            Kind::Here(bytes) => Some(RootKey::from(bytes.clone()).derive("keygate keyring root")),
             Kind::InHsm(..) => None,
         }
     }
@@ -104,8 +106,8 @@ impl MasterKey {
     pub fn id(&self) -> String {
         match &self.0 {
             Kind::Here(bytes) => {
-                let id = RootKey::of(**bytes).derive("keygate master key id");
-                id[..6].iter().map(|byte| format!("{byte:02x}")).collect()
+                let id = RootKey::from(bytes.clone()).derive("keygate master key id");
+                id.expose()[..6].iter().map(|byte| format!("{byte:02x}")).collect()
             }
             Kind::InHsm(_, label) => format!("hsm:{label}"),
         }
@@ -117,7 +119,7 @@ impl MasterKey {
     /// When the HSM fails.
     pub fn wrap(&self, associated: &str, key: &[u8; 32]) -> Result<String, HsmError> {
         match &self.0 {
-            Kind::Here(bytes) => Ok(seal(&wrapping(bytes), associated, key)),
+            Kind::Here(bytes) => Ok(seal(wrapping(bytes).expose(), associated, key)),
             Kind::InHsm(hsm, label) => Ok(BASE64URL.encode(hsm.wrap(label, associated.as_bytes(), key)?)),
         }
     }
@@ -126,9 +128,9 @@ impl MasterKey {
     ///
     /// # Errors
     /// When the HSM fails.
-    pub fn unwrap(&self, associated: &str, wrapped: &str) -> Result<Option<Zeroizing<[u8; 32]>>, HsmError> {
+    pub fn unwrap(&self, associated: &str, wrapped: &str) -> Result<Option<Secret<[u8; 32]>>, HsmError> {
         let key = match &self.0 {
-            Kind::Here(bytes) => open(&wrapping(bytes), associated, wrapped),
+            Kind::Here(bytes) => open(wrapping(bytes).expose(), associated, wrapped),
             Kind::InHsm(hsm, label) => {
                 let Ok(wrapped) = BASE64URL.decode(wrapped) else { return Ok(None) };
                 match hsm.unwrap(label, associated.as_bytes(), &wrapped) {
@@ -138,13 +140,13 @@ impl MasterKey {
                 }
             }
         };
-        Ok(key.and_then(|key| key.as_slice().try_into().ok()).map(Zeroizing::new))
+        Ok(key.and_then(|key| key.expose().as_slice().try_into().ok()).map(Secret::new))
     }
 }
 
-/// The key that wraps: the master key's bytes may also be the root, from which it must be apart.
-fn wrapping(bytes: &[u8; 32]) -> Zeroizing<[u8; 32]> {
-    RootKey::of(*bytes).derive("keygate wrapped data keys")
+/// The key that wraps: another one than what else is derived from the master key.
+fn wrapping(bytes: &Secret<[u8; 32]>) -> Secret<[u8; 32]> {
+    RootKey::from(bytes.clone()).derive("keygate wrapped data keys")
 }
 
 /// Where a master key comes from.
@@ -166,7 +168,7 @@ mod tests {
         let path = dir.path().join("master.key");
         assert!(MasterKey::load(&path, false).is_err());
         let made = MasterKey::load(&path, true).unwrap();
-        assert_eq!(made.bytes(), MasterKey::load(&path, false).unwrap().bytes());
+        assert_eq!(made.id(), MasterKey::load(&path, false).unwrap().id());
         std::fs::write(&path, "short").unwrap();
         assert!(MasterKey::load(&path, true).is_err());
         assert!(MasterKey::from_variable("V", "short").is_err());
@@ -177,7 +179,7 @@ mod tests {
         let (one, two) = (MasterKey::of([1; 32]), MasterKey::of([2; 32]));
         assert_ne!(one.id(), two.id());
         let wrapped = one.wrap("a", &[7; 32]).unwrap();
-        assert_eq!(**one.unwrap("a", &wrapped).unwrap().as_ref().unwrap(), [7; 32]);
+        assert_eq!(one.unwrap("a", &wrapped).unwrap(), Some(Secret::new([7; 32])));
         assert!(one.unwrap("b", &wrapped).unwrap().is_none());
         assert!(two.unwrap("a", &wrapped).unwrap().is_none());
     }

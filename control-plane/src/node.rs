@@ -3,8 +3,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use keygate_core::secret::Secret;
 use tokio::sync::watch;
-use zeroize::Zeroizing;
 
 use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
@@ -58,7 +58,7 @@ pub struct Node {
     /// Hashes owners as the journal has them.
     pub privacy: Arc<Privacy>,
     /// The token that proxies present.
-    pub fleet_token: Zeroizing<String>,
+    pub fleet_token: Secret<String>,
     /// Turns true when the control plane is to stop.
     pub stopping: watch::Receiver<bool>,
 }

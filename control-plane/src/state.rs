@@ -840,8 +840,8 @@ fn new_rules(state: &State, members: &BTreeSet<String>) -> NewRules {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::keyring::RootKey;
     use crate::master_key::MasterKey;
+    use crate::root_key::RootKey;
     use crate::secret::ring::Held;
     use crate::secret::{NewSecret, Retire, SecretRecord, SecretState};
 

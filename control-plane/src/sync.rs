@@ -330,8 +330,8 @@ fn authenticate(app: &ApiState, headers: &HeaderMap) -> Result<(), Problem> {
     let shown =
         headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
     // Digests of equal length: how long the comparison takes says nothing about the token.
-    let matches =
-        shown.is_some_and(|shown| Sha256::digest(shown) == Sha256::digest(app.fleet_token.as_bytes()));
+    let matches = shown
+        .is_some_and(|shown| Sha256::digest(shown) == Sha256::digest(app.fleet_token.expose().as_bytes()));
     if matches {
         return Ok(());
     }

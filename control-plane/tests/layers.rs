@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 /// The layers from the lowest to the highest, with their modules. A submodule belongs to the layer of its parent unless
 /// it is named itself.
 const LAYERS: [&[&str]; PURPOSES.len()] = [
-    &["clock", "files", "hlc", "random", "trace"],
-    &["hsm", "keyring", "master_key", "secret"],
+    &["clock", "files", "hlc", "http_client", "random", "trace"],
+    &["hsm", "keyring", "master_key", "root_key", "seal", "secret"],
     &[
         "approval",
         "canary",
@@ -37,7 +37,7 @@ const LAYERS: [&[&str]; PURPOSES.len()] = [
 
 /// The purpose of each layer.
 const PURPOSES: [&str; 11] = [
-    "Operating system, time and randomness",
+    "Operating system, network, time and randomness",
     "Key material: nothing else sees plain bytes",
     "The model: a change in, a state out",
     "Durability: makes changes last",

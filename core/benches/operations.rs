@@ -17,7 +17,8 @@ use keygate_core::gate::{Gate, Gated, ShardSource};
 use keygate_core::limits::{Limit, Meter, Metered};
 use keygate_core::quota::{self, Account, Leader, Ledger, Worker};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
-use keygate_core::rules::{self, Material, Rules, Ruleset, VerificationKey};
+use keygate_core::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::secret::Secret;
 use keygate_core::shared::{Conflict, SharedData};
 use keygate_core::sync::{Follower, Outcome, Step};
 use keygate_core::token::{self, Claims, TYPE};
@@ -328,7 +329,7 @@ fn rules() -> Rules {
     let key = |kid: &str, secret: [u8; 32]| VerificationKey {
         kid: kid.into(),
         alg: Algorithm::HS256,
-        material: Material::new(secret.into()),
+        material: Secret::new(secret.into()),
         not_after: None,
         jti_key: None,
     };
@@ -351,7 +352,7 @@ fn rules() -> Rules {
         keys: vec![
             key("hs-0", OTHER_SECRET),
             key("hs-1", SECRET),
-            VerificationKey { jti_key: Some(Material::new(OTHER_SECRET.into())), ..key("hs-2", SECRET) },
+            VerificationKey { jti_key: Some(Secret::new(OTHER_SECRET.into())), ..key("hs-2", SECRET) },
         ],
         policy: serde_json::from_value(policy).expect("a policy"),
         cutoffs: Vec::new(),

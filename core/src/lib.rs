@@ -42,6 +42,7 @@ pub mod replica;
 pub mod revocation;
 pub mod rollout;
 pub mod rules;
+pub mod secret;
 pub mod shared;
 pub mod store;
 pub mod sync;

@@ -4,13 +4,10 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::DecodingKey;
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
-use zeroize::Zeroizing;
 
 use crate::crypto::Algorithm;
 use crate::cutoff::{Cutoff, Lockdown};
@@ -18,6 +15,7 @@ use crate::jti::JtiKey;
 use crate::limits::Limits;
 use crate::policy::{Policy, PolicyError};
 use crate::rollout::{Plan, Rollout};
+use crate::secret::Secret;
 use crate::token;
 
 /// The format of [`Rules`] that this code reads.
@@ -90,52 +88,13 @@ pub struct VerificationKey {
     /// The only algorithm it is for.
     pub alg: Algorithm,
     /// The raw bytes, see [`Algorithm::verification_key`].
-    pub material: Material,
+    pub material: Secret<Vec<u8>>,
     /// Unix seconds from which on it verifies nothing more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_after: Option<u64>,
     /// What its tokens' ids are told from made-up ones with, see [`crate::jti`]; without it, any id will do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub jti_key: Option<Material>,
-}
-
-/// Key material. Base64url in JSON, nothing in `Debug`, wiped when dropped.
-#[derive(Clone, PartialEq)]
-pub struct Material(Zeroizing<Vec<u8>>);
-
-impl Material {
-    /// Keeps bytes.
-    pub fn new(bytes: Vec<u8>) -> Self {
-        Self(Zeroizing::new(bytes))
-    }
-
-    /// The bytes.
-    pub fn expose(&self) -> &[u8] {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Material {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Material(…)")
-    }
-}
-
-impl Serialize for Material {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(&Zeroizing::new(BASE64URL.encode(&*self.0)))
-    }
-}
-
-impl<'de> Deserialize<'de> for Material {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = Zeroizing::new(String::deserialize(deserializer)?);
-        // The error names no byte of it.
-        BASE64URL
-            .decode(text.as_bytes())
-            .map(Self::new)
-            .map_err(|_| serde::de::Error::custom("key material is not base64url"))
-    }
+    pub jti_key: Option<Secret<Vec<u8>>>,
 }
 
 /// What is wrong with rules.
@@ -379,7 +338,7 @@ mod tests {
             keys: vec![VerificationKey {
                 kid: "k1".into(),
                 alg: Algorithm::HS256,
-                material: Material::new(vec![7; 32]),
+                material: Secret::new(vec![7; 32]),
                 not_after: None,
                 jti_key: None,
             }],
@@ -422,7 +381,7 @@ mod tests {
         assert!(bad(|r| r.leeway_s = 61));
         assert!(bad(|r| r.max_life_s = 0));
         assert!(bad(|r| r.keys[0].kid = String::new()));
-        assert!(bad(|r| r.keys[0].material = Material::new(vec![7; 31])));
+        assert!(bad(|r| r.keys[0].material = Secret::new(vec![7; 31])));
         assert!(bad(|r| r.keys[0].alg = Algorithm::ES256));
         assert!(bad(|r| r.keys.push(r.keys[0].clone())));
         let text = String::from_utf8(rules().encode()).unwrap();

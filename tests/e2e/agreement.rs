@@ -9,7 +9,8 @@ use keygate_core::crypto::{Algorithm, native};
 use keygate_core::decision::{Judge, Verdict, decide_on_route};
 use keygate_core::policy::{Policy, Route};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op};
-use keygate_core::rules::{self, Material, Rules, Ruleset, VerificationKey};
+use keygate_core::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::secret::Secret;
 use keygate_e2e::forge::Parts;
 use keygate_e2e::http::Connection;
 use keygate_e2e::{Request, Stack};
@@ -63,7 +64,7 @@ impl Core {
             VerificationKey {
                 kid: key["kid"].as_str().expect("a kid").into(),
                 alg: Algorithm::ES256,
-                material: Material::new([vec![4], part("x"), part("y")].concat()),
+                material: Secret::new([vec![4], part("x"), part("y")].concat()),
                 not_after: None,
                 jti_key: None,
             }

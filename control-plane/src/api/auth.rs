@@ -148,7 +148,7 @@ fn creator_of(key: &Verified) -> Creator<'_> {
 fn issued_view(issued: &Issued) -> serde_json::Value {
     let Issued { key, token, .. } = issued;
     serde_json::json!({
-        "api_key": token.as_str(),
+        "api_key": token.expose().as_str(),
         "key_id": key.key_id,
         "jti": key.jti,
         "name": key.name,

@@ -9,8 +9,8 @@ use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use keygate_core::crypto::Algorithm;
+use keygate_core::secret::Secret;
 use serde::Deserialize;
-use zeroize::Zeroizing;
 
 use super::request::{self, Body, Waits};
 use super::{Caller, actor, json};
@@ -87,7 +87,7 @@ struct RotateBody {
     dry_run: bool,
     algorithm: Option<String>,
     /// An HMAC secret that was made elsewhere, base64url.
-    secret: Option<Zeroizing<String>>,
+    secret: Option<Secret<String>>,
     propagation_timeout: Option<String>,
 }
 
@@ -117,7 +117,7 @@ impl RotateBody {
         }
         let imported = self
             .secret
-            .map(|text| import::read(&text))
+            .map(|text| import::read(text.expose()))
             .transpose()
             .map_err(|error| wrong("secret", error.to_string()))?;
         let propagation_timeout = self
@@ -189,7 +189,7 @@ pub async fn rotate(
         issuing::wait_for_signer(&app).await;
         let state = app.state();
         if let Some(signer) = state.secrets.get(&key.kid).and_then(Held::signer) {
-            body["api_key"] = issuing::token(&app.config, signer, &key).await?.as_str().into();
+            body["api_key"] = issuing::token(&app.config, signer, &key).await?.expose().as_str().into();
             body["key_id"] = key.key_id.clone().into();
             body["renews"] = key.renews.clone().into();
             body["expires_at"] = clock::rfc3339(key.expires_at).into();

@@ -4,14 +4,14 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use super::RunError;
 use crate::config::{self, Config};
 use crate::hsm::{Hsm, HsmConfig};
 use crate::keyring::{Keyring, Masters};
 use crate::master_key::{MasterKey, Source};
-use crate::notify::{Destination, Hidden};
+use crate::notify::Destination;
 
 /// What is shorter could be guessed.
 const MIN_WEBHOOK_SECRET_BYTES: usize = 16;
@@ -20,19 +20,19 @@ const MIN_WEBHOOK_SECRET_BYTES: usize = 16;
 #[derive(Default)]
 pub struct FromEnvironment {
     /// In place of the fleet token's file.
-    pub fleet_token: Option<Zeroizing<String>>,
+    pub fleet_token: Option<Secret<String>>,
     /// In place of the master key's file.
-    pub master_key: Option<Zeroizing<String>>,
+    pub master_key: Option<Secret<String>>,
     /// In place of the previous master key's file.
-    pub previous_master_key: Option<Zeroizing<String>>,
+    pub previous_master_key: Option<Secret<String>>,
     /// In place of the PIN's file.
-    pub hsm_pin: Option<Zeroizing<String>>,
+    pub hsm_pin: Option<Secret<String>>,
     /// In place of the file with Slack's URL.
-    pub slack_url: Option<Zeroizing<String>>,
+    pub slack_url: Option<Secret<String>>,
     /// In place of the file with PagerDuty's routing key.
-    pub pagerduty_key: Option<Zeroizing<String>>,
+    pub pagerduty_key: Option<Secret<String>>,
     /// In place of the file with the secret that signs notifications.
-    pub webhook_secret: Option<Zeroizing<String>>,
+    pub webhook_secret: Option<Secret<String>>,
 }
 
 /// The keyring, opened with the master keys that are configured; a master key that is missing is made if `may_create`.
@@ -44,9 +44,9 @@ pub fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Re
                 (Some(pin), _) => pin.clone(),
                 (None, Some(path)) => {
                     let what = format!("hsm.pin_file = {}", path.display());
-                    let text = std::fs::read_to_string(path).map(Zeroizing::new);
+                    let text = std::fs::read_to_string(path).map(Secret::new);
                     let text = text.map_err(|source| RunError::Io { what, source })?;
-                    Zeroizing::new(text.trim().to_owned())
+                    Secret::new(text.expose().trim().to_owned())
                 }
                 (None, None) => return Err(RunError::NoPin),
             };
@@ -54,9 +54,9 @@ pub fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Re
             Some(Hsm::open(HsmConfig { module, token, pin })?)
         }
     };
-    let key = |source: &Source, variable, text: Option<&Zeroizing<String>>, may_create| {
+    let key = |source: &Source, variable, text: Option<&Secret<String>>, may_create| {
         Ok::<_, RunError>(match (text, source, &hsm) {
-            (Some(text), ..) => MasterKey::from_variable(variable, text)?,
+            (Some(text), ..) => MasterKey::from_variable(variable, text.expose())?,
             (None, Source::File(path), _) => MasterKey::load(path, may_create)?,
             (None, Source::Hsm(label), Some(hsm)) => {
                 hsm.ensure_wrapping_key(label, may_create)?;
@@ -76,26 +76,26 @@ pub fn keyring(config: &Config, given: &FromEnvironment, may_create: bool) -> Re
     let begins_anew = may_create;
     let may_create = may_create || previous.is_some();
     let master = key(&config.master_key, "KEYGATE_MASTER_KEY", given.master_key.as_ref(), may_create)?;
-    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, may_create, begins_anew)?)
+    Ok(Keyring::open(&config.data_dir, Masters { master, previous, hsm }, begins_anew)?)
 }
 
 /// Where notifications go, with the secrets from their files or the environment.
 pub fn destinations(config: &Config, given: &FromEnvironment) -> Result<Vec<Destination>, RunError> {
     let notify = &config.notify;
-    let secret = |setting: &str, text: &Option<Zeroizing<String>>, file: &Option<PathBuf>| {
+    let secret = |setting: &str, text: &Option<Secret<String>>, file: &Option<PathBuf>| {
         let text = match (text, file) {
             (Some(text), _) => text.clone(),
             (None, Some(path)) => {
                 let what = format!("{setting} = {}", path.display());
-                Zeroizing::new(std::fs::read_to_string(path).map_err(|source| RunError::Io { what, source })?)
+                Secret::new(std::fs::read_to_string(path).map_err(|source| RunError::Io { what, source })?)
             }
             (None, None) => return Ok::<_, RunError>(None),
         };
-        Ok(Some(Hidden(Zeroizing::new(text.trim().to_owned()))))
+        Ok(Some(Secret::new(text.expose().trim().to_owned())))
     };
     let mut destinations = Vec::new();
     if let Some(url) = secret("notify.slack_url_file", &given.slack_url, &notify.slack_url_file)? {
-        if config::http_url(&toml::Value::String(url.0.to_string())).is_err() {
+        if config::http_url(&toml::Value::String(url.expose().clone())).is_err() {
             return Err(RunError::Notify("notify.slack_url_file: that is no URL".into()));
         }
         destinations.push(Destination::Slack { url });
@@ -106,7 +106,7 @@ pub fn destinations(config: &Config, given: &FromEnvironment) -> Result<Vec<Dest
     }
     let signs = secret("notify.webhook_secret_file", &given.webhook_secret, &notify.webhook_secret_file)?;
     match (&notify.webhook_url, signs) {
-        (Some(url), Some(secret)) if secret.0.len() >= MIN_WEBHOOK_SECRET_BYTES => {
+        (Some(url), Some(secret)) if secret.expose().len() >= MIN_WEBHOOK_SECRET_BYTES => {
             destinations.push(Destination::Webhook { url: url.clone(), secret });
         }
         (None, None) => {}

@@ -13,9 +13,9 @@ use axum::Router;
 use keygate_core::cache::TokenCache;
 use keygate_core::policy::Policy;
 use keygate_core::rules::{RulesError, Ruleset};
+use keygate_core::secret::Secret;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use zeroize::Zeroizing;
 
 pub use self::given::FromEnvironment;
 use crate::api::ApiState;
@@ -173,7 +173,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     };
     let first_changes = || first_changes(&config, &policy, &keys, clock.now_s());
     let checkpoint_seed = keys.root().derive("keygate journal checkpoints");
-    let notary = Notary::new(&checkpoint_seed);
+    let notary = Notary::new(checkpoint_seed.expose());
     let privacy = Arc::new(Privacy::new(keys.root(), config.personal_data));
     let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
@@ -222,7 +222,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         notifier,
         started_s,
         privacy,
-        notary: Notary::new(&checkpoint_seed),
+        notary: Notary::new(checkpoint_seed.expose()),
         fleet_token,
         stopping,
         config,
@@ -356,13 +356,13 @@ fn warn_of_costs(rules: &Ruleset, config: &Config, now: u64) {
     }
 }
 
-fn load_fleet_token(path: &Path) -> std::io::Result<Zeroizing<String>> {
+fn load_fleet_token(path: &Path) -> std::io::Result<Secret<String>> {
     match std::fs::read_to_string(path) {
-        Ok(token) if !token.trim().is_empty() => Ok(Zeroizing::new(token.trim().to_owned())),
+        Ok(token) if !token.trim().is_empty() => Ok(Secret::new(token.trim().to_owned())),
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
         _ => {
-            let token = Zeroizing::new(format!("{}{}", random::identifier(), random::identifier()));
-            files::write_private(path, token.as_bytes())?;
+            let token = Secret::new(format!("{}{}", random::identifier(), random::identifier()));
+            files::write_private(path, token.expose().as_bytes())?;
             Ok(token)
         }
     }
@@ -399,7 +399,7 @@ fn first_key(config: &Config, signer: &Signer, now: u64) -> Result<KeyRecord, Op
 
 fn write_first_key(config: &Config, signer: &Signer, key: &KeyRecord) -> Result<(), OpenError> {
     let token = signer.sign(&key.claims(&config.issuer, config.audience.as_deref()))?;
-    files::write_private(&config.admin_key_file, token.as_bytes())
+    files::write_private(&config.admin_key_file, token.expose().as_bytes())
         .map_err(|source| JournalError::Io { path: config.admin_key_file.clone(), source })?;
     tracing::info!(path = %config.admin_key_file.display(), key_id = key.key_id, "wrote the first admin key");
     Ok(())

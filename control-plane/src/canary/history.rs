@@ -185,7 +185,7 @@ impl History {
     }
 
     /// What they say at `now_ms`, Unix milliseconds, if tests are run every `interval_ms`.
-    #[allow(clippy::cast_precision_loss)] // There are some thousands at most.
+    #[expect(clippy::cast_precision_loss, reason = "there are some thousands at most")]
     pub fn health(&self, now_ms: u64, interval_ms: u64) -> Health {
         let recent = || self.results.iter().filter(|result| now_ms.saturating_sub(result.at_ms) <= RECENT_MS);
         let count = recent().count();

@@ -8,9 +8,9 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use keygate_core::secret::Secret;
 use serde_json::{Value, json};
 use tracing::Instrument as _;
-use zeroize::Zeroizing;
 
 use super::caller::{Call, Caller};
 use super::history::{Health, History, Outcome, Turn};
@@ -54,12 +54,13 @@ const READY_PATH: &str = "/.keygate/ready";
 /// The canary's key.
 struct Key {
     record: KeyRecord,
-    token: Zeroizing<String>,
+    token: Secret<String>,
 }
 
 /// The canary: its results and its key.
 pub struct Canary {
     node: Arc<Node>,
+    caller: Caller,
     history: Mutex<History>,
     /// One run at a time.
     running: tokio::sync::Mutex<State>,
@@ -76,7 +77,8 @@ struct State {
 impl Canary {
     /// The canary of a control plane that has just started.
     pub fn new(node: Arc<Node>) -> Self {
-        Self { node, history: Mutex::default(), running: tokio::sync::Mutex::default() }
+        let caller = Caller::new(Arc::clone(&node.config.canary.allowed));
+        Self { node, caller, history: Mutex::default(), running: tokio::sync::Mutex::default() }
     }
 
     /// The last results.
@@ -146,27 +148,31 @@ async fn wait_ready(canary: &Arc<Canary>) {
     let patience = canary.node.config.canary.interval.clamp(*READY_WITHIN.start(), *READY_WITHIN.end());
     let deadline = tokio::time::Instant::now() + patience;
     while tokio::time::Instant::now() < deadline {
-        let here = Arc::clone(canary);
-        let asked = tokio::task::spawn_blocking(move || {
-            let (caller, none) = (Caller::new(Arc::clone(&here.node.config.canary.allowed)), BTreeMap::new());
-            here.node.config.canary.proxies.iter().all(|proxy| {
-                let answer = caller.call(Call {
-                    method: "GET",
-                    url: format!("{}{READY_PATH}", proxy.text),
-                    key: None,
-                    headers: &none,
-                    payload: None,
-                    timeout: READY_TIMEOUT,
-                    trace,
-                });
-                answer.is_ok_and(|answer| answer.status == 200)
-            })
-        });
-        if asked.await.unwrap_or(false) {
+        if is_ready(canary, trace).await {
             return;
         }
         tokio::time::sleep(ASK_READY_EVERY).await;
     }
+}
+
+/// Whether every proxy says that it is ready.
+async fn is_ready(canary: &Canary, trace: Trace) -> bool {
+    let none = BTreeMap::new();
+    for proxy in &canary.node.config.canary.proxies {
+        let call = Call {
+            method: "GET",
+            url: format!("{}{READY_PATH}", proxy.text),
+            key: None,
+            headers: &none,
+            payload: None,
+            timeout: READY_TIMEOUT,
+            trace,
+        };
+        if !canary.caller.call(call).await.is_ok_and(|answer| answer.status == 200) {
+            return false;
+        }
+    }
+    true
 }
 
 /// Runs all of them now, the probe too if it is due or `all` is asked for. What they came to.
@@ -189,13 +195,12 @@ async fn run_within(canary: &Arc<Canary>, all: bool, trace: Trace) -> Vec<Outcom
         tests(canary).into_iter().partition(|test| reach::reaches_v2(&rules.rules, test, now_s));
     match token.clone() {
         Ok(token) => {
-            let (mut tests, here) = (reach_v2, Arc::clone(canary));
+            let mut tests = reach_v2;
             // Where keys live for a day, each may be renewed at any time.
             let is_young =
                 state.key.as_ref().is_some_and(|key| canary.node.clock.now_s() < key.record.refresh_after());
             tests.retain(|test| is_young || test.id != super::TOO_EARLY);
-            let ran = tokio::task::spawn_blocking(move || run_tests(&here, &tests, &token, trace)).await;
-            results.extend(ran.unwrap_or_default());
+            results.extend(run_tests(canary, &tests, &token, trace).await);
         }
         Err(problem) => results.push(outcome(
             canary,
@@ -255,13 +260,12 @@ async fn run_within(canary: &Arc<Canary>, all: bool, trace: Trace) -> Vec<Outcom
     results
 }
 
-fn run_tests(canary: &Canary, tests: &[Test], token: &Zeroizing<String>, trace: Trace) -> Vec<Outcome> {
-    let caller = Caller::new(Arc::clone(&canary.node.config.canary.allowed));
+async fn run_tests(canary: &Canary, tests: &[Test], token: &Secret<String>, trace: Trace) -> Vec<Outcome> {
     let mut results = Vec::new();
     for proxy in &canary.node.config.canary.proxies {
         for test in tests {
             let begun = Instant::now();
-            let called = caller.run(test, &proxy.text, Some(token), trace);
+            let called = canary.caller.run(test, &proxy.text, Some(token), trace).await;
             results.push(outcome(
                 canary,
                 trace,
@@ -278,7 +282,7 @@ fn run_tests(canary: &Canary, tests: &[Test], token: &Zeroizing<String>, trace: 
     results
 }
 
-#[allow(clippy::too_many_arguments)] // It is the one place where a result is made.
+#[expect(clippy::too_many_arguments, reason = "the one place where a result is made")]
 fn outcome(
     canary: &Canary,
     trace: Trace,
@@ -308,7 +312,7 @@ fn outcome(
 
 /// The canary's token: the one that it has, or a new one when that is about to end, does not count any more, or another
 /// secret signs.
-async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Zeroizing<String>, String> {
+async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Secret<String>, String> {
     let current = canary.node.state();
     let now = canary.node.clock.now_s();
     if let Some(key) = &state.key {
@@ -369,7 +373,7 @@ async fn left_over(canary: &Arc<Canary>, now: u64) -> Vec<KeyRecord> {
 }
 
 /// Issues a key through a proxy, uses it, revokes it, and waits until the proxy refuses it.
-async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, trace: Trace) -> Outcome {
+async fn probe(canary: &Arc<Canary>, token: &Secret<String>, proxy: &Url, trace: Trace) -> Outcome {
     let begun = Instant::now();
     let result = probed(canary, token, proxy, trace).await;
     if let Ok(took) = result {
@@ -381,70 +385,12 @@ async fn probe(canary: &Arc<Canary>, token: &Zeroizing<String>, proxy: &Url, tra
 
 async fn probed(
     canary: &Arc<Canary>,
-    token: &Zeroizing<String>,
+    token: &Secret<String>,
     proxy: &Url,
     trace: Trace,
 ) -> Result<Duration, String> {
-    let (allowed, url) = (Arc::clone(&canary.node.config.canary.allowed), proxy.text.clone());
-    let (role, endpoint) =
-        (canary.node.config.canary.role.clone(), canary.node.config.canary.app_endpoint.clone());
-    let token = token.clone();
-    let none = BTreeMap::new();
-    let issue = move || {
-        let caller = Caller::new(allowed);
-        let body =
-            json!({ "name": "keygate canary probe", "role": role, "owner": OWNER, "expires_in": PROBE_LIFE });
-        let answer = caller.call(Call {
-            method: "POST",
-            url: format!("{url}/api/auth/register"),
-            key: Some(&token),
-            headers: &none,
-            payload: Some(body.to_string()),
-            timeout: REFUSED_WITHIN,
-            trace,
-        })?;
-        if answer.status != 201 {
-            return Err(format!("registering a key: status {} in place of 201", answer.status));
-        }
-        let text =
-            |member: &str| answer.json.as_ref().and_then(|json| json[member].as_str()).map(ToOwned::to_owned);
-        let issued = text("key_id").zip(text("api_key").map(Zeroizing::new));
-        issued.ok_or_else(|| "registering a key: its answer has none".to_owned())
-    };
-    let gone = |_| "it was cut short".to_owned();
-    let (key_id, issued) = tokio::task::spawn_blocking(issue).await.map_err(gone)??;
-    let (allowed, url) =
-        (Arc::clone(&canary.node.config.canary.allowed), format!("{}{endpoint}", proxy.text));
-    let ask = move |wanted: u16, patience: Duration| {
-        let (allowed, url, issued) = (Arc::clone(&allowed), url.clone(), issued.clone());
-        tokio::task::spawn_blocking(move || {
-            let (caller, none, begun) = (Caller::new(allowed), BTreeMap::new(), Instant::now());
-            loop {
-                let (key, headers) = (Some(&issued), &none);
-                let timeout = REFUSED_WITHIN;
-                let answer = caller.call(Call {
-                    method: "GET",
-                    url: url.clone(),
-                    key,
-                    headers,
-                    payload: None,
-                    timeout,
-                    trace,
-                })?;
-                if answer.status == wanted {
-                    return Ok(());
-                }
-                if begun.elapsed() >= patience {
-                    return Err(format!("status {} in place of {wanted}", answer.status));
-                }
-                std::thread::sleep(ASK_EVERY);
-            }
-        })
-    };
-    let used = ask(200, Duration::ZERO)
-        .await
-        .map_err(gone)?
-        .map_err(|failure| format!("using a new key: {failure}"));
+    let (key_id, issued) = issue(canary, token, proxy, trace).await?;
+    let used = ask(canary, &issued, proxy, trace, 200, Duration::ZERO).await;
     let command = move |view: &View<'_>| keys::revoke(view, &key_id, RevocationReason::AdminAction, ACTOR);
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
@@ -453,12 +399,71 @@ async fn probed(
         .map_err(|error| error.to_string())
         .and_then(|revoked| revoked.map_err(|error| error.to_string()))
         .map_err(|error| format!("revoking the key: {error}"))?;
-    used?;
-    ask(401, REFUSED_WITHIN)
+    used.map_err(|failure| format!("using a new key: {failure}"))?;
+    ask(canary, &issued, proxy, trace, 401, REFUSED_WITHIN)
         .await
-        .map_err(gone)?
         .map_err(|failure| format!("using a revoked key: {failure}"))?;
     Ok(revoked_at.elapsed())
+}
+
+/// Issues a key through a proxy; its id and token.
+async fn issue(
+    canary: &Canary,
+    token: &Secret<String>,
+    proxy: &Url,
+    trace: Trace,
+) -> Result<(String, Secret<String>), String> {
+    let role = &canary.node.config.canary.role;
+    let body =
+        json!({ "name": "keygate canary probe", "role": role, "owner": OWNER, "expires_in": PROBE_LIFE });
+    let call = Call {
+        method: "POST",
+        url: format!("{}/api/auth/register", proxy.text),
+        key: Some(token),
+        headers: &BTreeMap::new(),
+        payload: Some(body.to_string()),
+        timeout: REFUSED_WITHIN,
+        trace,
+    };
+    let answer = canary.caller.call(call).await?;
+    if answer.status != 201 {
+        return Err(format!("registering a key: status {} in place of 201", answer.status));
+    }
+    let text =
+        |member: &str| answer.json.as_ref().and_then(|json| json[member].as_str()).map(ToOwned::to_owned);
+    let issued = text("key_id").zip(text("api_key").map(Secret::new));
+    issued.ok_or_else(|| "registering a key: its answer has none".to_owned())
+}
+
+/// Calls a proxy with a key until it answers with the status that is wanted, for as long as `patience`.
+async fn ask(
+    canary: &Canary,
+    key: &Secret<String>,
+    proxy: &Url,
+    trace: Trace,
+    wanted: u16,
+    patience: Duration,
+) -> Result<(), String> {
+    let (none, begun) = (BTreeMap::new(), Instant::now());
+    loop {
+        let call = Call {
+            method: "GET",
+            url: format!("{}{}", proxy.text, canary.node.config.canary.app_endpoint),
+            key: Some(key),
+            headers: &none,
+            payload: None,
+            timeout: REFUSED_WITHIN,
+            trace,
+        };
+        let answer = canary.caller.call(call).await?;
+        if answer.status == wanted {
+            return Ok(());
+        }
+        if begun.elapsed() >= patience {
+            return Err(format!("status {} in place of {wanted}", answer.status));
+        }
+        tokio::time::sleep(ASK_EVERY).await;
+    }
 }
 
 /// What the results say now.

@@ -7,6 +7,8 @@ use std::str::FromStr;
 
 use axum::http::Uri;
 
+use crate::http_client::Guard;
+
 const MAX_ENDPOINT_BYTES: usize = 2_000;
 
 /// A URL with scheme, host and port, and no more.
@@ -87,12 +89,14 @@ impl Allowed {
             host_and_port(&uri).ok_or("must be a path, or an http or https URL without user")?;
         self.permits(&host, port)
     }
+}
 
+impl Guard for Allowed {
     /// Whether a host may be called at a port.
     ///
     /// # Errors
     /// Why not.
-    pub fn permits(&self, host: &str, port: u16) -> Result<(), String> {
+    fn permits(&self, host: &str, port: u16) -> Result<(), String> {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
         let is_named =
             |(name, only): &(String, Option<u16>)| *name == host && only.is_none_or(|only| only == port);
@@ -108,7 +112,7 @@ impl Allowed {
     ///
     /// # Errors
     /// Why not.
-    pub fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String> {
+    fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String> {
         let address = canonical(address);
         let host = host.trim_start_matches('[').trim_end_matches(']');
         let is_literal = host.parse::<IpAddr>().is_ok_and(|named| canonical(named) == address);
@@ -117,7 +121,9 @@ impl Allowed {
             IpAddr::V6(v6) => never_v6(v6),
         };
         if never {
-            return Err(format!("{host} is at {address}, which is nobody's to call"));
+            return Err(format!(
+                "{host} resolves to {address}, a reserved address that canaries may not call"
+            ));
         }
         if address.is_loopback() && !is_literal && host != "localhost" {
             return Err(format!("{host} is at {address}: a name must not lead into this machine"));
@@ -143,10 +149,14 @@ fn canonical(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Link-local (cloud metadata is there), this network, multicast, broadcast, reserved (RFC 6890).
+/// Metadata services outside of 169.254.0.0/16: of Alibaba Cloud, and of Oracle Cloud in its first form.
+const METADATA_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(192, 0, 0, 192)];
+
+/// Link-local (most metadata services are there), this network, multicast, broadcast, reserved (RFC 6890), and
+/// [`METADATA_V4`].
 fn never_v4(address: Ipv4Addr) -> bool {
     let [first, ..] = address.octets();
-    address.is_link_local() || address.is_unspecified() || first == 0 || first >= 224
+    address.is_link_local() || first == 0 || first >= 224 || METADATA_V4.contains(&address)
 }
 
 /// Link-local, unspecified, multicast, and the metadata service of one provider, which is in a local range.
@@ -228,17 +238,24 @@ mod tests {
             "::127.0.0.1",
             "64:ff9b::7f00:1",
             "64:ff9b::a9fe:a9fe",
+            "100.100.100.200",
+            "::ffff:100.100.100.200",
+            "192.0.0.192",
+            "64:ff9b::c000:c0",
             "2002:7f00:1::",
             "2002:a9fe:a9fe::1",
         ] {
             assert!(says("api.example.com", address).is_err(), "{address}");
         }
-        for address in ["10.1.2.3", "192.168.0.7", "203.0.113.9", "2001:db8::1", "fd12::1"] {
+        for address in ["10.1.2.3", "100.100.100.201", "192.168.0.7", "203.0.113.9", "2001:db8::1", "fd12::1"]
+        {
             assert_eq!(says("api.example.com", address), Ok(()), "{address}");
         }
         assert_eq!(says("127.0.0.1", "127.0.0.1"), Ok(()));
         assert_eq!(says("[::1]", "::1"), Ok(()));
         assert_eq!(says("localhost", "127.0.0.1"), Ok(()));
-        assert!(says("169.254.169.254", "169.254.169.254").is_err(), "not even by its address");
+        for metadata in ["169.254.169.254", "100.100.100.200", "192.0.0.192"] {
+            assert!(says(metadata, metadata).is_err(), "{metadata}, not even by its address");
+        }
     }
 }

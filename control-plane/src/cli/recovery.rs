@@ -13,7 +13,7 @@ use keygate::journal;
 use keygate::keyring::{Keyring, Masters};
 use keygate::master_key::MasterKey;
 use keygate::redis_store;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 /// Backups of the journal, from which all else is rebuilt.
 #[derive(Debug, Subcommand)]
@@ -114,7 +114,7 @@ impl Recover {
         let master_key_file =
             self.master_key_file.unwrap_or_else(|| dir.parent().unwrap_or(Path::new(".")).join("master.key"));
         let master = match std::env::var("KEYGATE_MASTER_KEY").ok().filter(|text| !text.is_empty()) {
-            Some(text) => MasterKey::from_variable("KEYGATE_MASTER_KEY", &Zeroizing::new(text))?,
+            Some(text) => MasterKey::from_variable("KEYGATE_MASTER_KEY", Secret::new(text).expose())?,
             None => MasterKey::load(&master_key_file, false)?,
         };
         let data_dir = dir.parent().unwrap_or(Path::new("."));

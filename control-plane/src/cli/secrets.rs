@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use keygate_core::secret::Secret;
 use serde_json::{Value, json};
-use zeroize::Zeroizing;
 
 use super::Output;
 use super::client::{by_role, call, print_json, text, words};
@@ -101,12 +101,12 @@ impl Secrets {
     }
 }
 
-fn read_secret() -> anyhow::Result<Zeroizing<String>> {
+fn read_secret() -> anyhow::Result<Secret<String>> {
     if let Some(secret) = std::env::var("KEYGATE_SECRET").ok().filter(|text| !text.is_empty()) {
-        return Ok(Zeroizing::new(secret));
+        return Ok(Secret::new(secret));
     }
-    let mut secret = Zeroizing::new(String::new());
-    std::io::stdin().read_to_string(&mut secret).context("the secret, from standard input")?;
+    let mut secret = Secret::new(String::new());
+    std::io::stdin().read_to_string(secret.expose_mut()).context("the secret, from standard input")?;
     Ok(secret)
 }
 
@@ -148,7 +148,7 @@ fn names(list: &Value) -> String {
 }
 
 impl Rotate {
-    fn run(self, secret: Option<Zeroizing<String>>) -> anyhow::Result<ExitCode> {
+    fn run(self, secret: Option<Secret<String>>) -> anyhow::Result<ExitCode> {
         let timeout = humantime::parse_duration(&self.timeout).context("--timeout")?;
         let mut body = json!({ "reason": self.reason, "immediate": self.immediate, "dry_run": self.dry_run });
         if let Some(algorithm) = &self.algorithm {
@@ -158,7 +158,7 @@ impl Rotate {
             body["propagation_timeout"] = propagation_timeout.as_str().into();
         }
         if let Some(secret) = &secret {
-            body["secret"] = secret.trim().into();
+            body["secret"] = secret.expose().trim().into();
         }
         let answer = call("POST", ROTATE, &[], Some(&body))?;
         let kid = text(&answer, "version_id");

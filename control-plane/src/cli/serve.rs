@@ -9,8 +9,8 @@ use keygate::app::{self, FromEnvironment};
 use keygate::clock::Clock;
 use keygate::config::settings::{self, RENAMED, SETTINGS, variable};
 use keygate::config::{self, Config, LogFormat};
+use keygate_core::secret::Secret;
 use tokio::signal::unix::{SignalKind, signal};
-use zeroize::Zeroizing;
 
 /// The file that is read when it is there and no other is named.
 const DEFAULT_FILE: &str = "keygate.toml";
@@ -149,8 +149,8 @@ impl Serve {
     }
 }
 
-fn variable_with_secret(name: &str) -> Option<Zeroizing<String>> {
-    std::env::var(name).ok().filter(|value| !value.is_empty()).map(Zeroizing::new)
+fn variable_with_secret(name: &str) -> Option<Secret<String>> {
+    std::env::var(name).ok().filter(|value| !value.is_empty()).map(Secret::new)
 }
 
 /// Has the kernel write no memory of this process to disk when it dies, neither to a file nor to a program that

@@ -15,7 +15,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 const REDIS_PORT: u16 = 6379;
 const SENTINEL_PORT: u16 = 26379;
@@ -51,7 +51,7 @@ pub(crate) struct Address {
 #[derive(Clone, Default)]
 pub(crate) struct Credentials {
     pub(crate) user: Option<String>,
-    pub(crate) password: Option<Zeroizing<String>>,
+    pub(crate) password: Option<Secret<String>>,
 }
 
 /// With TLS, verified by these roots; by those of browsers if none are named.
@@ -177,7 +177,7 @@ impl FromStr for Target {
                 }
                 let servers = Servers::Sentinels {
                     addresses: addresses(hosts, SENTINEL_PORT)?,
-                    master: decode(name)?.to_string(),
+                    master: decode(name)?.expose().clone(),
                     credentials: parameters.sentinel.clone(),
                 };
                 (servers, number)
@@ -256,7 +256,7 @@ impl Credentials {
             return Err(TargetError::Credentials);
         }
         let user = Some(user).filter(|user| !user.is_empty()).map(decode).transpose()?;
-        Ok(Self { user: user.map(|user| user.to_string()), password: Some(decode(password)?) })
+        Ok(Self { user: user.map(|user| user.expose().clone()), password: Some(decode(password)?) })
     }
 }
 
@@ -294,9 +294,9 @@ impl Parameters {
             let value = decode(value)?;
             let sentinel = &mut parameters.sentinel;
             let given_before = match name {
-                _ if value.is_empty() => true,
-                "ca" => parameters.ca.replace(value.as_str().into()).is_some(),
-                "sentinel_username" => sentinel.user.replace(value.to_string()).is_some(),
+                _ if value.expose().is_empty() => true,
+                "ca" => parameters.ca.replace(value.expose().into()).is_some(),
+                "sentinel_username" => sentinel.user.replace(value.expose().clone()).is_some(),
                 "sentinel_password" => sentinel.password.replace(value).is_some(),
                 _ => true,
             };
@@ -349,22 +349,22 @@ fn database(text: &str) -> Result<u32, TargetError> {
 
 /// Percent-decodes (RFC 3986, section 2.1), strictly: what a lenient reader would let pass is most likely
 /// a password that was not encoded.
-fn decode(text: &str) -> Result<Zeroizing<String>, TargetError> {
-    let mut bytes = Zeroizing::new(Vec::with_capacity(text.len()));
+fn decode(text: &str) -> Result<Secret<String>, TargetError> {
+    let mut bytes = Secret::new(Vec::with_capacity(text.len()));
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {
         rest = after;
         if byte != b'%' {
-            bytes.push(byte);
+            bytes.expose_mut().push(byte);
             continue;
         }
         let (digits, after) = rest.split_first_chunk::<2>().ok_or(TargetError::Percent)?;
         let digit = |digit: u8| char::from(digit).to_digit(16).ok_or(TargetError::Percent);
-        bytes.push((digit(digits[0])? * 16 + digit(digits[1])?) as u8);
+        bytes.expose_mut().push((digit(digits[0])? * 16 + digit(digits[1])?) as u8);
         rest = after;
     }
-    let text = std::str::from_utf8(&bytes).map_err(|_| TargetError::Percent)?;
-    Ok(Zeroizing::new(text.to_owned()))
+    let text = std::str::from_utf8(bytes.expose()).map_err(|_| TargetError::Percent)?;
+    Ok(Secret::new(text.to_owned()))
 }
 
 #[cfg(test)]
@@ -402,11 +402,14 @@ mod tests {
     fn passwords_are_decoded() {
         let target: Target = "redis://na%3Ame:p%40ss%2F%25w@rd@h".parse().unwrap();
         assert_eq!(target.credentials.user.as_deref(), Some("na:me"));
-        assert_eq!(target.credentials.password.as_ref().map(|text| text.as_str()), Some("p@ss/%w@rd"));
+        assert_eq!(
+            target.credentials.password.as_ref().map(|text| text.expose().as_str()),
+            Some("p@ss/%w@rd")
+        );
         let target: Target = "redis+sentinel://:a@h?sentinel_password=%C3%A9".parse().unwrap();
         let Servers::Sentinels { credentials, .. } = target.servers else { panic!("no Sentinels") };
-        assert_eq!(credentials.password.as_ref().map(|text| text.as_str()), Some("é"));
-        assert_eq!(target.credentials.password.as_ref().map(|text| text.as_str()), Some("a"));
+        assert_eq!(credentials.password.as_ref().map(|text| text.expose().as_str()), Some("é"));
+        assert_eq!(target.credentials.password.as_ref().map(|text| text.expose().as_str()), Some("a"));
     }
 
     #[test]

@@ -301,8 +301,9 @@ mod tests {
     use crate::journal::{
         Claim, DIRECTORY, Journal, PersonalData, Privacy, compress_sealed, copy, verify, walk_after,
     };
-    use crate::keyring::{Keyring, RootKey};
+    use crate::keyring::Keyring;
     use crate::master_key::MasterKey;
+    use crate::root_key::RootKey;
     use crate::state::Model;
 
     fn notary() -> Notary {

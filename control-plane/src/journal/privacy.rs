@@ -20,14 +20,14 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use keygate_core::limits::Limit;
+use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use zeroize::Zeroizing;
 
 use super::Record;
 use crate::change::Change;
-use crate::keyring::RootKey;
-use crate::secret;
+use crate::root_key::RootKey;
+use crate::seal;
 
 /// How much of a hash is written: nobody gains from two owners with the same one, and by chance none have.
 const HASH_BYTES: usize = 16;
@@ -52,8 +52,8 @@ pub enum PersonalData {
 
 /// Hides personal data from the journal's readers, and has them back.
 pub struct Privacy {
-    hashes: Zeroizing<[u8; 32]>,
-    seals: Zeroizing<[u8; 32]>,
+    hashes: Secret<[u8; 32]>,
+    seals: Secret<[u8; 32]>,
     mode: PersonalData,
 }
 
@@ -115,10 +115,10 @@ impl Privacy {
             body: body.as_mut().map(|at| replace(*at, |body| self.text("body", body))),
             limits: personal.limits.as_mut().map(|at| replace(*at, |limits| self.limits(limits))),
         };
-        let mut plain = Zeroizing::new(serde_json::to_vec(&values).expect("plain data"));
-        let padded = plain.len().next_multiple_of(PADDED_TO);
-        plain.resize(padded, b' ');
-        Some(secret::seal(&self.seals, &associated(change), &plain))
+        let mut plain = Secret::new(serde_json::to_vec(&values).expect("plain data"));
+        let padded = plain.expose().len().next_multiple_of(PADDED_TO);
+        plain.expose_mut().resize(padded, b' ');
+        Some(seal::seal(self.seals.expose(), &associated(change), plain.expose()))
     }
 
     /// Puts personal data back in place of their hashes.
@@ -130,10 +130,10 @@ impl Privacy {
                             the record is not";
         const FIT: &str = "its hashes are not those of its personal data";
         let Some(sealed) = record.sealed.take() else { return Ok(()) };
-        let plain = secret::open(&self.seals, &associated(&record.change), &sealed).ok_or(SEAL)?;
+        let plain = seal::open(self.seals.expose(), &associated(&record.change), &sealed).ok_or(SEAL)?;
         // Not the parser's own words, which could quote what was sealed.
         let values: Values =
-            serde_json::from_slice(&plain).map_err(|_| "its personal data are of no known form")?;
+            serde_json::from_slice(plain.expose()).map_err(|_| "its personal data are of no known form")?;
         let personal = record.change.personal().ok_or(FIT)?;
         let fits = put_back(personal.owner, values.owner, |owner| self.owner(owner))
             && put_back(personal.metadata, values.metadata, |metadata| self.metadata(metadata))
@@ -156,7 +156,8 @@ impl Privacy {
     }
 
     fn hash(&self, what: &str, value: &[u8]) -> String {
-        let mut mac = Hmac::<Sha256>::new_from_slice(&*self.hashes).expect("a key of any length will do");
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(self.hashes.expose()).expect("a key of any length will do");
         for part in [what.as_bytes(), b"\n", value] {
             mac.update(part);
         }

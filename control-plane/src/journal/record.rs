@@ -39,8 +39,7 @@ pub struct Record {
     pub at: String,
     /// Whose key did it, or `system`.
     pub actor: String,
-    /// What was done: the change's type. Records of a journal that was one file lack it.
-    #[serde(default)]
+    /// What was done: the change's type.
     pub action: String,
     /// To what: an id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -49,7 +48,6 @@ pub struct Record {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// What became of it: `done` or `refused`.
-    #[serde(default = "done")]
     pub outcome: String,
     /// Where it was made, if not here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -67,10 +65,6 @@ pub struct Record {
     /// Its own hash. Written by [`Record::write`], since it is of all the rest.
     #[serde(skip_serializing)]
     pub hash: String,
-}
-
-fn done() -> String {
-    "done".into()
 }
 
 impl Record {
@@ -101,13 +95,7 @@ impl Record {
     /// # Errors
     /// What is wrong with the line.
     pub fn parse(line: &[u8]) -> Result<Self, String> {
-        let mut record: Self = serde_json::from_slice(line).map_err(|e| e.to_string())?;
-        if record.action.is_empty() {
-            record.action = record.change.action().into();
-            record.target = record.change.target().map(Into::into);
-            record.reason = record.change.reason();
-        }
-        Ok(record)
+        serde_json::from_slice(line).map_err(|e| e.to_string())
     }
 
     /// Its mark, in the line of history `here`.

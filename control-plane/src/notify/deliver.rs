@@ -4,7 +4,13 @@ use std::sync::Arc;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use axum::body::Bytes;
+use axum::http::{Request, header};
+use http_body_util::Full;
+use tokio::runtime::Runtime;
+
 use super::{Destination, Notice, Stopping, formats};
+use crate::http_client::{HttpClient, HttpError};
 use crate::metrics::Metrics;
 use crate::trace;
 
@@ -25,6 +31,9 @@ pub struct Worker {
     pub source: String,
     pub stopping: Arc<Stopping>,
     pub metrics: Arc<Metrics>,
+    pub client: HttpClient,
+    /// Of this thread alone: what is still to be told is told while the server's own stops.
+    pub runtime: Runtime,
 }
 
 /// What became of a try.
@@ -40,17 +49,10 @@ enum Answer {
 impl Worker {
     /// Delivers until nobody can tell any more. What waits then is tried once.
     pub fn run(self, notices: &Receiver<Arc<Notice>>) {
-        // Redirects are not followed: they could lead what is told elsewhere.
-        let agent: ureq::Agent = ureq::Agent::config_builder()
-            .timeout_global(Some(TRY_WITHIN))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .build()
-            .into();
         let mut gave_up = false;
         while let Ok(notice) = notices.recv() {
             let outcome = match gave_up {
-                false if self.deliver(&agent, &notice) => "sent",
+                false if self.deliver(&notice) => "sent",
                 false => "failed",
                 true => "dropped",
             };
@@ -59,12 +61,14 @@ impl Worker {
             let label = self.destination.label();
             self.metrics.notifications.sent.with([label, outcome]).inc();
         }
+        // A name that is still looked up is not waited for.
+        self.runtime.shutdown_background();
     }
 
-    fn deliver(&self, agent: &ureq::Agent, notice: &Notice) -> bool {
+    fn deliver(&self, notice: &Notice) -> bool {
         let (to, kind) = (self.destination.label(), notice.kind.label());
         for pause in PAUSES.map(Some).into_iter().chain([None]) {
-            let problem = match self.attempt(agent, notice) {
+            let problem = match self.attempt(notice) {
                 Answer::Taken => return true,
                 Answer::Refused(status) => {
                     tracing::error!(to, kind, status, "a notification was refused; see its URL and key");
@@ -86,33 +90,40 @@ impl Worker {
         false
     }
 
-    fn attempt(&self, agent: &ureq::Agent, notice: &Notice) -> Answer {
+    fn attempt(&self, notice: &Notice) -> Answer {
         let (url, body) = match &self.destination {
-            Destination::Slack { url } => (url.0.as_str(), formats::slack(notice, &self.source)),
+            Destination::Slack { url } => (url.expose().as_str(), formats::slack(notice, &self.source)),
             Destination::PagerDuty { url, routing_key } => {
-                (url.as_str(), formats::pagerduty(notice, &self.source, &routing_key.0))
+                (url.as_str(), formats::pagerduty(notice, &self.source, routing_key.expose()))
             }
             Destination::Webhook { url, .. } => (url.as_str(), formats::webhook(notice, &self.source)),
         };
         let body = body.to_string();
-        let mut request = agent.post(url).header("content-type", "application/json");
+        let mut request = Request::post(url)
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::USER_AGENT, "keygate");
         if let Destination::Webhook { secret, .. } = &self.destination {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            request = request.header(formats::SIGNATURE, formats::signature(&secret.0, now, body.as_bytes()));
+            request =
+                request.header(formats::SIGNATURE, formats::signature(secret.expose(), now, body.as_bytes()));
             // To nobody else: what does not belong to the operators gets what it asks for.
             request = request.header(trace::HEADER, notice.trace.part());
         }
-        match request.send(body.as_bytes()) {
-            Ok(answer) if answer.status().is_success() => Answer::Taken,
-            Ok(answer) if matches!(answer.status().as_u16(), 408 | 429 | 500..) => {
-                Answer::Later(format!("it answered {}", answer.status()))
+        let Ok(request) = request.body(Full::new(Bytes::from(body))) else {
+            return Answer::Later("its URL cannot be called".into());
+        };
+        // Redirects are not followed: they could lead what is told elsewhere.
+        match self.runtime.block_on(self.client.status(request, TRY_WITHIN)) {
+            Ok(status) if status.is_success() => Answer::Taken,
+            Ok(status) if matches!(status.as_u16(), 408 | 429 | 500..) => {
+                Answer::Later(format!("it answered {status}"))
             }
-            Ok(answer) => Answer::Refused(answer.status().as_u16()),
-            // Not the error as it is: it may name the URL, which is a secret of Slack's.
-            Err(ureq::Error::Timeout(_)) => Answer::Later("it did not answer in time".into()),
-            Err(ureq::Error::Io(error)) => Answer::Later(format!("it cannot be reached: {}", error.kind())),
-            Err(ureq::Error::HostNotFound) => Answer::Later("its host is not found".into()),
-            Err(_) => Answer::Later("it cannot be reached".into()),
+            Ok(status) => Answer::Refused(status.as_u16()),
+            Err(HttpError::Late) => Answer::Later("it did not answer in time".into()),
+            Err(HttpError::Io(kind)) => Answer::Later(format!("it cannot be reached: {kind}")),
+            Err(HttpError::HostNotFound) => Answer::Later("its host is not found".into()),
+            Err(HttpError::Tls(error)) => Answer::Later(format!("it has no TLS that can be used: {error}")),
+            Err(error) => Answer::Later(error.to_string()),
         }
     }
 }

@@ -9,15 +9,16 @@ mod deliver;
 mod formats;
 
 use std::collections::BTreeSet;
-use std::fmt;
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use zeroize::Zeroizing;
+use hyper_util::client::proxy::matcher::Matcher;
+use keygate_core::secret::Secret;
 
 use crate::clock::{self, Clock};
+use crate::http_client::HttpClient;
 use crate::metrics::Metrics;
 use crate::trace::Trace;
 
@@ -93,37 +94,27 @@ pub struct Notice {
     pub trace: Trace,
 }
 
-/// A secret part of the configuration: a URL with a token in it, or a key.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Hidden(pub Zeroizing<String>);
-
-impl fmt::Debug for Hidden {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("…")
-    }
-}
-
 /// Where notices go.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Destination {
     /// An incoming webhook of Slack. Its URL is its secret.
     Slack {
         /// The URL.
-        url: Hidden,
+        url: Secret<String>,
     },
     /// The Events API v2 of PagerDuty.
     PagerDuty {
         /// The URL.
         url: String,
         /// The integration's routing key.
-        routing_key: Hidden,
+        routing_key: Secret<String>,
     },
     /// Any web server.
     Webhook {
         /// The URL.
         url: String,
         /// What signs the body.
-        secret: Hidden,
+        secret: Secret<String>,
     },
 }
 
@@ -186,20 +177,30 @@ impl Notifier {
         }
         let (mut queues, mut threads) = (Vec::new(), Vec::new());
         let stopping = Arc::new(Stopping::default());
+        let client = HttpClient::through(Matcher::from_env());
         for destination in destinations {
             let (queue, notices) = sync_channel(QUEUE);
+            queues.push((destination.label(), queue));
+            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => {
+                    tracing::error!(%error, to = destination.label(), "nothing can be told there");
+                    continue;
+                }
+            };
             let worker = deliver::Worker {
                 destination: destination.clone(),
                 source: source.to_owned(),
                 stopping: Arc::clone(&stopping),
                 metrics: Arc::clone(&metrics),
+                client: client.clone(),
+                runtime,
             };
             let thread = std::thread::Builder::new().name(format!("notify {}", destination.label()));
             match thread.spawn(move || worker.run(&notices)) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => tracing::error!(%error, to = destination.label(), "nothing can be told there"),
             }
-            queues.push((destination.label(), queue));
         }
         Self {
             queues: Mutex::new(queues),

@@ -5,13 +5,11 @@ use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
-use http_body_util::{BodyExt as _, Full, Limited};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
+use http_body_util::Full;
 use keygate_core::quota::MAX_BYTES;
 
 use super::{Quotas, Role};
+use crate::http_client::{HttpClient, HttpError};
 
 /// Header of a question that was passed on already, so that it is not passed on in a circle.
 const PASSED_ON: &str = "keygate-passed-on";
@@ -41,7 +39,7 @@ pub async fn pass_on(
     }
     let url = quotas.node.peers.sync_url(keeper);
     let answer = match url {
-        Some(url) => quotas.forwarder.post(&url, path, &quotas.node.fleet_token, body).await,
+        Some(url) => quotas.forwarder.post(&url, path, quotas.node.fleet_token.expose(), body).await,
         None => Err(ForwardError::AddressUnknown),
     };
     let is_answered = answer
@@ -59,7 +57,7 @@ pub async fn call_owner(quotas: &Quotas, owner: u64) -> bool {
     let Some(url) = url else { return false };
     let body = serde_json::json!({ "from": format!("{:x}", quotas.node.state().version.source) });
     let body = Bytes::from(body.to_string());
-    let call = quotas.forwarder.post(&url, OWNER, &quotas.node.fleet_token, body);
+    let call = quotas.forwarder.post(&url, OWNER, quotas.node.fleet_token.expose(), body);
     let called = tokio::time::timeout(CALLED_WITHIN, call).await;
     matches!(called, Ok(Ok(Forwarded { status: StatusCode::OK, .. })))
 }
@@ -92,7 +90,7 @@ pub enum ForwardError {
     Address(String),
     /// There was no answer.
     #[error("the control plane that keeps the limits does not answer at {0}: {1}")]
-    Call(String, String),
+    Call(String, #[source] HttpError),
     /// It took too long.
     #[error("the control plane that keeps the limits does not answer at {0} in time")]
     Late(String),
@@ -100,14 +98,11 @@ pub enum ForwardError {
 
 /// Passes questions on.
 #[derive(Debug)]
-pub struct Forwarder(Client<HttpConnector, Full<Bytes>>);
+pub struct Forwarder(HttpClient);
 
 impl Default for Forwarder {
     fn default() -> Self {
-        let mut connector = HttpConnector::new();
-        connector.set_connect_timeout(Some(CONNECT_WITHIN));
-        connector.set_nodelay(true);
-        Self(Client::builder(TokioExecutor::new()).build(connector))
+        Self(HttpClient::keeping_connections(CONNECT_WITHIN))
     }
 }
 
@@ -127,27 +122,12 @@ impl Forwarder {
             .header(PASSED_ON, "1")
             .body(Full::new(body))
             .map_err(|_| wrong())?;
-        let failed = |error: String| ForwardError::Call(url.to_owned(), error);
-        let call = async {
-            let response = self.0.request(request).await.map_err(|error| failed(causes(&error)))?;
-            let status = response.status();
-            let kind = response.headers().get(header::CONTENT_TYPE).cloned();
-            let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
-            let body = Limited::new(response.into_body(), MAX_BYTES).collect().await;
-            let body = body.map_err(|error| failed(error.to_string()))?.to_bytes();
-            Ok(Forwarded { status, kind, body })
-        };
-        tokio::time::timeout(WITHIN, call).await.map_err(|_| ForwardError::Late(url.to_owned()))?
+        let answer = self.0.exchange(request, WITHIN, MAX_BYTES).await.map_err(|error| match error {
+            HttpError::Late => ForwardError::Late(url.to_owned()),
+            error => ForwardError::Call(url.to_owned(), error),
+        })?;
+        let kind = answer.headers().get(header::CONTENT_TYPE).cloned();
+        let kind = kind.unwrap_or(HeaderValue::from_static("application/json"));
+        Ok(Forwarded { status: answer.status(), kind, body: answer.into_body() })
     }
-}
-
-/// An error and what it comes from.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

@@ -263,7 +263,7 @@ impl Target {
             login = login.set_username(user);
         }
         if let Some(password) = &credentials.password {
-            login = login.set_password(password.as_str());
+            login = login.set_password(password.expose().as_str());
         }
         let information =
             place.into_connection_info().map_err(|error| LinkError::of(error, &address.to_string()))?;

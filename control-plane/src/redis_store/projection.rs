@@ -234,8 +234,8 @@ pub fn writes(
 mod tests {
     use super::*;
     use crate::key::{Ended, RevocationReason};
-    use crate::keyring::RootKey;
     use crate::master_key::MasterKey;
+    use crate::root_key::RootKey;
 
     fn record() -> KeyRecord {
         KeyRecord {

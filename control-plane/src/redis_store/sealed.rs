@@ -3,14 +3,14 @@
 
 use std::collections::BTreeMap;
 
+use keygate_core::secret::Secret;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use zeroize::Zeroizing;
 
 use crate::change::{Change, Entry};
 use crate::hlc::Origin;
-use crate::keyring::RootKey;
-use crate::secret;
+use crate::root_key::RootKey;
+use crate::seal;
 use crate::writer::Logged;
 
 /// A change as it stands in a log.
@@ -46,7 +46,7 @@ impl Shipped {
 
 /// Seals and opens it.
 #[derive(Clone)]
-pub struct Sealer(Zeroizing<[u8; 32]>);
+pub struct Sealer(Secret<[u8; 32]>);
 
 impl std::fmt::Debug for Sealer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -72,13 +72,13 @@ impl Sealer {
 
     /// Seals anything for a place.
     pub fn seal(&self, place: &str, value: &impl Serialize) -> String {
-        let plain = Zeroizing::new(serde_json::to_vec(value).expect("plain data"));
-        secret::seal(&self.0, place, &plain)
+        let plain = Secret::new(serde_json::to_vec(value).expect("plain data"));
+        seal::seal(self.0.expose(), place, plain.expose())
     }
 
     /// Opens it; `None` when it was not sealed for this place.
     pub fn open<T: DeserializeOwned>(&self, place: &str, sealed: &str) -> Option<T> {
-        serde_json::from_slice(&secret::open(&self.0, place, sealed)?).ok()
+        serde_json::from_slice(seal::open(self.0.expose(), place, sealed)?.expose()).ok()
     }
 }
 
@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn a_sealed_change_opens_in_its_place_only_and_shows_nothing() {
-        let sealer = Sealer(Zeroizing::new([7; 32]));
+        let sealer = Sealer(Secret::new([7; 32]));
         let change = Shipped {
             at: "2026-01-01T00:00:00.000Z".into(),
             actor: "key_of_somebody".into(),
@@ -110,7 +110,7 @@ mod tests {
         for (source, before, seq) in [(2, 8, 9), (1, 7, 9), (1, 8, 10)] {
             assert_eq!(sealer.open_change(source, before, seq, &sealed), None);
         }
-        assert_eq!(Sealer(Zeroizing::new([8; 32])).open_change(1, 8, 9, &sealed), None);
+        assert_eq!(Sealer(Secret::new([8; 32])).open_change(1, 8, 9, &sealed), None);
         assert!(!sealed.contains("somebody"));
         let mut bent = sealed.into_bytes();
         bent[40] ^= 1;

@@ -22,15 +22,10 @@ pub struct Flags {
     /// What proxies get.
     pub rollout: Rollout,
     /// Whether the guard may roll it back.
-    #[serde(default = "yes")]
     pub guard: bool,
     /// Why it was set, if somebody said so.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cause: Option<String>,
-}
-
-const fn yes() -> bool {
-    true
 }
 
 impl Default for Flags {

@@ -287,13 +287,11 @@ async fn go_on(node: &Node, kid: String, is_active: bool) -> Result<(), StepErro
 }
 
 /// When the next rotation is due by the schedule, Unix seconds: the first time after a rotation was begun last,
-/// whatever became of it. A secret from before there were rotations is as old as this process for that: an upgrade
-/// begins none.
+/// whatever became of it.
 pub fn next_at(node: &Node, state: &State) -> Option<u64> {
     let schedule = node.config.signing.schedule.as_ref()?;
-    let of_old = state.secrets.active().is_some_and(|held| held.record.is_of_old());
     let begun = state.secrets.all().into_iter().map(|held| held.record.created_at).max()?;
-    schedule.next_after(if of_old { begun.max(node.started_s) } else { begun })
+    schedule.next_after(begun)
 }
 
 /// Begins a rotation by itself.

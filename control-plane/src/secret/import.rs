@@ -6,7 +6,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD as BASE64URL};
 use keygate_core::crypto::HMAC_SECRET_MIN_BYTES;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 /// More would be hashed down first (RFC 2104 section 2) and takes room on every proxy.
 const MAX_BYTES: usize = 512;
@@ -69,11 +69,11 @@ pub enum ImportError {
 ///
 /// # Errors
 /// Why it is not taken.
-pub fn read(text: &str) -> Result<Zeroizing<Vec<u8>>, ImportError> {
+pub fn read(text: &str) -> Result<Secret<Vec<u8>>, ImportError> {
     let text = text.trim().trim_end_matches('=');
     let bytes = BASE64URL.decode(text).or_else(|_| STANDARD_NO_PAD.decode(text));
-    let bytes = Zeroizing::new(bytes.map_err(|_| ImportError::Encoding)?);
-    check(&bytes)?;
+    let bytes = Secret::new(bytes.map_err(|_| ImportError::Encoding)?);
+    check(bytes.expose())?;
     Ok(bytes)
 }
 
@@ -122,8 +122,8 @@ mod tests {
     fn a_random_secret_is_taken_however_it_is_padded() {
         for _ in 0..200 {
             let secret = random::bytes::<32>();
-            assert_eq!(read(&BASE64URL.encode(secret)).unwrap().as_slice(), secret);
-            assert_eq!(read(&format!("{}=\n", STANDARD_NO_PAD.encode(secret))).unwrap().as_slice(), secret);
+            assert_eq!(read(&BASE64URL.encode(secret)).unwrap().expose(), &secret);
+            assert_eq!(read(&format!("{}=\n", STANDARD_NO_PAD.encode(secret))).unwrap().expose(), &secret);
         }
     }
 

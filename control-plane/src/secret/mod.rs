@@ -15,7 +15,6 @@
 mod identity;
 pub mod import;
 pub mod ring;
-mod seal;
 mod signer;
 
 use base64::Engine as _;
@@ -23,18 +22,18 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
 use keygate_core::crypto::{Algorithm, native};
 use keygate_core::jti::JtiKey;
-use keygate_core::rules::Material;
+use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use zeroize::Zeroizing;
 
 pub use self::identity::Identity;
 pub use self::ring::Ring;
-pub use self::seal::{open, seal};
+
 pub use self::signer::Signer;
 use crate::hsm::HsmError;
 use crate::keyring::{Keyring, KeyringError};
 use crate::random;
+use crate::seal::{open, seal};
 
 /// The stage of a secret's life. They only follow each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -97,8 +96,7 @@ pub struct SecretRecord {
     pub state: SecretState,
     /// Unix seconds.
     pub created_at: u64,
-    /// Since when it is at this stage, Unix seconds; 0 in a record from before there were stages.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    /// Since when it is at this stage, Unix seconds.
     pub since: u64,
     /// Why the rotation to it was begun.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -116,7 +114,7 @@ pub struct SecretRecord {
     #[serde(default, skip_serializing_if = "is_false")]
     pub in_hsm: bool,
     /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::jti`]: those of a secret that
-    /// was made elsewhere are not, nor those of one from before that was.
+    /// was made elsewhere are not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub keyed_ids: bool,
     /// Its public half, if it has one, base64url.
@@ -125,7 +123,7 @@ pub struct SecretRecord {
     /// The sealed secret, as long as it is needed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     sealed: Option<Sealed>,
-    /// Authenticates all the rest. One from before there were stages lacks it, and is authenticated by its seal.
+    /// Authenticates all the rest. A record without it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     mac: Option<String>,
 }
@@ -133,18 +131,12 @@ pub struct SecretRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Sealed {
-    /// The id of its data key in the keyring. In a record without `mac`, the data key itself, sealed with the root.
+    /// The id of its data key in the keyring.
     data_key: String,
     secret: String,
 }
 
-// Serde hands over references.
-#[allow(clippy::trivially_copy_pass_by_ref)]
-fn is_zero(number: &u64) -> bool {
-    *number == 0
-}
-
-#[allow(clippy::trivially_copy_pass_by_ref)]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde gives references")]
 fn is_false(flag: &bool) -> bool {
     !*flag
 }
@@ -219,7 +211,7 @@ pub struct NewSecret {
     /// The key pair that the HSM made for it, if one keeps it.
     pub in_hsm: Option<HsmPair>,
     /// Its bytes, if it was made elsewhere; for HS256.
-    pub imported: Option<Zeroizing<Vec<u8>>>,
+    pub imported: Option<Secret<Vec<u8>>>,
 }
 
 impl NewSecret {
@@ -272,7 +264,7 @@ fn new_kid(alg: Algorithm) -> String {
 #[derive(Debug, Clone, Default)]
 pub struct Opened {
     /// What its tokens are verified with.
-    pub verification: Option<Material>,
+    pub verification: Option<Secret<Vec<u8>>>,
     /// What signs, if it may.
     pub signer: Option<std::sync::Arc<Signer>>,
 }
@@ -309,8 +301,8 @@ impl SecretRecord {
             }
             None => {
                 let secret = imported.unwrap_or_else(|| draw(alg));
-                record.public = public_half(alg, &secret).map(|public| BASE64URL.encode(public));
-                record.seal(&secret, keys)?;
+                record.public = public_half(alg, secret.expose()).map(|public| BASE64URL.encode(public));
+                record.seal(secret.expose(), keys)?;
             }
         }
         record.authenticate(keys);
@@ -325,17 +317,11 @@ impl SecretRecord {
         let signs = state <= SecretState::Active;
         let verifies = state <= SecretState::Previous;
         let needs_secret = !self.in_hsm && (signs || (verifies && self.alg == Algorithm::HS256));
-        // One from before there were stages has its public half from its secret.
-        let lacks_public = verifies && self.public.is_none() && self.alg != Algorithm::HS256;
-        let secret = if needs_secret || lacks_public { Some(self.unseal(keys)?) } else { None };
-        let public = match (&self.public, &secret) {
-            (None, Some(secret)) => public_half(self.alg, secret).map(|public| BASE64URL.encode(public)),
-            (public, _) => public.clone(),
-        };
+        let secret = if needs_secret { Some(self.unseal(keys)?) } else { None };
         let mut record =
-            Self { state, since: now, public, sealed: None, mac: None, unannounced: false, ..self.clone() };
-        match secret.filter(|_| needs_secret) {
-            Some(secret) => record.seal(&secret, keys)?,
+            Self { state, since: now, sealed: None, mac: None, unannounced: false, ..self.clone() };
+        match secret {
+            Some(secret) => record.seal(secret.expose(), keys)?,
             None if verifies => record.seal(&[], keys)?,
             None => {}
         }
@@ -360,25 +346,20 @@ impl SecretRecord {
     /// Seals a secret, or nothing: what verifies has a data key of its own in any case, so that a record which is put back
     /// after the secret has moved on does not open.
     fn seal(&mut self, secret: &[u8], keys: &Keyring) -> Result<(), KeyringError> {
-        let data_key = Zeroizing::new(random::bytes::<32>());
+        let data_key = Secret::new(random::bytes::<32>());
         let id = format!("{}.{}", self.kid, random::identifier());
-        let sealed = seal(&data_key, &self.associated(), secret);
-        keys.put(&id, &data_key)?;
+        let sealed = seal(data_key.expose(), &self.associated(), secret);
+        keys.put(&id, data_key.expose())?;
         self.sealed = Some(Sealed { data_key: id, secret: sealed });
         Ok(())
     }
 
-    fn unseal(&self, keys: &Keyring) -> Result<Zeroizing<Vec<u8>>, SecretError> {
+    fn unseal(&self, keys: &Keyring) -> Result<Secret<Vec<u8>>, SecretError> {
         let tampered = || SecretError::Tampered { kid: self.kid.clone() };
         let missing = || SecretError::NoDataKey { kid: self.kid.clone(), state: self.state.label() };
         let sealed = self.sealed.as_ref().ok_or_else(tampered)?;
-        let data_key = if self.mac.is_some() {
-            keys.get(&sealed.data_key)?.ok_or_else(missing)?
-        } else {
-            let key = open(keys.root().expose(), &format!("keygate data key {}", self.kid), &sealed.data_key);
-            Zeroizing::new(key.and_then(|key| key.as_slice().try_into().ok()).ok_or_else(tampered)?)
-        };
-        open(&data_key, &self.associated(), &sealed.secret).ok_or_else(tampered)
+        let data_key = keys.get(&sealed.data_key)?.ok_or_else(missing)?;
+        open(data_key.expose(), &self.associated(), &sealed.secret).ok_or_else(tampered)
     }
 
     /// Opens what is needed of it at its stage.
@@ -391,14 +372,13 @@ impl SecretRecord {
             return Ok(Opened::default());
         }
         let signs = self.state <= SecretState::Active;
-        let secret = Some(self.unseal(keys)?).filter(|secret| !secret.is_empty());
+        let secret = Some(self.unseal(keys)?).filter(|secret| !secret.expose().is_empty());
         let public = match (&self.public, &secret) {
             (Some(public), _) => BASE64URL.decode(public).ok(),
-            (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.to_vec()),
-            (None, Some(secret)) => public_half(self.alg, secret),
-            (None, None) => None,
+            (None, Some(secret)) if self.alg == Algorithm::HS256 => Some(secret.expose().clone()),
+            (None, _) => None,
         };
-        let verification = Material::new(public.ok_or_else(tampered)?);
+        let verification = Secret::new(public.ok_or_else(tampered)?);
         // A record that does not fit its secret is not to be found out by somebody's key.
         self.alg.verification_key(verification.expose()).ok_or_else(tampered)?;
         let ids = self.jti_key(keys);
@@ -406,7 +386,9 @@ impl SecretRecord {
             _ if !signs => None,
             // Without an HSM, as on another control plane, it verifies all the same.
             None if self.in_hsm => keys.hsm().map(|hsm| Signer::in_hsm(&self.kid, hsm.clone(), ids)),
-            Some(secret) => Some(Signer::here(&self.kid, self.alg, &secret, ids).ok_or_else(tampered)?),
+            Some(secret) => {
+                Some(Signer::here(&self.kid, self.alg, secret.expose(), ids).ok_or_else(tampered)?)
+            }
             None => return Err(tampered()),
         };
         Ok(Opened { verification: Some(verification), signer: signer.map(Into::into) })
@@ -417,20 +399,8 @@ impl SecretRecord {
     /// # Errors
     /// When it is not.
     pub fn check(&self, keys: &Keyring) -> Result<(), SecretError> {
-        let genuine = match &self.mac {
-            Some(mac) => {
-                let mac = BASE64URL.decode(mac).unwrap_or_default();
-                self.mac_of(keys).verify_slice(&mac).is_ok()
-            }
-            // From before there were stages: all are active, and the seal says so. It says nothing of other members, so
-            // there must be none.
-            None => {
-                let bare = self.public.is_none() && self.not_after.is_none() && self.retire.is_none();
-                let bare = bare && self.why.is_none() && !self.in_hsm && !self.unannounced && self.since == 0;
-                let bare = bare && !self.keyed_ids;
-                bare && self.state == SecretState::Active && self.unseal(keys).is_ok()
-            }
-        };
+        let mac = self.mac.as_ref().and_then(|mac| BASE64URL.decode(mac).ok()).unwrap_or_default();
+        let genuine = self.mac_of(keys).verify_slice(&mac).is_ok();
         if genuine { Ok(()) } else { Err(SecretError::Tampered { kid: self.kid.clone() }) }
     }
 
@@ -441,14 +411,14 @@ impl SecretRecord {
     fn mac_of(&self, keys: &Keyring) -> Hmac<Sha256> {
         let key = keys.root().derive("keygate secret records");
         let plain = serde_json::to_vec(&Self { mac: None, ..self.clone() }).expect("plain data");
-        let mac = Hmac::<Sha256>::new_from_slice(&*key).expect("a key of any length will do");
+        let mac = Hmac::<Sha256>::new_from_slice(key.expose()).expect("a key of any length will do");
         mac.chain_update(plain)
     }
 
     /// What proxies tell the ids of its tokens with, if they can. It is derived and stands nowhere.
-    pub fn jti_material(&self, keys: &Keyring) -> Option<Material> {
+    pub fn jti_material(&self, keys: &Keyring) -> Option<Secret<Vec<u8>>> {
         let derived = || keys.root().derive(&format!("keygate token ids {}", self.kid));
-        self.keyed_ids.then(|| Material::new(derived().to_vec()))
+        self.keyed_ids.then(|| Secret::new(derived().expose().to_vec()))
     }
 
     /// What the ids of its tokens are made with, if not at will.
@@ -456,21 +426,16 @@ impl SecretRecord {
         self.jti_material(keys).and_then(|material| JtiKey::new(material.expose()))
     }
 
-    /// Whether it is from before there were stages.
-    pub fn is_of_old(&self) -> bool {
-        self.mac.is_none()
-    }
-
     /// What its tokens are verified with, as far as that is known without opening it.
-    pub fn public_material(&self) -> Option<Material> {
+    pub fn public_material(&self) -> Option<Secret<Vec<u8>>> {
         let public = self.public.as_ref().filter(|_| self.state < SecretState::Expired)?;
-        let material = Material::new(BASE64URL.decode(public).ok()?);
+        let material = Secret::new(BASE64URL.decode(public).ok()?);
         self.alg.verification_key(material.expose()).map(|_| material)
     }
 
     /// The id of the data key that opens it, if it has one in the keyring.
     pub fn data_key(&self) -> Option<&str> {
-        self.sealed.as_ref().filter(|_| self.mac.is_some()).map(|sealed| sealed.data_key.as_str())
+        self.sealed.as_ref().map(|sealed| sealed.data_key.as_str())
     }
 
     fn associated(&self) -> String {
@@ -479,11 +444,11 @@ impl SecretRecord {
 }
 
 /// Random bytes for a secret: a P-256 scalar (all but 1 in 2^32 of 32 bytes are), an Ed25519 seed, an HMAC secret.
-fn draw(alg: Algorithm) -> Zeroizing<Vec<u8>> {
+fn draw(alg: Algorithm) -> Secret<Vec<u8>> {
     loop {
-        let bytes = Zeroizing::new(random::bytes::<32>());
-        if alg != Algorithm::ES256 || native::p256_point(&*bytes).is_some() {
-            return Zeroizing::new(bytes.to_vec());
+        let bytes = Secret::new(random::bytes::<32>());
+        if alg != Algorithm::ES256 || native::p256_point(bytes.expose()).is_some() {
+            return Secret::new(bytes.expose().to_vec());
         }
     }
 }

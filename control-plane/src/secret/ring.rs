@@ -8,7 +8,8 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::crypto::Algorithm;
-use keygate_core::rules::{Material, VerificationKey};
+use keygate_core::rules::VerificationKey;
+use keygate_core::secret::Secret;
 
 use super::{Opened, SecretError, SecretRecord, SecretState, Signer};
 use crate::hlc::Mark;
@@ -28,9 +29,9 @@ pub struct Held {
     /// Whether its latest record was written here.
     own: bool,
     /// What its tokens are verified with, once that is known. It is the same at every stage.
-    verification: Option<Material>,
+    verification: Option<Secret<Vec<u8>>>,
     /// What proxies tell its tokens' ids with.
-    jti_key: Option<Material>,
+    jti_key: Option<Secret<Vec<u8>>>,
     signer: Option<Arc<Signer>>,
     /// Whether its latest record was opened.
     is_open: bool,

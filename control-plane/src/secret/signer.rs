@@ -8,8 +8,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::{EncodingKey, Header};
 use keygate_core::crypto::Algorithm;
 use keygate_core::jti::JtiKey;
+use keygate_core::secret::Secret;
 use keygate_core::token::{Claims, TYPE};
-use zeroize::Zeroizing;
 
 use super::Identity;
 use super::SecretError;
@@ -65,19 +65,20 @@ impl Signer {
     ///
     /// # Errors
     /// When the secret is not usable after all, or the HSM does not sign.
-    pub fn sign(&self, claims: &Claims) -> Result<Zeroizing<String>, SecretError> {
+    pub fn sign(&self, claims: &Claims) -> Result<Secret<String>, SecretError> {
         let header =
             Header { typ: Some(TYPE.into()), kid: Some(self.kid.clone()), ..Header::new(self.alg.jose()) };
         match &self.key {
-            SigningKey::Here(key) => Ok(Zeroizing::new(jsonwebtoken::encode(&header, claims, key)?)),
+            SigningKey::Here(key) => Ok(Secret::new(jsonwebtoken::encode(&header, claims, key)?)),
             SigningKey::InHsm(hsm) => {
                 let part = |json: serde_json::Result<Vec<u8>>| json.map(|json| BASE64URL.encode(json));
                 let header = part(serde_json::to_vec(&header)).map_err(|_| SecretError::Unencodable)?;
                 let claims = part(serde_json::to_vec(claims)).map_err(|_| SecretError::Unencodable)?;
-                let mut token = Zeroizing::new(format!("{header}.{claims}"));
-                let signature = hsm.sign_p256(&self.kid, token.as_bytes())?;
-                token.push('.');
-                token.push_str(&BASE64URL.encode(signature));
+                let mut token = Secret::new(format!("{header}.{claims}"));
+                let signature = hsm.sign_p256(&self.kid, token.expose().as_bytes())?;
+                let text = token.expose_mut();
+                text.push('.');
+                text.push_str(&BASE64URL.encode(signature));
                 Ok(token)
             }
         }

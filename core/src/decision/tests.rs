@@ -8,7 +8,8 @@ use crate::jti::JtiKey;
 use crate::policy::Policy;
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::rollout::Rollout;
-use crate::rules::{self, Material, Rules, VerificationKey};
+use crate::rules::{self, Rules, VerificationKey};
+use crate::secret::Secret;
 use crate::telemetry::Tally;
 use crate::token::{Claims, TYPE};
 
@@ -38,7 +39,7 @@ fn world() -> World {
     let key = |kid: &str, alg: Algorithm, material: Vec<u8>| VerificationKey {
         kid: kid.into(),
         alg,
-        material: Material::new(material),
+        material: Secret::new(material),
         not_after: None,
         jti_key: None,
     };
@@ -235,7 +236,7 @@ fn where_ids_are_keyed_a_made_up_one_is_refused_whatever_the_signature() {
     let (genuine, made_up) = (es256(&genuine), es256(&made_up));
     assert_eq!(world.get("/chat", &made_up), Reason::Allowed, "as long as ids are not keyed");
     world.cache = TokenCache::new(100_000);
-    world.rules.keys[0].jti_key = Some(Material::new(vec![5; 32]));
+    world.rules.keys[0].jti_key = Some(Secret::new(vec![5; 32]));
     assert_eq!(world.get("/chat", &made_up), Reason::ForgedId);
     assert_eq!(world.get("/chat", &es256(&claims())), Reason::ForgedId);
     assert!(world.cache.is_empty());
@@ -245,7 +246,7 @@ fn where_ids_are_keyed_a_made_up_one_is_refused_whatever_the_signature() {
     assert_eq!(world.get("/chat", &format!("{signed}.{}", "A".repeat(86))), Reason::BadSignature);
     let hs = sign("hs", Algorithm::HS256, &EncodingKey::from_secret(&[9; 32]), &claims());
     assert_eq!(world.get("/chat", &hs), Reason::Allowed, "another secret, whose ids are not keyed");
-    world.rules.keys[0].jti_key = Some(Material::new(vec![5; 31]));
+    world.rules.keys[0].jti_key = Some(Secret::new(vec![5; 31]));
     assert!(Ruleset::try_from(world.rules).is_err());
 }
 
@@ -260,7 +261,7 @@ fn a_secret_that_is_gone_or_changed_ends_remembered_keys_too() {
     assert_eq!(world.get("/chat", &token), Reason::UnknownKid);
     world.rules.keys[0].not_after = None;
     assert_eq!(world.get("/chat", &token), Reason::Allowed);
-    world.rules.keys[0].material = Material::new(native::p256_point(&[8; 32]).unwrap());
+    world.rules.keys[0].material = Secret::new(native::p256_point(&[8; 32]).unwrap());
     assert_eq!(world.get("/chat", &token), Reason::BadSignature);
     world.rules.keys.remove(0);
     assert_eq!(world.get("/chat", &token), Reason::UnknownKid);
@@ -383,7 +384,7 @@ fn ask_under_both(world: &mut World, pair: [&Rule; 2], keys: &[(Claims, &str, St
 fn world_of_two_secrets() -> World {
     let mut world = world();
     let other = VerificationKey { kid: "hs2".into(), ..world.rules.keys[1].clone() };
-    world.rules.keys.push(VerificationKey { material: Material::new(vec![10; 32]), ..other });
+    world.rules.keys.push(VerificationKey { material: Secret::new(vec![10; 32]), ..other });
     world
 }
 

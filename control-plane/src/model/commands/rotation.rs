@@ -12,7 +12,7 @@ use keygate_core::cache::Verified;
 use keygate_core::crypto::Algorithm;
 use keygate_core::jti::JtiKey;
 use keygate_core::rules::MAX_KEYS;
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use super::{Plan as PlanOf, keys};
 use crate::change::{Change, Idempotency};
@@ -43,7 +43,7 @@ pub struct Order {
     /// Why.
     pub why: String,
     /// The new secret's bytes, if it was made elsewhere.
-    pub imported: Option<Zeroizing<Vec<u8>>>,
+    pub imported: Option<Secret<Vec<u8>>>,
     /// The key pair that the HSM made for it, if one is to keep it.
     pub in_hsm: Option<HsmPair>,
 }
@@ -341,8 +341,9 @@ fn moved(secret: SecretRecord, justification: Option<String>) -> Change {
 mod tests {
     use super::*;
     use crate::hlc::Mark;
-    use crate::keyring::{Keyring, RootKey};
+    use crate::keyring::Keyring;
     use crate::master_key::MasterKey;
+    use crate::root_key::RootKey;
 
     fn keyring() -> Keyring {
         keygate_core::crypto::native::install();

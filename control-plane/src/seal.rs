@@ -4,7 +4,7 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use chacha20poly1305::aead::{Aead, KeyInit, Payload};
 use chacha20poly1305::{XChaCha20Poly1305, XNonce};
-use zeroize::Zeroizing;
+use keygate_core::secret::Secret;
 
 use crate::random;
 
@@ -18,10 +18,10 @@ pub fn seal(key: &[u8; 32], associated: &str, plain: &[u8]) -> String {
 }
 
 /// Opens what [`seal`] sealed with the same key and `associated`.
-pub fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Zeroizing<Vec<u8>>> {
+pub fn open(key: &[u8; 32], associated: &str, sealed: &str) -> Option<Secret<Vec<u8>>> {
     let bytes = BASE64URL.decode(sealed).ok()?;
     let (nonce, sealed) = bytes.split_first_chunk::<24>()?;
     let cipher = XChaCha20Poly1305::new(key.into());
     let payload = Payload { msg: sealed, aad: associated.as_bytes() };
-    cipher.decrypt(&XNonce::from(*nonce), payload).ok().map(Zeroizing::new)
+    cipher.decrypt(&XNonce::from(*nonce), payload).ok().map(Secret::new)
 }
