@@ -1,4 +1,4 @@
-//! What plans are made against: the state, and the store together with what it does not have yet.
+//! The state that plans are made against, and the store together with the changes that it does not have yet.
 
 use std::collections::HashMap;
 
@@ -8,7 +8,7 @@ use crate::keyring::Keyring;
 use crate::state::Model;
 use crate::store::{Seen, Store, StoreError};
 
-/// What a plan is made against.
+/// The state that a plan is made against.
 pub struct View<'v> {
     /// The state as it stands.
     pub model: &'v Model,
@@ -18,13 +18,13 @@ pub struct View<'v> {
     pub now_ms: u64,
     /// The [`crate::change::Mark`]'s stamp of what is planned.
     pub stamp: u64,
-    /// What opens secrets and seals new ones.
+    /// Opens secrets and seals new ones.
     pub keys: &'v Keyring,
     pub(super) store: &'v Store,
     pub(super) pending: &'v Pending,
 }
 
-/// What was changed and the store does not have yet.
+/// Changes that the store does not have yet.
 #[derive(Default, Clone)]
 pub struct Pending {
     keys: HashMap<String, KeyRecord>,
