@@ -1,5 +1,5 @@
-//! What the control plane does by itself: it forgets revocations of keys that have expired, and has proxies
-//! take the revocation set over anew when it was cut anew for its size, and it compresses the journal.
+//! Maintenance: forgets revocations of keys that have expired, has proxies reload the revocation set when its number of
+//! shards changes, and compresses and prunes the journal.
 
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
@@ -13,11 +13,11 @@ use crate::model::commands::revocations::{self as commands, CleanedUp};
 use crate::node::Node;
 use crate::writer::{CommitError, Committed};
 
-/// How often expired keys are forgotten. Each time is a new version for the fleet.
+/// Time between two clean-ups of expired keys. Each one makes a new version for the fleet.
 const CLEAN_UP_EVERY: Duration = Duration::from_secs(5 * 60);
-/// How often old segments of the journal are looked for.
+/// Time between two searches for old segments of the journal.
 const PRUNE_EVERY: Duration = Duration::from_secs(24 * 60 * 60);
-/// In whose name.
+/// Actor of these changes in the journal.
 const ACTOR: &str = "system";
 
 /// Forgets what is known of keys that have expired.
@@ -35,7 +35,7 @@ pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed)
     node.writer.commit(actor, move |view: &View<'_>| commands::forget_expired(view, until)).await
 }
 
-/// Has every proxy take the revocation set over anew.
+/// Has every proxy reload the revocation set.
 ///
 /// # Errors
 /// When the journal cannot be written.
@@ -44,7 +44,7 @@ pub async fn rebuild(node: &Node, actor: &str) -> Result<Committed, CommitError>
     Ok(committed)
 }
 
-/// Does what is due until the control plane stops.
+/// Runs maintenance until the control plane stops.
 pub async fn run(node: Arc<Node>) {
     let mut stopping = node.stopping.clone();
     let mut states = node.states.clone();
@@ -60,7 +60,7 @@ pub async fn run(node: Arc<Node>) {
                     Err(_) => return,
                     Ok(()) if bits == cut => continue,
                     Ok(()) => {
-                        tracing::info!(shards = 1_u32 << bits, "the revocation set was cut anew for its size");
+                        tracing::info!(shards = 1_u32 << bits, "the number of shards of the revocation set was changed for its size");
                         rebuild(&node, ACTOR).await.map(|_| cut = bits)
                     }
                 }

@@ -88,8 +88,12 @@ fn a_flood_of_unknown_tokens_is_not_kept() {
     let stack = Stack::builder().workers(2).start();
     let api = stack.api();
     let keys: Vec<Key> = (0..7).map(|_| api.issue("node_operator")).collect();
-    let looks =
-        || (stack.envoy.stat("keygate_token_cache_hits_total"), stack.envoy.stat("keygate_token_cache_misses_total"));
+    let looks = || {
+        (
+            stack.envoy.stat("keygate_token_cache_hits_total"),
+            stack.envoy.stat("keygate_token_cache_misses_total"),
+        )
+    };
     let (hits_before, misses_before) = looks();
     let load = good(&stack, &keys, 400);
     load.wait_answered(100);

@@ -128,7 +128,9 @@ fn those_that_wait_outlive_the_configuration() {
         for (connection, wanted) in connections.iter_mut().zip([200, 429].iter().cycle()) {
             connection.receive().expect(*wanted);
         }
-        wait_until(SOON, "the new configuration", || stack.envoy.stat("keygate_vm_starts_total") == starts + 3);
+        wait_until(SOON, "the new configuration", || {
+            stack.envoy.stat("keygate_vm_starts_total") == starts + 3
+        });
     }
     stack.call(&request.header("x-trap", "pending")).expect(200);
 }

@@ -1,5 +1,4 @@
-//! The guard: rolls a rollout back by itself when V2 does worse than V1. What it judges by is pure; a task looks every
-//! second.
+//! The guard: rolls a rollout back when V2 fares worse than V1. The judgement is pure; a task applies it every second.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,14 +16,14 @@ use crate::node::Node;
 use crate::notify::Kind;
 use crate::telemetry::tally::{OfVersion, Tally};
 
-/// How often it looks.
+/// Time between two looks.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// So many looks in a row must find it bad: one burst is none.
+/// Bad looks in a row that make a breach: a single burst is none.
 const LOOKS: u32 = 2;
-/// In whose name it rolls back.
+/// Actor of its changes in the journal.
 pub const ACTOR: &str = "guard";
 
-/// Why it rolls back.
+/// Cause of a rollback.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Breach {
     /// V2 ends worse than V1.
@@ -56,7 +55,7 @@ impl Breach {
 /// Counts of a while.
 #[derive(Debug, Default)]
 pub struct Guard {
-    /// When and what, Unix milliseconds, the oldest first.
+    /// Time in Unix milliseconds and counts, the oldest first.
     seen: VecDeque<(u64, Tally)>,
     /// The change that they follow.
     since: u64,
@@ -122,7 +121,7 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
     }
 }
 
-/// Rolls back to the last good step, unless somebody changed the rollout meanwhile.
+/// Rolls back to the last good step, unless the rollout was changed meanwhile.
 async fn roll_back(node: &Arc<Node>, seq: u64, breach: &Breach) -> Result<(), crate::writer::CommitError> {
     let limits = node.config.rollout.guard;
     let cause = breach.text(&limits);

@@ -42,10 +42,10 @@ pub enum TelemetryStoreError {
 
 crate::store::from_redb!(TelemetryStoreError);
 
-/// How far the numbers of one proxy's process are counted.
+/// Numbers of one proxy's process that are counted.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Known {
-    /// When it reported last, Unix seconds.
+    /// Time of its last report, Unix seconds.
     pub heard_s: u64,
     /// Its numbers.
     pub counts: Counts,

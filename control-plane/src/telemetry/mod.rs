@@ -1,8 +1,8 @@
-//! What proxies report, counted exactly once, over restarts of theirs and of this process.
+//! Counts that proxies report, each event exactly once over restarts of proxies and of this process.
 //!
-//! A report says of each series how much of it was acknowledged before and how much there is now. What is beyond the
-//! greater of that and of what is known here is new: it is counted, and only when it is on disk, together with how far
-//! it goes, is the report acknowledged. Reports that come at the same time share a write.
+//! A report gives for each series the number that was acknowledged before and the number now. The excess over the
+//! greater of the former and of the number known here is new: it is counted, and the report is acknowledged once the
+//! counts and the proxy's numbers are on disk together. Reports that come at the same time share a write.
 
 pub mod counts;
 mod disk;
@@ -24,23 +24,23 @@ use self::disk::{TelemetryStore, Totals};
 use self::tally::Tally;
 use crate::clock::Clock;
 
-/// Proxies report again after so long, and later the more of them there are.
+/// Pause of a proxy between two reports, without the part that grows with the number of proxies.
 const AGAIN: Duration = Duration::from_millis(500);
 const AGAIN_PER_PROXY: Duration = Duration::from_millis(2);
 /// The shortest time between two writes.
 const WRITE_EVERY: Duration = Duration::from_millis(100);
-/// What this process counts itself is written as often.
+/// Time between two writes of what this process counts itself, and pause after a failed write.
 const WRITE_OWN_EVERY: Duration = Duration::from_secs(1);
-/// A report waits no longer for the disk.
+/// The longest time that a report waits for the disk.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(5);
-/// A process that was silent for so long is forgotten, seconds: none runs on for a month and says nothing.
+/// Silence after which a process of a proxy is forgotten, seconds: none is silent for a month and still runs.
 const FORGET_AFTER_S: u64 = 30 * 24 * 3_600;
 /// The most processes of proxies that are known.
 const MAX_KNOWN: usize = 20_000;
-/// More than any proxy counts between two reports; who says so is mistaken.
+/// The most that a series may grow between two reports; no proxy counts more, so the report is wrong.
 const MOST_AT_ONCE: u64 = 1_000_000_000_000;
 
-/// Why a report is not taken.
+/// Refusal of a report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReportError {
     /// It cannot be right.
@@ -56,9 +56,9 @@ pub struct Telemetry {
     roles: BTreeSet<String>,
     store: Arc<TelemetryStore>,
     kept: Mutex<Kept>,
-    /// For one write at a time.
+    /// Held for the duration of a write.
     writing: tokio::sync::Mutex<()>,
-    /// There is something to be written.
+    /// Signals that there is something to be written.
     news: Notify,
     /// The number of the last report that is on disk.
     written: watch::Sender<u64>,
@@ -70,7 +70,7 @@ struct Kept {
     counts: Counts,
     /// By incarnation and id.
     known: HashMap<String, Known>,
-    /// Those that are not on disk as they are.
+    /// Processes whose numbers are not on disk yet.
     unwritten: BTreeSet<String>,
     /// Names of routes, now and before.
     routes: BTreeSet<String>,

@@ -1,4 +1,4 @@
-//! How many requests went to which version, and what became of them: for people, and for the guard.
+//! Requests of the rollout by version, with errors and refusals: for operators, and for the guard.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::counts::{Counts, Outcome, version_of};
 
-/// What one version did.
+/// Requests to one version.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OfVersion {
     /// Requests.
@@ -23,7 +23,7 @@ pub struct OfVersion {
 }
 
 impl OfVersion {
-    /// What is here beyond `before`.
+    /// The excess over `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             requests: self.requests.saturating_sub(before.requests),
@@ -32,7 +32,7 @@ impl OfVersion {
         }
     }
 
-    /// Both together.
+    /// The sum of both.
     pub fn plus(self, other: Self) -> Self {
         Self {
             requests: self.requests.saturating_add(other.requests),
@@ -62,7 +62,7 @@ impl OfVersion {
     }
 }
 
-/// Both.
+/// Requests to both versions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tally {
     /// V1.
@@ -72,12 +72,12 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// What is here beyond `before`.
+    /// The excess over `before`.
     pub fn since(self, before: Self) -> Self {
         Self { v1: self.v1.since(before.v1), v2: self.v2.since(before.v2) }
     }
 
-    /// Both together.
+    /// The sum of both.
     pub fn plus(self, other: Self) -> Self {
         Self { v1: self.v1.plus(other.v1), v2: self.v2.plus(other.v2) }
     }
@@ -114,7 +114,7 @@ impl Tally {
         }
     }
 
-    /// For people.
+    /// JSON for operators.
     #[allow(clippy::cast_precision_loss)]
     pub fn show(self) -> Value {
         let all = self.v1.requests.saturating_add(self.v2.requests);
@@ -134,7 +134,7 @@ impl Tally {
     }
 }
 
-/// Whether a refusal may be trouble of V2, rather than what somebody ordered or a client forgot: V1 would have let the
+/// Whether a refusal may be a fault of V2, rather than an operator's order or a client's mistake: V1 would have let the
 /// key pass. Each new reason must be decided on here, as the guard rolls back by them.
 pub const fn is_fault(reason: Reason) -> bool {
     match reason {

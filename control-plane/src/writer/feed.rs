@@ -1,4 +1,4 @@
-//! What was journalled lately, for who passes it on. Whoever has fallen behind reads the journal itself.
+//! The latest entries of the journal, for components that pass them on. One that has fallen behind reads the journal.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,9 +15,9 @@ const KEPT: usize = 8_192;
 pub struct Logged {
     /// Its number.
     pub seq: u64,
-    /// When it was written, RFC 3339 UTC.
+    /// Time of writing, RFC 3339 UTC.
     pub at: String,
-    /// What it is.
+    /// The entry.
     pub entry: Entry,
 }
 

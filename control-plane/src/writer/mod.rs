@@ -38,10 +38,10 @@ const BATCH: usize = 256;
 
 /// A batch that takes longer is worth a line in the log.
 const SLOW: Duration = Duration::from_millis(250);
-/// How often a checkpoint of the journal is signed while there are jobs; upkeep has one now and then.
+/// Time between two signed checkpoints of the journal while there are jobs; upkeep submits one now and then.
 const SIGN_EVERY: Duration = Duration::from_secs(60);
 
-/// Why a history cannot be taken up.
+/// Failure to open a history.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The journal.
@@ -74,7 +74,7 @@ pub enum OpenError {
     },
 }
 
-/// Why a change did not happen.
+/// Failure of a change.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError {
     /// The journal cannot be written.
@@ -228,9 +228,9 @@ pub struct History {
     pub states: watch::Receiver<Arc<State>>,
     /// The latest changes.
     pub deltas: Arc<Deltas>,
-    /// What is known of keys.
+    /// Records of keys and revocations.
     pub store: Arc<Store>,
-    /// What was journalled lately.
+    /// The latest entries of the journal.
     pub feed: Arc<Feed>,
     /// The latest second at which anything was issued or revoked.
     pub latest_s: u64,
@@ -257,7 +257,7 @@ struct Thread {
     rules_changed: bool,
 }
 
-/// What a new history begins with, and what this start brings along.
+/// Inputs of [`open`].
 pub struct Start<'s> {
     /// The journal, claimed.
     pub claim: Claim,
@@ -267,9 +267,9 @@ pub struct Start<'s> {
     pub privacy: Arc<Privacy>,
     /// The directory.
     pub dir: &'s Path,
-    /// What the configuration says.
+    /// Settings of the configuration.
     pub settings: Settings,
-    /// What opens secrets.
+    /// Opens secrets.
     pub keys: Arc<Keyring>,
     /// The changes that a new history begins with, after its genesis and its settings.
     pub first_changes: &'s dyn Fn() -> Result<Vec<Change>, OpenError>,
@@ -299,7 +299,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
                 && stored_source != source
                 && stored_source != 0
             {
-                // The store belongs to another history; it is made anew from this one.
+                // The store belongs to another history; it is rebuilt from this one.
                 if let Err(error) = store.clear() {
                     failed = Some(error.into());
                 }
@@ -535,7 +535,7 @@ impl Thread {
         }
     }
 
-    /// Whether the rules hold that planned changes make: what does not must not be in the journal.
+    /// Checks the rules that planned changes make: changes to invalid rules must not be in the journal.
     fn check_rules(&self, model: &Model, planned: &[Entry], mut seq: u64) -> Result<(), CommitError> {
         if !planned.iter().any(|entry| entry.change.is_of_rules()) {
             return Ok(());
@@ -614,7 +614,7 @@ impl Thread {
                 self.rules_changed = false;
                 Ok(state)
             }
-            // Plans check what they change; this is for what nobody thought of. Revocations go on.
+            // Plans check what they change; this is for errors that no check foresaw. Revocations are still published.
             Err(error) => {
                 tracing::error!(%error, "the new rules do not hold; proxies keep those they have");
                 model.picture(Some(&before))
