@@ -8,11 +8,13 @@ use std::time::Instant;
 use keygate_core::cutoff::{Cutoff, Lockdown};
 use keygate_core::limits::{Limits, Override};
 use keygate_core::policy::Policy;
-use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
+use keygate_core::revocation::{
+    ExactSet, Fingerprint, MAX_DELTA_OPS, Op, Revocations as _, Standing, digest,
+};
 use keygate_core::rollout::Rollout;
 use keygate_core::rules::{self, Rules, RulesError, Ruleset};
 use keygate_core::version::Version;
-use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
+use keygate_core::wire::{Answer, Body, NewRules};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 

@@ -23,6 +23,7 @@
 )]
 #![deny(missing_docs, rustdoc::broken_intra_doc_links)]
 
+pub mod bytes;
 pub mod cache;
 pub mod client;
 pub mod credential;

@@ -21,7 +21,7 @@ use std::sync::{Arc, OnceLock};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use crate::wire::{self, Reader};
+use crate::bytes::{self, Reader, WireError};
 
 /// The most shards: 2^12.
 pub const MAX_SHARD_BITS: u8 = 12;
@@ -30,6 +30,8 @@ pub const MAX_SHARD_BITS: u8 = 12;
 pub const MAX_SHARD_ENTRIES: usize = 32_000;
 /// Entries of a shard that the layout aims at, on average: 32 KiB, which is copied in about 10 µs.
 const TARGET_SHARD_ENTRIES: usize = 4_096;
+/// The most changes of one delta; a proxy further behind takes a snapshot.
+pub const MAX_DELTA_OPS: usize = 65_536;
 
 const SHARD_MAGIC: &[u8; 4] = b"KGX1";
 const SHARD_HEADER_BYTES: usize = 16;
@@ -95,6 +97,43 @@ impl Op {
             Self::Revoke(f) | Self::Suspend(f) | Self::Resume(f) | Self::Forget(f) => f,
         }
     }
+}
+
+/// A list of changes: their number, then each.
+pub fn encode_ops(ops: &[Op]) -> Vec<u8> {
+    let mut out = bytes::count(ops.len()).to_vec();
+    for op in ops {
+        out.push(match op {
+            Op::Revoke(_) => 1,
+            Op::Suspend(_) => 2,
+            Op::Resume(_) => 3,
+            Op::Forget(_) => 4,
+        });
+        out.extend_from_slice(&op.fingerprint().0.to_le_bytes());
+    }
+    out
+}
+
+/// Reads a list of changes.
+///
+/// # Errors
+/// When it is cut short, too long or has an unknown kind of change.
+pub fn decode_ops(reader: &mut Reader<'_>) -> Result<Vec<Op>, WireError> {
+    let number = reader.capped(MAX_DELTA_OPS)?;
+    let mut entries = Reader::new(reader.take(number.saturating_mul(9))?);
+    let mut ops = Vec::with_capacity(number);
+    for _ in 0..number {
+        let kind = entries.u8()?;
+        let fingerprint = Fingerprint(entries.u64()?);
+        ops.push(match kind {
+            1 => Op::Revoke(fingerprint),
+            2 => Op::Suspend(fingerprint),
+            3 => Op::Resume(fingerprint),
+            4 => Op::Forget(fingerprint),
+            _ => return Err(WireError::UnknownFormat),
+        });
+    }
+    Ok(ops)
 }
 
 /// One shard.
@@ -200,8 +239,8 @@ impl Shard {
         out.extend_from_slice(SHARD_MAGIC);
         out.extend_from_slice(&[self.bits, 0]);
         out.extend_from_slice(&self.index.to_le_bytes());
-        out.extend_from_slice(&wire::count(self.revoked.len()));
-        out.extend_from_slice(&wire::count(self.suspended.len()));
+        out.extend_from_slice(&bytes::count(self.revoked.len()));
+        out.extend_from_slice(&bytes::count(self.suspended.len()));
         for value in self.revoked.iter().chain(&self.suspended) {
             out.extend_from_slice(&value.to_le_bytes());
         }

@@ -14,10 +14,10 @@
 //! Nothing here works on more than one shard, or on more than a few hundred changes of it, at a time: large
 //! publications are carried out in steps, between which the leader serves requests.
 
-use crate::revocation::{MAX_SHARD_ENTRIES, Op, Shard};
+use crate::bytes::{Reader, WireError};
+use crate::revocation::{MAX_SHARD_ENTRIES, Op, Shard, decode_ops, encode_ops};
 use crate::sync::{Change, Publication};
 use crate::version::Version;
-use crate::wire::{self, Reader, WireError};
 
 /// How long a lease holds, in nanoseconds. The leader renews it at every tick, several times as often.
 pub const LEASE_NS: u64 = 1_500_000_000;
@@ -156,7 +156,7 @@ pub fn rules(data: &mut impl SharedData, counter: u64) -> Option<Vec<u8>> {
 pub fn logged(data: &mut impl SharedData, counter: u64) -> Option<Vec<Op>> {
     let (stamp, bytes) = stamped(data, &log_key(counter))?;
     let mut reader = Reader::new(&bytes);
-    let ops = wire::decode_ops(&mut reader).ok()?;
+    let ops = decode_ops(&mut reader).ok()?;
     (stamp == counter && reader.end().is_ok()).then_some(ops)
 }
 
@@ -445,7 +445,7 @@ impl Publisher {
     fn put_rules_in_force(&mut self, data: &mut impl SharedData, rules: &[u8]) -> Result<(), PublishError> {
         let counter = self.beacon.counter.saturating_add(1);
         let next = Beacon { counter, rules_counter: counter, ..self.beacon };
-        self.write(data, &log_key(counter), &with_stamp(counter, &wire::encode_ops(&[])))?;
+        self.write(data, &log_key(counter), &with_stamp(counter, &encode_ops(&[])))?;
         self.write(data, RULES, &with_stamp(counter, rules))?;
         self.light(data, next)
     }
@@ -467,7 +467,7 @@ impl Publisher {
         match &publication.revocations {
             Change::Ops(ops) => {
                 let followed = ops.len() <= MAX_LOGGED_OPS;
-                let entry = if followed { wire::encode_ops(ops) } else { Vec::new() };
+                let entry = if followed { encode_ops(ops) } else { Vec::new() };
                 self.write(data, &log_key(next.counter), &with_stamp(next.counter, &entry))?;
             }
             Change::Replace { bits } => {

@@ -8,13 +8,12 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use crate::bytes::WireError;
 use crate::gate::ShardSource;
 use crate::revocation::{self, Op, Shard, ShardError};
 use crate::rules::{self, Rules, RulesError, Ruleset};
 use crate::version::Version;
-use crate::wire::{
-    self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest, WireError,
-};
+use crate::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest};
 
 /// Follows one line of state.
 #[derive(Debug, Default)]

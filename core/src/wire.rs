@@ -38,7 +38,8 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::revocation::{Fingerprint, MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Op};
+use crate::bytes::{Reader, WireError, count};
+use crate::revocation::{MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Op, decode_ops, encode_ops};
 use crate::rules::MAX_RULES_BYTES;
 use crate::version::Version;
 
@@ -46,8 +47,6 @@ use crate::version::Version;
 pub const FORMAT: u32 = 1;
 /// The most bytes of one answer.
 pub const MAX_ANSWER_BYTES: usize = 8 * 1024 * 1024;
-/// The most changes of one delta; a proxy further behind takes a snapshot.
-pub const MAX_DELTA_OPS: usize = 65_536;
 /// The most shards asked for at a time.
 pub const MAX_SHARDS_PER_REQUEST: usize = 16;
 /// The bytes of shards in one answer, unless the first is larger. A proxy copies all of an answer at once,
@@ -173,23 +172,6 @@ pub enum Body {
     },
 }
 
-/// Bytes that cannot be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum WireError {
-    /// Fewer bytes than announced.
-    #[error("cut short")]
-    CutShort,
-    /// Bytes after the end.
-    #[error("bytes after the end")]
-    TrailingBytes,
-    /// Another format, or another version of it.
-    #[error("unknown format")]
-    UnknownFormat,
-    /// A count beyond its cap.
-    #[error("a count beyond its limit")]
-    TooMany,
-}
-
 impl Answer {
     /// The bytes.
     pub fn encode(&self) -> Vec<u8> {
@@ -274,43 +256,6 @@ impl Answer {
     }
 }
 
-/// A list of changes: their number, then each.
-pub fn encode_ops(ops: &[Op]) -> Vec<u8> {
-    let mut out = count(ops.len()).to_vec();
-    for op in ops {
-        out.push(match op {
-            Op::Revoke(_) => 1,
-            Op::Suspend(_) => 2,
-            Op::Resume(_) => 3,
-            Op::Forget(_) => 4,
-        });
-        out.extend_from_slice(&op.fingerprint().0.to_le_bytes());
-    }
-    out
-}
-
-/// Reads a list of changes.
-///
-/// # Errors
-/// When it is cut short, too long or has an unknown kind of change.
-pub fn decode_ops(reader: &mut Reader<'_>) -> Result<Vec<Op>, WireError> {
-    let number = reader.capped(MAX_DELTA_OPS)?;
-    let mut entries = Reader::new(reader.take(number.saturating_mul(9))?);
-    let mut ops = Vec::with_capacity(number);
-    for _ in 0..number {
-        let kind = entries.u8()?;
-        let fingerprint = Fingerprint(entries.u64()?);
-        ops.push(match kind {
-            1 => Op::Revoke(fingerprint),
-            2 => Op::Suspend(fingerprint),
-            3 => Op::Resume(fingerprint),
-            4 => Op::Forget(fingerprint),
-            _ => return Err(WireError::UnknownFormat),
-        });
-    }
-    Ok(ops)
-}
-
 /// The answer to a [`ShardRequest`]: the shards' bytes in the order asked for, the first of them if all would
 /// be more than [`SHARDS_ANSWER_BYTES`].
 pub fn encode_shards<'s>(shards: impl ExactSizeIterator<Item = &'s [u8]>) -> Vec<u8> {
@@ -344,99 +289,12 @@ pub fn decode_shards(bytes: &[u8]) -> Result<Vec<Range<usize>>, WireError> {
     Ok(shards)
 }
 
-/// A count or length as it is written. All that are written are capped far below 2^32.
-pub fn count(number: usize) -> [u8; 4] {
-    u32::try_from(number).unwrap_or(u32::MAX).to_le_bytes()
-}
-
-/// Reads little-endian values off a slice; every read is checked.
-#[derive(Debug)]
-pub struct Reader<'b> {
-    rest: &'b [u8],
-}
-
-impl<'b> Reader<'b> {
-    /// A reader from the beginning of `bytes`.
-    pub fn new(bytes: &'b [u8]) -> Self {
-        Self { rest: bytes }
-    }
-
-    /// The next `number` bytes.
-    ///
-    /// # Errors
-    /// When there are fewer.
-    pub fn take(&mut self, number: usize) -> Result<&'b [u8], WireError> {
-        let (head, rest) = self.rest.split_at_checked(number).ok_or(WireError::CutShort)?;
-        self.rest = rest;
-        Ok(head)
-    }
-
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        let (head, rest) = self.rest.split_first_chunk::<N>().ok_or(WireError::CutShort)?;
-        self.rest = rest;
-        Ok(*head)
-    }
-
-    /// The next byte.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn u8(&mut self) -> Result<u8, WireError> {
-        self.array::<1>().map(|[byte]| byte)
-    }
-
-    /// The next 16-bit number.
-    ///
-    /// # Errors
-    /// When it is cut short.
-    pub fn u16(&mut self) -> Result<u16, WireError> {
-        self.array().map(u16::from_le_bytes)
-    }
-
-    /// The next 32-bit number.
-    ///
-    /// # Errors
-    /// When it is cut short.
-    pub fn u32(&mut self) -> Result<u32, WireError> {
-        self.array().map(u32::from_le_bytes)
-    }
-
-    /// The next 64-bit number.
-    ///
-    /// # Errors
-    /// When it is cut short.
-    pub fn u64(&mut self) -> Result<u64, WireError> {
-        self.array().map(u64::from_le_bytes)
-    }
-
-    /// The next 32-bit number, if it is at most `cap`.
-    ///
-    /// # Errors
-    /// When it is cut short or larger.
-    pub fn capped(&mut self, cap: usize) -> Result<usize, WireError> {
-        let number = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
-        if number > cap { Err(WireError::TooMany) } else { Ok(number) }
-    }
-
-    /// What was not read yet.
-    pub fn rest(&self) -> &'b [u8] {
-        self.rest
-    }
-
-    /// The end.
-    ///
-    /// # Errors
-    /// When there are bytes left.
-    pub fn end(&self) -> Result<(), WireError> {
-        if self.rest.is_empty() { Ok(()) } else { Err(WireError::TrailingBytes) }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::revocation::Fingerprint;
 
     fn delta() -> Answer {
         Answer {

@@ -926,7 +926,7 @@ proptest! {
         let mut bytes = Vec::new();
         spends.encode(&mut bytes);
         prop_assert!(bytes.len() < 132 * 13);
-        prop_assert_eq!(Spends::decode(&mut crate::wire::Reader::new(&bytes)).unwrap(), spends);
+        prop_assert_eq!(Spends::decode(&mut crate::bytes::Reader::new(&bytes)).unwrap(), spends);
     }
 }
 
