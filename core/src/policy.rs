@@ -5,7 +5,6 @@ use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
-use crate::forward::Told;
 use crate::token;
 
 /// The most routes of a policy.
@@ -86,6 +85,59 @@ pub struct Route {
 
 fn one() -> u32 {
     1
+}
+
+/// One thing that an upstream can be told of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Identity {
+    /// `x-keygate-key-id`.
+    KeyId,
+    /// `x-keygate-role`.
+    Role,
+    /// `x-keygate-scopes`.
+    Scopes,
+    /// `x-keygate-owner`.
+    Owner,
+}
+
+impl Identity {
+    const ALL: [Self; 4] = [Self::KeyId, Self::Role, Self::Scopes, Self::Owner];
+}
+
+/// What a route's upstream is told of a key: all of it, unless the policy names less.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<Identity>", into = "Vec<Identity>")]
+pub struct Told([bool; Identity::ALL.len()]);
+
+impl Told {
+    /// Whether it is all.
+    pub fn is_all(&self) -> bool {
+        *self == Self::default()
+    }
+
+    /// The parts that are told.
+    pub fn parts(self) -> impl Iterator<Item = Identity> {
+        Identity::ALL.into_iter().zip(self.0).filter_map(|(part, told)| told.then_some(part))
+    }
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self([true; Identity::ALL.len()])
+    }
+}
+
+impl From<Vec<Identity>> for Told {
+    fn from(parts: Vec<Identity>) -> Self {
+        Self(Identity::ALL.map(|part| parts.contains(&part)))
+    }
+}
+
+impl From<Told> for Vec<Identity> {
+    fn from(told: Told) -> Self {
+        told.parts().collect()
+    }
 }
 
 /// What is wrong with a policy, and where.
@@ -360,6 +412,17 @@ mod tests {
         assert_eq!(name("/x/../admin"), None);
         assert_eq!(name("//admin"), None);
         assert_eq!(name("/x"), Some("all"));
+    }
+
+    #[test]
+    fn what_a_route_tells_is_a_list_of_names() {
+        let read = |json: &str| serde_json::from_str::<Told>(json);
+        assert!(read(r#"["owner", "key_id", "role", "scopes"]"#).unwrap().is_all());
+        let some = read(r#"["owner", "key_id"]"#).unwrap();
+        assert!(!some.is_all());
+        assert_eq!(serde_json::to_string(&some).unwrap(), r#"["key_id","owner"]"#);
+        assert_eq!(serde_json::to_string(&read("[]").unwrap()).unwrap(), "[]");
+        assert!(read(r#"["name"]"#).unwrap_err().to_string().contains("`key_id`, `role`, `scopes`, `owner`"));
     }
 
     #[test]
