@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::client::{self, DEFAULT_IPV6_PREFIX};
 use crate::revocation::Fingerprint;
+use crate::token::Claims;
 
 /// The most limits that are named for single keys.
 pub const MAX_KEYS: usize = 1_000;
@@ -217,6 +218,17 @@ impl<'k> Holder<'k> {
             owner: AccountName::Owner(owner).account(),
             maker: if self.owner.is_none() { key } else { AccountName::Key(owner).account() },
             role: AccountName::Role { owner, role: self.limit_role }.account(),
+        }
+    }
+}
+
+impl Claims {
+    /// The view of the key that limits have.
+    pub fn holder(&self) -> Holder<'_> {
+        Holder {
+            key_id: &self.sub,
+            owner: self.own.as_deref(),
+            limit_role: self.lrole.as_deref().unwrap_or(&self.role),
         }
     }
 }

@@ -156,7 +156,7 @@ mod tests {
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
     use crate::rules;
     use crate::shared::tests::{Memory, delta, replace, snapshot};
-    use crate::shared::{Contact, Publisher};
+    use crate::shared::{Contact, Publication, Publisher};
 
     fn rules_bytes(hard_age_s: u64) -> Vec<u8> {
         Rules {
@@ -178,7 +178,7 @@ mod tests {
         .encode()
     }
 
-    fn first(set: &ExactSet) -> crate::sync::Publication {
+    fn first(set: &ExactSet) -> Publication {
         let mut publication = snapshot(1, set);
         publication.rules = Some(rules_bytes(300));
         publication

@@ -16,7 +16,6 @@
 
 use crate::bytes::{Reader, WireError};
 use crate::revocation::{MAX_SHARD_ENTRIES, Op, Shard, decode_ops, encode_ops};
-use crate::sync::{Change, Publication};
 use crate::version::Version;
 
 /// How long a lease holds, in nanoseconds. The leader renews it at every tick, several times as often.
@@ -99,6 +98,31 @@ pub struct Contact {
     pub asked_ns: u64,
     /// When the answer came.
     pub heard_ns: u64,
+}
+
+/// A new version for the workers.
+#[derive(Debug)]
+pub struct Publication {
+    /// The version.
+    pub version: Version,
+    /// The control plane's clock when it answered, Unix milliseconds.
+    pub sent_at_ms: u64,
+    /// New rules; they were checked.
+    pub rules: Option<Vec<u8>>,
+    /// What became of the revoked.
+    pub revocations: Change,
+}
+
+/// A change of the revocation set.
+#[derive(Debug)]
+pub enum Change {
+    /// Changes to the set there is.
+    Ops(Vec<Op>),
+    /// The set that was staged replaces the one there is.
+    Replace {
+        /// The number of shards as a power of two.
+        bits: u8,
+    },
 }
 
 impl Beacon {

@@ -10,8 +10,9 @@ use std::ops::Range;
 
 use crate::bytes::WireError;
 use crate::gate::ShardSource;
-use crate::revocation::{self, Op, Shard, ShardError};
+use crate::revocation::{self, Shard, ShardError};
 use crate::rules::{self, Rules, RulesError, Ruleset};
+use crate::shared::{Change, Publication};
 use crate::version::Version;
 use crate::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest};
 
@@ -69,31 +70,6 @@ pub enum Step {
     },
     /// All shards are staged: publish.
     Publish(Publication),
-}
-
-/// A new version for the workers.
-#[derive(Debug)]
-pub struct Publication {
-    /// The version.
-    pub version: Version,
-    /// The control plane's clock when it answered, Unix milliseconds.
-    pub sent_at_ms: u64,
-    /// New rules; they were checked.
-    pub rules: Option<Vec<u8>>,
-    /// What became of the revoked.
-    pub revocations: Change,
-}
-
-/// A change of the revocation set.
-#[derive(Debug)]
-pub enum Change {
-    /// Changes to the set there is.
-    Ops(Vec<Op>),
-    /// The set that was staged replaces the one there is.
-    Replace {
-        /// The number of shards as a power of two.
-        bits: u8,
-    },
 }
 
 /// Why an answer is not followed. What is enforced stays as it was.
@@ -373,7 +349,7 @@ fn goes_on_from(answer: &Answer, enforced: Version) -> bool {
 mod tests {
     use super::*;
     use crate::policy::Policy;
-    use crate::revocation::{ExactSet, Fingerprint};
+    use crate::revocation::{ExactSet, Fingerprint, Op};
     use crate::rules;
 
     struct Own(Vec<Vec<u8>>);

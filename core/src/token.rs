@@ -11,7 +11,6 @@ use serde::Serialize;
 
 use crate::crypto::Algorithm;
 use crate::json::{self, Value};
-use crate::limits::Holder;
 use crate::revocation::Fingerprint;
 
 /// The longest token read, in bytes. The longest issued one has about 900.
@@ -59,15 +58,6 @@ impl Claims {
     /// What revocation knows this token by.
     pub fn fingerprint(&self) -> Fingerprint {
         Fingerprint::of(&self.jti)
-    }
-
-    /// The view of the key that limits have.
-    pub fn holder(&self) -> Holder<'_> {
-        Holder {
-            key_id: &self.sub,
-            owner: self.own.as_deref(),
-            limit_role: self.lrole.as_deref().unwrap_or(&self.role),
-        }
     }
 }
 
@@ -223,6 +213,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::limits::Holder;
 
     const HEADER: &str = r#"{"alg":"ES256","kid":"k1","typ":"apikey+jwt"}"#;
     const CLAIMS: &str = r#"{"iss":"keygate","sub":"key_1","jti":"j1","iat":1000,"exp":2000,"role":"basic","scope":"chat:read chat:write"}"#;

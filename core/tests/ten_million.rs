@@ -8,8 +8,8 @@ use keygate_core::policy::Policy;
 use keygate_core::replica::Replica;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::rules::{self, Rules};
-use keygate_core::shared::{Conflict, Contact, Publisher, Publishing, SharedData};
-use keygate_core::sync::{Ask, Change, Follower, Outcome, Publication, Step};
+use keygate_core::shared::{Change, Conflict, Contact, Publication, Publisher, Publishing, SharedData};
+use keygate_core::sync::{Ask, Follower, Outcome, Step};
 use keygate_core::version::Version;
 use keygate_core::wire::{self, Answer, Body, MAX_ANSWER_BYTES, NewRules, SHARDS_ANSWER_BYTES};
 

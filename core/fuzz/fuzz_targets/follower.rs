@@ -2,7 +2,8 @@
 #![no_main]
 
 use keygate_core::gate::ShardSource;
-use keygate_core::sync::{Ask, Follower, Outcome, Publication, Step};
+use keygate_core::shared::Publication;
+use keygate_core::sync::{Ask, Follower, Outcome, Step};
 use keygate_core::version::Version;
 
 struct Nothing;
