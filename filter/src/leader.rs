@@ -10,9 +10,9 @@ use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
 use keygate_core::wire::{FORMAT, Poll, Proxy};
 
 use crate::VERSION;
+use crate::config::Configuration;
 use crate::host::{self, Answer, CallId, Shared};
 use crate::metrics::Metrics;
-use crate::plugin::Configuration;
 use crate::reporter::{REPORT_PATH, Reporter};
 use crate::till::{QUOTA_PATH, Teller};
 

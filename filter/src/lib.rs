@@ -21,6 +21,7 @@
 #[cfg(all(not(target_family = "wasm"), panic = "abort"))]
 compile_error!("the module catches panics: build it with profile `module` (scripts/build module)");
 
+mod config;
 mod es256;
 mod host;
 mod leader;

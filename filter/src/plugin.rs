@@ -10,8 +10,8 @@ use keygate_core::shared::{self, Census};
 use keygate_core::telemetry::Tally;
 use keygate_core::telemetry::ledger::Ledger;
 use keygate_core::wall_clock::WallClock;
-use serde::Deserialize;
 
+use crate::config::{Configuration, FLEET_TOKEN};
 use crate::es256;
 use crate::host::{self, Answer, CallId};
 use crate::leader::{Leader, Now};
@@ -30,32 +30,6 @@ const TELL_UNITS_NS: u64 = 40_000_000;
 /// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
 /// it traps.
 const WRITE_DOWN_NS: u64 = 200_000_000;
-
-/// The plugin's configuration. It shows in Envoy's `/config_dump`, so nothing secret stands in it: the
-/// fleet token comes by the environment variable [`FLEET_TOKEN`].
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Configuration {
-    /// The Envoy cluster of the control plane's sync port.
-    pub sync_cluster: String,
-    /// How long a poll is held back when there is nothing new, in milliseconds.
-    #[serde(default = "default_poll_wait_ms")]
-    pub poll_wait_ms: u64,
-    /// Memory of each worker for tokens verified before, in bytes.
-    #[serde(default = "default_token_cache_bytes")]
-    pub token_cache_bytes: usize,
-}
-
-fn default_poll_wait_ms() -> u64 {
-    10_000
-}
-
-fn default_token_cache_bytes() -> usize {
-    16 * 1024 * 1024
-}
-
-/// The environment variable with the fleet token.
-pub const FLEET_TOKEN: &str = "KEYGATE_FLEET_TOKEN";
 
 /// One VM's state.
 pub struct Plugin {
@@ -93,8 +67,7 @@ impl Plugin {
     /// # Errors
     /// What is wrong, for the operator.
     pub fn start() -> Result<Self, String> {
-        let configuration: Configuration = serde_json::from_slice(&host::configuration())
-            .map_err(|e| format!("{e}; expected {{\"sync_cluster\": \"<an Envoy cluster>\"}}"))?;
+        let configuration = Configuration::read(&host::configuration())?;
         es256::install()?;
         let token = std::env::var(FLEET_TOKEN).ok().filter(|token| !token.is_empty());
         if token.is_none() {
