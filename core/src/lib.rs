@@ -44,7 +44,6 @@ pub mod revocation;
 pub mod rollout;
 pub mod rules;
 pub mod shared;
-pub mod store;
 pub mod sync;
 pub mod telemetry;
 pub mod token;

@@ -5,6 +5,7 @@
 
 mod abi;
 mod here;
+mod store;
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};

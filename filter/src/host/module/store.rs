@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ahash::RandomState;
 
-use crate::shared::{Conflict, SharedData};
+use keygate_core::shared::{Conflict, SharedData};
 
 /// One such store.
 #[derive(Default)]
