@@ -25,6 +25,7 @@ pub struct Reader<'b> {
 
 impl<'b> Reader<'b> {
     /// A reader from the beginning of `bytes`.
+    #[inline]
     pub fn new(bytes: &'b [u8]) -> Self {
         Self { rest: bytes }
     }
@@ -33,6 +34,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When there are fewer.
+    #[inline]
     pub fn take(&mut self, number: usize) -> Result<&'b [u8], WireError> {
         let (head, rest) = self.rest.split_at_checked(number).ok_or(WireError::CutShort)?;
         self.rest = rest;
@@ -43,6 +45,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When there are fewer.
+    #[inline]
     pub fn array<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
         let (head, rest) = self.rest.split_first_chunk::<N>().ok_or(WireError::CutShort)?;
         self.rest = rest;
@@ -53,6 +56,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When there is none.
+    #[inline]
     pub fn u8(&mut self) -> Result<u8, WireError> {
         self.array::<1>().map(|[byte]| byte)
     }
@@ -61,6 +65,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When it is cut short.
+    #[inline]
     pub fn u16(&mut self) -> Result<u16, WireError> {
         self.array().map(u16::from_le_bytes)
     }
@@ -69,6 +74,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When it is cut short.
+    #[inline]
     pub fn u32(&mut self) -> Result<u32, WireError> {
         self.array().map(u32::from_le_bytes)
     }
@@ -77,6 +83,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When it is cut short.
+    #[inline]
     pub fn u64(&mut self) -> Result<u64, WireError> {
         self.array().map(u64::from_le_bytes)
     }
@@ -85,12 +92,14 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When it is cut short or larger.
+    #[inline]
     pub fn capped(&mut self, cap: usize) -> Result<usize, WireError> {
         let number = usize::try_from(self.u32()?).unwrap_or(usize::MAX);
         if number > cap { Err(WireError::TooMany) } else { Ok(number) }
     }
 
     /// What was not read yet.
+    #[inline]
     pub fn rest(&self) -> &'b [u8] {
         self.rest
     }
@@ -99,6 +108,7 @@ impl<'b> Reader<'b> {
     ///
     /// # Errors
     /// When there are bytes left.
+    #[inline]
     pub fn end(&self) -> Result<(), WireError> {
         if self.rest.is_empty() { Ok(()) } else { Err(WireError::TrailingBytes) }
     }
