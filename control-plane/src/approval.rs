@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use keygate_core::cutoff::Cutoff;
+use keygate_core::decide::cutoff::Cutoff;
 use keygate_core::token::Claims;
 use serde::{Deserialize, Serialize};
 
@@ -141,7 +141,7 @@ impl Proposal {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::cutoff::Scope;
+    use keygate_core::decide::cutoff::Scope;
 
     use super::*;
     use crate::change::Change;

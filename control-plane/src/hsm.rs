@@ -32,7 +32,7 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
-use keygate_core::crypto::P256_POINT_BYTES;
+use keygate_core::token::crypto::P256_POINT_BYTES;
 use sha2::{Digest as _, Sha256};
 use zeroize::Zeroizing;
 
@@ -794,7 +794,7 @@ pub(crate) mod softhsm {
 #[cfg(test)]
 mod tests {
     use cryptoki::object::AttributeInfo;
-    use keygate_core::crypto::{Es256, native};
+    use keygate_core::token::crypto::{Es256, native};
 
     use super::softhsm::Token;
     use super::*;

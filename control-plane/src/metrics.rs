@@ -4,8 +4,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use keygate_core::decision::Reason;
-use keygate_core::policy::Policy;
+use keygate_core::decide::Reason;
+use keygate_core::decide::policy::Policy;
 use keygate_core::quota::SilentProxy;
 use keygate_core::telemetry::Trouble;
 use prometheus::{
@@ -617,7 +617,7 @@ impl Metrics {
 
     /// Shows how the rollout stands at `now`, Unix seconds. Where there is no V1 everything goes to V2, whatever is set.
     pub fn show_rollout(&self, flags: &Flags, has_v1: bool, now: u64) {
-        use keygate_core::rollout::{FULL_SHARE, Strategy};
+        use keygate_core::decide::rollout::{FULL_SHARE, Strategy};
         for strategy in
             [Strategy::Off, Strategy::Canary, Strategy::Percentage, Strategy::Gradual, Strategy::Full]
         {
@@ -686,7 +686,7 @@ mod tests {
     fn what_is_left_of_a_rollout_without_a_v1_is_not_shown_as_in_force() {
         let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
         let mut flags = Flags::default();
-        flags.rollout.strategy = keygate_core::rollout::Strategy::Off;
+        flags.rollout.strategy = keygate_core::decide::rollout::Strategy::Off;
         metrics.show_rollout(&flags, true, 0);
         let off = "keygate_rollout_strategy{strategy=\"off\"} 1";
         assert!(metrics.text().contains(off) && metrics.text().contains("keygate_rollout_share 0\n"));

@@ -6,7 +6,7 @@
 //! argument, effects are returned as data. So the same code answers in Envoy, in the control plane's
 //! `/api/auth/validate`, in a dry run and in a test, and the four cannot disagree.
 //!
-//! Start with [`decision::decide`].
+//! Start with [`decide::decide()`].
 
 // A panic in the filter is a trap, and a trap is an outage of that worker.
 #![cfg_attr(
@@ -24,30 +24,12 @@
 #![deny(missing_docs, rustdoc::broken_intra_doc_links)]
 
 pub mod bytes;
-pub mod cache;
-pub mod client;
-pub mod credential;
-pub mod crypto;
-pub mod cutoff;
-pub mod decision;
-pub mod forward;
-pub mod gate;
-pub mod header_map;
-pub mod json;
-pub mod jti;
-pub mod limits;
-pub mod policy;
+pub mod decide;
 pub mod quota;
-pub mod refusal;
-pub mod replica;
 pub mod revocation;
-pub mod rollout;
-pub mod rules;
-pub mod shared;
+pub mod shm;
 pub mod sync;
 pub mod telemetry;
 pub mod token;
 pub mod version;
-pub mod waiting;
-pub mod wall_clock;
-pub mod wire;
+pub mod worker;

@@ -1,4 +1,4 @@
-//! The Envoy filter. It decides nothing: it carries requests to [`keygate_core::decision`], state from
+//! The Envoy filter. It decides nothing: it carries requests to [`keygate_core::decide`], state from
 //! the control plane to [`keygate_core::sync`], and the answers back.
 //!
 //! It runs in WebAssembly (`wasm`), with a VM for each worker and one for the main thread, or as a dynamic module

@@ -1,7 +1,7 @@
 //! Counters in Envoy's own stats. `/stats/prometheus` shows them as `keygate_decisions{reason="…"}` and so
 //! on; the `stats_tags` of the shipped Envoy configuration make the label of a name's last part.
 
-use keygate_core::decision::Reason;
+use keygate_core::decide::Reason;
 
 use crate::host::{Counter, Gauge, Histogram};
 

@@ -11,8 +11,8 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use keygate_core::decision::Reason;
-use keygate_core::waiting::{Ticket, WaitingList};
+use keygate_core::decide::Reason;
+use keygate_core::worker::waiting::{Ticket, WaitingList};
 
 use crate::host::{self, Answer, CallId, Config, Counter, Envoy, MAIN, Stream, Waker};
 use crate::metrics;

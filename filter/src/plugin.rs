@@ -3,13 +3,13 @@
 
 use std::time::Duration;
 
-use keygate_core::cache::TokenCache;
+use keygate_core::decide::cache::TokenCache;
 use keygate_core::quota::Worker;
-use keygate_core::replica::Replica;
-use keygate_core::shared::{self, Census};
+use keygate_core::shm::{self, Census};
 use keygate_core::telemetry::Tally;
 use keygate_core::telemetry::ledger::Ledger;
-use keygate_core::wall_clock::WallClock;
+use keygate_core::worker::replica::Replica;
+use keygate_core::worker::wall_clock::WallClock;
 
 use crate::config::{Configuration, FLEET_TOKEN};
 use crate::es256;
@@ -110,10 +110,10 @@ impl Plugin {
         self.metrics.on_tick();
         self.tally.on_tick();
         self.replica.refresh(&mut host::Shared, now_ns);
-        self.counted = self.counted || shared::count_start(&mut host::Shared);
+        self.counted = self.counted || shm::count_start(&mut host::Shared);
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
             self.roll_called_ns = now_ns;
-            self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
+            self.census = shm::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
         }
         if now_ns.saturating_sub(self.units_told_ns) >= TELL_UNITS_NS {
             self.units_told_ns = now_ns;

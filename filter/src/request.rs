@@ -1,12 +1,12 @@
 //! What a worker does with a request: reads its headers once, has it decided, and carries that out.
 
-use keygate_core::credential::{self, Credential};
-use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
-use keygate_core::forward::{self, Forwarded};
-use keygate_core::header_map::HeaderMap;
-use keygate_core::limits::Left;
-use keygate_core::refusal::Refusal;
+use keygate_core::decide::forward::{self, Forwarded};
+use keygate_core::decide::header_map::HeaderMap;
+use keygate_core::decide::limits::Left;
+use keygate_core::decide::refusal::Refusal;
+use keygate_core::decide::{Decision, Judge, Reason, Request, State, Verdict, decide};
 use keygate_core::telemetry::{self, Stopwatch, Trouble};
+use keygate_core::token::credential::{self, Credential};
 
 use crate::host::{self, Entry};
 use crate::plugin::Plugin;

@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::cutoff::{Cutoff, Lockdown, Scope};
+use keygate_core::decide::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};

@@ -6,8 +6,8 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use keygate_core::policy::{Mode, Policy, Route};
-use keygate_core::rules::MAX_RULES_BYTES;
+use keygate_core::decide::policy::{Mode, Policy, Route};
+use keygate_core::decide::rules::MAX_RULES_BYTES;
 use serde::Deserialize;
 
 use super::request::{self, Body, Waits};

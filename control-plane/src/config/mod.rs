@@ -14,9 +14,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use keygate_core::crypto::Algorithm;
-use keygate_core::limits::MAX_UNITS;
+use keygate_core::decide::limits::MAX_UNITS;
 use keygate_core::token;
+use keygate_core::token::crypto::Algorithm;
 use toml::Value;
 
 pub use self::canary::CanarySettings;

@@ -419,7 +419,7 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::cutoff::{Cutoff, Scope};
+    use keygate_core::decide::cutoff::{Cutoff, Scope};
 
     use super::*;
     use crate::change::Change;

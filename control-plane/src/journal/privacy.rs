@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use keygate_core::limits::Limit;
+use keygate_core::decide::limits::Limit;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
@@ -188,7 +188,7 @@ fn associated(change: &Change) -> String {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::cutoff::{Cutoff, Scope};
+    use keygate_core::decide::cutoff::{Cutoff, Scope};
     use serde_json::json;
 
     use super::*;

@@ -11,9 +11,9 @@ pub mod schedule;
 
 use std::time::Duration;
 
-use keygate_core::crypto::Algorithm;
-use keygate_core::jti::JtiKey;
-use keygate_core::rules::MAX_KEYS;
+use keygate_core::decide::rules::MAX_KEYS;
+use keygate_core::token::crypto::Algorithm;
+use keygate_core::token::jti::JtiKey;
 use zeroize::Zeroizing;
 
 pub use self::driver::{Driver, Progress};
@@ -306,7 +306,7 @@ mod tests {
     use crate::master_key::MasterKey;
 
     fn keyring() -> Keyring {
-        keygate_core::crypto::native::install();
+        keygate_core::token::crypto::native::install();
         Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([2; 32]))
     }
 

@@ -21,9 +21,9 @@ mod signer;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use keygate_core::crypto::{Algorithm, native};
-use keygate_core::jti::JtiKey;
-use keygate_core::rules::Material;
+use keygate_core::decide::rules::Material;
+use keygate_core::token::crypto::{Algorithm, native};
+use keygate_core::token::jti::JtiKey;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use zeroize::Zeroizing;
@@ -115,7 +115,7 @@ pub struct SecretRecord {
     /// Whether an HSM keeps it, under its id.
     #[serde(default, skip_serializing_if = "is_false")]
     pub in_hsm: bool,
-    /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::jti`]: those of a secret that
+    /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::token::jti`]: those of a secret that
     /// was made elsewhere are not, nor those of one from before that was.
     #[serde(default, skip_serializing_if = "is_false")]
     pub keyed_ids: bool,

@@ -6,7 +6,7 @@ use super::Account;
 use super::record::Record;
 use super::standing::Standing;
 use crate::bytes::{Reader, WireError};
-use crate::shared::SharedData;
+use crate::shm::SharedData;
 
 /// Accounts are spread over so many values of the shared data.
 pub(super) const PAGES: u16 = 1_024;

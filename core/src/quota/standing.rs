@@ -2,7 +2,7 @@
 
 use super::{GRANT_NS, REPORT_NS, SILENCE_NS, fair_share};
 use crate::bytes::{Reader, WireError};
-use crate::shared::{Conflict, SharedData};
+use crate::shm::{Conflict, SharedData};
 
 const KEY: &str = "keygate/2/quota/standing";
 const MAGIC: &[u8; 4] = b"KGq2";

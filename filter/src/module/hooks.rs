@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
-use keygate_core::waiting::Ticket;
+use keygate_core::worker::waiting::Ticket;
 
 use super::{Answers, Module, Next, caught};
 use crate::host::{self, Buffer, Config, Header, Stream};

@@ -1,7 +1,7 @@
 //! One thing at a time.
 
 use super::*;
-use crate::limits::{Left, Limit, Metered};
+use crate::decide::limits::{Left, Limit, Metered};
 
 /// A proxy with two VMs, whose leader speaks with a ledger whenever it is told to.
 struct Site {

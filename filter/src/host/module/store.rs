@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ahash::RandomState;
 
-use keygate_core::shared::{Conflict, SharedData};
+use keygate_core::shm::{Conflict, SharedData};
 
 /// One such store.
 #[derive(Default)]

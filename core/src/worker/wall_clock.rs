@@ -1,6 +1,6 @@
 //! The wall clock, read seldom: to read it is a call into the proxy.
 
-use crate::replica::LOOK_EVERY_NS;
+use crate::worker::replica::LOOK_EVERY_NS;
 
 /// What the wall clock said last. Until [`LOOK_EVERY_NS`] later, as long as a worker trusts its copy of the state, the time
 /// is reckoned from there by the monotonic clock. A host's clock that is set is noticed then.

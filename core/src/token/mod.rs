@@ -1,17 +1,22 @@
 //! Reading a key strictly: the bytes of a compact JWS (RFC 7515 section 7.1) to [`Token`], or the
-//! reason why not. Nothing here is verified yet; [`crate::decision`] does that with what stands here.
+//! reason why not. Nothing here is verified yet; [`crate::decide`] does that with what stands here.
 //!
 //! The reader refuses whatever leaves room for two readings: duplicate members, other types, unknown
 //! header members, non-canonical base64url, padding, white space (RFC 8725 lists what such room led
 //! to). Keygate issues every key that it accepts, so being strict costs nothing.
 
+pub mod credential;
+pub mod crypto;
+pub mod json;
+pub mod jti;
+
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use serde::Serialize;
 
-use crate::crypto::Algorithm;
-use crate::json::{self, Value};
+use self::json::Value;
 use crate::revocation::Fingerprint;
+use crate::token::crypto::Algorithm;
 
 /// The longest token read, in bytes. The longest issued one has about 900.
 pub const MAX_TOKEN_BYTES: usize = 4096;
@@ -213,7 +218,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::Holder;
+    use crate::decide::limits::Holder;
 
     const HEADER: &str = r#"{"alg":"ES256","kid":"k1","typ":"apikey+jwt"}"#;
     const CLAIMS: &str = r#"{"iss":"keygate","sub":"key_1","jti":"j1","iat":1000,"exp":2000,"role":"basic","scope":"chat:read chat:write"}"#;

@@ -1,15 +1,15 @@
 use jsonwebtoken::EncodingKey;
 
 use super::*;
-use crate::crypto::{Algorithm, native};
-use crate::cutoff::{Cutoff, Lockdown, Scope};
-use crate::forward::Forwarded;
-use crate::jti::JtiKey;
-use crate::policy::Policy;
+use crate::decide::cutoff::{Cutoff, Lockdown, Scope};
+use crate::decide::forward::Forwarded;
+use crate::decide::policy::Policy;
+use crate::decide::rollout::Rollout;
+use crate::decide::rules::{self, Material, Rules, VerificationKey};
 use crate::revocation::{ExactSet, Fingerprint, Op};
-use crate::rollout::Rollout;
-use crate::rules::{self, Material, Rules, VerificationKey};
 use crate::telemetry::Tally;
+use crate::token::crypto::{Algorithm, native};
+use crate::token::jti::JtiKey;
 use crate::token::{Claims, TYPE};
 
 const NOW: u64 = 10_000;

@@ -1,5 +1,5 @@
 //! Following the control plane: what the leader of a proxy's VMs asks for next, and what an answer
-//! means. Pure: the filter carries the bytes, [`crate::shared`] publishes the outcome to the workers.
+//! means. Pure: the filter carries the bytes, [`crate::shm`] publishes the outcome to the workers.
 //!
 //! A snapshot is taken over in steps of one shard each, so that whoever leads can go on serving requests
 //! between them: [`Follower::step`]. A shard that the proxy has already is kept, the others are fetched;
@@ -9,12 +9,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use crate::bytes::WireError;
-use crate::gate::ShardSource;
+use crate::decide::rules::{self, Rules, RulesError, Ruleset};
+use crate::revocation::gate::ShardSource;
 use crate::revocation::{self, Shard, ShardError};
-use crate::rules::{self, Rules, RulesError, Ruleset};
-use crate::shared::{Change, Publication};
+use crate::shm::{Change, Publication};
+use crate::sync::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest};
 use crate::version::Version;
-use crate::wire::{self, Answer, Body, DIGEST_BYTES, MAX_SHARDS_PER_REQUEST, NewRules, ShardRequest};
 
 /// Follows one line of state.
 #[derive(Debug, Default)]
@@ -348,9 +348,9 @@ fn goes_on_from(answer: &Answer, enforced: Version) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::policy::Policy;
+    use crate::decide::policy::Policy;
+    use crate::decide::rules;
     use crate::revocation::{ExactSet, Fingerprint, Op};
-    use crate::rules;
 
     struct Own(Vec<Vec<u8>>);
 

@@ -1,10 +1,10 @@
 //! A worker's copy of the published state: what it decides with, and how old that is.
 
-use crate::decision::State;
-use crate::gate::{Gate, Gated, ShardSource};
+use crate::decide::State;
+use crate::decide::rules::{Rules, Ruleset};
 use crate::quota;
-use crate::rules::{Rules, Ruleset};
-use crate::shared::{self, Beacon, LOG_ENTRIES, SharedData};
+use crate::revocation::gate::{Gate, Gated, ShardSource};
+use crate::shm::{self, Beacon, LOG_ENTRIES, SharedData};
 use crate::version::Version;
 
 /// How long a worker may trust its copy before it looks whether there is a newer one, in nanoseconds.
@@ -37,7 +37,7 @@ impl Replica {
     /// Looks for a newer state now.
     pub fn look(&mut self, data: &mut impl SharedData, now_ns: u64) {
         self.looked_ns = Some(now_ns);
-        let Some(beacon) = shared::beacon(data).filter(Beacon::has_state) else { return };
+        let Some(beacon) = shm::beacon(data).filter(Beacon::has_state) else { return };
         // Never an older one. Whether one of another control plane may follow was for the leader to say.
         let (new, old) = (beacon.version, self.beacon.version);
         if new.source == old.source && new.seq < old.seq {
@@ -50,7 +50,7 @@ impl Replica {
         }
         if beacon.rules_counter != self.beacon.rules_counter || self.rules.is_none() {
             // Rules that cannot be had leave no state at all: the old ones may not be enforced any more.
-            self.rules = shared::rules(data, beacon.rules_counter)
+            self.rules = shm::rules(data, beacon.rules_counter)
                 .and_then(|bytes| Rules::decode(&bytes).ok())
                 .and_then(|rules| Ruleset::try_from(rules).ok());
         }
@@ -61,7 +61,7 @@ impl Replica {
         let behind = beacon.counter.saturating_sub(self.beacon.counter);
         let mut counters = (self.beacon.counter.saturating_add(1)..=beacon.counter).fuse();
         let followed = behind < LOG_ENTRIES
-            && counters.all(|counter| match shared::logged(data, counter) {
+            && counters.all(|counter| match shm::logged(data, counter) {
                 Some(ops) => {
                     ops.into_iter().for_each(|op| self.gate.note(op));
                     true
@@ -142,7 +142,7 @@ pub struct Shards<'a, D> {
 
 impl<D: SharedData> ShardSource for Shards<'_, D> {
     fn shard(&mut self, index: u16) -> Option<Vec<u8>> {
-        shared::shard(self.data, self.generation, index)
+        shm::shard(self.data, self.generation, index)
     }
 }
 
@@ -151,12 +151,12 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::limits::Limit;
-    use crate::policy::Policy;
+    use crate::decide::limits::Limit;
+    use crate::decide::policy::Policy;
+    use crate::decide::rules;
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
-    use crate::rules;
-    use crate::shared::tests::{Memory, delta, replace, snapshot};
-    use crate::shared::{Contact, Publication, Publisher};
+    use crate::shm::tests::{Memory, delta, replace, snapshot};
+    use crate::shm::{Contact, Publication, Publisher};
 
     fn rules_bytes(hard_age_s: u64) -> Vec<u8> {
         Rules {

@@ -34,7 +34,7 @@ pub use gradual::{Gradual, MAX_SPAN_S, MAX_STEPS, Step, WEEKLY_STEPS};
 pub use plan::{Choice, Plan, Why};
 pub use subject::Subject;
 
-use crate::policy;
+use crate::decide::policy;
 use crate::token;
 
 /// Everybody, in 10,000ths.
@@ -47,7 +47,7 @@ pub const MAX_ENDPOINTS: usize = 256;
 pub const MAX_ENDPOINT_BYTES: usize = 256;
 /// The longest salt, in bytes.
 pub const MAX_SALT_BYTES: usize = 64;
-/// The most bytes of an encoded rollout: half of [`crate::rules::MAX_RULES_BYTES`]. The other half is left to
+/// The most bytes of an encoded rollout: half of [`crate::decide::rules::MAX_RULES_BYTES`]. The other half is left to
 /// the verification keys and the policy.
 pub const MAX_BYTES: usize = 128 * 1024;
 

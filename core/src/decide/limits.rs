@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::client::{self, DEFAULT_IPV6_PREFIX};
+use crate::decide::client::{self, DEFAULT_IPV6_PREFIX};
 use crate::revocation::Fingerprint;
 use crate::token::Claims;
 

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use crate::cache::Verified;
-use crate::decision::{Decision, Reason};
-use crate::policy::{Identity, Told};
-use crate::rollout::ApiVersion;
+use crate::decide::cache::Verified;
+use crate::decide::policy::{Identity, Told};
+use crate::decide::rollout::ApiVersion;
+use crate::decide::{Decision, Reason};
 
 /// The header that says which version of the upstream a request is for; Envoy's routes go by it.
 pub const VERSION_HEADER: &str = "x-keygate-version";

@@ -90,7 +90,7 @@ mod worker;
 
 use serde::{Deserialize, Serialize};
 
-use crate::shared::SharedData;
+use crate::shm::SharedData;
 
 pub use leader::Leader;
 pub use ledger::{

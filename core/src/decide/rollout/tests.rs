@@ -4,7 +4,7 @@ use proptest::strategy::Strategy as Generator;
 
 use super::Strategy;
 use super::*;
-use crate::rules::MAX_RULES_BYTES;
+use crate::decide::rules::MAX_RULES_BYTES;
 use crate::token::MAX_TIME;
 
 const NOW: u64 = 1_800_000_000;

@@ -12,13 +12,13 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
-use crate::crypto::Algorithm;
-use crate::cutoff::{Cutoff, Lockdown};
-use crate::jti::JtiKey;
-use crate::limits::Limits;
-use crate::policy::{Policy, PolicyError};
-use crate::rollout::{Plan, Rollout};
+use crate::decide::cutoff::{Cutoff, Lockdown};
+use crate::decide::limits::Limits;
+use crate::decide::policy::{Policy, PolicyError};
+use crate::decide::rollout::{Plan, Rollout};
 use crate::token;
+use crate::token::crypto::Algorithm;
+use crate::token::jti::JtiKey;
 
 /// The format of [`Rules`] that this code reads.
 pub const FORMAT: u32 = 1;
@@ -94,7 +94,7 @@ pub struct VerificationKey {
     /// Unix seconds from which on it verifies nothing more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub not_after: Option<u64>,
-    /// What its tokens' ids are told from made-up ones with, see [`crate::jti`]; without it, any id will do.
+    /// What its tokens' ids are told from made-up ones with, see [`crate::token::jti`]; without it, any id will do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub jti_key: Option<Material>,
 }

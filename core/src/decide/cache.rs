@@ -9,9 +9,9 @@ use std::sync::Arc;
 
 use ahash::RandomState;
 
-use crate::limits::Accounts;
+use crate::decide::limits::Accounts;
+use crate::decide::rollout::Subject;
 use crate::revocation::Fingerprint;
-use crate::rollout::Subject;
 use crate::token::Claims;
 
 /// Bytes that an entry takes besides the token and its claims: slot, map entry and allocations, about.
@@ -25,7 +25,7 @@ const MARKED_BYTES: usize = 32;
 pub struct Verified {
     /// The header's key id.
     pub kid: String,
-    /// Which key verified it, see [`crate::rules::Verifier::tag`].
+    /// Which key verified it, see [`crate::decide::rules::Verifier::tag`].
     pub key_tag: u64,
     /// What was signed.
     pub claims: Claims,

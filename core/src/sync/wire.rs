@@ -39,8 +39,8 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use crate::bytes::{Reader, WireError, count};
+use crate::decide::rules::MAX_RULES_BYTES;
 use crate::revocation::{MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Op, decode_ops, encode_ops};
-use crate::rules::MAX_RULES_BYTES;
 use crate::version::Version;
 
 /// The format of [`Poll`] and [`ShardRequest`] that this code reads and writes.
@@ -144,7 +144,7 @@ pub enum NewRules {
     Whole(Vec<u8>),
     /// What changed of those that the receiver has. Not in a snapshot.
     Patch {
-        /// See [`crate::rules::patched`].
+        /// See [`crate::decide::rules::patched`].
         patch: Vec<u8>,
         /// SHA-256 of the rules that it makes.
         digest: [u8; DIGEST_BYTES],

@@ -1,5 +1,5 @@
 //! What a refused client is told. Little: the precise reason is for metrics and logs
-//! ([`crate::decision::Reason`]).
+//! ([`crate::decide::Reason`]).
 
 /// How a request is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

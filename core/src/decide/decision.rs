@@ -3,22 +3,20 @@
 //!
 //! It answers in this order, the cheapest refusal first: route, rollout, credential, age of the state, the token
 //! (remembered, or read strictly, checked and verified), lockdown and revocation, scopes and roles, limits.
-//! Removing the client's own `x-keygate-*` headers and adding ours is [`crate::forward`].
-
-mod reason;
+//! Removing the client's own `x-keygate-*` headers and adding ours is [`crate::decide::forward`].
 
 use std::sync::Arc;
 
-pub use self::reason::Reason;
-use crate::cache::{Place, TokenCache, Verified};
-use crate::credential::Credential;
-use crate::crypto;
-use crate::limits::{Left, Limit, Meter, Metered};
-use crate::policy::{Access, Mode, Route, Stale};
-use crate::refusal::Refusal;
+use crate::decide::cache::{Place, TokenCache, Verified};
+use crate::decide::limits::{Left, Limit, Meter, Metered};
+use crate::decide::policy::{Access, Mode, Route, Stale};
+use crate::decide::reason::Reason;
+use crate::decide::refusal::Refusal;
+use crate::decide::rollout::{ApiVersion, Choice, Subject};
+use crate::decide::rules::Ruleset;
 use crate::revocation::{Revocations, Standing};
-use crate::rollout::{ApiVersion, Choice, Subject};
-use crate::rules::Ruleset;
+use crate::token::credential::Credential;
+use crate::token::crypto;
 use crate::token::{self, Malformed, Token};
 
 /// What is asked.
@@ -28,7 +26,7 @@ pub struct Request<'r> {
     pub method: &'r [u8],
     /// The path as it is forwarded, with or without query.
     pub path: &'r [u8],
-    /// The credential, from [`crate::credential::find`].
+    /// The credential, from [`crate::token::credential::find`].
     pub credential: Credential<'r>,
     /// The client's address, without the port; empty when it is not known. Only a rollout that is under way asks for
     /// it, of who shows no credential.

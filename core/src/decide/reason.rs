@@ -1,6 +1,6 @@
 //! Why a decision is as it is.
 
-use crate::refusal::Refusal;
+use crate::decide::refusal::Refusal;
 
 /// Precisely why.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,7 +39,7 @@ pub enum Reason {
     NotYetValid,
     /// A life longer than any that is issued.
     LifeTooLong,
-    /// The token's id is made up, see [`crate::jti`]; the signature was not looked at.
+    /// The token's id is made up, see [`crate::token::jti`]; the signature was not looked at.
     ForgedId,
     /// The signature is not one.
     BadSignature,

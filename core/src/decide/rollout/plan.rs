@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::subject::{Domain, Subject};
 use super::{ApiVersion, FULL_SHARE, Gradual, Rollout, Strategy};
-use crate::policy;
+use crate::decide::policy;
 
 /// A rollout, ready for requests. It is made once for each change of the rules; asking it allocates nothing,
 /// but for a path with percent signs where paths are enabled.

@@ -16,6 +16,8 @@
 //!    8s  suspended fingerprints, strictly ascending
 //! ```
 
+pub mod gate;
+
 use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
