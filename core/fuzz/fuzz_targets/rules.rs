@@ -13,6 +13,6 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     keygate_core::token::crypto::native::install();
     let request = Request { method: b"GET", path: bytes, credential: Credential::One(bytes), client: b"" };
     let set = ExactSet::default();
-    let judge = Judge { cache: &mut TokenCache::new(1_000), revocations: &set, now: 0, trace: &mut () };
+    let judge = Judge { cache: &mut TokenCache::new(1_000), revocations: &set, now: 0, meter: (), trace: &mut () };
     let _ = decide(State::Fresh(&rules), request, judge);
 });
