@@ -29,7 +29,7 @@
 //! answer to a shard request
 //!  0  4  magic "KGB1"
 //!  4  4  number of shards
-//!        for each: 4 length, then its bytes (see [`crate::revocation`])
+//!        for each: 4 length, then its bytes (see [`crate::revocation::Shard`])
 //! ```
 //!
 //! One revocation is an answer of 54 bytes.
