@@ -57,11 +57,11 @@ impl Set {
             owners: self.owners.clone(),
             public: self.public,
             emergency: emergency.cloned(),
-            spares: None,
+            exempt_owner: None,
         };
         // Where nobody has any, nothing need be looked at.
-        let spares = (!limits.is_empty()).then(|| canary::OWNER.into());
-        Limits { spares, ..limits }
+        let exempt_owner = (!limits.is_empty()).then(|| canary::OWNER.into());
+        Limits { exempt_owner, ..limits }
     }
 
     /// This with the members that a document names; `null` takes a limit of one's own away again.

@@ -997,7 +997,7 @@ mod tests {
                     scope: keygate_core::decide::cutoff::Scope::default(),
                     created_before: draw(seed, 100) + 1,
                     created_after: 0,
-                    spares: None,
+                    excluded_key: None,
                 };
                 let reason = crate::key::RevocationReason::Emergency;
                 Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None }

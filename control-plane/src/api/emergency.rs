@@ -67,7 +67,7 @@ struct CutoffScope {
 
 impl CutoffScope {
     /// The rule. Without `created_before` it hits every key issued until now, this second included.
-    fn cutoff(self, app: &ApiState, spares: &str, now: u64) -> Result<Cutoff, Problem> {
+    fn cutoff(self, app: &ApiState, excluded_key: &str, now: u64) -> Result<Cutoff, Problem> {
         let time = |name: &str, text: Option<String>, default: u64| match text {
             None => Ok(default),
             Some(text) => humantime::parse_rfc3339_weak(&text)
@@ -99,7 +99,7 @@ impl CutoffScope {
             scope: Scope { role: self.role, owner: self.owner, kid: self.kid },
             created_before,
             created_after,
-            spares: Some(spares.into()),
+            excluded_key: Some(excluded_key.into()),
         })
     }
 }
@@ -263,7 +263,7 @@ fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
         "kid": cutoff.scope.kid,
         "created_before": clock::rfc3339(cutoff.created_before),
         "created_after": (cutoff.created_after > 0).then(|| clock::rfc3339(cutoff.created_after)),
-        "spares": cutoff.spares,
+        "excluded_key": cutoff.excluded_key,
     })
 }
 

@@ -225,7 +225,7 @@ mod tests {
 
     fn cutoff(id: &str, owner: &str) -> Cutoff {
         let scope = Scope { owner: Some(owner.into()), ..Scope::default() };
-        Cutoff { id: id.into(), scope, created_before: 1, created_after: 0, spares: None }
+        Cutoff { id: id.into(), scope, created_before: 1, created_after: 0, excluded_key: None }
     }
 
     fn added(cutoff: Cutoff) -> Change {

@@ -32,9 +32,9 @@ pub struct Cutoff {
     /// Unix seconds; a key issued before this second is not hit.
     #[serde(default)]
     pub created_after: u64,
-    /// The id of a key that it does not hit: of whoever ordered it, who must be able to go on.
+    /// The id of a key that it does not hit: that of its author, which is needed to lift it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub spares: Option<String>,
+    pub excluded_key: Option<String>,
 }
 
 impl Cutoff {
@@ -45,7 +45,7 @@ impl Cutoff {
             Some(wanted) => have == Some(wanted.as_str()),
         };
         (self.created_after..self.created_before).contains(&claims.iat)
-            && self.spares.as_deref() != Some(&claims.sub)
+            && self.excluded_key.as_deref() != Some(&claims.sub)
             && matches(&self.scope.role, Some(&claims.role))
             && matches(&self.scope.owner, claims.own.as_deref())
             && matches(&self.scope.kid, Some(kid))
@@ -104,7 +104,7 @@ mod tests {
     fn cutoff(role: Option<&str>, owner: Option<&str>, kid: Option<&str>, after: u64, before: u64) -> Cutoff {
         let scope =
             Scope { role: role.map(Into::into), owner: owner.map(Into::into), kid: kid.map(Into::into) };
-        Cutoff { id: "c".into(), scope, created_before: before, created_after: after, spares: None }
+        Cutoff { id: "c".into(), scope, created_before: before, created_after: after, excluded_key: None }
     }
 
     #[test]
@@ -127,9 +127,10 @@ mod tests {
         ] {
             assert_eq!(cutoff.hits(&key, "k1"), hits, "{cutoff:?}");
         }
-        let spares = |id: &str| Cutoff { spares: Some(id.into()), ..cutoff(None, None, None, 0, 101) };
-        assert!(!spares("key_1").hits(&key, "k1"));
-        assert!(spares("key_2").hits(&key, "k1"));
+        let excluding =
+            |id: &str| Cutoff { excluded_key: Some(id.into()), ..cutoff(None, None, None, 0, 101) };
+        assert!(!excluding("key_1").hits(&key, "k1"));
+        assert!(excluding("key_2").hits(&key, "k1"));
         assert!(!cutoff(None, Some("acme"), None, 0, 101).hits(&claims("basic", None, 100), "k1"));
     }
 

@@ -113,7 +113,7 @@ pub struct Limits {
     pub public: Option<ClientLimit>,
     /// The owner whose keys have none: of the tests that run all the time.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub spares: Option<String>,
+    pub exempt_owner: Option<String>,
     /// In place of the roles', while it lasts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub emergency: Option<Override>,
@@ -130,7 +130,7 @@ impl Limits {
     /// The first of these counts: the key's own limit, its owner's, that of the key which made it, and that of its
     /// limit role, for a time by an emergency override.
     pub fn of_key(&self, key: Holder<'_>, now: u64) -> Option<(Share, Limit)> {
-        if key.owner.is_some() && key.owner == self.spares.as_deref() {
+        if key.owner.is_some() && key.owner == self.exempt_owner.as_deref() {
             return None;
         }
         let effective = key.effective_owner();
@@ -366,10 +366,10 @@ mod tests {
         assert_eq!(of("key_3", "fast", 1_000), Some((Share::Role, 50, 1)));
         assert_eq!(of("key_3", "admin", 0), None);
         assert_eq!(limits.longest_window_s(), 3_600);
-        let spares = Limits { spares: Some("me".into()), ..limits };
-        assert_eq!(spares.of_key(holder("key_3", Some("me"), "basic"), 0), None);
-        assert!(spares.of_key(holder("key_3", None, "basic"), 0).is_some());
-        assert!(spares.of_key(holder("me", None, "basic"), 0).is_some(), "its owner, not its id");
+        let exempt = Limits { exempt_owner: Some("me".into()), ..limits };
+        assert_eq!(exempt.of_key(holder("key_3", Some("me"), "basic"), 0), None);
+        assert!(exempt.of_key(holder("key_3", None, "basic"), 0).is_some());
+        assert!(exempt.of_key(holder("me", None, "basic"), 0).is_some(), "its owner, not its id");
     }
 
     #[test]

@@ -281,7 +281,7 @@ fn revocation_suspension_cutoffs_and_lockdown_end_a_remembered_key() {
         scope: Scope { role: Some("basic".into()), ..Scope::default() },
         created_before: NOW,
         created_after: 0,
-        spares: None,
+        excluded_key: None,
     });
     assert_eq!(world.get("/chat", &token), Reason::Cutoff);
     world.rules.lockdown = Some(Lockdown { until: NOW + 1, exempt_roles: vec!["admin".into()] });
@@ -312,7 +312,7 @@ fn rules_of_every_scope(created_after: u64, created_before: u64) -> Vec<Rule> {
             },
             created_before,
             created_after,
-            spares: None,
+            excluded_key: None,
         },
         about,
     };
@@ -329,8 +329,8 @@ fn rules_of_every_scope(created_after: u64, created_before: u64) -> Vec<Rule> {
 
 impl Rule {
     fn ends(&self, claims: &Claims, kid: &str) -> bool {
-        let Cutoff { created_before, created_after, spares, .. } = &self.cutoff;
-        let spared = spares.as_ref() == Some(&claims.sub);
+        let Cutoff { created_before, created_after, excluded_key, .. } = &self.cutoff;
+        let spared = excluded_key.as_ref() == Some(&claims.sub);
         !spared && (self.about)(claims, kid) && claims.iat >= *created_after && claims.iat < *created_before
     }
 }
@@ -411,18 +411,18 @@ fn of_two_cutoffs_the_strictest_counts_to_the_second() {
 }
 
 #[test]
-fn a_cutoff_spares_a_key_from_itself_and_from_no_other() {
+fn a_cutoff_excludes_a_key_from_itself_and_from_no_other() {
     let mut world = world_of_two_secrets();
     let keys = keys_issued_at(&[NOW - 61, NOW - 60]);
-    let sparing = |rule: Rule, spares: Option<&str>| Rule {
-        cutoff: Cutoff { spares: spares.map(Into::into), ..rule.cutoff },
+    let sparing = |rule: Rule, excluded_key: Option<&str>| Rule {
+        cutoff: Cutoff { excluded_key: excluded_key.map(Into::into), ..rule.cutoff },
         ..rule
     };
-    let spares = [None, Some("key_1"), Some("key_2")];
-    let rules: Vec<Rule> = spares
+    let excluded = [None, Some("key_1"), Some("key_2")];
+    let rules: Vec<Rule> = excluded
         .into_iter()
-        .flat_map(|spares| {
-            rules_of_every_scope(0, NOW - 60).into_iter().map(move |rule| sparing(rule, spares))
+        .flat_map(|excluded_key| {
+            rules_of_every_scope(0, NOW - 60).into_iter().map(move |rule| sparing(rule, excluded_key))
         })
         .collect();
     let mut refused = Vec::new();
