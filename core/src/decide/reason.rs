@@ -139,12 +139,33 @@ impl Reason {
     pub const fn is_of_key(self) -> Option<bool> {
         match self {
             Self::Allowed => Some(true),
-            _ => match self.refusal() {
-                Some(Refusal::InvalidToken | Refusal::InsufficientScope | Refusal::RateLimited) => {
-                    Some(false)
-                }
-                _ => None,
-            },
+            Self::Malformed
+            | Self::UnknownKid
+            | Self::AlgorithmMismatch
+            | Self::WrongIssuer
+            | Self::WrongAudience
+            | Self::Expired
+            | Self::NotYetValid
+            | Self::LifeTooLong
+            | Self::ForgedId
+            | Self::BadSignature
+            | Self::Lockdown
+            | Self::Revoked
+            | Self::Suspended
+            | Self::Cutoff
+            | Self::MissingScope
+            | Self::WrongRole
+            | Self::RateLimited
+            | Self::LimitPending => Some(false),
+            Self::Public
+            | Self::V1
+            | Self::NoRoute
+            | Self::MissingCredential
+            | Self::TooManyCredentials
+            | Self::NoState
+            | Self::StaleState
+            | Self::RevocationUnknown
+            | Self::LimitUnknown => None,
         }
     }
 

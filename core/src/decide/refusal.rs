@@ -114,7 +114,12 @@ impl Refusal {
     pub const fn retry_after(self) -> Option<u32> {
         match self {
             Self::Unavailable => Some(1),
-            _ => None,
+            Self::MissingCredential
+            | Self::InvalidToken
+            | Self::TooManyCredentials
+            | Self::InsufficientScope
+            | Self::NoRoute
+            | Self::RateLimited => None,
         }
     }
 }
