@@ -10,6 +10,7 @@ use std::hint::black_box;
 use jsonwebtoken::EncodingKey;
 use jsonwebtoken::crypto::CryptoProvider;
 use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::client::ClientAddress;
 use keygate_core::decide::limits::{Limit, Meter, Metered};
 use keygate_core::decide::rules::{self, Material, Rules, Ruleset, VerificationKey};
 use keygate_core::decide::{Judge, Reason, Request, State, decide};
@@ -161,7 +162,7 @@ impl Proxy {
             method: b"POST",
             path: b"/api/chat?stream=true",
             credential: Credential::One(token.as_bytes()),
-            client: b"10.0.0.1",
+            client: ClientAddress::new(b"10.0.0.1"),
         };
         let judge = Judge {
             cache: &mut self.cache,

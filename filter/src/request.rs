@@ -1,12 +1,13 @@
 //! What a worker does with a request: reads its headers once, has it decided, and carries that out.
 
+use keygate_core::decide::client::ClientAddress;
 use keygate_core::decide::forward::{self, Forwarded};
 use keygate_core::decide::header_map::HeaderMap;
 use keygate_core::decide::limits::Left;
 use keygate_core::decide::refusal::Refusal;
 use keygate_core::decide::{Decision, Judge, Reason, Request, State, Verdict, decide};
 use keygate_core::telemetry::{self, Stopwatch, Trouble};
-use keygate_core::token::credential::{self, Credential};
+use keygate_core::token::credential;
 
 use crate::host::{self, Entry};
 use crate::plugin::Plugin;
@@ -86,9 +87,9 @@ impl Plugin {
             return Some(self.ready(now_ns));
         }
         let credential = credential::find(headers.iter());
-        let wants_client = self.limits_clients() || credential == Credential::None && self.rolls_out();
-        let client = if wants_client { host::client_address() } else { None };
-        let client = client.as_deref().unwrap_or_default().as_bytes();
+        let reads_client = self.replica.rules().is_some_and(|rules| rules.reads_client(credential));
+        let client = if reads_client { host::client_address() } else { None };
+        let client = client.as_deref().and_then(|client| ClientAddress::new(client.as_bytes()));
         let request = Request { method, path, credential, client };
         let now_s = self.replica.now_s(self.clock.unix_ms(now_ns, host::unix_ms), now_ns);
         let mut turn = Turn { again, for_good: false };
@@ -168,11 +169,6 @@ impl Plugin {
     /// Whether a rollout is under way.
     fn rolls_out(&self) -> bool {
         self.replica.rules().is_some_and(|rules| !rules.rollout.is_settled())
-    }
-
-    /// Whether clients without a key have a limit.
-    fn limits_clients(&self) -> bool {
-        self.replica.rules().is_some_and(|rules| rules.limits.public.is_some())
     }
 
     fn ready(&mut self, now_ns: u64) -> Outcome {

@@ -6,6 +6,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::client::ClientAddress;
 use keygate_core::decide::forward::Forwarded;
 use keygate_core::decide::{self, Judge, Request, Trace, Verdict, decide};
 use keygate_core::token::credential::Credential;
@@ -55,7 +56,7 @@ pub async fn explain(State(app): State<Arc<ApiState>>, Body(bytes): Body) -> Res
     };
     let credential =
         question.token.as_ref().map_or(Credential::None, |token| Credential::One(token.as_bytes()));
-    let client = question.client.as_deref().unwrap_or_default().as_bytes();
+    let client = question.client.as_deref().and_then(|client| ClientAddress::new(client.as_bytes()));
     let request =
         Request { method: question.method.as_bytes(), path: question.path.as_bytes(), credential, client };
     let decision = decide(decide::State::Fresh(&state.rules), request, judge);

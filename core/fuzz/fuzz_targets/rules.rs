@@ -11,7 +11,7 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     let Ok(rules) = Rules::decode(bytes) else { return };
     let Ok(rules) = Ruleset::try_from(rules) else { return };
     keygate_core::token::crypto::native::install();
-    let request = Request { method: b"GET", path: bytes, credential: Credential::One(bytes), client: b"" };
+    let request = Request { method: b"GET", path: bytes, credential: Credential::One(bytes), client: None };
     let set = ExactSet::default();
     let judge = Judge { cache: &mut TokenCache::new(1_000), revocations: &set, now: 0, meter: (), trace: &mut () };
     let _ = decide(State::Fresh(&rules), request, judge);

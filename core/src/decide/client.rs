@@ -15,6 +15,23 @@ use sha2::{Digest, Sha256};
 /// The leading bits of an IPv6 address that make a client, unless set: what a provider gives to one subscriber's network.
 pub const DEFAULT_IPV6_PREFIX: u8 = 64;
 
+/// A client's address as the proxy has it: text without the port, in brackets or with a zone (RFC 4007) perhaps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ClientAddress<'a>(&'a [u8]);
+
+impl<'a> ClientAddress<'a> {
+    /// The address in these bytes; none, if there are none.
+    pub fn new(bytes: &'a [u8]) -> Option<Self> {
+        (!bytes.is_empty()).then_some(Self(bytes))
+    }
+
+    /// The bytes; of an address that is not known, none. All clients without one are one client.
+    #[inline]
+    pub(super) fn bytes_of(address: Option<Self>) -> &'a [u8] {
+        address.map_or(&[], |Self(bytes)| bytes)
+    }
+}
+
 /// The account of the client with this address, which may have brackets and a zone (RFC 4007) but no port. What cannot
 /// be read as an address is an account by its bytes. `ipv6_prefix` beyond 128 is 128.
 pub fn account(address: &[u8], ipv6_prefix: u8) -> u64 {

@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use crate::decide::cache::{Place, TokenCache, Verified};
+use crate::decide::client::ClientAddress;
 use crate::decide::limits::{Left, Limit, Meter, Metered};
 use crate::decide::policy::{Access, Mode, Route, Stale};
 use crate::decide::reason::Reason;
@@ -28,9 +29,8 @@ pub struct Request<'r> {
     pub path: &'r [u8],
     /// The credential, from [`crate::token::credential::find`].
     pub credential: Credential<'r>,
-    /// The client's address, without the port; empty when it is not known. Only a rollout that is under way asks for
-    /// it, of who shows no credential.
-    pub client: &'r [u8],
+    /// The client's address; `None` when it is not known. To be given if [`Ruleset::reads_client`].
+    pub client: Option<ClientAddress<'r>>,
 }
 
 /// The state that a decision is made with.
@@ -185,7 +185,7 @@ pub fn decide_on_route<'s, R: Revocations, T: Trace, M: Meter>(
     credential: Credential<'_>,
     mut judge: Judge<'_, R, T, M>,
 ) -> Decision<'s> {
-    let request = Request { method: b"", path: b"", credential, client: b"" };
+    let request = Request { method: b"", path: b"", credential, client: None };
     judge.on_route(rules, false, route, &request, Reading::default())
 }
 
@@ -214,7 +214,7 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
         let name = Some(route.name.as_str());
         let of = |subject: &Subject<'_>| plan.choose(subject, name, path, self.now);
         let choice = match request.credential {
-            Credential::None => of(&Subject::of_address(request.client)),
+            Credential::None => of(&Subject::of_address(ClientAddress::bytes_of(request.client))),
             Credential::Many => plan.for_legacy(name, path),
             Credential::One(token) => {
                 let place = reading.place(self.cache, token);

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use crate::decide::client::{self, DEFAULT_IPV6_PREFIX};
+use crate::decide::client::{self, ClientAddress, DEFAULT_IPV6_PREFIX};
 use crate::revocation::Fingerprint;
 use crate::token::Claims;
 
@@ -73,9 +73,9 @@ impl ClientLimit {
         Limit { units: self.units, window_s: self.window_s }
     }
 
-    /// The account of the client with this address.
-    pub fn account(self, address: &[u8]) -> u64 {
-        client::account(address, self.ipv6_prefix)
+    /// The account of the client with this address; one account for all whose address is not known.
+    pub fn account(self, address: Option<ClientAddress<'_>>) -> u64 {
+        client::account(ClientAddress::bytes_of(address), self.ipv6_prefix)
     }
 }
 

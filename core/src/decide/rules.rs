@@ -17,6 +17,7 @@ use crate::decide::limits::Limits;
 use crate::decide::policy::{Policy, PolicyError};
 use crate::decide::rollout::{Plan, Rollout};
 use crate::token;
+use crate::token::credential::Credential;
 use crate::token::crypto::Algorithm;
 use crate::token::jti::JtiKey;
 
@@ -275,6 +276,12 @@ pub struct Ruleset {
 }
 
 impl Ruleset {
+    /// Whether a decision on a request with this credential goes by the client's address, which a proxy has to ask for:
+    /// for a limit of clients on public routes, or for a rollout of those who show no key.
+    pub fn reads_client(&self, credential: Credential<'_>) -> bool {
+        self.limits.public.is_some() || credential == Credential::None && !self.rollout.is_settled()
+    }
+
     /// What verifies tokens of this `kid`.
     pub fn verifier(&self, kid: &str) -> Option<&Verifier> {
         let position = self.verifiers.binary_search_by(|verifier| verifier.kid.as_str().cmp(kid)).ok()?;

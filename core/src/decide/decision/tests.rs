@@ -108,7 +108,7 @@ impl World {
     fn ask(&mut self, method: &str, path: &str, credential: Credential<'_>) -> (Reason, bool) {
         let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
-        let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential, client: b"" };
+        let request = Request { method: method.as_bytes(), path: path.as_bytes(), credential, client: None };
         let judge = Judge {
             cache: &mut self.cache,
             meter: (),
@@ -156,7 +156,7 @@ fn the_cheapest_refusal_comes_first() {
 #[test]
 fn without_a_state_nothing_passes() {
     native::install();
-    let request = Request { method: b"GET", path: b"/", credential: Credential::None, client: b"" };
+    let request = Request { method: b"GET", path: b"/", credential: Credential::None, client: None };
     let mut cache = TokenCache::new(0);
     let revoked = ExactSet::default();
     let judge = Judge { cache: &mut cache, meter: (), revocations: &revoked, now: 0, trace: &mut () };
@@ -362,7 +362,7 @@ fn ask_under_both(world: &mut World, pair: [&Rule; 2], keys: &[(Claims, &str, St
         let rules = Ruleset::try_from(world.rules.clone()).unwrap();
         for (claims, kid, token) in keys {
             let credential = Credential::One(token.as_bytes());
-            let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
+            let request = Request { method: b"GET", path: b"/chat", credential, client: None };
             let judge = Judge {
                 cache: &mut world.cache,
                 meter: (),
@@ -452,7 +452,7 @@ fn what_revocation_cannot_answer_is_no_yes() {
         method: b"GET",
         path: b"/chat",
         credential: Credential::One(token.as_bytes()),
-        client: b"",
+        client: None,
     };
     let decision = decide(State::Fresh(&rules), request, judge);
     assert_eq!(decision.verdict, Verdict::Refuse(Refusal::Unavailable));
@@ -514,7 +514,7 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             method: b"GET",
             path: path.as_bytes(),
             credential: Credential::One(token.as_bytes()),
-            client: b"",
+            client: None,
         };
         let judge = Judge {
             cache: &mut world.cache,
@@ -550,7 +550,7 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             method: b"GET",
             path: b"/both",
             credential: Credential::One(token.as_bytes()),
-            client: b"",
+            client: None,
         };
         let judge = Judge {
             cache: &mut world.cache,
@@ -588,7 +588,8 @@ impl World {
     ) -> (ApiVersion, &'static str, Reason) {
         let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let state = if self.stale { State::Stale(&rules) } else { State::Fresh(&rules) };
-        let request = Request { method: b"GET", path: path.as_bytes(), credential, client };
+        let request =
+            Request { method: b"GET", path: path.as_bytes(), credential, client: ClientAddress::new(client) };
         let judge = Judge {
             cache: &mut self.cache,
             meter: (),
@@ -683,7 +684,7 @@ fn shadow_mode_lets_v2_pass_what_it_refuses_and_leaves_v1_alone() {
         (Credential::One(other.as_bytes()), V1, Reason::V1, false),
         (Credential::One(b"legacy-1"), V1, Reason::V1, false),
     ] {
-        let request = Request { method: b"GET", path: b"/chat", credential, client: b"" };
+        let request = Request { method: b"GET", path: b"/chat", credential, client: None };
         let judge = Judge {
             cache: &mut world.cache,
             meter: (),
@@ -744,7 +745,8 @@ fn what_is_beyond_a_limit_is_refused_and_only_what_passes_is_counted() {
     let rules = Ruleset::try_from(world.rules.clone()).unwrap();
     let mut purse = Purse(std::collections::HashMap::new());
     let mut ask = |path: &str, credential: Credential<'_>, client: &[u8]| {
-        let request = Request { method: b"GET", path: path.as_bytes(), credential, client };
+        let request =
+            Request { method: b"GET", path: path.as_bytes(), credential, client: ClientAddress::new(client) };
         let (cache, revocations) = (&mut world.cache, &world.revoked);
         let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
         let decision = decide(State::Fresh(&rules), request, judge);
@@ -780,7 +782,7 @@ fn keys_of_an_owner_share_the_limit_of_their_limit_role() {
             claims.lrole = limit_role.map(Into::into);
         });
         let credential = Credential::One(token.as_bytes());
-        let request = Request { method: b"GET", path: b"/lax", credential, client: b"" };
+        let request = Request { method: b"GET", path: b"/lax", credential, client: None };
         let (cache, revocations) = (&mut world.cache, &world.revoked);
         let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
         let decision = decide(State::Fresh(&rules), request, judge);
@@ -815,7 +817,12 @@ fn what_costs_nothing_is_not_counted_and_has_no_limit() {
             ("/lax", Credential::One(token.as_bytes()), Reason::Allowed),
             ("/", Credential::None, Reason::Public),
         ] {
-            let request = Request { method: b"GET", path: path.as_bytes(), credential, client: b"10.0.0.1" };
+            let request = Request {
+                method: b"GET",
+                path: path.as_bytes(),
+                credential,
+                client: ClientAddress::new(b"10.0.0.1"),
+            };
             let (cache, revocations) = (&mut world.cache, &world.revoked);
             let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
             let decision = decide(State::Fresh(&rules), request, judge);
@@ -833,7 +840,7 @@ fn clients_are_counted_by_ipv4_address_and_ipv6_prefix() {
     let rules = Ruleset::try_from(world.rules.clone()).unwrap();
     let mut purse = Purse(std::collections::HashMap::new());
     let mut passes = |client: &str| {
-        let client = client.as_bytes();
+        let client = ClientAddress::new(client.as_bytes());
         let request = Request { method: b"GET", path: b"/", credential: Credential::None, client };
         let (cache, revocations) = (&mut world.cache, &world.revoked);
         let judge = Judge { cache, meter: &mut purse, revocations, now: NOW, trace: &mut () };
