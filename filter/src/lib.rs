@@ -32,8 +32,10 @@ mod metrics;
 #[cfg(not(target_family = "wasm"))]
 mod module;
 mod plugin;
+mod readiness;
 mod reporter;
 mod request;
+mod response;
 mod till;
 #[cfg(feature = "trap")]
 mod trap;
