@@ -18,7 +18,8 @@
         clippy::unreachable,
         clippy::indexing_slicing,
         clippy::string_slice,
-        clippy::arithmetic_side_effects
+        clippy::arithmetic_side_effects,
+        clippy::disallowed_methods
     )
 )]
 #![deny(missing_docs, rustdoc::broken_intra_doc_links)]

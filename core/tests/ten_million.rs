@@ -1,6 +1,8 @@
 //! A million revoked keys among ten million issued, through everything that a proxy does with them: the wire, the
 //! leader's steps, shared data, a worker's gate. Every one of the ten million is asked about.
 
+#![expect(clippy::disallowed_methods, reason = "it measures")]
+
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
