@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use keygate_core::cutoff::Cutoff;
+use keygate_core::decide::cutoff::Cutoff;
 use keygate_core::token::Claims;
 use serde::{Deserialize, Serialize};
 
@@ -141,7 +141,7 @@ impl Proposal {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::cutoff::Scope;
+    use keygate_core::decide::cutoff::Scope;
 
     use super::*;
     use crate::change::Change;
@@ -154,7 +154,7 @@ mod tests {
                 scope: Scope::default(),
                 created_before: 1_001,
                 created_after: 0,
-                spares: Some("key_1".into()),
+                excluded_key: Some("key_1".into()),
             },
             reason: RevocationReason::Emergency,
             requested_by: "key_1".into(),
@@ -215,7 +215,8 @@ mod tests {
         let revoked = KeyRecord { revoked: Some(revocation), ..asks.clone() };
         let suspension = Ended { at: 1, reason: None, by: "key_2".into() };
         let suspended = KeyRecord { suspended: Some(suspension), ..asks.clone() };
-        let sparing = |spares: &str| Cutoff { spares: Some(spares.into()), ..proposal().cutoff };
+        let sparing =
+            |excluded_key: &str| Cutoff { excluded_key: Some(excluded_key.into()), ..proposal().cutoff };
         for (requester, in_force, now, counts) in [
             (Some(&asks), vec![], 1_000, true),
             (Some(&asks), vec![], 1_999, true),

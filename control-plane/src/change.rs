@@ -8,9 +8,9 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use keygate_core::cutoff::{Cutoff, Lockdown};
-use keygate_core::limits::{Limit, Override};
-use keygate_core::policy::Policy;
+use keygate_core::decide::cutoff::{Cutoff, Lockdown};
+use keygate_core::decide::limits::{Limit, Override};
+use keygate_core::decide::policy::Policy;
 use serde::{Deserialize, Serialize};
 
 use crate::approval::Proposal;

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use keygate_core::sync::wire::{self, Poll};
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Poll};
 use serde::Serialize;
 use tokio::sync::watch;
 

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use keygate_core::limits::Holder;
+use keygate_core::decide::limits::Holder;
 use keygate_core::revocation::Fingerprint;
 use keygate_core::token::{Claims, is_identifier};
 use serde::{Deserialize, Serialize};
@@ -472,14 +472,14 @@ mod tests {
         // The account is that of the key which made it.
         let key = request_of(json, contributor).unwrap();
         let maker = Holder { key_id: "key_0", owner: None, limit_role: "contributor" };
-        let role = keygate_core::limits::Share::Role;
+        let role = keygate_core::decide::limits::Share::Role;
         assert_eq!(key.holder().accounts().of(role), maker.accounts().of(role));
         assert_eq!(key.claims("keygate", None).holder(), key.holder());
     }
 
     #[test]
     fn a_renewal_is_counted_in_the_account_of_the_first_key() {
-        let role = keygate_core::limits::Share::Role;
+        let role = keygate_core::decide::limits::Share::Role;
         let mut key = request(r#"{"name":"a","role":"basic"}"#, "admin").unwrap();
         key.registered_by = Some("key_0".into());
         let account = key.holder().accounts().of(role);

@@ -5,8 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use keygate_core::client::DEFAULT_IPV6_PREFIX;
-use keygate_core::limits::{AN_HOUR_S, ClientLimit, Limit, Limits, MAX_UNITS, MAX_WINDOW_S, Override, Share};
+use keygate_core::decide::client::DEFAULT_IPV6_PREFIX;
+use keygate_core::decide::limits::{
+    AN_HOUR_S, ClientLimit, Limit, Limits, MAX_UNITS, MAX_WINDOW_S, Override, Share,
+};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -55,11 +57,11 @@ impl Set {
             owners: self.owners.clone(),
             public: self.public,
             emergency: emergency.cloned(),
-            spares: None,
+            exempt_owner: None,
         };
         // Where nobody has any, nothing need be looked at.
-        let spares = (!limits.is_empty()).then(|| canary::OWNER.into());
-        Limits { spares, ..limits }
+        let exempt_owner = (!limits.is_empty()).then(|| canary::OWNER.into());
+        Limits { exempt_owner, ..limits }
     }
 
     /// This with the members that a document names; `null` takes a limit of one's own away again.
@@ -306,7 +308,7 @@ impl AccountNames {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::limits::AccountName;
+    use keygate_core::decide::limits::AccountName;
 
     use super::*;
 

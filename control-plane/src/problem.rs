@@ -3,7 +3,7 @@
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use keygate_core::refusal::Refusal;
+use keygate_core::decide::refusal::Refusal;
 
 use crate::approval::ApprovalError;
 use crate::clock;

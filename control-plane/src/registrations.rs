@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use keygate_core::limits::Limit;
+use keygate_core::decide::limits::Limit;
 use keygate_core::revocation::Fingerprint;
 
 /// The time within which registrations are counted, in seconds.

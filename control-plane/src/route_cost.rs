@@ -1,8 +1,8 @@
 //! Costs of routes that a limit could never pay: no request of a key or client with that limit would pass. Such a cost
 //! is refused when it is configured, from the side of the policy and from that of the limits.
 
-use keygate_core::limits::{AN_HOUR_S, Limit, Limits};
-use keygate_core::policy::{Access, Policy, Route};
+use keygate_core::decide::limits::{AN_HOUR_S, Limit, Limits};
+use keygate_core::decide::policy::{Access, Policy, Route};
 use serde::Serialize;
 
 use crate::roles::{Role, Roles};
@@ -97,7 +97,7 @@ fn lowest(limits: impl Iterator<Item = (Limit, String)>) -> Option<(Limit, Strin
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::limits::Override;
+    use keygate_core::decide::limits::Override;
     use serde_json::json;
 
     use super::*;
@@ -196,7 +196,7 @@ mod tests {
         );
         assert_eq!(check((&dear, &low), (&dear, &low)), Ok(()), "it was so before");
         let mut shadow = dear.clone();
-        shadow.mode = keygate_core::policy::Mode::Shadow;
+        shadow.mode = keygate_core::decide::policy::Mode::Shadow;
         assert_eq!(check((&dear, &low), (&shadow, &low)), Ok(()));
         let with = Limits {
             emergency: Some(Override { until: 9, roles: [("basic".into(), Some(4))].into() }),

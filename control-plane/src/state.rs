@@ -5,14 +5,16 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
-use keygate_core::cutoff::{Cutoff, Lockdown};
-use keygate_core::limits::{Limits, Override};
-use keygate_core::policy::Policy;
-use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing, digest};
-use keygate_core::rollout::Rollout;
-use keygate_core::rules::{self, Rules, RulesError, Ruleset};
+use keygate_core::decide::cutoff::{Cutoff, Lockdown};
+use keygate_core::decide::limits::{Limits, Override};
+use keygate_core::decide::policy::Policy;
+use keygate_core::decide::rollout::Rollout;
+use keygate_core::decide::rules::{self, Rules, RulesError, Ruleset};
+use keygate_core::revocation::{
+    ExactSet, Fingerprint, MAX_DELTA_OPS, Op, Revocations as _, Standing, digest,
+};
+use keygate_core::sync::wire::{Answer, Body, NewRules};
 use keygate_core::version::Version;
-use keygate_core::wire::{Answer, Body, MAX_DELTA_OPS, NewRules};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
 
@@ -895,7 +897,7 @@ mod tests {
         for (seq, entry) in (1..).zip(&entries) {
             model.apply(seq, entry, &keys).unwrap();
         }
-        let limit = |units| Some(keygate_core::limits::Limit { units, window_s: 60 });
+        let limit = |units| Some(keygate_core::decide::limits::Limit { units, window_s: 60 });
         let check = |units| model.registrations().check("acme", limit(units), 1_010);
         assert_eq!(
             (check(2), check(3)),
@@ -917,7 +919,7 @@ mod tests {
         fn new(source: u64, clock_ms: u64, secret: SecretRecord, keys: &Keyring) -> Self {
             let model = Model::default();
             let mut node = Self { source, model, seq: 0, clock_ms, log: Vec::new() };
-            let policy = Policy { mode: keygate_core::policy::Mode::Shadow, ..Policy::default() };
+            let policy = Policy { mode: keygate_core::decide::policy::Mode::Shadow, ..Policy::default() };
             for change in [
                 Change::Genesis { source },
                 Change::SecretCreated { secret, idempotency: None },
@@ -992,10 +994,10 @@ mod tests {
                 known_cutoffs.push(id.clone());
                 let cutoff = Cutoff {
                     id,
-                    scope: keygate_core::cutoff::Scope::default(),
+                    scope: keygate_core::decide::cutoff::Scope::default(),
                     created_before: draw(seed, 100) + 1,
                     created_after: 0,
-                    spares: None,
+                    excluded_key: None,
                 };
                 let reason = crate::key::RevocationReason::Emergency;
                 Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None }
@@ -1042,7 +1044,7 @@ mod tests {
             (None, ..) => {
                 let new = NewSecret {
                     state: if draw(seed, 4) == 0 { SecretState::Active } else { SecretState::Rotating },
-                    ..NewSecret::first(keygate_core::crypto::Algorithm::HS256, None)
+                    ..NewSecret::first(keygate_core::token::crypto::Algorithm::HS256, None)
                 };
                 vec![Change::SecretCreated {
                     secret: SecretRecord::make(new, keys, 9).unwrap(),
@@ -1063,9 +1065,9 @@ mod tests {
 
     #[test]
     fn control_planes_agree_in_whatever_order_they_hear_of_each_others_changes() {
-        keygate_core::crypto::native::install();
+        keygate_core::token::crypto::native::install();
         let keys = Keyring::in_memory(MasterKey::of([7; 32]), RootKey::of([7; 32]));
-        let algorithm = keygate_core::crypto::Algorithm::HS256;
+        let algorithm = keygate_core::token::crypto::Algorithm::HS256;
         for round in 0..200 {
             let mut seed = round;
             // Clocks that are far apart, one by a year.

@@ -12,11 +12,11 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use keygate_core::quota::{MAX_BYTES, Question};
 use keygate_core::revocation::Fingerprint;
-use keygate_core::telemetry::Report;
-use keygate_core::version::Version;
-use keygate_core::wire::{
+use keygate_core::sync::wire::{
     self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
 };
+use keygate_core::telemetry::Report;
+use keygate_core::version::Version;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 

@@ -9,21 +9,22 @@ use std::hint::black_box;
 
 use jsonwebtoken::EncodingKey;
 use jsonwebtoken::crypto::CryptoProvider;
-use keygate_core::cache::TokenCache;
-use keygate_core::credential::Credential;
-use keygate_core::crypto::{self, Algorithm, Es256};
-use keygate_core::decision::{Judge, Reason, Request, State, decide};
-use keygate_core::gate::{Gate, Gated, ShardSource};
-use keygate_core::limits::{Limit, Meter, Metered};
+use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::client::ClientAddress;
+use keygate_core::decide::limits::{Limit, Meter, Metered};
+use keygate_core::decide::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::decide::{Judge, Reason, Request, State, decide};
 use keygate_core::quota::{self, Account, Leader, Ledger, Worker};
+use keygate_core::revocation::gate::{Gate, Gated, ShardSource};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
-use keygate_core::rules::{self, Rules, Ruleset, VerificationKey};
 use keygate_core::secret::Secret;
-use keygate_core::shared::{Conflict, SharedData};
+use keygate_core::shm::{Conflict, SharedData};
+use keygate_core::sync::wire::{self, Answer, Body, NewRules, SHARDS_ANSWER_BYTES};
 use keygate_core::sync::{Follower, Outcome, Step};
+use keygate_core::token::credential::Credential;
+use keygate_core::token::crypto::{self, Algorithm, Es256};
 use keygate_core::token::{self, Claims, TYPE};
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Answer, Body, NewRules, SHARDS_ANSWER_BYTES};
 use serde_json::json;
 
 const REVOKED: u64 = 1_000_000;
@@ -162,7 +163,7 @@ impl Proxy {
             method: b"POST",
             path: b"/api/chat?stream=true",
             credential: Credential::One(token.as_bytes()),
-            client: b"10.0.0.1",
+            client: ClientAddress::new(b"10.0.0.1"),
         };
         let judge = Judge {
             cache: &mut self.cache,

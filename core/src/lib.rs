@@ -6,7 +6,7 @@
 //! argument, effects are returned as data. So the same code answers in Envoy, in the control plane's
 //! `/api/auth/validate`, in a dry run and in a test, and the four cannot disagree.
 //!
-//! Start with [`decision::decide`].
+//! Start with [`decide::decide()`].
 
 // A panic in the filter is a trap, and a trap is an outage of that worker.
 #![cfg_attr(
@@ -18,37 +18,20 @@
         clippy::unreachable,
         clippy::indexing_slicing,
         clippy::string_slice,
-        clippy::arithmetic_side_effects
+        clippy::arithmetic_side_effects,
+        clippy::disallowed_methods
     )
 )]
 #![deny(missing_docs, rustdoc::broken_intra_doc_links)]
 
-pub mod cache;
-pub mod client;
-pub mod credential;
-pub mod crypto;
-pub mod cutoff;
-pub mod decision;
-pub mod forward;
-pub mod gate;
-pub mod header_map;
-pub mod json;
-pub mod jti;
-pub mod limits;
-pub mod policy;
+pub mod bytes;
+pub mod decide;
 pub mod quota;
-pub mod refusal;
-pub mod replica;
 pub mod revocation;
-pub mod rollout;
-pub mod rules;
 pub mod secret;
-pub mod shared;
-pub mod store;
+pub mod shm;
 pub mod sync;
 pub mod telemetry;
 pub mod token;
 pub mod version;
-pub mod waiting;
-pub mod wall_clock;
-pub mod wire;
+pub mod worker;

@@ -1,17 +1,19 @@
 //! A million revoked keys among ten million issued, through everything that a proxy does with them: the wire, the
 //! leader's steps, shared data, a worker's gate. Every one of the ten million is asked about.
 
+#![expect(clippy::disallowed_methods, reason = "it measures")]
+
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use keygate_core::policy::Policy;
-use keygate_core::replica::Replica;
+use keygate_core::decide::policy::Policy;
+use keygate_core::decide::rules::{self, Rules};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
-use keygate_core::rules::{self, Rules};
-use keygate_core::shared::{Conflict, Contact, Publisher, Publishing, SharedData};
-use keygate_core::sync::{Ask, Change, Follower, Outcome, Publication, Step};
+use keygate_core::shm::{Change, Conflict, Contact, Publication, Publisher, Publishing, SharedData};
+use keygate_core::sync::wire::{self, Answer, Body, MAX_ANSWER_BYTES, NewRules, SHARDS_ANSWER_BYTES};
+use keygate_core::sync::{Ask, Follower, Outcome, Step};
 use keygate_core::version::Version;
-use keygate_core::wire::{self, Answer, Body, MAX_ANSWER_BYTES, NewRules, SHARDS_ANSWER_BYTES};
+use keygate_core::worker::replica::Replica;
 
 const ISSUED: u32 = 10_000_000;
 /// One in ten is revoked.
@@ -145,7 +147,7 @@ impl Leader {
     fn take_over(&mut self, shared: &mut Shared, control_plane: &mut ControlPlane) {
         loop {
             let generation = self.publisher.beacon().generation;
-            let mut own = keygate_core::replica::Shards { data: shared, generation };
+            let mut own = keygate_core::worker::replica::Shards { data: shared, generation };
             match self.timed(|leader| leader.follower.step(&mut own)).expect("good shards") {
                 Step::Differs => {}
                 Step::Stage { index, bytes } => {

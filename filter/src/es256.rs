@@ -1,7 +1,7 @@
 //! ES256 as the proxy has it: in WebAssembly Envoy itself verifies, natively a library does.
 
 use jsonwebtoken::crypto::CryptoProvider;
-use keygate_core::crypto::{Es256, provider};
+use keygate_core::token::crypto::{Es256, provider};
 
 use crate::host;
 

@@ -3,16 +3,16 @@
 
 use std::time::Duration;
 
-use keygate_core::replica::{LOOK_EVERY_NS, Shards};
 use keygate_core::revocation::Fingerprint;
-use keygate_core::shared::{self, Census, Contact, PublishError, Publisher, Publishing};
+use keygate_core::shm::{self, Census, Contact, PublishError, Publisher, Publishing};
+use keygate_core::sync::wire::{FORMAT, Poll, Proxy};
 use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
-use keygate_core::wire::{FORMAT, Poll, Proxy};
+use keygate_core::worker::replica::{LOOK_EVERY_NS, Shards};
 
 use crate::VERSION;
+use crate::config::Configuration;
 use crate::host::{self, Answer, CallId, Shared};
 use crate::metrics::Metrics;
-use crate::plugin::Configuration;
 use crate::reporter::{REPORT_PATH, Reporter};
 use crate::till::{QUOTA_PATH, Teller};
 
@@ -138,7 +138,7 @@ impl Leader {
 
     /// Renews or tries the lease, works, and asks when it is time; how soon it wants to be called again.
     pub fn on_tick(&mut self, now: Now<'_>) -> Option<Duration> {
-        if !host::may_lead() || !shared::hold_lease(&mut Shared, self.vm, now.ns) {
+        if !host::may_lead() || !shm::hold_lease(&mut Shared, self.vm, now.ns) {
             if self.leading.take().is_some() {
                 host::info("another worker's VM leads now");
             }
@@ -235,13 +235,13 @@ impl Leader {
     /// Lets another VM lead at once, when this one is to end.
     pub fn resign(&mut self) {
         if self.leading.take().is_some() {
-            shared::release_lease(&mut Shared, self.vm);
+            shm::release_lease(&mut Shared, self.vm);
         }
     }
 
     /// By what the control plane knows this process.
     fn identity(&self) -> (String, u64) {
-        let incarnation = shared::incarnation(&mut Shared, self.vm);
+        let incarnation = shm::incarnation(&mut Shared, self.vm);
         let id = if self.proxy_id.is_empty() {
             format!("unnamed-{incarnation:016x}")
         } else {
@@ -356,7 +356,7 @@ impl Leading {
         }
         self.contact = Contact { asked_ns: self.asked_ns, heard_ns: now_ns };
         let rules_counter = self.publisher.beacon().rules_counter;
-        match self.follower.on_answer(&body, || shared::rules(&mut Shared, rules_counter))? {
+        match self.follower.on_answer(&body, || shm::rules(&mut Shared, rules_counter))? {
             Outcome::Current { sent_at_ms } => {
                 self.publisher.touch(&mut Shared, self.contact, sent_at_ms)?;
                 self.failures = 0;

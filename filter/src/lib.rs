@@ -1,4 +1,4 @@
-//! The Envoy filter. It decides nothing: it carries requests to [`keygate_core::decision`], state from
+//! The Envoy filter. It decides nothing: it carries requests to [`keygate_core::decide`], state from
 //! the control plane to [`keygate_core::sync`], and the answers back.
 //!
 //! It runs in WebAssembly (`wasm`), with a VM for each worker and one for the main thread, or as a dynamic module
@@ -7,20 +7,24 @@
 //! module that touches the proxy.
 
 // A panic traps, and a trap is 503 for every request of that worker until the VM is made anew.
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::panic,
-    clippy::unreachable,
-    clippy::indexing_slicing,
-    clippy::string_slice,
-    clippy::arithmetic_side_effects,
-    clippy::disallowed_methods
+#![deny(clippy::disallowed_methods)]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::unreachable,
+        clippy::indexing_slicing,
+        clippy::string_slice,
+        clippy::arithmetic_side_effects
+    )
 )]
 
 #[cfg(all(not(target_family = "wasm"), panic = "abort"))]
 compile_error!("the module catches panics: build it with profile `module` (scripts/build module)");
 
+mod config;
 mod es256;
 mod host;
 mod leader;
@@ -28,8 +32,10 @@ mod metrics;
 #[cfg(not(target_family = "wasm"))]
 mod module;
 mod plugin;
+mod readiness;
 mod reporter;
 mod request;
+mod response;
 mod till;
 #[cfg(feature = "trap")]
 mod trap;

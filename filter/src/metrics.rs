@@ -2,7 +2,7 @@
 //! on; the `stats_tags` of the shipped Envoy configuration make the label of a name's last part. Names follow
 //! Prometheus, as Envoy passes them on; all values are whole numbers.
 
-use keygate_core::decision::Reason;
+use keygate_core::decide::Reason;
 
 use crate::host::{Counter, Gauge, Histogram};
 

@@ -11,13 +11,14 @@ use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use keygate_core::decision::Reason;
-use keygate_core::waiting::{Ticket, WaitingList};
+use keygate_core::decide::Reason;
+use keygate_core::worker::waiting::{Ticket, WaitingList};
 
 use crate::host::{self, Answer, CallId, Config, Counter, Envoy, MAIN, Stream, Waker};
 use crate::metrics;
 use crate::plugin::Plugin;
-use crate::request::{self, Awaited, Outcome, Then};
+use crate::request::{self, Outcome, Then};
+use crate::response::{self, Awaited};
 use ticker::Ticker;
 use waiting::Turns;
 
@@ -143,7 +144,7 @@ impl Module {
     /// The upstream answers a request.
     pub fn on_response(&self, plugin: usize, stream: Stream, awaited: Awaited) {
         host::enter(&self.envoy, plugin, Some(stream), || {
-            if let Some((counted, trouble)) = request::on_response(awaited) {
+            if let Some((counted, trouble)) = response::on_response(awaited) {
                 self.with(plugin, |plugin| plugin.tally.answered(&counted, trouble));
             }
         });

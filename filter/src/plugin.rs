@@ -3,15 +3,15 @@
 
 use std::time::Duration;
 
-use keygate_core::cache::TokenCache;
+use keygate_core::decide::cache::TokenCache;
 use keygate_core::quota::Worker;
-use keygate_core::replica::Replica;
-use keygate_core::shared::{self, Census};
+use keygate_core::shm::{self, Census};
 use keygate_core::telemetry::Tally;
 use keygate_core::telemetry::ledger::Ledger;
-use keygate_core::wall_clock::WallClock;
-use serde::Deserialize;
+use keygate_core::worker::replica::Replica;
+use keygate_core::worker::wall_clock::WallClock;
 
+use crate::config::{Configuration, FLEET_TOKEN};
 use crate::es256;
 use crate::host::{self, Answer, CallId};
 use crate::leader::{Leader, Now};
@@ -30,32 +30,6 @@ const TELL_UNITS_NS: u64 = 40_000_000;
 /// How often a VM writes down what it has counted, if there is anything new, in nanoseconds. So much of it is lost when
 /// it traps.
 const WRITE_DOWN_NS: u64 = 200_000_000;
-
-/// The plugin's configuration. It shows in Envoy's `/config_dump`, so nothing secret stands in it: the
-/// fleet token comes by the environment variable [`FLEET_TOKEN`].
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Configuration {
-    /// The Envoy cluster of the control plane's sync port.
-    pub sync_cluster: String,
-    /// How long a poll is held back when there is nothing new, in milliseconds.
-    #[serde(default = "default_poll_wait_ms")]
-    pub poll_wait_ms: u64,
-    /// Memory of each worker for tokens verified before, in bytes.
-    #[serde(default = "default_token_cache_bytes")]
-    pub token_cache_bytes: usize,
-}
-
-fn default_poll_wait_ms() -> u64 {
-    10_000
-}
-
-fn default_token_cache_bytes() -> usize {
-    16 * 1024 * 1024
-}
-
-/// The environment variable with the fleet token.
-pub const FLEET_TOKEN: &str = "KEYGATE_FLEET_TOKEN";
 
 /// One VM's state.
 pub struct Plugin {
@@ -93,8 +67,7 @@ impl Plugin {
     /// # Errors
     /// What is wrong, for the operator.
     pub fn start() -> Result<Self, String> {
-        let configuration: Configuration = serde_json::from_slice(&host::configuration())
-            .map_err(|e| format!("{e}; expected {{\"sync_cluster\": \"<an Envoy cluster>\"}}"))?;
+        let configuration = Configuration::read(&host::configuration())?;
         es256::install()?;
         let token = std::env::var(FLEET_TOKEN).ok().filter(|token| !token.is_empty());
         if token.is_none() {
@@ -137,10 +110,10 @@ impl Plugin {
         self.metrics.on_tick();
         self.tally.on_tick();
         self.replica.refresh(&mut host::Shared, now_ns);
-        self.counted = self.counted || shared::count_start(&mut host::Shared);
+        self.counted = self.counted || shm::count_start(&mut host::Shared);
         if self.roll_called_ns == 0 || now_ns.saturating_sub(self.roll_called_ns) >= ROLL_CALL_NS {
             self.roll_called_ns = now_ns;
-            self.census = shared::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
+            self.census = shm::roll_call(&mut host::Shared, self.vm, host::memory_bytes(), now_ns);
         }
         if now_ns.saturating_sub(self.units_told_ns) >= TELL_UNITS_NS {
             self.units_told_ns = now_ns;

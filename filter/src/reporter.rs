@@ -1,8 +1,8 @@
 //! Tells the control plane what the VMs of this process have counted. The leader's work; what was acknowledged is in
 //! shared data, so the next leader goes on where this one was.
 
+use keygate_core::sync::wire::FORMAT;
 use keygate_core::telemetry::{Counts, Receipt, Report, grown, ledger};
-use keygate_core::wire::FORMAT;
 
 use crate::host::{Answer, CallId, Shared};
 

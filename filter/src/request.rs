@@ -1,21 +1,17 @@
 //! What a worker does with a request: reads its headers once, has it decided, and carries that out.
 
-use keygate_core::credential::{self, Credential};
-use keygate_core::decision::{Decision, Judge, Reason, Request, State, Verdict, decide};
-use keygate_core::forward::{self, Forwarded};
-use keygate_core::header_map::HeaderMap;
-use keygate_core::limits::Left;
-use keygate_core::refusal::Refusal;
-use keygate_core::telemetry::{self, Stopwatch, Trouble};
+use keygate_core::decide::client::ClientAddress;
+use keygate_core::decide::forward::{self, Forwarded};
+use keygate_core::decide::header_map::HeaderMap;
+use keygate_core::decide::{Decision, Judge, Reason, Request, State, Verdict, decide};
+use keygate_core::telemetry::Stopwatch;
+use keygate_core::token::credential;
 
 use crate::host::{self, Entry};
 use crate::plugin::Plugin;
+use crate::readiness;
+use crate::response::{Awaited, DEFAULT_REALM, Response};
 use crate::till::Till;
-
-/// Where a worker says whether it is ready, for load balancers.
-const READY_PATH: &[u8] = b"/.keygate/ready";
-/// The realm of challenges before there is a state that names one.
-const DEFAULT_REALM: &str = "keygate";
 
 /// What is to be done with a request.
 pub enum Outcome {
@@ -29,22 +25,14 @@ pub enum Outcome {
         awaited: Option<Awaited>,
     },
     /// Answer it.
-    Respond {
-        /// The HTTP status.
-        status: u16,
-        /// Headers of the answer.
-        headers: Vec<(&'static str, String)>,
-        /// The body.
-        body: String,
-    },
+    Respond(Response),
 }
 
-/// What passed and is to be answered.
-pub struct Awaited {
-    /// While a rollout is under way: its answer is counted.
-    pub counted: Option<telemetry::Awaited>,
-    /// What is left of its limit: the client is told.
-    pub left: Option<Left>,
+impl Outcome {
+    /// The refusal where nothing can be decided.
+    pub fn unavailable() -> Self {
+        Self::Respond(Response::unavailable())
+    }
 }
 
 /// A decision's place among those about the same request.
@@ -59,15 +47,8 @@ struct Turn {
 /// The same without the headers, which are still being read.
 enum Decided {
     Pass { forwarded: Forwarded, awaited: Option<Awaited> },
-    Refuse(Outcome),
+    Refuse(Response),
     Wait,
-}
-
-impl Outcome {
-    /// The refusal where nothing can be decided.
-    pub fn unavailable() -> Self {
-        refuse(Refusal::Unavailable, DEFAULT_REALM, &[], None)
-    }
 }
 
 impl Plugin {
@@ -81,14 +62,13 @@ impl Plugin {
         #[cfg(feature = "trap")]
         crate::trap::on_request(&headers);
         let (method, path) = (headers.value(":method"), headers.value(":path"));
-        let asks_readiness = matches!(method, b"GET" | b"HEAD");
-        if asks_readiness && path.split(|byte| *byte == b'?').next() == Some(READY_PATH) {
-            return Some(self.ready(now_ns));
+        if readiness::is_asked(method, path) {
+            return Some(Outcome::Respond(self.ready(now_ns)));
         }
         let credential = credential::find(headers.iter());
-        let wants_client = self.limits_clients() || credential == Credential::None && self.rolls_out();
-        let client = if wants_client { host::client_address() } else { None };
-        let client = client.as_deref().unwrap_or_default().as_bytes();
+        let reads_client = self.replica.rules().is_some_and(|rules| rules.reads_client(credential));
+        let client = if reads_client { host::client_address() } else { None };
+        let client = client.as_deref().and_then(|client| ClientAddress::new(client.as_bytes()));
         let request = Request { method, path, credential, client };
         let now_s = self.replica.now_s(self.clock.unix_ms(now_ns, host::unix_ms), now_ns);
         let mut turn = Turn { again, for_good: false };
@@ -100,7 +80,7 @@ impl Plugin {
         });
         Some(match decided {
             Some(Decided::Pass { forwarded, awaited }) => Outcome::Pass { headers, forwarded, awaited },
-            Some(Decided::Refuse(refusal)) => refusal,
+            Some(Decided::Refuse(refusal)) => Outcome::Respond(refusal),
             Some(Decided::Wait) => return None,
             None => Outcome::unavailable(),
         })
@@ -160,7 +140,7 @@ impl Plugin {
             }
             Verdict::Refuse(refusal) => {
                 let scopes = decision.route.map_or(&[][..], |route| route.scopes.as_slice());
-                Decided::Refuse(refuse(refusal, realm, scopes, decision.left))
+                Decided::Refuse(Response::refusing(refusal, realm, scopes, decision.left))
             }
         })
     }
@@ -168,22 +148,6 @@ impl Plugin {
     /// Whether a rollout is under way.
     fn rolls_out(&self) -> bool {
         self.replica.rules().is_some_and(|rules| !rules.rollout.is_settled())
-    }
-
-    /// Whether clients without a key have a limit.
-    fn limits_clients(&self) -> bool {
-        self.replica.rules().is_some_and(|rules| rules.limits.public.is_some())
-    }
-
-    fn ready(&mut self, now_ns: u64) -> Outcome {
-        match self.replica.ready(&mut host::Shared, now_ns) {
-            Some(version) => Outcome::Respond {
-                status: 200,
-                headers: vec![("content-type", "application/json".into())],
-                body: format!("{{\"ready\":true,\"version\":\"{version}\"}}\n"),
-            },
-            None => Outcome::unavailable(),
-        }
     }
 }
 
@@ -209,32 +173,6 @@ fn forward(headers: &HeaderMap, forwarded: &Forwarded) -> bool {
     done
 }
 
-/// What a client is told of its limit: draft-ietf-httpapi-ratelimit-headers in its widespread form.
-fn limit_headers(left: Left) -> [(&'static str, u64); 3] {
-    [
-        ("x-ratelimit-limit", left.limit.units.into()),
-        ("x-ratelimit-remaining", left.remaining.into()),
-        ("x-ratelimit-reset", left.reset_s),
-    ]
-}
-
-fn refuse(refusal: Refusal, realm: &str, scopes: &[String], left: Option<Left>) -> Outcome {
-    let mut headers = vec![
-        ("content-type", "application/problem+json".to_owned()),
-        ("cache-control", "no-store".to_owned()),
-    ];
-    if let Some(challenge) = refusal.challenge(realm, scopes) {
-        headers.push(("www-authenticate", challenge));
-    }
-    let wait = left.filter(|_| refusal == Refusal::RateLimited).map(|left| left.reset_s);
-    if let Some(seconds) = wait.or(refusal.retry_after().map(u64::from)) {
-        headers.push(("retry-after", seconds.to_string()));
-    }
-    let left = left.map(limit_headers).into_iter().flatten();
-    headers.extend(left.map(|(name, number)| (name, number.to_string())));
-    Outcome::Respond { status: refusal.status(), headers, body: refusal.body() }
-}
-
 /// What becomes of a request.
 pub enum Then {
     /// It goes on to the upstream, and this is to be done when that answers.
@@ -253,27 +191,10 @@ pub fn carry_out(outcome: Outcome) -> Then {
             // A forged identity could be among those that were to be removed.
             carry_out(Outcome::unavailable())
         }
-        Outcome::Respond { status, headers, body } => {
+        Outcome::Respond(Response { status, headers, body }) => {
             let pairs = headers.iter().map(|(name, value)| (*name, value.as_str())).collect();
             host::respond(status, pairs, body.as_bytes());
             Then::Answered
         }
     }
-}
-
-/// The upstream answers: the client is told what is left of its limit. What is to be counted, while a rollout is under
-/// way: what that costs is not for everybody to pay.
-pub fn on_response(awaited: Awaited) -> Option<(telemetry::Awaited, Trouble)> {
-    if let Some(left) = awaited.left {
-        // Written where they stand: a number needs no memory of its own.
-        let mut digits = [itoa::Buffer::new(); 3];
-        let mut headers = [("", ""); 3];
-        for ((place, digits), (name, number)) in headers.iter_mut().zip(&mut digits).zip(limit_headers(left))
-        {
-            *place = (name, digits.format(number));
-        }
-        host::add_response_headers(&headers);
-    }
-    let counted = awaited.counted?;
-    Some((counted, host::response_status().and_then(Trouble::of)?))
 }

@@ -1,6 +1,6 @@
 //! Limits: what a worker spends of them, and what the leader asks the control plane for.
 
-use keygate_core::limits::{Limit, Meter, Metered};
+use keygate_core::decide::limits::{Limit, Meter, Metered};
 use keygate_core::quota::{Account, Answer, Basis, Leader, Worker};
 
 use crate::host::{self, CallId, Shared};

@@ -2,11 +2,11 @@
 //! through meanwhile; and lets it say how long the units of a
 //! limit are elsewhere.
 
-use keygate_core::decision::{Decision, Reason, Verdict};
-use keygate_core::header_map::HeaderMap;
-use keygate_core::limits::{Left, Limit};
-use keygate_core::refusal::Refusal;
-use keygate_core::shared::SharedData as _;
+use keygate_core::decide::header_map::HeaderMap;
+use keygate_core::decide::limits::{Left, Limit};
+use keygate_core::decide::refusal::Refusal;
+use keygate_core::decide::{Decision, Reason, Verdict};
+use keygate_core::shm::SharedData as _;
 
 use crate::host;
 

@@ -8,7 +8,8 @@ use proxy_wasm::types::{Action, ContextType};
 
 use crate::host;
 use crate::plugin::Plugin;
-use crate::request::{self, Awaited, Outcome, Then};
+use crate::request::{self, Outcome, Then};
+use crate::response::{self, Awaited};
 
 /// One VM's state, for its root context and the requests of its worker.
 type Shared = Rc<RefCell<Plugin>>;
@@ -112,7 +113,7 @@ impl HttpContext for Http {
     }
 
     fn on_http_response_headers(&mut self, _headers: usize, _end_of_stream: bool) -> Action {
-        let answered = self.awaited.take().and_then(request::on_response);
+        let answered = self.awaited.take().and_then(response::on_response);
         if let Some((counted, trouble)) = answered
             && let Some(Ok(mut plugin)) = self.plugin.as_ref().map(|plugin| plugin.try_borrow_mut())
         {

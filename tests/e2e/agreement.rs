@@ -3,14 +3,14 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use keygate_core::cache::TokenCache;
-use keygate_core::credential;
-use keygate_core::crypto::{Algorithm, native};
-use keygate_core::decision::{Judge, Verdict, decide_on_route};
-use keygate_core::policy::{Policy, Route};
+use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::policy::{Policy, Route};
+use keygate_core::decide::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::decide::{Judge, Verdict, decide_on_route};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op};
-use keygate_core::rules::{self, Rules, Ruleset, VerificationKey};
 use keygate_core::secret::Secret;
+use keygate_core::token::credential;
+use keygate_core::token::crypto::{Algorithm, native};
 use keygate_e2e::forge::Parts;
 use keygate_e2e::http::Connection;
 use keygate_e2e::{Request, Stack};

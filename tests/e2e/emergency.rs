@@ -4,8 +4,8 @@
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
+use keygate_core::sync::wire::{Answer, Body, FORMAT};
 use keygate_core::version::Version;
-use keygate_core::wire::{Answer, Body, FORMAT};
 use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Key, Request, Response, SOON, Stack, Times, http, wait_until};
 use serde_json::{Value, json};

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use keygate_core::wire::{Answer, FORMAT, NewRules};
+use keygate_core::sync::wire::{Answer, FORMAT, NewRules};
 use keygate_e2e::control_plane::ControlPlane;
 use keygate_e2e::metrics::Metrics;
 use keygate_e2e::{Api, Connection, Key, Middleman, Redis, Request, SOON, Stack, Times, http, wait_until};
@@ -595,7 +595,7 @@ fn hmac_secret(stack: &Stack) -> Vec<u8> {
     let NewRules::Whole(rules) = Answer::decode(&answer.body).expect("an answer to a poll").rules else {
         panic!("no rules");
     };
-    let rules: keygate_core::rules::Rules = serde_json::from_slice(&rules).expect("rules");
+    let rules: keygate_core::decide::rules::Rules = serde_json::from_slice(&rules).expect("rules");
     rules.keys[0].material.expose().to_vec()
 }
 

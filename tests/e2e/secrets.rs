@@ -183,7 +183,8 @@ fn open_secrets(stack: &Stack) -> Vec<Vec<u8>> {
         let text = |member: &str| record[member].as_str().expect("a text").to_owned();
         let place = format!("keygate secret {} {} {}", text("kid"), text("alg"), text("state"));
         let sealed = record["sealed"]["secret"].as_str().expect("a text");
-        found.push(keygate::secret::open(&data_key, &place, sealed).expect("it opens").to_vec());
+        found
+            .push(keygate::seal::open(data_key.expose(), &place, sealed).expect("it opens").expose().clone());
     }
     assert!(!found.is_empty());
     found

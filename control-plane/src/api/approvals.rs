@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::cutoff::Cutoff;
+use keygate_core::decide::cutoff::Cutoff;
 use serde_json::{Value, json as value};
 
 use super::emergency::{note_revoked, order_view};

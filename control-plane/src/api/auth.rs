@@ -5,10 +5,10 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
-use keygate_core::cache::Verified;
-use keygate_core::decision::Reason;
-use keygate_core::policy::Route;
-use keygate_core::refusal::Refusal;
+use keygate_core::decide::Reason;
+use keygate_core::decide::cache::Verified;
+use keygate_core::decide::policy::Route;
+use keygate_core::decide::refusal::Refusal;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};

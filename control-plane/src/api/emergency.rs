@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::cutoff::{Cutoff, Lockdown, Scope};
+use keygate_core::decide::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
 use super::request::{self, Body, KeyId, Waits};
@@ -65,7 +65,7 @@ struct CutoffScope {
 
 impl CutoffScope {
     /// The rule. Without `created_before` it hits every key issued until now, this second included.
-    fn cutoff(self, app: &ApiState, spares: &str, now: u64) -> Result<Cutoff, Problem> {
+    fn cutoff(self, app: &ApiState, excluded_key: &str, now: u64) -> Result<Cutoff, Problem> {
         let time = |name: &str, text: Option<String>, default: u64| match text {
             None => Ok(default),
             Some(text) => humantime::parse_rfc3339_weak(&text)
@@ -97,7 +97,7 @@ impl CutoffScope {
             scope: Scope { role: self.role, owner: self.owner, kid: self.kid },
             created_before,
             created_after,
-            spares: Some(spares.into()),
+            excluded_key: Some(excluded_key.into()),
         })
     }
 }
@@ -233,7 +233,7 @@ fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
         "kid": cutoff.scope.kid,
         "created_before": clock::rfc3339(cutoff.created_before),
         "created_after": (cutoff.created_after > 0).then(|| clock::rfc3339(cutoff.created_after)),
-        "spares": cutoff.spares,
+        "excluded_key": cutoff.excluded_key,
     })
 }
 

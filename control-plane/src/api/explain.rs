@@ -5,10 +5,11 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::cache::TokenCache;
-use keygate_core::credential::Credential;
-use keygate_core::decision::{self, Judge, Request, Trace, Verdict, decide};
-use keygate_core::forward::Forwarded;
+use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::client::ClientAddress;
+use keygate_core::decide::forward::Forwarded;
+use keygate_core::decide::{self, Judge, Request, Trace, Verdict, decide};
+use keygate_core::token::credential::Credential;
 use serde::Deserialize;
 
 use super::json;
@@ -55,10 +56,10 @@ pub async fn explain(State(app): State<Arc<ApiState>>, Body(bytes): Body) -> Res
     };
     let credential =
         question.token.as_ref().map_or(Credential::None, |token| Credential::One(token.as_bytes()));
-    let client = question.client.as_deref().unwrap_or_default().as_bytes();
+    let client = question.client.as_deref().and_then(|client| ClientAddress::new(client.as_bytes()));
     let request =
         Request { method: question.method.as_bytes(), path: question.path.as_bytes(), credential, client };
-    let decision = decide(decision::State::Fresh(&state.rules), request, judge);
+    let decision = decide(decide::State::Fresh(&state.rules), request, judge);
     let (verdict, status, code) = match decision.verdict {
         Verdict::Forward => ("forward", None, None),
         Verdict::Refuse(refusal) => ("refuse", Some(refusal.status()), Some(refusal.code())),

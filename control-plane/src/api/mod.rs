@@ -31,8 +31,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodRouter, delete, get, post, put};
-use keygate_core::cache::Verified;
-use keygate_core::policy::Route;
+use keygate_core::decide::cache::Verified;
+use keygate_core::decide::policy::Route;
 use tracing::Instrument as _;
 
 use crate::clock;

@@ -6,7 +6,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::Response;
-use keygate_core::policy::{Mode, Route};
+use keygate_core::decide::policy::{Mode, Route};
 use serde::Deserialize;
 
 use super::request::{self, Body, Waits};

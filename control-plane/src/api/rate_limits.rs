@@ -7,7 +7,7 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::limits::Override;
+use keygate_core::decide::limits::Override;
 use keygate_core::quota::SHARES;
 use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;

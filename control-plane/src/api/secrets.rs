@@ -8,8 +8,8 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use keygate_core::crypto::Algorithm;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::Algorithm;
 use serde::Deserialize;
 
 use super::request::{self, Body, Waits};

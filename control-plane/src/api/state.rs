@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::{Arc, Mutex};
 
-use keygate_core::cache::TokenCache;
+use keygate_core::decide::cache::TokenCache;
 
 use crate::canary::runner::Canary;
 use crate::node::Node;

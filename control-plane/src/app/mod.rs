@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use keygate_core::cache::TokenCache;
-use keygate_core::policy::Policy;
-use keygate_core::rules::{RulesError, Ruleset};
+use keygate_core::decide::cache::TokenCache;
+use keygate_core::decide::policy::Policy;
+use keygate_core::decide::rules::{RulesError, Ruleset};
 use keygate_core::secret::Secret;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -132,7 +132,7 @@ pub struct Serving {
 /// # Errors
 /// See [`RunError`].
 pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Result<Serving, RunError> {
-    keygate_core::crypto::native::install();
+    keygate_core::token::crypto::native::install();
     let dir = &config.data_dir;
     let io = |what: String| move |source| RunError::Io { what, source };
     std::fs::DirBuilder::new()

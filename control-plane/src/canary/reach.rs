@@ -1,8 +1,8 @@
 //! Which tests reach V2 while a rollout is under way. What V1 answers says nothing of Keygate, so tests that the rollout
 //! sends there are not run.
 
-use keygate_core::rollout::{ApiVersion, FULL_SHARE, Subject};
-use keygate_core::rules::Ruleset;
+use keygate_core::decide::rollout::{ApiVersion, FULL_SHARE, Subject};
+use keygate_core::decide::rules::Ruleset;
 
 use super::{OWNER, Test};
 
@@ -38,8 +38,8 @@ pub fn path_reaches_v2(rules: &Ruleset, method: &str, path: &str, with_key: bool
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::rollout::Rollout;
-    use keygate_core::rules::Rules;
+    use keygate_core::decide::rollout::Rollout;
+    use keygate_core::decide::rules::Rules;
     use serde_json::{Value, json};
 
     use super::*;

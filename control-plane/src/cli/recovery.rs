@@ -122,7 +122,7 @@ impl Recover {
         let report = journal::verify(&dir, None)?;
         anyhow::ensure!(report.records > 0, "{}: there is no journal here", dir.display());
         println!("{}: {} records, whole and unchanged", dir.display(), report.records);
-        keygate_core::crypto::native::install();
+        keygate_core::token::crypto::native::install();
         let work = Work::new()?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let now = Clock::system().now_s();

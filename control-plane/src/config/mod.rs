@@ -21,7 +21,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use keygate_core::limits::MAX_UNITS;
+use keygate_core::decide::limits::MAX_UNITS;
 
 pub use self::canary::CanarySettings;
 pub use self::durability::Durability;

@@ -1,6 +1,6 @@
 //! Settings of signing secrets.
 
-use keygate_core::crypto::Algorithm;
+use keygate_core::token::crypto::Algorithm;
 
 use super::raw::RawConfig;
 use super::value::{algorithm, flag, overlap, propagation_timeout, retire, schedule};

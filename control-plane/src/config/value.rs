@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use std::net::SocketAddr;
 
-use keygate_core::crypto::Algorithm;
-use keygate_core::rules::MAX_LEEWAY_S;
+use keygate_core::decide::rules::MAX_LEEWAY_S;
 use keygate_core::token;
+use keygate_core::token::crypto::Algorithm;
 use toml::Value;
 
 use super::Durability;

@@ -13,8 +13,8 @@ use cryptoki::object::{Attribute, AttributeType, KeyType, ObjectClass, ObjectHan
 use cryptoki::session::{Session, SessionState, UserType};
 use cryptoki::slot::Slot;
 use cryptoki::types::AuthPin;
-use keygate_core::crypto::P256_POINT_BYTES;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::P256_POINT_BYTES;
 
 use super::error::{refused, refuses_the_pin};
 use super::{ANSWER_WITHIN, Cause, HsmConfig, HsmError};

@@ -3,7 +3,7 @@ use std::sync::Mutex;
 use cryptoki::mechanism::Mechanism;
 use cryptoki::object::{Attribute, AttributeInfo, AttributeType};
 use cryptoki::types::AuthPin;
-use keygate_core::crypto::{Es256, native};
+use keygate_core::token::crypto::{Es256, native};
 
 use super::error::refused;
 use super::softhsm::Token;

@@ -19,7 +19,7 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use keygate_core::limits::Limit;
+use keygate_core::decide::limits::Limit;
 use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
@@ -189,7 +189,7 @@ fn associated(change: &Change) -> String {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::cutoff::{Cutoff, Scope};
+    use keygate_core::decide::cutoff::{Cutoff, Scope};
     use serde_json::json;
 
     use super::*;
@@ -226,7 +226,7 @@ mod tests {
 
     fn cutoff(id: &str, owner: &str) -> Cutoff {
         let scope = Scope { owner: Some(owner.into()), ..Scope::default() };
-        Cutoff { id: id.into(), scope, created_before: 1, created_after: 0, spares: None }
+        Cutoff { id: id.into(), scope, created_before: 1, created_after: 0, excluded_key: None }
     }
 
     fn added(cutoff: Cutoff) -> Change {

@@ -1,4 +1,4 @@
-use keygate_core::cutoff::{Cutoff, Scope};
+use keygate_core::decide::cutoff::{Cutoff, Scope};
 
 use super::*;
 use crate::change::Change;
@@ -207,7 +207,7 @@ fn a_record_without_what_auditors_ask_is_refused() {
 fn what_is_sealed_in_another_journal_is_named_with_segment_and_line() {
     let dir = tempfile::tempdir().unwrap();
     let scope = Scope { owner: Some("acme-42".into()), ..Scope::default() };
-    let cutoff = Cutoff { id: "c1".into(), scope, created_before: 1, created_after: 0, spares: None };
+    let cutoff = Cutoff { id: "c1".into(), scope, created_before: 1, created_after: 0, excluded_key: None };
     let reason = RevocationReason::Emergency;
     let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None };
     let mut journal = reopen(dir.path()).unwrap().0;

@@ -102,7 +102,7 @@ mod tests {
     fn what_is_left_of_a_rollout_without_a_v1_is_not_shown_as_in_force() {
         let metrics = Metrics::new(&crate::roles::expand(crate::roles::defaults()));
         let mut flags = Flags::default();
-        flags.rollout.strategy = keygate_core::rollout::Strategy::Off;
+        flags.rollout.strategy = keygate_core::decide::rollout::Strategy::Off;
         metrics.rollout.show(&flags, true, 0);
         let off = "keygate_rollout_strategy{strategy=\"off\"} 1";
         assert!(metrics.text().contains(off) && metrics.text().contains("keygate_rollout_v2_ratio 0\n"));

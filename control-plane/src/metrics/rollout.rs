@@ -1,6 +1,6 @@
 //! Metrics of the rollout.
 
-use keygate_core::rollout::{FULL_SHARE, Strategy};
+use keygate_core::decide::rollout::{FULL_SHARE, Strategy};
 
 use super::write_only::{Counter, Gauge, Gauges, component};
 use crate::rollout::Flags;

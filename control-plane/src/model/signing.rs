@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use keygate_core::crypto::Algorithm;
+use keygate_core::token::crypto::Algorithm;
 
 use crate::rotation::schedule::Schedule;
 use crate::secret::Retire;

@@ -7,8 +7,8 @@
 
 use std::collections::BTreeSet;
 
-use keygate_core::cutoff::Lockdown;
-use keygate_core::limits::Override;
+use keygate_core::decide::cutoff::Lockdown;
+use keygate_core::decide::limits::Override;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 

@@ -3,8 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use keygate_core::policy::Policy;
-use keygate_core::rollout::{ApiVersion, FULL_SHARE, Gradual, Step, Strategy, WEEKLY_STEPS};
+use keygate_core::decide::policy::Policy;
+use keygate_core::decide::rollout::{ApiVersion, FULL_SHARE, Gradual, Step, Strategy, WEEKLY_STEPS};
 use serde_json::{Map, Value, json};
 
 use super::Flags;

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use keygate_core::rollout::Strategy;
+use keygate_core::decide::rollout::Strategy;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::document::percent;

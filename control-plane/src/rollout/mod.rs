@@ -1,5 +1,5 @@
 //! The rollout from V1 to V2 as the control plane keeps it: what is set, by whom and why, and what it was before. What it
-//! means for a request is decided by [`keygate_core::rollout`].
+//! means for a request is decided by [`keygate_core::decide::rollout`].
 
 pub mod document;
 pub mod guard;
@@ -7,7 +7,7 @@ pub mod guard;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use keygate_core::rollout::{ApiVersion, FULL_SHARE, Plan, Rollout, Strategy};
+use keygate_core::decide::rollout::{ApiVersion, FULL_SHARE, Plan, Rollout, Strategy};
 use serde::{Deserialize, Serialize};
 
 use crate::canary;
@@ -116,7 +116,7 @@ impl Pasts {
 
 #[cfg(test)]
 mod tests {
-    use keygate_core::rollout::Gradual;
+    use keygate_core::decide::rollout::Gradual;
 
     use super::*;
 

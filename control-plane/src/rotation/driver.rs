@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use keygate_core::crypto::Algorithm;
+use keygate_core::token::crypto::Algorithm;
 use tokio::sync::watch;
 use tokio::time::{Instant, MissedTickBehavior, interval};
 

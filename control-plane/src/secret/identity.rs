@@ -1,6 +1,6 @@
 //! Identifiers of a key that is to be issued.
 
-use keygate_core::jti::JtiKey;
+use keygate_core::token::jti::JtiKey;
 
 use crate::random;
 

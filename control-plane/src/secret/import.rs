@@ -5,8 +5,8 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD_NO_PAD, URL_SAFE_NO_PAD as BASE64URL};
-use keygate_core::crypto::HMAC_SECRET_MIN_BYTES;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::HMAC_SECRET_MIN_BYTES;
 
 /// More would be hashed down first (RFC 2104 section 2) and takes room on every proxy.
 const MAX_BYTES: usize = 512;

@@ -20,9 +20,9 @@ mod signer;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use hmac::{Hmac, KeyInit as _, Mac as _};
-use keygate_core::crypto::{Algorithm, native};
-use keygate_core::jti::JtiKey;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::{Algorithm, native};
+use keygate_core::token::jti::JtiKey;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 
@@ -113,7 +113,7 @@ pub struct SecretRecord {
     /// Whether an HSM keeps it, under its id.
     #[serde(default, skip_serializing_if = "is_false")]
     pub in_hsm: bool,
-    /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::jti`]: those of a secret that
+    /// Whether the ids of its tokens are made with a key of their own, see [`keygate_core::token::jti`]: those of a secret that
     /// was made elsewhere are not.
     #[serde(default, skip_serializing_if = "is_false")]
     pub keyed_ids: bool,

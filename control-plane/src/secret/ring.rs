@@ -7,9 +7,9 @@ use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
-use keygate_core::crypto::Algorithm;
-use keygate_core::rules::VerificationKey;
+use keygate_core::decide::rules::VerificationKey;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::Algorithm;
 
 use super::{Opened, SecretError, SecretRecord, SecretState, Signer};
 use crate::hlc::Mark;

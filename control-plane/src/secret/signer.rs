@@ -6,9 +6,9 @@ use std::sync::Arc;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use jsonwebtoken::{EncodingKey, Header};
-use keygate_core::crypto::Algorithm;
-use keygate_core::jti::JtiKey;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::Algorithm;
+use keygate_core::token::jti::JtiKey;
 use keygate_core::token::{Claims, TYPE};
 
 use super::Identity;

@@ -62,7 +62,7 @@ fn what_is_signed_is_read_strictly_and_verified_and_signed_the_same_again() {
         let read = keygate_core::token::read(token.expose().as_bytes()).unwrap();
         assert_eq!((read.claims, read.kid, read.alg), (claims(), record.kid.clone(), alg));
         let key = alg.verification_key(opened.verification.unwrap().expose()).unwrap();
-        assert!(keygate_core::crypto::verify(alg, &key, read.signing_input, read.signature));
+        assert!(keygate_core::token::crypto::verify(alg, &key, read.signing_input, read.signature));
     }
 }
 

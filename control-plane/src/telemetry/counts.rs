@@ -4,9 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use keygate_core::decision::Reason;
-use keygate_core::refusal::Refusal;
-use keygate_core::rollout::ApiVersion;
+use keygate_core::decide::Reason;
+use keygate_core::decide::refusal::Refusal;
+use keygate_core::decide::rollout::ApiVersion;
 use keygate_core::telemetry::{Series, Times, Timing, Trouble};
 use serde::{Deserialize, Serialize};
 

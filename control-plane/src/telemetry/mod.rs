@@ -13,8 +13,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use keygate_core::decision::Reason;
-use keygate_core::policy::Policy;
+use keygate_core::decide::Reason;
+use keygate_core::decide::policy::Policy;
 use keygate_core::telemetry::{MAX_REPORTED, MAX_SERIES_BYTES, Receipt, Report, Series, Timing};
 use tokio::sync::{Notify, watch};
 

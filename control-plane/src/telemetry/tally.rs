@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use keygate_core::decision::Reason;
-use keygate_core::rollout::ApiVersion;
+use keygate_core::decide::Reason;
+use keygate_core::decide::rollout::ApiVersion;
 use keygate_core::telemetry::Trouble;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use keygate_core::rules::{self, RulesError};
+use keygate_core::decide::rules::{self, RulesError};
 use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
 

@@ -1,7 +1,7 @@
 //! Answers of the control plane: what decodes encodes to the same bytes.
 #![no_main]
 
-use keygate_core::wire::{self, Answer};
+use keygate_core::sync::wire::{self, Answer};
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(answer) = Answer::decode(bytes) {
@@ -10,5 +10,5 @@ libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
     if let Ok(shards) = wire::decode_shards(bytes) {
         assert_eq!(wire::encode_shards(shards.into_iter().map(|place| &bytes[place])), bytes);
     }
-    let _ = keygate_core::json::object(bytes);
+    let _ = keygate_core::token::json::object(bytes);
 });

@@ -1,8 +1,9 @@
 //! Following a control plane that answers anything: never an older version, never a panic, never an end.
 #![no_main]
 
-use keygate_core::gate::ShardSource;
-use keygate_core::sync::{Ask, Follower, Outcome, Publication, Step};
+use keygate_core::revocation::gate::ShardSource;
+use keygate_core::shm::Publication;
+use keygate_core::sync::{Ask, Follower, Outcome, Step};
 use keygate_core::version::Version;
 
 struct Nothing;

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
-use keygate_core::decision::State;
-use keygate_core::replica::Replica;
+use keygate_core::decide::State;
+use keygate_core::worker::replica::Replica;
 use keygate_core::revocation::{Fingerprint, Revocations};
-use keygate_core::shared::{self, Conflict, SharedData};
+use keygate_core::shm::{self, Conflict, SharedData};
 
 struct Memory(BTreeMap<String, Vec<u8>>);
 
@@ -35,10 +35,10 @@ libfuzzer_sys::fuzz_target!(|values: Vec<(u8, Vec<u8>)>| {
     ];
     let named = values.into_iter().map(|(key, value)| (KEYS[usize::from(key) % KEYS.len()].to_owned(), value));
     let mut data = Memory(named.collect());
-    shared::hold_lease(&mut data, 7, 1);
-    shared::roll_call(&mut data, 7, 1, 1);
-    shared::count_start(&mut data);
-    shared::incarnation(&mut data, 7);
+    shm::hold_lease(&mut data, 7, 1);
+    shm::roll_call(&mut data, 7, 1, 1);
+    shm::count_start(&mut data);
+    shm::incarnation(&mut data, 7);
     let mut replica = Replica::default();
     for now_ns in [0, 10_000_000, u64::MAX] {
         replica.refresh(&mut data, now_ns);

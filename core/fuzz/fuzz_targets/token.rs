@@ -1,7 +1,7 @@
 //! The strict reader: any bytes as a header's value. What is read has one spelling.
 #![no_main]
 
-use keygate_core::credential::{self, Credential};
+use keygate_core::token::credential::{self, Credential};
 use keygate_core::token;
 
 libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {

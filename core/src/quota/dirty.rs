@@ -1,7 +1,7 @@
 //! Pages with a record that the leader is to look at, marked by workers.
 
 use super::page::{ABSENT, PAGES};
-use crate::shared::{Conflict, SharedData};
+use crate::shm::{Conflict, SharedData};
 
 const KEY: &str = "keygate/2/quota/dirty";
 /// One bit a page.

@@ -10,7 +10,7 @@ use super::message::{Answer, FORMAT, Grant, MAX_ENTRIES, Member, Question, Recal
 use super::page::{self, ABSENT, PAGES, Page, PageError, Write};
 use super::standing::Standing;
 use super::{ANSWER_NS, Account, RECOVER_NS, dirty, is_same_ledger};
-use crate::shared::SharedData;
+use crate::shm::SharedData;
 
 /// Time that a spend takes from a VM to the leader's queue: a tick of the VM and one of the leader.
 const TICKS_NS: u64 = 60_000_000;

@@ -5,8 +5,8 @@ use std::ops::Range;
 use super::Account;
 use super::record::Record;
 use super::standing::Standing;
-use crate::shared::SharedData;
-use crate::wire::{Reader, WireError};
+use crate::bytes::{Reader, WireError};
+use crate::shm::SharedData;
 
 /// Accounts are spread over so many values of the shared data.
 pub(super) const PAGES: u16 = 1_024;

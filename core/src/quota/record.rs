@@ -3,7 +3,7 @@
 use super::spends::{self, Spends};
 use super::standing::Standing;
 use super::{Account, SHARES};
-use crate::wire::{Reader, WireError};
+use crate::bytes::{Reader, WireError};
 
 /// The most VMs that hold units of an account.
 const MAX_DRAWS: usize = 255;

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::wire::{Reader, WireError};
+use crate::bytes::{Reader, WireError};
 
 /// Slots of a window. All units of a slot are free when the last of them is, so at most 1/128 of a window is lost.
 const SLOTS: u64 = 128;

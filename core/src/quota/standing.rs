@@ -1,8 +1,8 @@
 //! Standing of a proxy with the ledger, for all of its VMs.
 
 use super::{GRANT_NS, REPORT_NS, SILENCE_NS, fair_share};
-use crate::shared::{Conflict, SharedData};
-use crate::wire::{Reader, WireError};
+use crate::bytes::{Reader, WireError};
+use crate::shm::{Conflict, SharedData};
 
 const KEY: &str = "keygate/2/quota/standing";
 const MAGIC: &[u8; 4] = b"KGq2";

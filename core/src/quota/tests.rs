@@ -5,8 +5,8 @@ use proptest::prelude::*;
 use super::page::{self, Page, Write};
 use super::spends::Spends;
 use super::*;
-use crate::shared::tests::Memory;
-use crate::shared::{Conflict, SharedData};
+use crate::shm::tests::Memory;
+use crate::shm::{Conflict, SharedData};
 
 mod simulation;
 mod units;

@@ -1,7 +1,7 @@
 //! Answers to requests with a limit.
 
 use super::SECOND_NS;
-use crate::limits::{Left, Limit, Metered};
+use crate::decide::limits::{Left, Limit, Metered};
 
 /// Answer to a request with a limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -10,7 +10,7 @@ use super::spends::Spends;
 use super::standing::Standing;
 use super::verdict::{Basis, QuotaStatus, Verdict, Why};
 use super::{Account, SECOND_NS, dirty};
-use crate::shared::SharedData;
+use crate::shm::SharedData;
 
 /// Time for which a VM may hold units without a word. A VM that traps loses them for this time and a window.
 const DRAW_NS: u64 = 2_000_000_000;

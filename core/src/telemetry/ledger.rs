@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 
 use super::Counts;
-use crate::shared::SharedData;
+use crate::shm::SharedData;
 
 /// A page that was not written to for so long is closed, nanoseconds.
 const IDLE_NS: u64 = 600_000_000_000;
@@ -218,7 +218,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::shared::tests::Memory;
+    use crate::shm::tests::Memory;
 
     fn counts(number: u64) -> Counts {
         let mut counts = Counts::default();
@@ -278,8 +278,8 @@ mod tests {
             self.0.get(key)
         }
 
-        fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), crate::shared::Conflict> {
-            self.1 = self.1.checked_sub(1).ok_or(crate::shared::Conflict)?;
+        fn set(&mut self, key: &str, value: &[u8], cas: Option<u32>) -> Result<(), crate::shm::Conflict> {
+            self.1 = self.1.checked_sub(1).ok_or(crate::shm::Conflict)?;
             self.0.set(key, value, cas)
         }
     }

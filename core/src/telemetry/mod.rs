@@ -17,8 +17,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 pub use self::tally::{Awaited, Stopwatch, Tally};
-use crate::decision::Reason;
-use crate::rollout::ApiVersion;
+use crate::decide::Reason;
+use crate::decide::rollout::ApiVersion;
 
 /// The upper bounds of the buckets of times, in nanoseconds: from what a token that was verified before takes to what
 /// nobody should wait for. What is above the last has a bucket of its own.
@@ -278,7 +278,7 @@ impl Counts {
 /// What a proxy tells of itself: `POST /sync/v1/report`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// [`crate::wire::FORMAT`].
+    /// [`crate::sync::wire::FORMAT`].
     pub format: u32,
     /// Envoy's `node.id`.
     pub proxy: String,

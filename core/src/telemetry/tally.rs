@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use super::{Counts, Series, Times, Timing, Trouble};
-use crate::decision::{Decision, Reason, Trace};
-use crate::rollout::ApiVersion;
+use crate::decide::rollout::ApiVersion;
+use crate::decide::{Decision, Reason, Trace};
 
 /// Of so many decisions the time of one is taken.
 const SAMPLE: u32 = 16;
@@ -200,10 +200,10 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::cache::Verified;
-    use crate::decision::Verdict;
-    use crate::policy::Route;
-    use crate::rollout::Choice;
+    use crate::decide::Verdict;
+    use crate::decide::cache::Verified;
+    use crate::decide::policy::Route;
+    use crate::decide::rollout::Choice;
     use crate::token::Claims;
 
     fn key(role: &str) -> Arc<Verified> {

@@ -5,12 +5,13 @@
 
 mod abi;
 mod here;
+mod store;
 
 use std::sync::OnceLock;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use keygate_core::header_map::HeaderMap;
-use keygate_core::shared::{Conflict, SharedData};
+use keygate_core::decide::header_map::HeaderMap;
+use keygate_core::shm::{Conflict, SharedData};
 
 pub use abi::{
     Buffer, Config, Header, Scheduler, Stream, Waker, bytes, concurrency, continue_decoding, worker_index,

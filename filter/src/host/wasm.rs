@@ -5,9 +5,9 @@
 
 use std::time::Duration;
 
-use keygate_core::crypto::{ecdsa_der, p256_spki};
-use keygate_core::header_map::HeaderMap;
-use keygate_core::shared::{Conflict, SharedData};
+use keygate_core::decide::header_map::HeaderMap;
+use keygate_core::shm::{Conflict, SharedData};
+use keygate_core::token::crypto::{ecdsa_der, p256_spki};
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, LogLevel, MapType, MetricType};
 

@@ -6,11 +6,12 @@ use std::cell::RefCell;
 use std::ffi::{c_char, c_void};
 use std::ptr;
 
-use keygate_core::waiting::Ticket;
+use keygate_core::worker::waiting::Ticket;
 
 use super::{Answers, Module, Next, caught};
 use crate::host::{self, Buffer, Config, Header, Stream};
-use crate::request::{Awaited, Then};
+use crate::request::Then;
+use crate::response::Awaited;
 
 /// The version of the ABI that this is written for, Envoy 1.40's.
 const ABI_VERSION: &std::ffi::CStr = c"v0.2.0";

@@ -1,7 +1,7 @@
 //! Requests that wait for units of their limit. They are decided on again, each by its own worker, when units may have
 //! come: with an answer of the control plane, or with what another worker gives back. The main thread wakes them.
 
-use keygate_core::waiting::Ticket;
+use keygate_core::worker::waiting::Ticket;
 
 use super::{Module, Next, lock};
 use crate::host::{self, Stream, Waker};

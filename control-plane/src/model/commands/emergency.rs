@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use keygate_core::cutoff::{Cutoff, Lockdown};
+use keygate_core::decide::cutoff::{Cutoff, Lockdown};
 use keygate_core::token::Claims;
 
 use super::Plan;

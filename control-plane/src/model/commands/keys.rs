@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use keygate_core::cache::Verified;
+use keygate_core::decide::cache::Verified;
 
 use super::Plan;
 use crate::canary;

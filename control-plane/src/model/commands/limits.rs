@@ -2,7 +2,7 @@
 
 use std::convert::Infallible;
 
-use keygate_core::limits::{Limits, Override};
+use keygate_core::decide::limits::{Limits, Override};
 use serde_json::Value;
 
 use super::Plan;

@@ -1,7 +1,7 @@
 //! The route policy.
 
-use keygate_core::policy::{Mode, Policy, PolicyError as RouteError, Route};
-use keygate_core::rules::MAX_RULES_BYTES;
+use keygate_core::decide::policy::{Mode, Policy, PolicyError as RouteError, Route};
+use keygate_core::decide::rules::MAX_RULES_BYTES;
 
 use super::{Expected, Plan, RevisionMismatch};
 use crate::change::Change;

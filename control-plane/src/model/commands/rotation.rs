@@ -8,11 +8,11 @@
 
 use std::time::Duration;
 
-use keygate_core::cache::Verified;
-use keygate_core::crypto::Algorithm;
-use keygate_core::jti::JtiKey;
-use keygate_core::rules::MAX_KEYS;
+use keygate_core::decide::cache::Verified;
+use keygate_core::decide::rules::MAX_KEYS;
 use keygate_core::secret::Secret;
+use keygate_core::token::crypto::Algorithm;
+use keygate_core::token::jti::JtiKey;
 
 use super::{Plan as PlanOf, keys};
 use crate::change::{Change, Idempotency};
@@ -346,7 +346,7 @@ mod tests {
     use crate::root_key::RootKey;
 
     fn keyring() -> Keyring {
-        keygate_core::crypto::native::install();
+        keygate_core::token::crypto::native::install();
         Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([2; 32]))
     }
 

@@ -1,7 +1,7 @@
 //! One thing at a time.
 
 use super::*;
-use crate::limits::{Left, Limit, Metered};
+use crate::decide::limits::{Left, Limit, Metered};
 
 /// A proxy with two VMs, whose leader speaks with a ledger whenever it is told to.
 struct Site {
@@ -926,7 +926,7 @@ proptest! {
         let mut bytes = Vec::new();
         spends.encode(&mut bytes);
         prop_assert!(bytes.len() < 132 * 13);
-        prop_assert_eq!(Spends::decode(&mut crate::wire::Reader::new(&bytes)).unwrap(), spends);
+        prop_assert_eq!(Spends::decode(&mut crate::bytes::Reader::new(&bytes)).unwrap(), spends);
     }
 }
 

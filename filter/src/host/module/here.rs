@@ -10,10 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ahash::RandomState;
-use keygate_core::store::Store;
 
 use super::CallId;
 use super::abi::{Config, Stream};
+use super::store::Store;
 
 /// The plugin of the main thread; those of workers follow it.
 pub const MAIN: usize = 0;
