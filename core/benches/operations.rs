@@ -12,7 +12,7 @@ use jsonwebtoken::crypto::CryptoProvider;
 use keygate_core::decide::cache::TokenCache;
 use keygate_core::decide::client::ClientAddress;
 use keygate_core::decide::limits::{Limit, Meter, Metered};
-use keygate_core::decide::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::decide::rules::{Rules, Ruleset, VerificationKey};
 use keygate_core::decide::{Judge, Reason, Request, State, decide};
 use keygate_core::quota::{self, Account, Leader, Ledger, Worker};
 use keygate_core::revocation::gate::{Gate, Gated, ShardSource};
@@ -342,22 +342,16 @@ fn rules() -> Rules {
         { "name": "chat", "path": "/api/chat", "methods": ["POST"], "access": "key",
           "scopes": ["chat:read", "chat:write"] },
     ]});
+    let keys = vec![
+        key("hs-0", OTHER_SECRET),
+        key("hs-1", SECRET),
+        VerificationKey { jti_key: Some(Secret::new(OTHER_SECRET.into())), ..key("hs-2", SECRET) },
+    ];
     Rules {
-        format: rules::FORMAT,
-        issuer: "keygate".into(),
         audience: Some("api".into()),
-        realm: "keygate".into(),
         leeway_s: 5,
         max_life_s: 86_400 * 90,
-        hard_age_s: 300,
-        keys: vec![
-            key("hs-0", OTHER_SECRET),
-            key("hs-1", SECRET),
-            VerificationKey { jti_key: Some(Secret::new(OTHER_SECRET.into())), ..key("hs-2", SECRET) },
-        ],
         policy: serde_json::from_value(policy).expect("a policy"),
-        cutoffs: Vec::new(),
-        lockdown: None,
         limits: serde_json::from_value(
             json!({ "roles": { "basic": { "units": 1_000_000_000, "window_s": 3_600 } } }),
         )
@@ -367,6 +361,7 @@ fn rules() -> Rules {
         )
         .expect("a rollout"),
         expired_until: NOW - 86_400,
+        ..Rules::minimal(keys)
     }
 }
 

@@ -6,8 +6,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use keygate_core::decide::policy::Policy;
-use keygate_core::decide::rules::{self, Rules};
+use keygate_core::decide::rules::Rules;
 use keygate_core::revocation::{ExactSet, Fingerprint, Op, Revocations as _, Standing};
 use keygate_core::shm::{Change, Conflict, Contact, Publication, Publisher, Publishing, SharedData};
 use keygate_core::sync::wire::{self, Answer, Body, MAX_ANSWER_BYTES, NewRules, SHARDS_ANSWER_BYTES};
@@ -54,23 +53,7 @@ fn fingerprint(key: u32) -> Fingerprint {
 }
 
 fn rules() -> Vec<u8> {
-    Rules {
-        format: rules::FORMAT,
-        issuer: "keygate".into(),
-        audience: None,
-        realm: "keygate".into(),
-        leeway_s: 0,
-        max_life_s: 86_400,
-        hard_age_s: 300,
-        keys: Vec::new(),
-        policy: Policy::default(),
-        cutoffs: Vec::new(),
-        lockdown: None,
-        limits: Default::default(),
-        rollout: Default::default(),
-        expired_until: 0,
-    }
-    .encode()
+    Rules::minimal(Vec::new()).encode()
 }
 
 /// The control plane's side: a snapshot, and shards as they are asked for.

@@ -4,8 +4,8 @@
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::decide::cache::TokenCache;
-use keygate_core::decide::policy::{Policy, Route};
-use keygate_core::decide::rules::{self, Rules, Ruleset, VerificationKey};
+use keygate_core::decide::policy::Route;
+use keygate_core::decide::rules::{Rules, Ruleset, VerificationKey};
 use keygate_core::decide::{Judge, Verdict, decide_on_route};
 use keygate_core::revocation::{ExactSet, Fingerprint, Op};
 use keygate_core::secret::Secret;
@@ -69,22 +69,7 @@ impl Core {
                 jti_key: None,
             }
         });
-        let rules = Rules {
-            format: rules::FORMAT,
-            issuer: "keygate".into(),
-            audience: None,
-            realm: "keygate".into(),
-            leeway_s: 0,
-            max_life_s: 365 * 86_400,
-            hard_age_s: 300,
-            keys: keys.collect(),
-            policy: Policy::default(),
-            cutoffs: Vec::new(),
-            lockdown: None,
-            limits: Default::default(),
-            rollout: Default::default(),
-            expired_until: 0,
-        };
+        let rules = Rules { max_life_s: 365 * 86_400, ..Rules::minimal(keys.collect()) };
         Self {
             rules: Ruleset::try_from(rules).expect("rules"),
             ended: ExactSet::of(ended),

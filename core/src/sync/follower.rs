@@ -348,7 +348,6 @@ fn goes_on_from(answer: &Answer, enforced: Version) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::decide::policy::Policy;
     use crate::decide::rules;
     use crate::revocation::{ExactSet, Fingerprint, Op};
 
@@ -361,23 +360,7 @@ mod tests {
     }
 
     fn rules() -> Vec<u8> {
-        Rules {
-            format: rules::FORMAT,
-            issuer: "keygate".into(),
-            audience: None,
-            realm: "keygate".into(),
-            leeway_s: 0,
-            max_life_s: 1,
-            hard_age_s: 1,
-            keys: Vec::new(),
-            policy: Policy::default(),
-            cutoffs: Vec::new(),
-            lockdown: None,
-            limits: Default::default(),
-            rollout: Default::default(),
-            expired_until: 0,
-        }
-        .encode()
+        Rules::minimal(Vec::new()).encode()
     }
 
     fn at(seq: u64) -> Version {

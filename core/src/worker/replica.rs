@@ -152,30 +152,12 @@ mod tests {
 
     use super::*;
     use crate::decide::limits::Limit;
-    use crate::decide::policy::Policy;
-    use crate::decide::rules;
     use crate::revocation::{ExactSet, Fingerprint, Op, Revocations, Standing};
     use crate::shm::tests::{Memory, delta, replace, snapshot};
     use crate::shm::{Contact, Publication, Publisher};
 
     fn rules_bytes(hard_age_s: u64) -> Vec<u8> {
-        Rules {
-            format: rules::FORMAT,
-            issuer: "keygate".into(),
-            audience: None,
-            realm: "keygate".into(),
-            leeway_s: 0,
-            max_life_s: 1,
-            hard_age_s,
-            keys: Vec::new(),
-            policy: Policy::default(),
-            cutoffs: Vec::new(),
-            lockdown: None,
-            limits: Default::default(),
-            rollout: Default::default(),
-            expired_until: 0,
-        }
-        .encode()
+        Rules { hard_age_s, ..Rules::minimal(Vec::new()) }.encode()
     }
 
     fn first(set: &ExactSet) -> Publication {

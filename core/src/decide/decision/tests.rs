@@ -5,7 +5,7 @@ use crate::decide::cutoff::{Cutoff, Lockdown, Scope};
 use crate::decide::forward::Forwarded;
 use crate::decide::policy::Policy;
 use crate::decide::rollout::Rollout;
-use crate::decide::rules::{self, Rules, VerificationKey};
+use crate::decide::rules::{Rules, VerificationKey};
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::secret::Secret;
 use crate::telemetry::Tally;
@@ -45,23 +45,11 @@ fn world() -> World {
     };
     World {
         rules: Rules {
-            format: rules::FORMAT,
-            issuer: "keygate".into(),
-            audience: None,
-            realm: "keygate".into(),
-            leeway_s: 0,
-            max_life_s: 1_000,
-            hard_age_s: 300,
-            keys: vec![
+            policy,
+            ..Rules::minimal(vec![
                 key("es", Algorithm::ES256, native::p256_point(&[7; 32]).unwrap()),
                 key("hs", Algorithm::HS256, vec![9; 32]),
-            ],
-            policy,
-            cutoffs: Vec::new(),
-            lockdown: None,
-            limits: Default::default(),
-            rollout: Rollout::default(),
-            expired_until: 0,
+            ])
         },
         revoked: ExactSet::default(),
         cache: TokenCache::new(100_000),
