@@ -6,18 +6,18 @@ use std::sync::{Arc, Mutex};
 use keygate_core::secret::Secret;
 use tokio::sync::watch;
 
-use crate::clock::{CautiousClock, Clock};
 use crate::config::Config;
-use crate::fleet::Fleet;
-use crate::journal::{Notary, Privacy};
-use crate::keyring::Keyring;
-use crate::metrics::Metrics;
-use crate::notify::Notifier;
+use crate::durability::journal::{Notary, Privacy};
+use crate::durability::store::Store;
+use crate::durability::writer::{Feed, Writer};
+use crate::model::state::{Deltas, State};
+use crate::observe::fleet::Fleet;
+use crate::observe::metrics::Metrics;
+use crate::observe::notify::Notifier;
+use crate::observe::telemetry::Telemetry;
 use crate::peers::Peers;
-use crate::state::{Deltas, State};
-use crate::store::Store;
-use crate::telemetry::Telemetry;
-use crate::writer::{Feed, Writer};
+use crate::platform::clock::{CautiousClock, Clock};
+use crate::secrets::keyring::Keyring;
 
 /// A control plane without its services.
 pub struct Node {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 
 use crate::config::Durability;
-use crate::state::State;
+use crate::model::state::State;
 
 /// Period of a lease that only announces a piece of work: longer than others need to hear of it.
 const CLAIM: Duration = Duration::from_secs(5);

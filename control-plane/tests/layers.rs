@@ -4,34 +4,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The layers from the lowest to the highest, with their modules. A submodule belongs to the layer of its parent unless
-/// it is named itself.
+/// The layers from the lowest to the highest, with their rooms: the modules at the top of the crate.
 const LAYERS: [&[&str]; PURPOSES.len()] = [
-    &["clock", "files", "hlc", "http_client", "random", "trace"],
-    &["hsm", "keyring", "master_key", "root_key", "seal", "secret"],
-    &[
-        "approval",
-        "canary",
-        "change",
-        "expiry",
-        "key",
-        "limits",
-        "lockdown",
-        "model",
-        "registrations",
-        "roles",
-        "rollout",
-        "rotation::schedule",
-        "route_cost",
-        "state",
-    ],
-    &["backup", "journal", "store", "writer"],
+    &["platform"],
+    &["secrets"],
+    &["model"],
+    &["durability"],
     &["config"],
-    &["fleet", "metrics", "notify", "telemetry"],
+    &["observe"],
     &["node", "peers"],
-    &["canary::caller", "canary::runner", "issuing", "quota", "rollout::guard", "rotation", "upkeep"],
+    &["services"],
     &["redis_store"],
-    &["api", "problem", "sync"],
+    &["http"],
     &["app", "cli", "lib", "main"],
 ];
 
@@ -52,13 +36,8 @@ const PURPOSES: [&str; 11] = [
 
 /// The layer of a module or of something in it, if it is in one.
 fn layer(path: &str) -> Option<usize> {
-    let mut prefix = path;
-    loop {
-        if let Some(layer) = LAYERS.iter().position(|modules| modules.contains(&prefix)) {
-            return Some(layer);
-        }
-        prefix = prefix.rsplit_once("::")?.0;
-    }
+    let room = path.split("::").next()?;
+    LAYERS.iter().position(|rooms| rooms.contains(&room))
 }
 
 /// The paths of a `use` without its braces: `a::{b, c::{d}}` is `a::b` and `a::c::d`.
@@ -112,7 +91,7 @@ fn all_imports() -> Vec<(String, String)> {
         let module = module.to_string_lossy().replace('/', "::");
         let module = module.strip_suffix("::mod").unwrap_or(&module).to_owned();
         // The world of the API's own tests starts a whole control plane.
-        if module.ends_with("tests") || module == "api::world" {
+        if module.ends_with("tests") || module == "http::api::world" {
             continue;
         }
         let text = fs::read_to_string(&file).expect("a source file");
@@ -135,12 +114,28 @@ fn no_module_imports_from_a_layer_above_it() {
     assert!(upwards.is_empty(), "these import from a layer above their own: {upwards:#?}");
 }
 
+/// The modules of a room, by its directory.
+fn modules(room: &str) -> String {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src").join(room);
+    let names = fs::read_dir(source).into_iter().flatten().flatten().map(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        name.strip_suffix(".rs").map(ToOwned::to_owned).unwrap_or(name)
+    });
+    let mut names: Vec<_> =
+        names.filter(|name| name != "mod" && name != "tests" && !name.contains('.')).collect();
+    names.sort();
+    names.dedup();
+    names.join(", ")
+}
+
 /// The table of the layers, the highest first.
 fn table() -> String {
-    let mut table = "| layer | modules | purpose |\n|---|---|---|\n".to_owned();
-    for (number, (modules, purpose)) in LAYERS.iter().zip(PURPOSES).enumerate().rev() {
-        let modules: Vec<_> = modules.iter().map(|module| format!("`{module}`")).collect();
-        table += &format!("| {} | {} | {purpose} |\n", number + 1, modules.join(", "));
+    let mut table = "| layer | room | purpose | modules |\n|---|---|---|---|\n".to_owned();
+    for (number, (rooms, purpose)) in LAYERS.iter().zip(PURPOSES).enumerate().rev() {
+        let modules: Vec<_> =
+            rooms.iter().map(|room| modules(room)).filter(|names| !names.is_empty()).collect();
+        let rooms: Vec<_> = rooms.iter().map(|room| format!("`{room}`")).collect();
+        table += &format!("| {} | {} | {purpose} | {} |\n", number + 1, rooms.join(", "), modules.join(", "));
     }
     table
 }
@@ -160,6 +155,31 @@ fn the_architecture_shows_the_layers() {
     }
 }
 
+/// The model and the key material are decided by their arguments alone: no runtime, no disk, no network, and the model has
+/// no clock and no randomness either.
+#[test]
+fn the_model_is_pure() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let (mut impure, mut checked) = (Vec::new(), 0);
+    for room in ["model", "secrets"] {
+        let mut found = Vec::new();
+        files(&source.join(room), &mut found);
+        for file in found.iter().filter(|file| !file.ends_with("tests.rs")) {
+            let text = fs::read_to_string(file).expect("a source file");
+            let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+            let mut forbidden = vec!["tokio", "axum", "redb::", "redis::", "hyper", "std::net::Tcp"];
+            if room == "model" {
+                forbidden.extend(["Instant::now", "SystemTime", "getrandom", "platform::random", "std::fs"]);
+            }
+            checked += 1;
+            let uses = code.lines().filter(|line| !line.trim_start().starts_with("//"));
+            let uses = uses.filter(|line| forbidden.iter().any(|word| line.contains(word)));
+            impure.extend(uses.map(|line| format!("{}: {}", file.display(), line.trim())));
+        }
+    }
+    assert!(checked > 40 && impure.is_empty(), "of {checked} files, these are not pure: {impure:#?}");
+}
+
 /// Metrics are written and never read: only the exporter knows Prometheus, whose types can be read, and the kinds of
 /// metrics that it offers have no way to read one.
 #[test]
@@ -174,7 +194,7 @@ fn metrics_are_write_only() {
         if file.ends_with("tests.rs") {
             continue;
         }
-        let is_exporter = file.starts_with(source.join("metrics"));
+        let is_exporter = file.starts_with(source.join("observe/metrics"));
         let forbidden: &[&str] = if file.ends_with("metrics/write_only.rs") {
             &[".get()", "get_sample", ".collect()", "Deref", "-> f64", "-> u64"]
         } else if is_exporter {
@@ -198,6 +218,8 @@ fn metrics_are_write_only() {
 fn an_import_of_a_layer_above_is_found() {
     assert_eq!(expand("a::{self, b, c::{d, e}}"), ["a::self", "a::b", "a::c::d", "a::c::e"]);
     assert_eq!(imports("use crate::api::json;\n#[cfg(test)]\nmod tests { use crate::app; }"), ["api::json"]);
-    assert!(layer("api::json") > layer("rollout::guard") && layer("rollout::guard") > layer("rollout"));
+    assert!(
+        layer("http::api::json") > layer("services::quota") && layer("services") > layer("model::rollout")
+    );
     assert_eq!(layer("nowhere"), None);
 }

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD as BASE64URL};
-use keygate::keyring::{self, Keyring, Masters};
-use keygate::master_key::MasterKey;
+use keygate::secrets::keyring::{self, Keyring, Masters};
+use keygate::secrets::master_key::MasterKey;
 use keygate_e2e::{Redis, Request, SOON, Stack, wait_for, wait_until};
 use serde_json::{Value, json};
 
@@ -184,7 +184,7 @@ fn open_secrets(stack: &Stack) -> Vec<Vec<u8>> {
         let place = format!("keygate secret {} {} {}", text("kid"), text("alg"), text("state"));
         let sealed = record["sealed"]["secret"].as_str().expect("a text");
         found
-            .push(keygate::seal::open(data_key.expose(), &place, sealed).expect("it opens").expose().clone());
+            .push(keygate::secrets::seal::open(data_key.expose(), &place, sealed).expect("it opens").expose().clone());
     }
     assert!(!found.is_empty());
     found
@@ -368,11 +368,11 @@ fn a_backup_has_the_keyring_and_opens_with_the_master_key_alone() {
     let key = stack.api().issue("basic");
     let data = stack.control_plane.data();
     let file = stack.directory().join("backup.kgb");
-    keygate::backup::export(&data.join("journal"), &file, "2026-01-01T00:00:00Z").expect("it is written");
+    keygate::durability::backup::export(&data.join("journal"), &file, "2026-01-01T00:00:00Z").expect("it is written");
     stack.control_plane.stop();
     let master = fs::read(data.join("master.key")).expect("the master key");
     fs::remove_dir_all(&data).expect("all is lost");
-    keygate::backup::import(&file, &data, false, "2026-01-01T00:00:00Z").expect("it is restored");
+    keygate::durability::backup::import(&file, &data, false, "2026-01-01T00:00:00Z").expect("it is restored");
     fs::write(data.join("master.key"), master).expect("it is put back");
     stack.control_plane.start();
     let api = stack.control_plane.api();

@@ -8,10 +8,10 @@ use keygate_core::secret::Secret;
 
 use super::RunError;
 use crate::config::{self, Config};
-use crate::hsm::{Hsm, HsmConfig};
-use crate::keyring::{Keyring, Masters};
-use crate::master_key::{MasterKey, Source};
-use crate::notify::Destination;
+use crate::observe::notify::Destination;
+use crate::secrets::hsm::{Hsm, HsmConfig};
+use crate::secrets::keyring::{Keyring, Masters};
+use crate::secrets::master_key::{MasterKey, Source};
 
 /// What is shorter could be guessed.
 const MIN_WEBHOOK_SECRET_BYTES: usize = 16;

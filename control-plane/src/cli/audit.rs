@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Subcommand;
-use keygate::journal::{self, Report};
+use keygate::durability::journal::{self, Report};
 
 /// The audit log.
 #[derive(Debug, Subcommand)]

@@ -6,13 +6,13 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
-use keygate::backup::{self, Outcome};
-use keygate::clock::{Clock, rfc3339_ms};
 use keygate::config::Target;
-use keygate::journal;
-use keygate::keyring::{Keyring, Masters};
-use keygate::master_key::MasterKey;
+use keygate::durability::backup::{self, Outcome};
+use keygate::durability::journal;
+use keygate::platform::clock::{Clock, rfc3339_ms};
 use keygate::redis_store;
+use keygate::secrets::keyring::{Keyring, Masters};
+use keygate::secrets::master_key::MasterKey;
 use keygate_core::secret::Secret;
 
 /// Backups of the journal, from which all else is rebuilt.
@@ -151,7 +151,8 @@ struct Work(PathBuf);
 
 impl Work {
     fn new() -> anyhow::Result<Self> {
-        let path = std::env::temp_dir().join(format!("keygate-recover-{}", keygate::random::identifier()));
+        let path =
+            std::env::temp_dir().join(format!("keygate-recover-{}", keygate::platform::random::identifier()));
         std::os::unix::fs::DirBuilderExt::mode(&mut std::fs::DirBuilder::new(), 0o700)
             .create(&path)
             .with_context(|| path.display().to_string())?;

@@ -6,9 +6,9 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::Args;
 use keygate::app::{self, FromEnvironment};
-use keygate::clock::Clock;
 use keygate::config::settings::{self, RENAMED, SETTINGS, variable};
 use keygate::config::{self, Config, LogFormat};
+use keygate::platform::clock::Clock;
 use keygate_core::secret::Secret;
 use tokio::signal::unix::{SignalKind, signal};
 

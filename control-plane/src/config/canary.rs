@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::raw::RawConfig;
 use super::value::{between, identifier, list, text, up_to_100};
-use crate::canary::{Alert, Allowed, Url};
+use crate::model::canary::Alert;
+use crate::model::canary::Allowed;
+use crate::model::canary::Url;
 
 /// Settings of the canary.
 #[derive(Debug, Clone)]

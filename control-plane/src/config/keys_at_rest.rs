@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::raw::RawConfig;
 use super::value::{label, path};
-use crate::master_key::Source;
+use crate::secrets::master_key::Source;
 
 /// An HSM, without its PIN.
 #[derive(Debug, Clone)]

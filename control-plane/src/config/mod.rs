@@ -36,11 +36,11 @@ use self::value::{
     realm, retention, share,
 };
 pub use self::value::{http_url, propagation_timeout};
-use crate::journal::PersonalData;
-use crate::master_key::Source;
+use crate::durability::journal::PersonalData;
 use crate::model::SigningKeyPolicy;
-use crate::roles::{Role, Roles};
-use crate::state;
+use crate::model::roles::{Role, Roles};
+use crate::model::state;
+use crate::secrets::master_key::Source;
 
 /// How log lines look.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -120,7 +120,7 @@ pub struct ConfigErrors(pub Vec<String>);
 impl Config {
     /// Where the journal's segments are.
     pub fn journal_dir(&self) -> PathBuf {
-        self.data_dir.join(crate::journal::DIRECTORY)
+        self.data_dir.join(crate::durability::journal::DIRECTORY)
     }
 }
 

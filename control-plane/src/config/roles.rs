@@ -7,7 +7,7 @@ use keygate_core::token;
 
 use super::raw::RawConfig;
 use super::value::{requests_per_hour, scopes, ttl, words};
-use crate::roles::{self, Role, Roles};
+use crate::model::roles::{self, Role, Roles};
 
 pub(super) fn read(raw: &mut RawConfig) -> Roles {
     let mut roles = roles::defaults();

@@ -1,6 +1,6 @@
 use super::settings::{Default, RENAMED, SETTINGS};
 use super::*;
-use crate::canary::Alert;
+use crate::model::canary::Alert;
 
 #[test]
 fn nothing_typed_is_valid() {

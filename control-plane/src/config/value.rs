@@ -12,9 +12,9 @@ use toml::Value;
 
 use super::Durability;
 use super::LogFormat;
-use crate::journal::PersonalData;
-use crate::rotation::schedule::Schedule;
-use crate::secret::Retire;
+use crate::durability::journal::PersonalData;
+use crate::model::schedule::Schedule;
+use crate::secrets::record::Retire;
 
 pub fn text(value: &Value) -> Result<&str, String> {
     value.as_str().filter(|text| !text.is_empty()).ok_or_else(|| format!("{value} is not a text"))

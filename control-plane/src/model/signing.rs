@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use keygate_core::token::crypto::Algorithm;
 
-use crate::rotation::schedule::Schedule;
-use crate::secret::Retire;
+use crate::model::schedule::Schedule;
+use crate::secrets::record::Retire;
 
 /// The policy of signing secrets: how they are made, rotated and ended.
 #[derive(Debug, Clone)]

@@ -1,9 +1,9 @@
 //! The state that a command is decided against: the model, and the records of keys and requests.
 
-use crate::change::Change;
-use crate::key::{Ended, KeyRecord, RevocationReason};
-use crate::keyring::Keyring;
-use crate::state::Model;
+use crate::model::change::Change;
+use crate::model::key::{Ended, KeyRecord, RevocationReason};
+use crate::model::state::Model;
+use crate::secrets::keyring::Keyring;
 
 /// The state as it is when a command is decided, with the effects of all commands before it.
 pub struct View<'v> {
@@ -13,7 +13,7 @@ pub struct View<'v> {
     pub now: u64,
     /// The same in milliseconds.
     pub now_ms: u64,
-    /// Stamp of the change, see [`crate::hlc::Mark`].
+    /// Stamp of the change, see [`crate::platform::hlc::Mark`].
     pub stamp: u64,
     /// Opens secrets and seals new ones.
     pub keys: &'v Keyring,

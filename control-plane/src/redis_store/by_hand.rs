@@ -9,8 +9,8 @@ use super::names::{self, OperatorKey};
 use super::revoked::ACTOR;
 use super::scripts;
 use super::session::{Session, SessionError};
-use crate::change::Change;
 use crate::model::View;
+use crate::model::change::Change;
 use crate::model::commands::{Expected, Plan, emergency, limits, rollout};
 use crate::peers::Peers as _;
 

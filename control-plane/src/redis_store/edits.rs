@@ -12,9 +12,11 @@ use keygate_core::decide::limits::Override;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use crate::rollout::Flags;
-use crate::rollout::document::Edit;
-use crate::{clock, limits, lockdown};
+use crate::model::limits;
+use crate::model::lockdown;
+use crate::model::rollout::Flags;
+use crate::model::rollout::document::Edit;
+use crate::platform::clock;
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
 const END_TOLERANCE_MS: u64 = 1_500;

@@ -13,11 +13,11 @@ use super::link::Link;
 use super::projection::{self, Write};
 use super::sealed::{Sealer, Shipped};
 use super::{names, scripts};
-use crate::change::{Change, Entry};
-use crate::journal::{self, JournalError, Privacy};
-use crate::keyring::Keyring;
-use crate::store::Store;
-use crate::writer::Logged;
+use crate::durability::journal::{self, JournalError, Privacy};
+use crate::durability::store::Store;
+use crate::durability::writer::Logged;
+use crate::model::change::{Change, Entry};
+use crate::secrets::keyring::Keyring;
 
 /// Changes that are appended at a time.
 const APPEND_AT_A_TIME: usize = 200;

@@ -38,7 +38,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::config::Target;
-use crate::metrics::Metrics;
+use crate::observe::metrics::Metrics;
 use crate::peers::Intake;
 
 pub use self::error::LinkError;

@@ -13,9 +13,9 @@ use super::log::{self, Filler};
 use super::sealed::{self, Shipped};
 use super::session::SessionError;
 use super::{RedisPeers, Report, names};
+use crate::durability::writer::{CommitError, Logged};
 use crate::node::Node;
-use crate::rotation;
-use crate::writer::{CommitError, Logged};
+use crate::services::rotation;
 
 /// Changes that are passed on at a time.
 const AT_A_TIME: usize = 1_000;
@@ -118,7 +118,7 @@ impl PassOn<'_> {
         last_own: u64,
         merged: BTreeMap<u64, u64>,
     ) -> Result<(), SessionError> {
-        let known = rotation::driver::known_everywhere(self.node);
+        let known = rotation::known_everywhere(self.node);
         let sync_url = Some(self.node.sync_url.clone());
         let report = Report { seq, last_own, merged, known, sync_url, beat: self.node.clock.now_ms() };
         let source = self.node.state().version.source;

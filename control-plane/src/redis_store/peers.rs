@@ -8,8 +8,8 @@ use futures_util::future::BoxFuture;
 
 use super::{Link, RedisPeers, Report, names, scripts, session};
 use crate::config::Durability;
+use crate::model::state::State;
 use crate::peers::{Intake, LivePeer, Peers};
-use crate::state::State;
 
 /// Time for which an answer waits until Redis has its change.
 const REPLICATED_WITHIN: Duration = Duration::from_secs(1);

@@ -5,12 +5,12 @@ use redis::Cmd;
 use serde_json::{Value, json};
 
 use super::{names, scripts};
-use crate::change::Change;
-use crate::clock;
-use crate::key::KeyRecord;
-use crate::keyring::{Keyring, Wraps};
-use crate::secret::{SecretRecord, SecretState};
-use crate::store::PastRevocation;
+use crate::durability::store::PastRevocation;
+use crate::model::change::Change;
+use crate::model::key::KeyRecord;
+use crate::platform::clock;
+use crate::secrets::keyring::{Keyring, Wraps};
+use crate::secrets::record::{SecretRecord, SecretState};
 
 /// How long a revocation is told of, in seconds.
 const AUDIT_S: u64 = 30 * 24 * 60 * 60;
@@ -233,9 +233,9 @@ pub fn writes(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::key::{Ended, RevocationReason};
-    use crate::master_key::MasterKey;
-    use crate::root_key::RootKey;
+    use crate::model::key::{Ended, RevocationReason};
+    use crate::secrets::master_key::MasterKey;
+    use crate::secrets::root_key::RootKey;
 
     fn record() -> KeyRecord {
         KeyRecord {

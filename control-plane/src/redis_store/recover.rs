@@ -11,11 +11,11 @@ use super::log::{self, Filler, LogError};
 use super::revoked::{self, UnionError};
 use super::{Sealer, projection};
 use crate::config::Target;
-use crate::journal::{JournalError, PersonalData, Privacy};
-use crate::keyring::Keyring;
-use crate::secret::SecretError;
-use crate::state::Model;
-use crate::store::{Store, StoreError};
+use crate::durability::journal::{JournalError, PersonalData, Privacy};
+use crate::durability::store::{Store, StoreError};
+use crate::model::state::Model;
+use crate::secrets::keyring::Keyring;
+use crate::secrets::record::SecretError;
 
 /// Keys that are written at a time.
 const AT_A_TIME: usize = 500;

@@ -12,12 +12,12 @@ use super::error::LinkError;
 use super::link::Link;
 use super::projection::Write;
 use super::{log, names};
-use crate::key::RevocationReason;
+use crate::durability::store::{Store, StoreError};
+use crate::durability::writer::CommitError;
 use crate::model::commands::keys::{self, Batch, Outcome};
+use crate::model::key::RevocationReason;
 use crate::model::{RecordsError, View};
 use crate::node::Node;
-use crate::store::{Store, StoreError};
-use crate::writer::CommitError;
 
 /// Members that are read or written at a time.
 const AT_A_TIME: usize = 1_000;

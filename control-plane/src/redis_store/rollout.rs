@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use super::session::{Session, SessionError};
 use super::{RedisPeers, names};
-use crate::clock;
+use crate::model::rollout::document;
+use crate::model::state::State;
 use crate::node::Node;
-use crate::rollout::document;
-use crate::state::State;
-use crate::telemetry::tally::Tally;
+use crate::observe::telemetry::tally::Tally;
+use crate::platform::clock;
 
 /// For so long a document is not written again for its counts.
 const STANDS_FOR: Duration = Duration::from_secs(2);

@@ -7,11 +7,11 @@ use keygate_core::secret::Secret;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::change::{Change, Entry};
-use crate::hlc::Origin;
-use crate::root_key::RootKey;
-use crate::seal;
-use crate::writer::Logged;
+use crate::durability::writer::Logged;
+use crate::model::change::{Change, Entry};
+use crate::platform::hlc::Origin;
+use crate::secrets::root_key::RootKey;
+use crate::secrets::seal;
 
 /// A change as it stands in a log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

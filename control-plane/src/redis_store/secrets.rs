@@ -5,8 +5,8 @@ use std::sync::Arc;
 use super::error::LinkError;
 use super::session::{Session, SessionError};
 use super::{log, names, projection};
-use crate::keyring::Wraps;
-use crate::secret::SecretRecord;
+use crate::secrets::keyring::Wraps;
+use crate::secrets::record::SecretRecord;
 
 impl Session<'_> {
     /// The data keys of secrets that are not here yet, as another control plane wrapped them.

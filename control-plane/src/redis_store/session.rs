@@ -18,13 +18,13 @@ use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
 use super::{Intake, OperatorKey, Peer, RedisPeers, Report, names, scripts};
-use crate::change::{Change, Entry};
-use crate::journal::JournalError;
+use crate::durability::journal::JournalError;
+use crate::durability::writer::CommitError;
 use crate::model::View;
+use crate::model::change::{Change, Entry};
+use crate::model::state::State;
 use crate::node::Node;
-use crate::rotation;
-use crate::state::State;
-use crate::writer::CommitError;
+use crate::services::rotation;
 
 /// How often Redis is looked at, whatever it says by itself: operators' edits are in force within a second.
 const LOOK_EVERY: Duration = Duration::from_millis(250);
@@ -517,7 +517,7 @@ impl Session<'_> {
     async fn tell_again(&self) -> Result<(), SessionError> {
         let reported = self.redis.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let Some((before, at)) = reported else { return Ok(()) };
-        if at.elapsed() < TELL_EVERY && before.known == rotation::driver::known_everywhere(self.node) {
+        if at.elapsed() < TELL_EVERY && before.known == rotation::known_everywhere(self.node) {
             return Ok(());
         }
         let pass_on = PassOn { node: self.node, redis: self.redis, link: self.reading.clone() };

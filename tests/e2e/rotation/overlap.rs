@@ -3,7 +3,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use keygate::clock::{rfc3339, unix_ms};
+use keygate::platform::clock::{rfc3339, unix_ms};
 use keygate_e2e::clock::Clock;
 use keygate_e2e::envoy::Neighbours;
 use keygate_e2e::{Api, Envoy, Key, Line, Request, SOON, Stack, line, wait_until};

@@ -1,9 +1,11 @@
 //! Definitions of canary tests.
 
 use super::Plan;
-use crate::canary::{self, MAX_TESTS, Test};
-use crate::change::Change;
 use crate::model::View;
+use crate::model::canary;
+use crate::model::canary::MAX_TESTS;
+use crate::model::canary::Test;
+use crate::model::change::Change;
 
 /// A definition is not taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

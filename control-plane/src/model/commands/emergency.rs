@@ -6,9 +6,9 @@ use keygate_core::decide::cutoff::{Cutoff, Lockdown};
 use keygate_core::token::Claims;
 
 use super::Plan;
-use crate::approval::{ApprovalError, Count, Proposal};
-use crate::change::Change;
-use crate::key::RevocationReason;
+use crate::model::approval::{ApprovalError, Count, Proposal};
+use crate::model::change::Change;
+use crate::model::key::RevocationReason;
 use crate::model::{RecordsError, View};
 
 /// The most cut-offs in force at a time: each is looked at for every request.

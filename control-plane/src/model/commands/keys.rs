@@ -6,13 +6,13 @@ use std::sync::Arc;
 use keygate_core::decide::cache::Verified;
 
 use super::Plan;
-use crate::canary;
-use crate::change::{Change, Idempotency};
-use crate::key::{Ended, KeyRecord, KeyState, RevocationReason};
+use crate::model::canary;
+use crate::model::change::{Change, Idempotency};
+use crate::model::key::{Ended, KeyRecord, KeyState, RevocationReason};
+use crate::model::registrations::MOST_UNLIMITED;
 use crate::model::{RecordsError, View};
-use crate::registrations::MOST_UNLIMITED;
-use crate::secret::ring::NoSigner;
-use crate::secret::{SecretState, Signer};
+use crate::secrets::record::ring::NoSigner;
+use crate::secrets::record::{SecretState, Signer};
 
 /// A key is not revoked, suspended or resumed.
 #[derive(Debug, thiserror::Error)]

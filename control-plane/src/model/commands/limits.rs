@@ -6,11 +6,11 @@ use keygate_core::decide::limits::{Limits, Override};
 use serde_json::Value;
 
 use super::Plan;
-use crate::change::Change;
 use crate::model::View;
-use crate::roles::Roles;
-use crate::route_cost::{self, CostAboveLimit};
-use crate::state::Keeper;
+use crate::model::change::Change;
+use crate::model::roles::Roles;
+use crate::model::route_cost::{self, CostAboveLimit};
+use crate::model::state::Keeper;
 
 /// Limits are not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -10,7 +10,7 @@ pub mod revocations;
 pub mod rollout;
 pub mod rotation;
 
-use crate::change::Change;
+use crate::model::change::Change;
 
 /// The changes and the receipt of a command, or the reason why it is refused.
 pub type Plan<T, E> = Result<(Vec<Change>, T), E>;

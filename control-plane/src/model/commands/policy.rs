@@ -4,10 +4,10 @@ use keygate_core::decide::policy::{Mode, Policy, PolicyError as RouteError, Rout
 use keygate_core::decide::rules::MAX_RULES_BYTES;
 
 use super::{Expected, Plan, RevisionMismatch};
-use crate::change::Change;
 use crate::model::View;
-use crate::roles::Roles;
-use crate::route_cost::{self, CostAboveLimit};
+use crate::model::change::Change;
+use crate::model::roles::Roles;
+use crate::model::route_cost::{self, CostAboveLimit};
 
 /// The most bytes of a policy within the rules; the rest of them is small.
 const MAX_BYTES: usize = MAX_RULES_BYTES - 64 * 1024;

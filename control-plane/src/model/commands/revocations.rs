@@ -3,8 +3,8 @@
 use std::convert::Infallible;
 
 use super::Plan;
-use crate::change::Change;
 use crate::model::View;
+use crate::model::change::Change;
 
 /// Records of keys that were never revoked are forgotten as well when the last clean-up is this long ago, in seconds.
 const A_DAY_S: u64 = 24 * 60 * 60;

@@ -4,10 +4,11 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use super::{Expected, Plan, RevisionMismatch};
-use crate::change::Change;
 use crate::model::View;
-use crate::rollout::document::{Edit, Surroundings};
-use crate::rollout::{Flags, Pasts};
+use crate::model::change::Change;
+use crate::model::rollout::Flags;
+use crate::model::rollout::Pasts;
+use crate::model::rollout::document::{Edit, Surroundings};
 
 /// An edit of the rollout is not taken.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -4,7 +4,7 @@
 //! live proxy knows that version, so that no key is handed out that a proxy would refuse.
 //!
 //! Each step is decided by what the journal has, so the same steps are made after a crash, or by another control plane.
-//! [`crate::rotation::driver`] makes them when they are due.
+//! [`crate::services::rotation`] makes them when they are due.
 
 use std::time::Duration;
 
@@ -15,13 +15,13 @@ use keygate_core::token::crypto::Algorithm;
 use keygate_core::token::jti::JtiKey;
 
 use super::{Plan as PlanOf, keys};
-use crate::change::{Change, Idempotency};
-use crate::key::{self, KeyRecord};
+use crate::model::change::{Change, Idempotency};
+use crate::model::key::{self, KeyRecord};
+use crate::model::roles::Roles;
 use crate::model::{RecordsError, SigningKeyPolicy, View};
-use crate::roles::Roles;
-use crate::secret::Identity;
-use crate::secret::ring::Held;
-use crate::secret::{HsmPair, NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
+use crate::secrets::record::Identity;
+use crate::secrets::record::ring::Held;
+use crate::secrets::record::{HsmPair, NewSecret, Retire, Ring, SecretError, SecretRecord, SecretState};
 
 /// No second rotation is begun within this of the first, and none becomes active: a call that is made again, or by
 /// several at once, meets the rotation that is under way, and a proxy that joins at this moment is heard of first.
@@ -340,10 +340,10 @@ fn moved(secret: SecretRecord, justification: Option<String>) -> Change {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::hlc::Mark;
-    use crate::keyring::Keyring;
-    use crate::master_key::MasterKey;
-    use crate::root_key::RootKey;
+    use crate::platform::hlc::Mark;
+    use crate::secrets::keyring::Keyring;
+    use crate::secrets::master_key::MasterKey;
+    use crate::secrets::root_key::RootKey;
 
     fn keyring() -> Keyring {
         keygate_core::token::crypto::native::install();

@@ -1,0 +1,351 @@
+//! The sync port: proxies ask for news and acknowledge what they enforce.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::extract::{DefaultBodyLimit, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use keygate_core::quota::{MAX_BYTES, Question};
+use keygate_core::revocation::Fingerprint;
+use keygate_core::sync::wire::{
+    self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
+};
+use keygate_core::telemetry::Report;
+use keygate_core::version::Version;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::http::api::ApiState;
+use crate::http::api::json;
+use crate::http::problem::Problem;
+use crate::model::state;
+use crate::observe::telemetry::ReportError;
+use crate::services::quota::{self, Forwarded, LedgerService, QuotaError};
+
+/// The longest time for which a poll is held back.
+const MAX_WAIT: Duration = Duration::from_secs(30);
+/// The most bytes of a request.
+const MAX_REQUEST_BYTES: usize = 64 * 1024;
+/// The most bytes of a report: as many series as it may have, with names as long as they get in practice.
+const MAX_REPORT_BYTES: usize = 512 * 1024;
+/// How long a proxy may take to give back what it has: it does so within a second, unless it is cut off.
+const DRAINED_WITHIN: Duration = Duration::from_secs(4);
+const QUOTA: &str = "/sync/v1/quota";
+const DRAIN: &str = "/sync/v1/drain";
+/// The longest node id that is kept.
+const MAX_ID_BYTES: usize = 256;
+
+/// Snapshots that were handed out lately, so that a proxy can fetch their shards while the state moves on.
+/// Shards are shared between versions; keeping one costs what it has of its own.
+#[derive(Debug, Default)]
+pub struct Snapshots(Mutex<VecDeque<Arc<state::State>>>);
+
+impl Snapshots {
+    const KEPT: usize = 16;
+
+    fn keep(&self, state: Arc<state::State>) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.iter().all(|other| other.version != state.version) {
+            kept.push_back(state);
+        }
+        if kept.len() > Self::KEPT {
+            kept.pop_front();
+        }
+    }
+
+    fn find(&self, version: Version) -> Option<Arc<state::State>> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.iter().find(|state| state.version == version).cloned()
+    }
+}
+
+/// The sync port's routes.
+pub fn router(app: Arc<ApiState>) -> Router {
+    Router::new()
+        .route("/sync/v1/poll", post(poll))
+        .route("/sync/v1/shards", post(shards))
+        .route(DRAIN, post(drain))
+        .route(quota::OWNER, post(owner))
+        .route(QUOTA, post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
+        .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
+        .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
+        .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
+        .with_state(app)
+}
+
+async fn poll(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let poll: Poll = read(&body)?;
+    check_proxy(poll.format, &poll.proxy.id, &poll.proxy.incarnation)?;
+    whole_state(&app).await?;
+    let applied = poll.applied;
+    let base = applied.filter(|_| !poll.resync);
+    let wanted_wait = Duration::from_millis(poll.wait_ms).min(MAX_WAIT);
+    let mut states = app.states.clone();
+    let state = states.borrow_and_update().clone();
+    let standing = applied.map_or(Ok(None), |applied| standing(&app, applied, &state));
+    let polling = app.fleet.heard(poll, &state, standing.is_err(), app.clock.now_ms());
+    let covers = standing?;
+    // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
+    let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
+    let mut stopping = app.stopping.clone();
+    let news = async {
+        while base == Some(states.borrow_and_update().version) {
+            if states.changed().await.is_err() {
+                break;
+            }
+        }
+    };
+    tokio::select! {
+        () = news => {}
+        () = tokio::time::sleep(wait) => {}
+        _ = stopping.wait_for(|stop| *stop) => {}
+    }
+    let state = whole_state(&app).await?;
+    let answer = app.deltas.answer(&state, base, covers, app.clock.now_ms());
+    let kind = match &answer.body {
+        Body::Snapshot { .. } => {
+            app.snapshots.keep(state);
+            "snapshot"
+        }
+        Body::Delta { .. } if base == Some(answer.version) => "current",
+        Body::Delta { .. } => "delta",
+    };
+    drop(polling);
+    Ok(octets(&app, kind, answer.encode()))
+}
+
+async fn shards(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let request: ShardRequest = read(&body)?;
+    if request.format != FORMAT || request.shards.len() > MAX_SHARDS_PER_REQUEST {
+        return Err(Problem::bad_request(format!(
+            "This control plane reads format {FORMAT}, and gives {MAX_SHARDS_PER_REQUEST} shards at a time."
+        )));
+    }
+    let state = app.snapshots.find(request.version).ok_or_else(|| {
+        Problem::new(StatusCode::GONE, "version_gone", "That snapshot is not kept any more; poll again.")
+    })?;
+    let (mut found, mut bytes) = (Vec::new(), 0);
+    for index in &request.shards {
+        let shard = state.revocations.shards().get(usize::from(*index));
+        let shard = shard.ok_or_else(|| Problem::not_found("There is no such shard."))?;
+        bytes += shard.encoded_bytes();
+        if !found.is_empty() && bytes > SHARDS_ANSWER_BYTES {
+            break;
+        }
+        found.push(shard.encode());
+    }
+    Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
+}
+
+async fn report(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let report: Report = read(&body)?;
+    check_proxy(report.format, &report.proxy, &report.incarnation)?;
+    let policy = &app.state().rules.policy;
+    let receipt = app.telemetry.take(&report, policy, app.clock.now_s()).await;
+    receipt.map(|receipt| json(StatusCode::OK, serde_json::json!(receipt))).map_err(|error| match error {
+        ReportError::Invalid(why) => Problem::bad_request(why),
+        ReportError::NotKept => Problem::unavailable(error.to_string()),
+    })
+}
+
+/// What a proxy may do of limits: from the ledger, wherever that is kept.
+async fn units(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
+    let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, QUOTA, body).await };
+    let answer = service.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
+        QuotaError::Superseded => Problem::new(StatusCode::CONFLICT, "superseded", error.to_string()),
+        QuotaError::NotKept | QuotaError::Over | QuotaError::Suspended => {
+            Problem::unavailable(error.to_string())
+        }
+    })?;
+    app.metrics.quota.requests.inc();
+    Ok(json(StatusCode::OK, serde_json::json!(answer)))
+}
+
+/// The answer of the control plane that keeps the ledger, to a question that came with `headers`. A problem stays one.
+async fn forwarded(
+    app: &ApiState,
+    headers: &HeaderMap,
+    path: &str,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    let Forwarded { status, kind, body } = quota::pass_on(&app.quotas, headers, path, body).await?;
+    Ok((status, [(header::CONTENT_TYPE, kind)], body).into_response())
+}
+
+/// Another control plane's call of the one that keeps the ledger.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct CallOfOwner {
+    /// Its line of history, in hexadecimal.
+    from: String,
+}
+
+async fn owner(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let call: CallOfOwner = read(&body)?;
+    let from = u64::from_str_radix(&call.from, 16)
+        .map_err(|_| Problem::bad_request("'from' must be a hexadecimal number."))?;
+    if app.quotas.called_by(from) {
+        Ok(json(StatusCode::OK, serde_json::json!({ "owner": true })))
+    } else {
+        Err(Problem::unavailable("This control plane does not keep the ledger of limits."))
+    }
+}
+
+/// A proxy that is about to end.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Drain {
+    /// [`FORMAT`].
+    format: u32,
+    /// Its node id.
+    proxy: String,
+}
+
+async fn drain(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let drain: Drain = read(&body)?;
+    check_proxy(drain.format, &drain.proxy, "-")?;
+    let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, DRAIN, body).await };
+    drained(&service, &drain.proxy).await
+}
+
+/// Has a proxy give back what it has of limits, wherever the ledger is kept.
+///
+/// # Errors
+/// When the proxy is not known, or the ledger cannot be asked.
+pub async fn drain_proxy(app: &ApiState, proxy: String) -> Result<Response, Problem> {
+    let drain = Drain { format: FORMAT, proxy };
+    check_proxy(drain.format, &drain.proxy, "-")?;
+    let Some(service) = app.quotas.here() else {
+        let body = serde_json::to_vec(&drain).unwrap_or_default();
+        return forwarded(app, &HeaderMap::new(), DRAIN, body.into()).await;
+    };
+    drained(&service, &drain.proxy).await
+}
+
+async fn drained(service: &LedgerService, proxy: &str) -> Result<Response, Problem> {
+    match service.drain(Fingerprint::of(proxy).0, DRAINED_WITHIN).await {
+        Some(true) => Ok(json(StatusCode::OK, serde_json::json!({ "proxy": proxy, "drained": true }))),
+        Some(false) => {
+            Ok(json(StatusCode::ACCEPTED, serde_json::json!({ "proxy": proxy, "drained": false })))
+        }
+        None => Err(Problem::not_found("No proxy with this node id has a part of the limits.")),
+    }
+}
+
+/// Whether a question is in a format that is read here, and of a proxy that has names.
+fn check_proxy(format: u32, id: &str, incarnation: &str) -> Result<(), Problem> {
+    if format != FORMAT {
+        return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
+    }
+    let fits = |name: &str| (1..=MAX_ID_BYTES).contains(&name.len());
+    if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
+        return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
+    }
+    Ok(())
+}
+
+/// The state, unless what others had is only taken in by half: then there may be a secret and not yet that a key signed
+/// with it was revoked. A poll that was held back must ask again when it is answered.
+async fn whole_state(app: &ApiState) -> Result<Arc<state::State>, Problem> {
+    while app.peers.wait_caught_up().await {
+        let before = app.peers.intake();
+        let state = app.state();
+        // Taking in had not begun, or was done, for as long as it took to look.
+        if app.peers.intake() == before {
+            return Ok(state);
+        }
+    }
+    Err(Problem::unavailable("This control plane still takes in what others have; poll again."))
+}
+
+/// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version
+/// itself if it is another control plane's, and nothing of it is lacking here.
+fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
+    let have = state.version;
+    let elsewhere = app.peers.covered(applied.source);
+    let known = elsewhere.max(state.lines.get(&applied.source).copied());
+    if applied.source == have.source && applied.seq <= have.seq {
+        return Ok(None);
+    }
+    match known {
+        Some(covered) if applied.seq <= covered => Ok(Some(applied)),
+        // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
+        None if applied < have && app.peers.is_caught_up() => Ok(None),
+        _ => {
+            app.metrics.sync.conflicts.inc();
+            Err(ahead(applied, have))
+        }
+    }
+}
+
+fn ahead(applied: Version, have: Version) -> Problem {
+    tracing::error!(
+        enforced = %applied, have = %have,
+        "a proxy enforces changes that this control plane lacks: it was restored from an old copy, or another has not passed them on yet"
+    );
+    Problem::new(
+        StatusCode::CONFLICT,
+        "proxy_ahead",
+        format!("The proxy enforces {applied}, of which this control plane, at {have}, lacks changes."),
+    )
+}
+
+fn authenticate(app: &ApiState, headers: &HeaderMap) -> Result<(), Problem> {
+    let shown =
+        headers.get(header::AUTHORIZATION).and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    // Digests of equal length: how long the comparison takes says nothing about the token.
+    let matches = shown
+        .is_some_and(|shown| Sha256::digest(shown) == Sha256::digest(app.fleet_token.expose().as_bytes()));
+    if matches {
+        return Ok(());
+    }
+    app.metrics.sync.unauthorized.inc();
+    Err(Problem::new(StatusCode::UNAUTHORIZED, "invalid_token", "The fleet token is missing or wrong.")
+        .with_header(header::WWW_AUTHENTICATE, "Bearer realm=\"keygate fleet\""))
+}
+
+fn read<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
+    serde_json::from_slice(body).map_err(|error| Problem::bad_request(error.to_string()))
+}
+
+fn octets(app: &ApiState, kind: &'static str, bytes: Vec<u8>) -> Response {
+    app.metrics.sync.answered(kind, bytes.len());
+    let headers = [(header::CONTENT_TYPE, "application/octet-stream"), (header::CACHE_CONTROL, "no-store")];
+    (headers, bytes).into_response()
+}

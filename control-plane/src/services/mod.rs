@@ -1,0 +1,8 @@
+//! Services: loops that act without being asked, each with its own state.
+
+pub mod canary;
+pub mod issuing;
+pub mod quota;
+pub mod rollout_guard;
+pub mod rotation;
+pub mod upkeep;
