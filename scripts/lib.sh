@@ -16,6 +16,8 @@ UPSTREAM=$TARGET/debug/demo-upstream
 FILTER=$TARGET/$WASM_TARGET/filter/keygate_filter.wasm
 MODULE=$TARGET/module/libkeygate_filter.so
 
+TOOLS=$CACHE/tools-$(sha256sum "$ROOT/scripts/tools.txt" | cut -c1-8)
+
 # Which compiler makes the filter: `rustup`, or `debian` where rustup cannot fetch the target.
 WASM_TOOLCHAIN_FILE=$CACHE/wasm-toolchain
 
@@ -58,6 +60,12 @@ find_envoy() {
   fi
   found=$CACHE/envoy-$ENVOY_VERSION/envoy/_bin/envoy
   [ -x "$found" ] && printf '%s\n' "$found"
+}
+
+# Prints the path of a subcommand of cargo that the tests need: one on PATH, else the one that scripts/setup downloads.
+find_tool() {
+  command -v "$1" && return
+  [ -x "$TOOLS/bin/$1" ] && printf '%s\n' "$TOOLS/bin/$1"
 }
 
 # Cargo for the filter's target, whichever compiler has it.

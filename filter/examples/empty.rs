@@ -1,5 +1,6 @@
 //! A filter that does nothing: what a proxy-wasm filter costs a request before it does anything. The benchmark
 //! `filter` compares with it; `scripts/build empty-filter` builds it.
+#![cfg(target_family = "wasm")]
 
 use proxy_wasm::traits::{Context, HttpContext, RootContext};
 use proxy_wasm::types::ContextType;

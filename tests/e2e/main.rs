@@ -26,7 +26,6 @@ mod quotas;
 mod recovery;
 mod redis_edits;
 mod redis_faults;
-mod redis_link;
 mod redis_loss;
 mod requests;
 mod revocation;

@@ -1,17 +1,19 @@
 //! What must never be seen, is not, and what was tampered with is refused.
 
+mod at_rest;
+
 use std::collections::HashSet;
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::process::Command;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD as BASE64URL};
-use keygate::secrets::keyring::{self, Keyring, Masters};
-use keygate::secrets::master_key::MasterKey;
-use keygate_e2e::{Redis, Request, SOON, Stack, wait_for, wait_until};
+use keygate_e2e::{Redis, Request, SOON, Stack, binaries, wait_for, wait_until};
 use serde_json::{Value, json};
 
+use self::at_rest::DataKeys;
 use crate::rotation::rotated_with;
 
 /// The shortest part of a secret that must not be seen.
@@ -173,18 +175,15 @@ impl Windows {
 
 /// The secrets that can be opened now, with the master key and by the format that the journal has.
 fn open_secrets(stack: &Stack) -> Vec<Vec<u8>> {
-    let data = stack.control_plane.data();
-    let master = MasterKey::load(&data.join("master.key"), false).expect("the master key");
-    let keys = Keyring::read_only(&data, Masters { master, previous: None, hsm: None }).expect("the keyring");
+    let keys = DataKeys::of(&stack.control_plane.data());
     let mut found = Vec::new();
     for record in records(stack) {
         let id = record["sealed"]["data_key"].as_str().unwrap_or_default();
-        let Some(data_key) = keys.get(id).expect("it opens") else { continue };
+        let Some(data_key) = keys.get(id) else { continue };
         let text = |member: &str| record[member].as_str().expect("a text").to_owned();
         let place = format!("keygate secret {} {} {}", text("kid"), text("alg"), text("state"));
         let sealed = record["sealed"]["secret"].as_str().expect("a text");
-        found
-            .push(keygate::secrets::seal::open(data_key.expose(), &place, sealed).expect("it opens").expose().clone());
+        found.push(at_rest::open(&data_key, &place, sealed));
     }
     assert!(!found.is_empty());
     found
@@ -267,14 +266,14 @@ fn a_keyring_that_was_edited_swapped_or_lost_is_refused_with_what_to_do() {
     rotated_with(&stack.api(), &json!({ "algorithm": "HS256" }));
     rotated_with(&stack.api(), &json!({ "algorithm": "HS256" }));
     stack.control_plane.stop();
-    let file = stack.control_plane.data().join(keyring::FILE);
-    let whole = keyring::read(&file).expect("it is read").expect("it is there");
+    let file = stack.control_plane.data().join(at_rest::KEYRING);
+    let whole = at_rest::wraps(&file);
     let ids: Vec<&String> = whole.keys().filter(|id| *id != "root").collect();
     assert!(ids.len() >= 2, "{ids:?}");
 
     let mut swapped = whole.clone();
     swapped.insert(ids[0].clone(), whole[ids[1]].clone());
-    keyring::write(&file, swapped).expect("it is written");
+    at_rest::write(&file, &swapped);
     let said = refuses_to_start(&mut stack);
     assert!(said.contains("does not open: it was changed; restore the keyring from a backup"), "{said}");
 
@@ -285,7 +284,7 @@ fn a_keyring_that_was_edited_swapped_or_lost_is_refused_with_what_to_do() {
     let said = refuses_to_start(&mut stack);
     assert!(said.contains("is missing, and the journal beside it is not empty"), "{said}");
 
-    keyring::write(&file, whole).expect("it is written");
+    at_rest::write(&file, &whole);
     stack.control_plane.start();
     stack.control_plane.api().issue("basic");
 }
@@ -295,7 +294,7 @@ fn a_new_master_key_takes_over_while_it_is_killed_again_and_again() {
     let mut stack = Stack::builder().workers(1).start();
     let key = stack.api().issue("basic");
     let data = stack.control_plane.data();
-    let file = data.join(keyring::FILE);
+    let file = data.join(at_rest::KEYRING);
     stack.control_plane.stop();
     let new = stack.directory().join("new.key");
     fs::write(&new, BASE64URL.encode([9_u8; 32])).expect("it is written");
@@ -334,13 +333,13 @@ fn a_new_master_key_takes_over_while_it_is_killed_again_and_again() {
             });
             killed += usize::from(stack.control_plane.ended().is_some());
             stack.control_plane.kill();
-            let wraps = keyring::read(&file).expect("it is whole").expect("it is there");
+            let wraps = at_rest::wraps(&file);
             assert!(wraps.values().all(|wraps| !wraps.is_empty()));
         }
     }
     assert!(killed >= 4, "once at each call, at the least: {killed}");
     stack.control_plane.start();
-    let with_both = keyring::read(&file).expect("it is read").expect("it is there");
+    let with_both = at_rest::wraps(&file);
     assert!(with_both.values().all(|wraps| wraps.len() == 2), "{with_both:?}");
     stack.control_plane.stop();
 
@@ -368,11 +367,11 @@ fn a_backup_has_the_keyring_and_opens_with_the_master_key_alone() {
     let key = stack.api().issue("basic");
     let data = stack.control_plane.data();
     let file = stack.directory().join("backup.kgb");
-    keygate::durability::backup::export(&data.join("journal"), &file, "2026-01-01T00:00:00Z").expect("it is written");
+    backup("export", &file, &data);
     stack.control_plane.stop();
     let master = fs::read(data.join("master.key")).expect("the master key");
     fs::remove_dir_all(&data).expect("all is lost");
-    keygate::durability::backup::import(&file, &data, false, "2026-01-01T00:00:00Z").expect("it is restored");
+    backup("import", &file, &data);
     fs::write(data.join("master.key"), master).expect("it is put back");
     stack.control_plane.start();
     let api = stack.control_plane.api();
@@ -393,6 +392,15 @@ fn who_may_start_it_gets_an_admin_key() {
     stack.control_plane.start();
     wait_until(SOON, "another key", || stack.control_plane.admin_key() != first);
     stack.api().get("/api/admin/secrets/status").expect(200);
+}
+
+/// `keygate backup`, which must succeed.
+#[track_caller]
+fn backup(action: &str, file: &Path, data: &Path) {
+    let mut command = Command::new(binaries::keygate());
+    command.args(["backup", action]).arg(file).arg("--data-dir").arg(data);
+    let output = command.output().expect("keygate runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn copy_all(from: &Path, to: &Path) {

@@ -162,12 +162,18 @@ fn hold_secrets_back() -> anyhow::Result<()> {
 }
 
 fn start_log(format: LogFormat) {
-    use tracing_subscriber::EnvFilter;
-    // KEYGATE_LOG=debug shows a line a request.
-    let filter = EnvFilter::try_from_env("KEYGATE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    use tracing_subscriber::filter::{LevelFilter, Targets};
+    use tracing_subscriber::prelude::*;
+    // KEYGATE_LOG=debug shows a line a request; or levels by module, as in `info,keygate::sync=debug`.
+    let wanted = std::env::var("KEYGATE_LOG").ok().filter(|text| !text.is_empty());
+    let filter = wanted.and_then(|text| text.parse().ok());
+    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let registry = tracing_subscriber::registry()
+        .with(filter.unwrap_or_else(|| Targets::new().with_default(LevelFilter::INFO)));
     match format {
-        LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
-        LogFormat::Json => log.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            registry.with(log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))).init();
+        }
+        LogFormat::Json => registry.with(log.json().flatten_event(true)).init(),
     }
 }

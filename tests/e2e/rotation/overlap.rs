@@ -3,7 +3,6 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use keygate::platform::clock::{rfc3339, unix_ms};
 use keygate_e2e::clock::Clock;
 use keygate_e2e::envoy::Neighbours;
 use keygate_e2e::{Api, Envoy, Key, Line, Request, SOON, Stack, line, wait_until};
@@ -16,6 +15,13 @@ use super::{
 
 fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
+}
+
+/// An RFC 3339 time in Unix seconds.
+#[track_caller]
+fn unix_s(time: &Value) -> u64 {
+    let time = humantime::parse_rfc3339(time.as_str().expect("a time")).expect("a time");
+    time.duration_since(UNIX_EPOCH).expect("after 1970").as_secs()
 }
 
 /// A secret as the status shows it.
@@ -65,7 +71,7 @@ fn keys_of_an_hmac_secret_end_with_its_overlap_as_was_foretold() {
     assert_eq!((active(&api), status(&api)["versions"].as_array().map(Vec::len)), (old.clone(), Some(1)));
 
     let api = rotated_with_a_new_admin(&api);
-    let end = unix_ms(version(&api, &old)["ends_at"].as_str().expect("an end")) / 1_000;
+    let end = unix_s(&version(&api, &old)["ends_at"]);
     assert_eq!(version(&api, &old)["retire"], "after_overlap");
     let (mut passed, mut last) = (0, 200);
     wait_until(SOON, "the keys to end", || {
@@ -196,14 +202,14 @@ fn after_a_day_the_previous_secrets_keys_end_to_the_minute_also_where_nobody_tel
     let old = kid_of(&key);
     let api = rotated_with_a_new_admin(&api);
     let new = api.issue("basic");
-    let end = unix_ms(version(&api, &old)["ends_at"].as_str().expect("an end")) / 1_000;
-    let since = unix_ms(version(&api, &active(&api))["since"].as_str().expect("a beginning")) / 1_000;
+    let end = unix_s(&version(&api, &old)["ends_at"]);
+    let since = unix_s(&version(&api, &active(&api))["since"]);
     assert_eq!(end, since + DAY);
     let mut workers = all_workers(&[&told, &cut_off]);
     line.cut();
     for (at, wanted) in [(since + 60, 200), (end - 60, 200), (end + 60, 401)] {
         clock.go_ahead_by(i64::try_from(at - now_s()).expect("small"));
-        println!("{}: {wanted}", rfc3339(at));
+        println!("{} s after it began: {wanted}", at - since);
         // A worker goes by the wall clock as it read it last, at most 2 ms ago.
         wait_until(Duration::from_secs(1), "each worker to look at the clock", || {
             workers.iter_mut().all(|worker| worker.send(&chat(&key)).status == wanted)
