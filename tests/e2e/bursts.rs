@@ -375,9 +375,9 @@ fn another_control_plane_takes_the_ledger_over_by_itself() {
     assert!(all <= 400, "{all}");
 
     // An operator's take-over at the one that has it changes nothing.
-    let before = api.get("/api/admin/audit?action=limits_kept").expect(200).json();
-    api.post(&format!("{LIMITS}/take_over"), &json!({})).expect(200);
-    let after = api.get("/api/admin/audit?action=limits_kept").expect(200).json();
+    let before = api.get("/api/admin/audit?action=quota_owner_changed").expect(200).json();
+    api.post(&format!("{LIMITS}/ledger/takeover"), &json!({})).expect(200);
+    let after = api.get("/api/admin/audit?action=quota_owner_changed").expect(200).json();
     assert_eq!(before["records"].as_array().map(Vec::len), after["records"].as_array().map(Vec::len));
     assert!(keeps(&api));
     all += burst(&stack.envoy, &chat(&next), 20, 2).admitted;
@@ -391,7 +391,7 @@ fn a_take_over_at_the_only_control_plane_changes_nothing() {
     let key = api.issue("basic");
     assert_eq!(burst(&stack.envoy, &chat(&key), 60, 2).admitted, 60);
     wait_reported(&api, &key, 60);
-    api.post(&format!("{LIMITS}/take_over"), &json!({ "any": "body" })).expect(200);
+    api.post(&format!("{LIMITS}/ledger/takeover"), &json!({ "any": "body" })).expect(200);
     let usage = api.get(&format!("{LIMITS}/usage")).expect(200).json();
     assert_eq!((&usage["in_doubt"], &usage["suspended"]), (&json!(false), &json!(false)), "{usage}");
     stack.envoy.stop();

@@ -301,7 +301,7 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     let drain = drain.json(&json!({ "format": 1, "proxy": "nobody" }));
     let ask = |request: &Request| keygate_e2e::http::try_call(other.sync_port(), request).expect("an answer");
     ask(&drain).expect_problem(404, "not_found");
-    ask(&drain.header("keygate-passed-on", "1")).expect_problem(503, "unavailable");
+    ask(&drain.header("keygate-forwarded", "1")).expect_problem(503, "unavailable");
 
     // Half of the limit with Redis, the rest without.
     let key = api.issue("contributor");
@@ -327,7 +327,7 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     wait_until(SOON, "failures to pass questions on", || {
         Metrics::of(&there).value("keygate_quota_forward_failures_total") > 0.0
     });
-    there.post(&format!("{LIMITS}/take_over"), &json!({})).expect(200);
+    there.post(&format!("{LIMITS}/ledger/takeover"), &json!({})).expect(200);
     wait_until(SOON, "the other one to divide limits", || keeps(&there));
     assert_eq!(Metrics::of(&there).value("keygate_quota_recovering"), 1.0);
     wait_until(SOON, "its proxy to be answered by it", || {
@@ -342,6 +342,6 @@ fn a_limit_is_one_over_two_control_planes_and_outlives_the_one_that_divides_it()
     println!("{all} of {limit} over a change of who divides it");
     assert!((limit / 2..=limit).contains(&all), "{all} of {limit}");
     assert_eq!((keeps(&api), keeps(&there)), (false, true));
-    let taken = there.get("/api/admin/audit?action=limits_kept").expect(200).json();
+    let taken = there.get("/api/admin/audit?action=quota_owner_changed").expect(200).json();
     assert_eq!(taken["records"].as_array().map(Vec::len), Some(2), "{taken}");
 }

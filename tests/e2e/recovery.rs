@@ -120,7 +120,7 @@ fn what_a_damaged_journal_says_of_ended_keys_outlives_its_replacement() {
     // Not again at the next start.
     stack.control_plane.stop();
     stack.control_plane.start();
-    let lines = api.get("/api/admin/audit?action=line_begun").expect(200).json();
+    let lines = api.get("/api/admin/audit?action=history_forked").expect(200).json();
     assert_eq!(lines["records"].as_array().map(Vec::len), Some(1), "{lines}");
 }
 

@@ -381,10 +381,10 @@ impl Tables<'_> {
             Change::ExpiredForgotten { until } => self.forget(*until)?,
             _ => {}
         }
-        if let Some((request, made)) = change.request() {
+        if let Some((request, made)) = change.facts().request {
             let at = match change {
                 Change::KeyIssued { key, .. } => key.issued_at,
-                other => other.secret().map_or(0, |secret| secret.created_at),
+                other => other.facts().secret.map_or(0, |secret| secret.created_at),
             };
             self.requests.insert(request.request_id.as_str(), (request.body.as_str(), made))?;
             self.requests_by_time.insert((at, request.request_id.as_str()), ())?;
@@ -398,7 +398,7 @@ impl Tables<'_> {
             }
             self.revoked_by_expiry.insert((until, jti), ())?;
         }
-        if let Some(key_id) = change.altered_key()
+        if let Some(key_id) = change.facts().alters.map(|(key_id, _)| key_id)
             && let Some(mut record) = self.key(key_id)?
         {
             change.alter(&mut record);

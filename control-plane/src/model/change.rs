@@ -54,7 +54,7 @@ pub enum Change {
     },
     /// This journal is an older copy of one that went on: what follows is another line of history, into which the
     /// changes that the copy lacks are taken as those of another control plane.
-    LineBegun {
+    HistoryForked {
         /// Its number.
         source: u64,
         /// Whether changes that the copy lacks are lost for good, so that proxies shall not wait for them.
@@ -221,7 +221,7 @@ pub enum Change {
         emergency: Option<Override>,
     },
     /// Who keeps the ledger of limits was decided.
-    LimitsKept {
+    QuotaOwnerChanged {
         /// The control plane that does from then on, by its line of history.
         keeper: u64,
     },
@@ -244,103 +244,103 @@ impl Change {
         }
     }
 
-    /// What it does: its type, as it stands in the journal.
-    pub const fn action(&self) -> &'static str {
+    /// Its attributes. A new variant answers all of them here.
+    pub fn facts(&self) -> Facts<'_> {
         match self {
-            Self::Genesis { .. } => "genesis",
-            Self::LineBegun { .. } => "line_begun",
-            Self::SettingsChanged { .. } => "settings_changed",
-            Self::SecretCreated { .. } => "secret_created",
-            Self::SecretMoved { secret, .. } => match secret.state {
-                SecretState::Rotating => "secret_rotating",
-                SecretState::Active => "secret_activated",
-                SecretState::Previous => "secret_retired",
-                SecretState::Expired => "secret_expired",
+            Self::Genesis { .. } => Facts::of("genesis"),
+            Self::HistoryForked { .. } => Facts::of("history_forked"),
+            Self::SettingsChanged { .. } => Facts::of_rules("settings_changed"),
+            Self::SecretCreated { secret, idempotency } => Facts {
+                target: Some(&secret.kid),
+                reason: secret.why.as_deref(),
+                secret: Some(secret),
+                request: idempotency.as_ref().map(|request| (request, secret.kid.as_str())),
+                ..Facts::of_rules("secret_created")
             },
-            Self::SecretAnnounced { .. } => "secret_announced",
-            Self::SecretsOpened {} => "secrets_opened",
-            Self::KeyIssued { .. } => "key_issued",
-            Self::KeyRevoked { .. } => "key_revoked",
-            Self::JtiRevoked { .. } => "jti_revoked",
-            Self::KeySuspended { .. } => "key_suspended",
-            Self::KeyResumed { .. } => "key_resumed",
-            Self::ExpiredForgotten { .. } => "expired_forgotten",
-            Self::RevocationsRebuilt {} => "revocations_rebuilt",
-            Self::PeerChanged { .. } => "peer_changed",
-            Self::EditRefused { .. } => "edit_refused",
-            Self::CutoffAdded { .. } => "cutoff_added",
-            Self::CutoffLifted { .. } => "cutoff_lifted",
-            Self::CutoffProposed { .. } => "cutoff_proposed",
-            Self::CutoffWithdrawn { .. } => "cutoff_withdrawn",
-            Self::LockdownChanged { .. } => "lockdown_changed",
-            Self::CanaryTestPut { .. } => "canary_test_put",
-            Self::CanaryTestDeleted { .. } => "canary_test_deleted",
-            Self::PolicyReplaced { .. } => "policy_replaced",
-            Self::LimitsChanged { .. } => "limits_changed",
-            Self::LimitsOverridden { .. } => "limits_overridden",
-            Self::LimitsKept { .. } => "limits_kept",
-            Self::RolloutChanged { .. } => "rollout_changed",
-        }
-    }
-
-    /// Whether it moves a signing secret on.
-    pub fn is_of_secrets(&self) -> bool {
-        matches!(self, Self::SecretCreated { .. } | Self::SecretMoved { .. } | Self::SecretAnnounced { .. })
-    }
-
-    /// The signing secret as it is from then on, if it is about one.
-    pub fn secret(&self) -> Option<&SecretRecord> {
-        match self {
-            Self::SecretCreated { secret, .. } | Self::SecretMoved { secret, .. } => Some(secret),
-            _ => None,
-        }
-    }
-
-    /// The id of what it is about, if it is about one thing.
-    pub fn target(&self) -> Option<&str> {
-        match self {
-            Self::KeyIssued { key, .. } => Some(&key.key_id),
-            Self::KeyRevoked { key_id, .. }
-            | Self::KeySuspended { key_id, .. }
-            | Self::KeyResumed { key_id, .. } => Some(key_id),
-            Self::JtiRevoked { jti, .. } => Some(jti),
-            Self::SecretCreated { secret, .. } | Self::SecretMoved { secret, .. } => Some(&secret.kid),
-            Self::SecretAnnounced { kid, .. } => Some(kid),
-            Self::CutoffAdded { cutoff, .. } => Some(&cutoff.id),
-            Self::CutoffProposed { proposal } => Some(&proposal.cutoff.id),
-            Self::CanaryTestPut { test } => Some(&test.id),
-            Self::CutoffLifted { id } | Self::CutoffWithdrawn { id } | Self::CanaryTestDeleted { id } => {
-                Some(id)
+            Self::SecretMoved { secret, justification } => Facts {
+                target: Some(&secret.kid),
+                reason: justification.as_deref(),
+                secret: Some(secret),
+                ..Facts::of_rules(match secret.state {
+                    SecretState::Rotating => "secret_rotating",
+                    SecretState::Active => "secret_activated",
+                    SecretState::Previous => "secret_retired",
+                    SecretState::Expired => "secret_expired",
+                })
+            },
+            Self::SecretAnnounced { kid, justification } => Facts {
+                target: Some(kid),
+                reason: justification.as_deref(),
+                ..Facts::of_rules("secret_announced")
+            },
+            Self::SecretsOpened {} => Facts::of_rules("secrets_opened"),
+            Self::KeyIssued { key, idempotency } => Facts {
+                target: Some(&key.key_id),
+                owner: key.owner.as_deref(),
+                request: idempotency.as_ref().map(|request| (request, key.key_id.as_str())),
+                ..Facts::of("key_issued")
+            },
+            Self::KeyRevoked { key_id, revocation, .. } => Facts {
+                target: Some(key_id),
+                reason: Some(revocation.reason.label()),
+                ends_keys: true,
+                alters: Some((key_id, Alteration::Revoked(revocation))),
+                ..Facts::of("key_revoked")
+            },
+            Self::JtiRevoked { jti, revocation, .. } => Facts {
+                target: Some(jti),
+                reason: Some(revocation.reason.label()),
+                ends_keys: true,
+                ..Facts::of("jti_revoked")
+            },
+            Self::KeySuspended { key_id, suspension, .. } => Facts {
+                target: Some(key_id),
+                reason: suspension.reason.as_deref(),
+                ends_keys: true,
+                alters: Some((key_id, Alteration::Suspended(suspension))),
+                ..Facts::of("key_suspended")
+            },
+            Self::KeyResumed { key_id, .. } => Facts {
+                target: Some(key_id),
+                alters: Some((key_id, Alteration::Resumed)),
+                ..Facts::of("key_resumed")
+            },
+            Self::ExpiredForgotten { .. } => Facts::of_rules("expired_forgotten"),
+            Self::RevocationsRebuilt {} => Facts::of("revocations_rebuilt"),
+            Self::PeerChanged { .. } => Facts::of("peer_changed"),
+            Self::EditRefused { key, problem } => Facts {
+                target: Some(key),
+                reason: Some(problem),
+                outcome: "refused",
+                ..Facts::of("edit_refused")
+            },
+            Self::CutoffAdded { cutoff, reason, .. } => Facts {
+                target: Some(&cutoff.id),
+                reason: Some(reason.label()),
+                owner: cutoff.scope.owner.as_deref(),
+                ends_keys: true,
+                ..Facts::of_rules("cutoff_added")
+            },
+            Self::CutoffLifted { id } => Facts { target: Some(id), ..Facts::of_rules("cutoff_lifted") },
+            Self::CutoffProposed { proposal } => Facts {
+                target: Some(&proposal.cutoff.id),
+                reason: Some(proposal.reason.label()),
+                owner: proposal.cutoff.scope.owner.as_deref(),
+                ..Facts::of("cutoff_proposed")
+            },
+            Self::CutoffWithdrawn { id } => Facts { target: Some(id), ..Facts::of("cutoff_withdrawn") },
+            Self::LockdownChanged { lockdown } => {
+                Facts { ends_keys: lockdown.is_some(), ..Facts::of_rules("lockdown_changed") }
             }
-            Self::EditRefused { key, .. } => Some(key),
-            _ => None,
-        }
-    }
-
-    /// Why it was made, if that was said.
-    pub fn reason(&self) -> Option<String> {
-        match self {
-            Self::KeyRevoked { revocation, .. } | Self::JtiRevoked { revocation, .. } => {
-                Some(revocation.reason.label().into())
+            Self::CanaryTestPut { test } => Facts { target: Some(&test.id), ..Facts::of("canary_test_put") },
+            Self::CanaryTestDeleted { id } => Facts { target: Some(id), ..Facts::of("canary_test_deleted") },
+            Self::PolicyReplaced { .. } => Facts::of_rules("policy_replaced"),
+            Self::LimitsChanged { .. } => Facts::of_rules("limits_changed"),
+            Self::LimitsOverridden { .. } => Facts::of_rules("limits_overridden"),
+            Self::QuotaOwnerChanged { .. } => Facts::of("quota_owner_changed"),
+            Self::RolloutChanged { flags } => {
+                Facts { reason: flags.cause.as_deref(), ..Facts::of_rules("rollout_changed") }
             }
-            Self::CutoffAdded { reason, .. } => Some(reason.label().into()),
-            Self::CutoffProposed { proposal } => Some(proposal.reason.label().into()),
-            Self::KeySuspended { suspension, .. } => suspension.reason.clone(),
-            Self::EditRefused { problem, .. } => Some(problem.clone()),
-            Self::SecretCreated { secret, .. } => secret.why.clone(),
-            Self::RolloutChanged { flags } => flags.cause.clone(),
-            Self::SecretMoved { justification, .. } | Self::SecretAnnounced { justification, .. } => {
-                justification.clone()
-            }
-            _ => None,
-        }
-    }
-
-    /// What became of it, as it stands in the journal.
-    pub const fn outcome(&self) -> &'static str {
-        match self {
-            Self::EditRefused { .. } => "refused",
-            _ => "done",
         }
     }
 
@@ -350,45 +350,13 @@ impl Change {
         match self {
             Self::SettingsChanged { settings } => Self::PeerChanged { max_life_s: settings.max_life_s() },
             Self::Genesis { .. }
-            | Self::LineBegun { .. }
+            | Self::HistoryForked { .. }
             | Self::RevocationsRebuilt {}
             | Self::ExpiredForgotten { .. }
             | Self::SecretsOpened {}
             | Self::EditRefused { .. } => Self::PeerChanged { max_life_s: 0 },
             change => change.clone(),
         }
-    }
-
-    /// Whether it changes the rules that proxies have.
-    pub fn is_of_rules(&self) -> bool {
-        matches!(
-            self,
-            Self::SettingsChanged { .. }
-                | Self::SecretCreated { .. }
-                | Self::SecretMoved { .. }
-                | Self::SecretAnnounced { .. }
-                | Self::SecretsOpened {}
-                | Self::ExpiredForgotten { .. }
-                | Self::CutoffAdded { .. }
-                | Self::CutoffLifted { .. }
-                | Self::LockdownChanged { .. }
-                | Self::PolicyReplaced { .. }
-                | Self::LimitsChanged { .. }
-                | Self::LimitsOverridden { .. }
-                | Self::RolloutChanged { .. }
-        )
-    }
-
-    /// Whether it ends keys. Such changes are still taken when the disk is full.
-    pub fn ends_keys(&self) -> bool {
-        matches!(
-            self,
-            Self::KeyRevoked { .. }
-                | Self::JtiRevoked { .. }
-                | Self::KeySuspended { .. }
-                | Self::CutoffAdded { .. }
-                | Self::LockdownChanged { lockdown: Some(_) }
-        )
     }
 
     /// What of it is personal data, if anything is. What people wrote freely, as a key's name or why a key was
@@ -411,7 +379,7 @@ impl Change {
             Self::CutoffAdded { cutoff, .. } => Personal::of(&mut cutoff.scope.owner),
             Self::CutoffProposed { proposal } => Personal::of(&mut proposal.cutoff.scope.owner),
             Self::Genesis { .. }
-            | Self::LineBegun { .. }
+            | Self::HistoryForked { .. }
             | Self::SettingsChanged { .. }
             | Self::SecretCreated { .. }
             | Self::SecretMoved { .. }
@@ -432,72 +400,80 @@ impl Change {
             | Self::CanaryTestDeleted { .. }
             | Self::PolicyReplaced { .. }
             | Self::LimitsOverridden { .. }
-            | Self::LimitsKept { .. }
+            | Self::QuotaOwnerChanged { .. }
             | Self::RolloutChanged { .. } => None,
         }
     }
 
-    /// The owner of the key or of the keys that it is about, as [`Change::personal`] has it.
-    pub fn owner(&self) -> Option<&str> {
-        match self {
-            Self::KeyIssued { key, .. } => key.owner.as_deref(),
-            Self::CutoffAdded { cutoff, .. } => cutoff.scope.owner.as_deref(),
-            Self::CutoffProposed { proposal } => proposal.cutoff.scope.owner.as_deref(),
-            _ => None,
-        }
-    }
-
-    /// The id of the key whose record it alters, if it alters one.
-    pub fn altered_key(&self) -> Option<&str> {
-        match self {
-            Self::KeyRevoked { key_id, .. }
-            | Self::KeySuspended { key_id, .. }
-            | Self::KeyResumed { key_id, .. } => Some(key_id),
-            Self::Genesis { .. }
-            | Self::LineBegun { .. }
-            | Self::SettingsChanged { .. }
-            | Self::SecretCreated { .. }
-            | Self::SecretMoved { .. }
-            | Self::SecretAnnounced { .. }
-            | Self::SecretsOpened {}
-            | Self::KeyIssued { .. }
-            | Self::JtiRevoked { .. }
-            | Self::ExpiredForgotten { .. }
-            | Self::RevocationsRebuilt {}
-            | Self::PeerChanged { .. }
-            | Self::EditRefused { .. }
-            | Self::CutoffAdded { .. }
-            | Self::CutoffProposed { .. }
-            | Self::CutoffWithdrawn { .. }
-            | Self::CutoffLifted { .. }
-            | Self::LockdownChanged { .. }
-            | Self::CanaryTestPut { .. }
-            | Self::CanaryTestDeleted { .. }
-            | Self::PolicyReplaced { .. }
-            | Self::LimitsChanged { .. }
-            | Self::LimitsOverridden { .. }
-            | Self::LimitsKept { .. }
-            | Self::RolloutChanged { .. } => None,
-        }
-    }
-
-    /// The request that asked for it, if that is remembered, and the id of what it made.
-    pub fn request(&self) -> Option<(&Idempotency, &str)> {
-        match self {
-            Self::KeyIssued { key, idempotency } => Some((idempotency.as_ref()?, &key.key_id)),
-            Self::SecretCreated { secret, idempotency } => Some((idempotency.as_ref()?, &secret.kid)),
-            _ => None,
-        }
-    }
-
-    /// Alters the record of [`Change::altered_key`].
+    /// Alters the record of a key, if it is about one; see [`Facts::alters`].
     pub fn alter(&self, key: &mut KeyRecord) {
-        match self {
-            Self::KeyRevoked { revocation, .. } => key.revoked = Some(revocation.clone()),
-            Self::KeySuspended { suspension, .. } => key.suspended = Some(suspension.clone()),
-            Self::KeyResumed { .. } => key.suspended = None,
-            _ => {}
+        match self.facts().alters {
+            Some((_, Alteration::Revoked(revocation))) => key.revoked = Some(revocation.clone()),
+            Some((_, Alteration::Suspended(suspension))) => key.suspended = Some(suspension.clone()),
+            Some((_, Alteration::Resumed)) => key.suspended = None,
+            None => {}
         }
+    }
+}
+
+/// The attributes of a change.
+#[derive(Debug, Clone, Copy)]
+pub struct Facts<'c> {
+    /// Its action: its type, as it stands in the journal.
+    pub action: &'static str,
+    /// Its outcome, as it stands in the journal: `done` or `refused`.
+    pub outcome: &'static str,
+    /// The id of the one thing that it is about.
+    pub target: Option<&'c str>,
+    /// The reason that was given for it.
+    pub reason: Option<&'c str>,
+    /// The owner of the key or of the keys that it is about, as [`Change::personal`] has it.
+    pub owner: Option<&'c str>,
+    /// The signing secret as it is from then on.
+    pub secret: Option<&'c SecretRecord>,
+    /// The request that asked for it, if that is remembered, and the id of what it made.
+    pub request: Option<(&'c Idempotency, &'c str)>,
+    /// The id of the key whose record it alters, and how.
+    pub alters: Option<(&'c str, Alteration<'c>)>,
+    /// Whether it changes the rules that proxies have.
+    pub of_rules: bool,
+    /// Whether it ends keys. Such changes are still taken when the disk is full.
+    pub ends_keys: bool,
+}
+
+/// The alteration of the record of a key.
+#[derive(Debug, Clone, Copy)]
+pub enum Alteration<'c> {
+    /// It is revoked.
+    Revoked(&'c Ended<RevocationReason>),
+    /// It is suspended.
+    Suspended(&'c Ended<Option<String>>),
+    /// Its suspension ends.
+    Resumed,
+}
+
+impl Facts<'_> {
+    /// A change that says no more of itself.
+    const fn of(action: &'static str) -> Self {
+        Self {
+            action,
+            outcome: "done",
+            target: None,
+            reason: None,
+            owner: None,
+            secret: None,
+            request: None,
+            alters: None,
+            of_rules: false,
+            ends_keys: false,
+        }
+    }
+
+    /// A change of the rules that proxies have.
+    const fn of_rules(action: &'static str) -> Self {
+        let mut facts = Self::of(action);
+        facts.of_rules = true;
+        facts
     }
 }
 

@@ -294,7 +294,7 @@ impl Model {
                 self.line_start = seq;
                 effect.rules = true;
             }
-            Change::LineBegun { source, accepts_loss } => {
+            Change::HistoryForked { source, accepts_loss } => {
                 Arc::make_mut(&mut self.merged).insert(self.source, self.last_own_seq);
                 let covered = if *accepts_loss { u64::MAX } else { seq.saturating_sub(1) };
                 Arc::make_mut(&mut self.lines).insert(self.source, covered);
@@ -343,10 +343,10 @@ impl Model {
             Change::LimitsChanged { .. } if mark < self.limits_mark => effect.superseded = true,
             Change::LimitsOverridden { .. } if mark < self.override_mark => effect.superseded = true,
             Change::PolicyReplaced { .. } if mark < self.policy_mark => effect.superseded = true,
-            Change::LimitsKept { .. } if self.limits_keeper.is_some_and(|(_, last)| mark < last) => {
+            Change::QuotaOwnerChanged { .. } if self.limits_keeper.is_some_and(|(_, last)| mark < last) => {
                 effect.superseded = true;
             }
-            Change::LimitsKept { keeper } => {
+            Change::QuotaOwnerChanged { keeper } => {
                 self.limits_keeper = Some((Keeper { source: *keeper, since: entry.stamp }, mark));
             }
             Change::KeySuspended { jti, .. } | Change::KeyResumed { jti, .. }

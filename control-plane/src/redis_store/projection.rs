@@ -221,7 +221,7 @@ pub fn writes(
             writes.push(Write::Publish { channel: names::EMERGENCY_REVOCATION, payload });
         }
         change => {
-            if let Some(mut altered) = change.altered_key().and_then(record) {
+            if let Some(mut altered) = change.facts().alters.and_then(|(key_id, _)| record(key_id)) {
                 change.alter(&mut altered);
                 writes.extend(key(&altered, now));
             }

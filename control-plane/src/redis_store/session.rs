@@ -261,7 +261,8 @@ impl Session<'_> {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = node.clock.now_ms().max(state.version.source + 1);
-            let plan = move |_: &View<'_>| Ok((vec![Change::LineBegun { source, accepts_loss: false }], ()));
+            let plan =
+                move |_: &View<'_>| Ok((vec![Change::HistoryForked { source, accepts_loss: false }], ()));
             node.writer.commit("system", plan).await?;
             state = node.state();
             in_log = 0;
@@ -456,7 +457,8 @@ impl Session<'_> {
             return Ok(None);
         }
         let taken = entries.len() as u64;
-        let data_keys = self.data_keys(entries.iter().filter_map(|entry| entry.change.secret())).await?;
+        let data_keys =
+            self.data_keys(entries.iter().filter_map(|entry| entry.change.facts().secret)).await?;
         match self.node.writer.merge(entries, data_keys).await {
             Ok(_) => {
                 self.node.metrics.redis.merged.inc_by(taken);

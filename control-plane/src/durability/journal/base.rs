@@ -228,7 +228,7 @@ impl Carrier {
         let mark = record.mark(self.source);
         let lives = |expires_at: u64| expires_at > self.expired_until;
         let counts = match &record.change {
-            Change::Genesis { source } | Change::LineBegun { source, .. } => {
+            Change::Genesis { source } | Change::HistoryForked { source, .. } => {
                 self.source = *source;
                 true
             }
@@ -262,7 +262,7 @@ impl Carrier {
             Change::PolicyReplaced { .. } => self.keep_one("policy", mark, seq, line),
             Change::LimitsChanged { .. } => self.keep_one("limits", mark, seq, line),
             Change::LimitsOverridden { .. } => self.keep_one("limits override", mark, seq, line),
-            Change::LimitsKept { .. } => self.keep_one("limits kept", mark, seq, line),
+            Change::QuotaOwnerChanged { .. } => self.keep_one("limits kept", mark, seq, line),
             Change::RolloutChanged { .. } => self.keep_one("rollout", mark, seq, line),
             Change::ExpiredForgotten { .. } => self.keep_one("expired", mark, seq, line),
             // Over within the hour, or of no effect on what comes.
@@ -390,7 +390,7 @@ mod tests {
         }
         let base = Base::read(&journal_dir, None).unwrap().unwrap();
         let carried: Vec<String> =
-            base.records().map(|record| record.unwrap().change.action().to_owned()).collect();
+            base.records().map(|record| record.unwrap().change.facts().action.to_owned()).collect();
         // Three revocations of short life had expired; of seven policies and one lockdown the last ones count.
         assert_eq!(carried.iter().filter(|action| *action == "jti_revoked").count(), 7 + 4);
         assert_eq!(carried.iter().filter(|action| *action == "policy_replaced").count(), 1);

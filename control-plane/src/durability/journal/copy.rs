@@ -8,6 +8,7 @@ use std::path::Path;
 use super::base::{Base, Layout};
 use super::checkpoint::{self, Checks};
 use super::{JournalError, MAX_SEGMENT_BYTES, Record, record, segment, sync_dir};
+use crate::model::change::Change;
 
 /// The signed checkpoints, each with its record's number and its line.
 ///
@@ -110,11 +111,16 @@ pub fn salvage(dir: &Path, after: u64) -> Result<Vec<String>, JournalError> {
             if let Ok(record) = Record::parse(line)
                 && is_whole
                 && record.seq > after
-                && (record.change.ends_keys() || record.change.is_of_secrets())
+                && (record.change.facts().ends_keys || is_of_secrets(&record.change))
             {
                 found.push(String::from_utf8_lossy(line).into_owned());
             }
         }
     }
     Ok(found)
+}
+
+/// Whether a change moves a signing secret on.
+fn is_of_secrets(change: &Change) -> bool {
+    matches!(change, Change::SecretAnnounced { .. }) || change.facts().secret.is_some()
 }

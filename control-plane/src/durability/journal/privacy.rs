@@ -98,7 +98,7 @@ impl Privacy {
 
     /// What stands for the owner whom a record is about, whether or not it hides it.
     pub fn owner_of(&self, record: &Record) -> Option<String> {
-        let owner = record.change.owner()?;
+        let owner = record.change.facts().owner?;
         Some(if record.sealed.is_some() { owner.into() } else { self.owner(owner) })
     }
 
@@ -184,7 +184,8 @@ fn put_back<T: PartialEq>(at: Option<&mut T>, value: Option<T>, hidden: impl Fn(
 
 /// What a seal is bound to. Not the record's number: the change would be the same in another journal.
 fn associated(change: &Change) -> String {
-    format!("keygate journal personal data {} {}", change.action(), change.target().unwrap_or_default())
+    let facts = change.facts();
+    format!("keygate journal personal data {} {}", facts.action, facts.target.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -274,7 +275,7 @@ mod tests {
             for hidden in ["acme-42", "other-owner", "mail", "a@b.example", "digest-of-all"] {
                 assert!(!line.contains(hidden), "{hidden} is in {line}");
             }
-            assert_eq!(record.change.target(), change.target());
+            assert_eq!(record.change.facts().target, change.facts().target);
             privacy.reveal(&mut record).unwrap();
             assert_eq!((record.change, record.sealed), (change, None));
         }

@@ -73,14 +73,15 @@ impl Record {
         let Entry { actor, stamp, origin, change } = entry;
         let mut change = change.clone();
         let sealed = privacy.hide(&mut change);
+        let facts = change.facts();
         Self {
             seq,
             at: at.into(),
             actor: actor.clone(),
-            action: change.action().into(),
-            target: change.target().map(Into::into),
-            reason: change.reason(),
-            outcome: change.outcome().into(),
+            action: facts.action.into(),
+            target: facts.target.map(Into::into),
+            reason: facts.reason.map(Into::into),
+            outcome: facts.outcome.into(),
             origin: origin.clone(),
             stamp: Some(*stamp).filter(|stamp| *stamp != clock::unix_ms(at)),
             change,

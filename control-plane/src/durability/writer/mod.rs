@@ -341,11 +341,11 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
         tracing::warn!(accepts_loss, ended = ended.len(), "the journal was restored from a backup");
         // Numbers after its end were given to other changes before.
         let source = clock.now_ms().max(model.source() + 1);
-        first.push(Change::LineBegun { source, accepts_loss });
+        first.push(Change::HistoryForked { source, accepts_loss });
         let entry = |line: &String| Record::parse(line.as_bytes()).ok()?.into_entry(&opens).ok();
         // Of secrets, what can still be opened, and what has ended.
         let counts = |change: &Change| {
-            change.secret().is_none_or(|secret| {
+            change.facts().secret.is_none_or(|secret| {
                 secret.check(&keys).is_ok() && secret.data_key().is_none_or(|id| keys.has(id))
             })
         };
@@ -464,7 +464,7 @@ impl Thread {
                 records: &Current { store: &self.store, pending: &pending },
             };
             let planned = plan(&view);
-            if !planned.iter().all(|entry| entry.change.ends_keys())
+            if !planned.iter().all(|entry| entry.change.facts().ends_keys)
                 && self.journal.uses_reserve()
                 && !self.journal.refill_reserve()
             {
@@ -537,7 +537,7 @@ impl Thread {
 
     /// Checks the rules that planned changes make: changes to invalid rules must not be in the journal.
     fn check_rules(&self, model: &Model, planned: &[Entry], mut seq: u64) -> Result<(), CommitError> {
-        if !planned.iter().any(|entry| entry.change.is_of_rules()) {
+        if !planned.iter().any(|entry| entry.change.facts().of_rules) {
             return Ok(());
         }
         let mut trial = model.clone();

@@ -55,11 +55,11 @@ impl Pending {
         if let Change::KeyIssued { key, .. } = change {
             self.keys.insert(key.key_id.clone(), (**key).clone());
         }
-        if let Some((request, made)) = change.request() {
+        if let Some((request, made)) = change.facts().request {
             let (body, made) = (request.body.clone(), made.to_owned());
             self.requests.insert(request.request_id.clone(), Seen { body, made });
         }
-        if let Some(key_id) = change.altered_key() {
+        if let Some((key_id, _)) = change.facts().alters {
             let record = self.keys.remove(key_id).or_else(|| store.key(key_id).ok().flatten());
             if let Some(mut record) = record {
                 change.alter(&mut record);

@@ -244,7 +244,7 @@ fn operations() -> Vec<Operation> {
         )),
         waits(op(
             "post",
-            "/api/admin/rate_limits/take_over",
+            "/api/admin/rate_limits/ledger/takeover",
             MANAGE,
             "Have this control plane divide limits among proxies, when the one that did is gone for good",
             post(rate_limits::take_over),

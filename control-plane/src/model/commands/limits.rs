@@ -54,11 +54,11 @@ fn check_costs(view: &View<'_>, limits: &Limits, roles: &Roles) -> Result<(), Li
 /// Makes a control plane the owner of the ledger of limits. One that has the ledger open, `has_ledger`, stays it.
 pub fn take_over_ledger(view: &View<'_>, own: u64, has_ledger: bool) -> Plan<(), Infallible> {
     let is_owner = has_ledger || view.model.limits_keeper().is_some_and(|keeper| keeper.source == own);
-    Ok((if is_owner { Vec::new() } else { vec![Change::LimitsKept { keeper: own }] }, ()))
+    Ok((if is_owner { Vec::new() } else { vec![Change::QuotaOwnerChanged { keeper: own }] }, ()))
 }
 
 /// Makes a control plane the owner of the ledger of limits, if its owner is still `before`.
 pub fn claim_ledger(view: &View<'_>, own: u64, before: Option<Keeper>) -> Plan<(), Infallible> {
     let is_same = view.model.limits_keeper() == before;
-    Ok((if is_same { vec![Change::LimitsKept { keeper: own }] } else { Vec::new() }, ()))
+    Ok((if is_same { vec![Change::QuotaOwnerChanged { keeper: own }] } else { Vec::new() }, ()))
 }

@@ -12,7 +12,7 @@ use super::{Quotas, Role};
 use crate::platform::http_client::{HttpClient, HttpError};
 
 /// Header of a question that was passed on already, so that it is not passed on in a circle.
-const PASSED_ON: &str = "keygate-passed-on";
+const FORWARDED: &str = "keygate-forwarded";
 /// Path of the call by which the others see that the owner is there.
 pub const OWNER: &str = "/sync/v1/quota/owner";
 /// A call of the owner is not held back.
@@ -34,7 +34,7 @@ pub async fn pass_on(
     let Role::Elsewhere(keeper) = quotas.role() else {
         return Err(ForwardError::OwnerUnknown);
     };
-    if headers.contains_key(PASSED_ON) {
+    if headers.contains_key(FORWARDED) {
         return Err(ForwardError::NotOwner);
     }
     let url = quotas.node.peers.sync_url(keeper);
@@ -119,7 +119,7 @@ impl Forwarder {
             .method(Method::POST)
             .uri(format!("{}{path}", url.trim_end_matches('/')))
             .header(header::AUTHORIZATION, bearer)
-            .header(PASSED_ON, "1")
+            .header(FORWARDED, "1")
             .body(Full::new(body))
             .map_err(|_| wrong())?;
         let answer = self.0.exchange(request, WITHIN, MAX_BYTES).await.map_err(|error| match error {
