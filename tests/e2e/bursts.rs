@@ -32,7 +32,7 @@ fn least(limit: usize) -> usize {
 
 #[test]
 fn alone_a_proxy_admits_a_whole_limit_in_a_burst() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let api = stack.api();
     for turn in 0..10 {
         let key = api.issue("basic");
@@ -59,7 +59,7 @@ fn alone_a_proxy_admits_a_whole_limit_in_a_burst() {
 
 #[test]
 fn small_limits_and_dear_requests_are_admitted_at_once() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let api = stack.api();
     put(
         &api,
@@ -89,7 +89,7 @@ fn small_limits_and_dear_requests_are_admitted_at_once() {
 
 #[test]
 fn a_burst_at_one_of_three_proxies_gets_what_the_idle_ones_have() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let others = stack.two_more_envoys(2);
     let api = stack.api();
     for _ in 0..3 {
@@ -135,7 +135,7 @@ fn patiently(envoy: &Envoy, request: &Request) -> usize {
 
 #[test]
 fn small_limits_over_three_proxies_are_admitted_whole() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let others = stack.two_more_envoys(2);
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();

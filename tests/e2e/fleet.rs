@@ -61,7 +61,7 @@ fn send_to_all(connections: &mut [Connection], request: &Request) -> Vec<(Instan
 fn three_envoys_under_load() {
     const REVOCATIONS: usize = 2000;
 
-    let stack = Stack::start();
+    let stack = Stack::builder().workers(4).start();
     let others = [stack.another_envoy("envoy-2", 4), stack.another_envoy("envoy-3", 4)];
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use keygate_e2e::forge::Parts;
 use keygate_e2e::load::Answers;
-use keygate_e2e::{Key, Load, Request, SOON, Stack, wait_until};
+use keygate_e2e::{Key, Load, Request, SOON, Stack, tier, wait_until};
 
 fn chat(token: &str) -> Request {
     Request::get("/api/chat").bearer(token)
@@ -45,7 +45,6 @@ fn forged(stack: &Stack, model: &Key, series: &str, per_second: u32) -> Load {
 
 #[test]
 fn forged_tokens_at_the_rate_of_good_traffic() {
-    const ROUNDS: u32 = 10;
     const A_ROUND: u64 = 600;
     const PER_SECOND: u32 = 400;
 
@@ -55,7 +54,7 @@ fn forged_tokens_at_the_rate_of_good_traffic() {
     good(&stack, &keys, 10 * PER_SECOND).wait_answered(A_ROUND); // Every key is known to every worker.
 
     let (mut quiet, mut flooded, mut bad) = (Answers::default(), Answers::default(), Answers::default());
-    for round in 0..ROUNDS {
+    for round in 0..tier::repeats(4, 10) {
         // In turn, so that whatever else this machine does meets both.
         let load = good(&stack, &keys, PER_SECOND);
         load.wait_answered(A_ROUND);

@@ -1,5 +1,5 @@
 //! The filter as a dynamic module of Envoy's: what is different from WebAssembly. That it decides the same is what other
-//! tests say, which `scripts/test` runs with it once more.
+//! tests say, which `scripts/test` runs with it once more, as `e2e-module`.
 
 use std::collections::BTreeSet;
 use std::fs;

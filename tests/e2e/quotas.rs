@@ -23,7 +23,7 @@ fn put(api: &Api, document: &Value) -> Value {
 
 #[test]
 fn a_key_is_told_what_is_left_and_refused_beyond_its_limit() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let api = stack.api();
     put(&api, &json!({ "roles": { "basic": { "requests": 20, "window": "1h" } } }));
     let (key, admin) = (api.issue("basic"), api.issue("admin"));
@@ -77,7 +77,7 @@ fn least(limit: u32) -> usize {
 
 #[test]
 fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let others = stack.two_more_envoys(4);
     let envoys = [&stack.envoy, &others[0], &others[1]];
     let api = stack.api();
@@ -111,7 +111,7 @@ fn three_proxies_at_five_times_the_limit_admit_it_and_no_more() {
 
 #[test]
 fn never_more_when_proxies_and_the_control_plane_are_killed() {
-    let mut stack = Stack::builder().limits().start();
+    let mut stack = Stack::builder().workers(4).limits().start();
     let mut other = stack.another_envoy("envoy-2", 2);
     let api = stack.api();
     wait_until(SOON, "both proxies in the fleet", || api.fleet().len() == 2);
@@ -154,7 +154,7 @@ fn never_more_when_proxies_and_the_control_plane_are_killed() {
 
 #[test]
 fn never_more_when_answers_come_two_seconds_late() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let other = stack.another_envoy("envoy-2", 2);
     let envoys = [&stack.envoy, &other];
     let api = stack.api();
@@ -182,7 +182,7 @@ fn never_more_when_answers_come_two_seconds_late() {
 fn an_override_holds_at_once_and_ends_by_itself() {
     let mut redis = Redis::new();
     redis.run();
-    let stack = Stack::builder().limits().redis(&redis.url()).start();
+    let stack = Stack::builder().workers(4).limits().redis(&redis.url()).start();
     let api = stack.api();
     put(&api, &json!({ "roles": { "basic": 5 } }));
     let key = api.issue("basic");
@@ -228,7 +228,7 @@ fn count_admitted(envoy: &Envoy, key: &Key, requests: usize) -> usize {
 
 #[test]
 fn proxies_that_are_drained_and_replaced_leave_limits_whole() {
-    let stack = Stack::builder().limits().start();
+    let stack = Stack::builder().workers(4).limits().start();
     let api = stack.api();
     let key = api.issue("contributor");
     let limit = 1_000;

@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use keygate_e2e::{Connection, Request, SOON, Stack, Times, wait_until};
+use keygate_e2e::{Connection, Request, SOON, Stack, Times, tier, wait_until};
 
 /// Between two tries to connect. Much less than the millisecond that counts, and it leaves the processors
 /// to what is starting.
@@ -41,10 +41,9 @@ fn hammer(port: u16, request: &Request, over: &AtomicBool, counts: &Counts) {
 }
 
 /// How often Envoy is started. `scripts/bench revocation` has it done two hundred times.
-const STARTS: usize = 60;
-
 fn starts() -> usize {
-    std::env::var("KEYGATE_STARTS").map_or(STARTS, |text| text.parse().expect("KEYGATE_STARTS is a number"))
+    let told = std::env::var("KEYGATE_STARTS").ok();
+    told.map_or_else(|| tier::repeats(15, 60), |text| text.parse().expect("KEYGATE_STARTS is a number"))
 }
 
 #[test]

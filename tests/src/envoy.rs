@@ -39,12 +39,17 @@ enum Filter {
 }
 
 impl Filter {
-    /// The one in WebAssembly, but for runs of all tests with the other.
+    /// The one that `KEYGATE_E2E_FILTER` names. Otherwise a dynamic module in the program `e2e-module`, as which
+    /// `scripts/test` has nextest run the tests once more, and WebAssembly elsewhere.
     fn usual() -> Self {
         match std::env::var("KEYGATE_E2E_FILTER").as_deref() {
             Ok("module") => Self::Module(binaries::module()),
-            Ok("wasm") | Err(_) => Self::Wasm(binaries::filter()),
+            Ok("wasm") => Self::Wasm(binaries::filter()),
             Ok(other) => panic!("KEYGATE_E2E_FILTER is {other:?}; it may be wasm or module"),
+            Err(_) if std::env::var("NEXTEST_BINARY_ID").is_ok_and(|id| id == "keygate-e2e::e2e-module") => {
+                Self::Module(binaries::module())
+            }
+            Err(_) => Self::Wasm(binaries::filter()),
         }
     }
 

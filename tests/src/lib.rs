@@ -25,6 +25,7 @@ pub mod prometheus;
 pub mod receiver;
 pub mod redis;
 pub mod stack;
+pub mod tier;
 pub mod trace;
 pub mod upstream;
 pub mod wait;

@@ -31,7 +31,7 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// Envoy's worker threads; 4 unless told.
+    /// Envoy's worker threads; 2 unless told, which are enough to differ. More where workers race for one value.
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
         self
@@ -137,7 +137,7 @@ impl Stack {
     /// Sets one up.
     pub fn builder() -> Builder {
         Builder {
-            workers: 4,
+            workers: 2,
             config: None,
             control_plane: true,
             envoy: true,
