@@ -4,9 +4,11 @@
 use std::hash::{BuildHasher, RandomState};
 
 use keygate_e2e::durability::{Dice, Drill, KillControlPlane, LoseRedis, killed_at_birth};
-use keygate_e2e::{Redis, Stack, tier};
+use keygate_e2e::{Redis, Stack};
 
 const CLIENTS: usize = 6;
+const ROUNDS: u64 = 25;
+const REDIS_ROUNDS: u64 = 8;
 const FIRST_STARTS: u64 = 5;
 
 /// Another one each time, printed with what it led to.
@@ -21,15 +23,14 @@ fn seed() -> u64 {
 fn nothing_answered_is_lost_when_the_control_plane_is_killed_at_any_moment() {
     let mut drill = Drill::new(Stack::builder().workers(2).start(), CLIENTS, seed());
     let mut kill = KillControlPlane::new();
-    let rounds: u64 = tier::repeats(8, 25);
-    for _ in 0..rounds {
+    for _ in 0..ROUNDS {
         drill.round(&mut kill);
     }
     let report = drill.finish();
     println!("{report}");
     report.assert_nothing_lost();
     let total = report.total();
-    assert!(total.answered > 10 * rounds, "there was load");
+    assert!(total.answered > 10 * ROUNDS, "there was load");
     assert!(total.unanswered > 0, "it was killed under load");
 }
 
@@ -41,14 +42,13 @@ fn nothing_answered_is_lost_when_redis_is_emptied_or_killed() {
     let stack = Stack::builder().workers(2).redis(&redis.url()).start();
     let mut drill = Drill::new(stack, CLIENTS, seed);
     let mut lose = LoseRedis::new(redis, Dice::new(seed));
-    let rounds: u64 = tier::repeats(4, 8);
-    for _ in 0..rounds {
+    for _ in 0..REDIS_ROUNDS {
         drill.round(&mut lose);
     }
     let report = drill.finish();
     println!("{report}");
     report.assert_nothing_lost();
-    assert!(report.total().answered > 10 * rounds, "there was load");
+    assert!(report.total().answered > 10 * REDIS_ROUNDS, "there was load");
 }
 
 #[test]
