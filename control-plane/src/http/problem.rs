@@ -212,6 +212,7 @@ impl From<KeyError> for Problem {
         match error {
             KeyError::Unknown => Self::not_found(error.to_string()),
             KeyError::Revoked => Self::new(StatusCode::CONFLICT, "revoked", error.to_string()),
+            KeyError::ReasonTooLong => Self::bad_request(error.to_string()),
             KeyError::Records(error) => error.into(),
         }
     }
@@ -221,8 +222,7 @@ impl From<IssueError> for Problem {
     fn from(error: IssueError) -> Self {
         let detail = error.to_string();
         match error {
-            // The handlers give the refusal of a proxy, with its realm.
-            IssueError::CallerEnded => Self::refusal(Refusal::InvalidToken, "", &[]),
+            IssueError::CallerEnded { realm } => Self::refusal(Refusal::InvalidToken, &realm, &[]),
             IssueError::Unknown => Self::not_found(detail),
             IssueError::TooEarly { refresh_after } => {
                 let after = clock::rfc3339(refresh_after);
@@ -262,6 +262,7 @@ impl From<CutoffError> for Problem {
         match error {
             CutoffError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_cutoffs", detail),
             CutoffError::TooManyPending => Self::new(StatusCode::CONFLICT, "too_many_approvals", detail),
+            CutoffError::InvalidJustification => Self::bad_request(detail),
             CutoffError::NotInForce | CutoffError::NotPending => Self::not_found(detail),
             CutoffError::Approval(error) => error.into(),
             CutoffError::Records(error) => error.into(),

@@ -6,36 +6,32 @@ use axum::Extension;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
-use keygate_core::decide::cutoff::Cutoff;
 use serde_json::{Value, json as value};
 
 use super::emergency::{note_revoked, order_view};
 use super::request::{self, KeyId, Waits};
 use super::{Caller, actor};
+use crate::durability::writer::Committed;
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
-use crate::model::approval::{Count, Proposal};
+use crate::model::approval::Proposal;
 use crate::model::commands::emergency as commands;
-use crate::model::key::RevocationReason;
 use crate::platform::clock;
 
-/// Has a cut-off, for a reason and with its count, wait for its second approval. `answer` is what is said of it besides.
-pub async fn propose(
+/// The answer to an order that waits for its second approval. `answer` has the order.
+pub async fn pending(
     app: &ApiState,
-    caller: &Caller,
+    committed: Committed,
     waits: Waits,
-    (cutoff, reason, count): (Cutoff, RevocationReason, Count),
+    proposal: &Proposal,
     mut answer: Value,
-) -> Result<Response, Problem> {
-    let requested_by = actor(&caller.0).to_owned();
-    let command = move |view: &View<'_>| commands::propose(view, cutoff, reason, count, requested_by);
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
+) -> Response {
     let (id, keys) = (&proposal.cutoff.id, proposal.count.keys());
     tracing::warn!(by = proposal.requested_by, id, keys, "a mass revocation waits for its second approval");
     answer["share"] = proposal.count.share().into();
-    answer["approval"] = approval_view(&proposal);
-    Ok(request::finish(app, committed, waits.for_nothing(), StatusCode::ACCEPTED, answer).await)
+    answer["approval"] = approval_view(proposal);
+    request::finish(app, committed, waits.for_nothing(), StatusCode::ACCEPTED, answer).await
 }
 
 pub async fn approve(

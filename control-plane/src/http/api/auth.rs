@@ -8,7 +8,6 @@ use axum::response::Response;
 use keygate_core::decide::Reason;
 use keygate_core::decide::cache::Verified;
 use keygate_core::decide::policy::Route;
-use keygate_core::decide::refusal::Refusal;
 
 use super::request::{self, Body, Waits, authenticate, authenticate_or};
 use super::{actor, json};
@@ -22,7 +21,7 @@ use crate::observe::metrics::V2;
 use crate::observe::telemetry::counts::UNKNOWN;
 use crate::platform::clock;
 use crate::secrets::record::Signer;
-use crate::services::issuing::{self, Issued, IssuingError};
+use crate::services::issuing::{self, Issued};
 
 pub async fn register(
     State(app): State<Arc<ApiState>>,
@@ -39,21 +38,11 @@ pub async fn register(
     let maker = Arc::clone(&caller);
     let command =
         move |view: &View<'_>, key: &KeyRecord| keys::register(view, key, &maker, idempotency.as_ref());
-    let (issued, committed) = issuing::issue(&app, actor(&caller), make, command)
-        .await
-        .map_err(|error| refused(error, &app.state().rules.realm))?;
+    let (issued, committed) = issuing::issue(&app, actor(&caller), make, command).await?;
     if !issued.replayed {
         app.metrics.keys.created.with([&issued.key.role, V2]).inc();
     }
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, issued_view(&issued)).await)
-}
-
-/// The problem of a key that is not issued.
-fn refused(error: IssuingError, realm: &str) -> Problem {
-    match error {
-        IssuingError::Command(IssueError::CallerEnded) => Problem::refusal(Refusal::InvalidToken, realm, &[]),
-        error => error.into(),
-    }
 }
 
 pub async fn validate(State(app): State<Arc<ApiState>>, headers: HeaderMap) -> Result<Response, Problem> {
@@ -109,12 +98,11 @@ pub async fn refresh(
     };
     let is_canary_key = canary::is_canary_key(&known);
     let issuing = issuing::issue(&app, actor(&caller), make, command).await;
-    let (issued, committed) = issuing.map_err(|error| {
+    let (issued, committed) = issuing.inspect_err(|_| {
         // That its key is not renewed yet is what the canary tests, again and again.
         if !is_canary_key {
             count("false");
         }
-        refused(error, &app.state().rules.realm)
     })?;
     if !issued.replayed {
         count("true");

@@ -16,14 +16,12 @@ use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
 use crate::model::approval::{Count, Warrant};
-use crate::model::commands::emergency as commands;
+use crate::model::commands::emergency::{self as commands, Order, Ordered};
 use crate::model::key::{self, KeyState, RevocationReason};
 use crate::model::lockdown;
 use crate::observe::notify::Kind;
 use crate::platform::clock;
 use crate::platform::random;
-
-const MAX_JUSTIFICATION_CHARS: usize = 500;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -35,21 +33,6 @@ struct CutoffBody {
     reason: Option<RevocationReason>,
     /// What justifies doing without a second approval, should one be needed.
     break_glass: Option<String>,
-}
-
-impl CutoffBody {
-    /// A justification that is none is refused whether it is needed or not: so a bad one is found before the
-    /// day on which it is needed.
-    fn check(&self) -> Result<(), Problem> {
-        let is_one =
-            |text: &String| !text.trim().is_empty() && text.chars().count() <= MAX_JUSTIFICATION_CHARS;
-        if self.break_glass.as_ref().is_none_or(is_one) {
-            return Ok(());
-        }
-        Err(Problem::bad_request(format!(
-            "'break_glass' must be a justification of at most {MAX_JUSTIFICATION_CHARS} characters."
-        )))
-    }
 }
 
 /// Which keys; without any member, all of them.
@@ -109,31 +92,42 @@ pub async fn cut_off(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let body: CutoffBody = request::body(&bytes)?;
-    body.check()?;
+    commands::check_justification(body.break_glass.as_deref())?;
     let now = app.clock.now_s();
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
     let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
     // In an emergency nobody waits for a count that nothing depends on: it reads all keys.
     let counted_first = body.dry_run || app.config.second_approval_threshold.is_some();
     let count = if counted_first { hits(&app, &cutoff, now).await? } else { Count::default() };
-    let needs_approval = count.exceeds(app.config.second_approval_threshold);
+    let threshold = app.config.second_approval_threshold;
     if body.dry_run {
         let mut answer = order_view(&cutoff, &count);
         answer["dry_run"] = true.into();
         answer["share"] = count.share().into();
-        answer["needs_approval"] = needs_approval.into();
+        answer["needs_approval"] = count.exceeds(threshold).into();
         return Ok(json(StatusCode::OK, answer));
     }
-    let break_glass = body.break_glass.filter(|_| needs_approval);
-    if needs_approval && break_glass.is_none() {
-        let mut answer = order_view(&cutoff, &count);
-        answer["dry_run"] = false.into();
-        answer["reason"] = serde_json::json!(reason);
-        return approvals::propose(&app, &caller, waits, (cutoff, reason, count), answer).await;
-    }
-    let (rule, glass) = (cutoff.clone(), break_glass.clone());
-    let command = move |view: &View<'_>| commands::cut_off(view, rule, reason, glass);
-    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let view = |count: &Count| {
+        let mut view = order_view(&cutoff, count);
+        view["dry_run"] = false.into();
+        view["reason"] = serde_json::json!(reason);
+        view
+    };
+    let order = Order {
+        cutoff: cutoff.clone(),
+        reason,
+        count: count.clone(),
+        break_glass: body.break_glass,
+        by: actor(&caller.0).to_owned(),
+    };
+    let command = move |view: &View<'_>| commands::order(view, order, threshold);
+    let (ordered, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let break_glass = match ordered {
+        Ordered::Pending(proposal) => {
+            return Ok(approvals::pending(&app, committed, waits, &proposal, view(&count)).await);
+        }
+        Ordered::InForce(break_glass) => break_glass,
+    };
     if let Some(justification) = &break_glass {
         app.metrics.keys.break_glass.inc();
         tracing::error!(
@@ -159,9 +153,7 @@ pub async fn cut_off(
         })
     };
     note_revoked(&app, &caller, &cutoff.id, &count, reason);
-    let mut answer = order_view(&cutoff, &count);
-    answer["dry_run"] = false.into();
-    answer["reason"] = serde_json::json!(reason);
+    let mut answer = view(&count);
     if break_glass.is_some() {
         answer["break_glass"] = true.into();
     }

@@ -99,9 +99,6 @@ pub async fn suspend(
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
     let body: SuspendBody = request::body(&bytes)?;
-    if body.reason.as_ref().is_some_and(|reason| reason.chars().count() > 200) {
-        return Err(Problem::bad_request("'reason' must be at most 200 characters."));
-    }
     let by = actor(&caller.0).to_owned();
     let command = move |view: &View<'_>| commands::suspend(view, &id, body.reason, &by);
     change_key(&app, actor(&caller.0), waits, command).await

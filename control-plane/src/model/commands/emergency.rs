@@ -16,6 +16,9 @@ const MAX_CUTOFFS: usize = 256;
 /// The most proposals that wait at a time.
 pub const MAX_PENDING: usize = 64;
 
+/// The longest justification, in characters.
+const MAX_JUSTIFICATION_CHARS: usize = 500;
+
 /// A cut-off is not put in force, approved, withdrawn or lifted.
 #[derive(Debug, thiserror::Error)]
 pub enum CutoffError {
@@ -25,6 +28,9 @@ pub enum CutoffError {
     /// Too many wait.
     #[error("{MAX_PENDING} cut-offs wait for their approval; approve or withdraw some.")]
     TooManyPending,
+    /// The justification is blank or too long.
+    #[error("'break_glass' must be a justification of at most {MAX_JUSTIFICATION_CHARS} characters.")]
+    InvalidJustification,
     /// None with this id is in force.
     #[error("There is no cut-off with this id in force.")]
     NotInForce,
@@ -45,18 +51,55 @@ pub fn lock_down(view: &View<'_>, lockdown: Option<Lockdown>) -> Plan<(), Infall
     Ok((if is_same { Vec::new() } else { vec![Change::LockdownChanged { lockdown }] }, ()))
 }
 
-/// Puts a cut-off in force. `break_glass` justifies one that goes without a second approval.
+/// A mass revocation that is ordered.
+#[derive(Debug)]
+pub struct Order {
+    /// The rule.
+    pub cutoff: Cutoff,
+    /// The reason.
+    pub reason: RevocationReason,
+    /// The number of keys that it ends; nothing is counted where no threshold is set.
+    pub count: Count,
+    /// The justification of doing without a second approval, should it need one.
+    pub break_glass: Option<String>,
+    /// The id of the key that orders it.
+    pub by: String,
+}
+
+/// The receipt of an order.
+#[derive(Debug)]
+pub enum Ordered {
+    /// It is in force; with the justification, if it needed a second approval and did without.
+    InForce(Option<String>),
+    /// It waits for its second approval.
+    Pending(Proposal),
+}
+
+/// Puts a cut-off in force, or has it wait for a second approval if it ends more than the share `threshold` of live keys
+/// and no justification was given.
 ///
 /// # Errors
-/// When too many are in force.
-pub fn cut_off(
-    view: &View<'_>,
-    cutoff: Cutoff,
-    reason: RevocationReason,
-    break_glass: Option<String>,
-) -> Plan<(), CutoffError> {
-    let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass };
-    Ok((put_in_force(view, added)?, ()))
+/// When too many are in force or wait, or the justification is none.
+pub fn order(view: &View<'_>, order: Order, threshold: Option<f64>) -> Plan<Ordered, CutoffError> {
+    let Order { cutoff, reason, count, break_glass, by } = order;
+    check_justification(break_glass.as_deref())?;
+    let needs_approval = count.exceeds(threshold);
+    if needs_approval && break_glass.is_none() {
+        let (changes, proposal) = propose(view, cutoff, reason, count, by)?;
+        return Ok((changes, Ordered::Pending(proposal)));
+    }
+    let break_glass = break_glass.filter(|_| needs_approval);
+    let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: break_glass.clone() };
+    Ok((put_in_force(view, added)?, Ordered::InForce(break_glass)))
+}
+
+/// Refuses a justification that is none, needed or not, so that a bad one is found before the day on which it is needed.
+///
+/// # Errors
+/// When it is blank or too long.
+pub fn check_justification(text: Option<&str>) -> Result<(), CutoffError> {
+    let is_one = |text: &str| !text.trim().is_empty() && text.chars().count() <= MAX_JUSTIFICATION_CHARS;
+    if text.is_none_or(is_one) { Ok(()) } else { Err(CutoffError::InvalidJustification) }
 }
 
 /// Lifts a cut-off.
@@ -73,7 +116,7 @@ pub fn lift_cut_off(view: &View<'_>, id: &str) -> Plan<Cutoff, CutoffError> {
 ///
 /// # Errors
 /// When too many wait.
-pub fn propose(
+fn propose(
     view: &View<'_>,
     cutoff: Cutoff,
     reason: RevocationReason,

@@ -14,6 +14,9 @@ use crate::model::{RecordsError, View};
 use crate::secrets::record::ring::NoSigner;
 use crate::secrets::record::{SecretState, Signer};
 
+/// The longest reason of a suspension, in characters.
+const MAX_REASON_CHARS: usize = 200;
+
 /// A key is not revoked, suspended or resumed.
 #[derive(Debug, thiserror::Error)]
 pub enum KeyError {
@@ -23,6 +26,9 @@ pub enum KeyError {
     /// It is revoked.
     #[error("This key is revoked; that is for good.")]
     Revoked,
+    /// The reason is too long.
+    #[error("'reason' must be at most {MAX_REASON_CHARS} characters.")]
+    ReasonTooLong,
     /// The records cannot be read.
     #[error(transparent)]
     Records(#[from] RecordsError),
@@ -45,8 +51,11 @@ pub fn revoke(view: &View<'_>, id: &str, reason: RevocationReason, by: &str) -> 
 /// Suspends a key. One that is suspended already stays as it is.
 ///
 /// # Errors
-/// When there is none, or it is revoked.
+/// When there is none, it is revoked, or the reason is too long.
 pub fn suspend(view: &View<'_>, id: &str, reason: Option<String>, by: &str) -> Plan<KeyRecord, KeyError> {
+    if reason.as_ref().is_some_and(|reason| reason.chars().count() > MAX_REASON_CHARS) {
+        return Err(KeyError::ReasonTooLong);
+    }
     let mut key = unrevoked(view, id)?;
     if key.suspended.is_some() {
         return Ok((Vec::new(), key));
@@ -181,7 +190,10 @@ pub fn revoke_many(view: &View<'_>, batch: &Batch, by: &str) -> Plan<BatchReceip
 pub enum IssueError {
     /// The caller's key does not count any more.
     #[error("the caller's key does not count any more")]
-    CallerEnded,
+    CallerEnded {
+        /// The realm of the challenge.
+        realm: String,
+    },
     /// The caller's key has no record here.
     #[error("This key is not known here.")]
     Unknown,
@@ -261,7 +273,7 @@ pub fn renew(
         return Ok((Vec::new(), replayed));
     }
     if known.revoked.is_some() {
-        return Err(IssueError::CallerEnded);
+        return Err(caller_ended(view));
     }
     // A key whose secret signs no more may end before its time.
     let ring = view.model.secrets();
@@ -323,7 +335,11 @@ fn check_caller(view: &View<'_>, caller: &Verified) -> Result<(), IssueError> {
     let verifies = view.model.secrets().get(&caller.kid).is_some_and(|held| {
         held.record.state < SecretState::Expired && held.record.not_after.is_none_or(|end| view.now < end)
     });
-    if verifies { Ok(()) } else { Err(IssueError::CallerEnded) }
+    if verifies { Ok(()) } else { Err(caller_ended(view)) }
+}
+
+fn caller_ended(view: &View<'_>) -> IssueError {
+    IssueError::CallerEnded { realm: view.model.settings().realm.clone() }
 }
 
 /// The key that the same request created before, and the secret that signs it again.
