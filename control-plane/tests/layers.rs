@@ -62,11 +62,18 @@ fn expand(tree: &str) -> Vec<String> {
     parts.flat_map(|part| expand(&format!("{prefix}{}", part.trim()))).collect()
 }
 
-/// The imports of a file from this crate, without those of its tests.
+/// The imports of a file from this crate, and the paths in its code that name another module of it, without its tests.
 fn imports(text: &str) -> Vec<String> {
     let code = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
     let uses = code.split("use crate::").skip(1);
-    uses.filter_map(|rest| rest.split_once(';')).flat_map(|(tree, _)| expand(tree)).collect()
+    let imported = uses.filter_map(|rest| rest.split_once(';')).flat_map(|(tree, _)| expand(tree));
+    let lines =
+        code.lines().filter(|line| !line.trim_start().starts_with("//") && !line.contains("use crate::"));
+    let named = lines.flat_map(|line| line.split("crate::").skip(1)).map(|rest| {
+        let end = rest.find(|character: char| !character.is_alphanumeric() && !"_:".contains(character));
+        rest[..end.unwrap_or(rest.len())].to_owned()
+    });
+    imported.chain(named).collect()
 }
 
 fn files(directory: &Path, found: &mut Vec<PathBuf>) {
@@ -218,6 +225,7 @@ fn metrics_are_write_only() {
 fn an_import_of_a_layer_above_is_found() {
     assert_eq!(expand("a::{self, b, c::{d, e}}"), ["a::self", "a::b", "a::c::d", "a::c::e"]);
     assert_eq!(imports("use crate::api::json;\n#[cfg(test)]\nmod tests { use crate::app; }"), ["api::json"]);
+    assert_eq!(imports("fn f() { crate::http::problem::of(1); }\n// crate::app"), ["http::problem::of"]);
     assert!(
         layer("http::api::json") > layer("services::quota") && layer("services") > layer("model::rollout")
     );

@@ -1,4 +1,4 @@
-//! What a client gets back: the answer to a refused request, and the headers added to the upstream's answer.
+//! The answers to clients: the answer to a refused request, and the headers added to the upstream's answer.
 
 use keygate_core::decide::limits::Left;
 use keygate_core::decide::refusal::Refusal;

@@ -37,13 +37,13 @@ pub trait Guard: fmt::Debug + Send + Sync {
     /// Whether a host may be called at a port.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it is not permitted.
     fn permits(&self, host: &str, port: u16) -> Result<(), String>;
 
     /// Whether an address may be called to which `host` resolved, or which it is.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it is not permitted.
     fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String>;
 }
 

@@ -53,7 +53,7 @@ pub enum KeyringError {
     Damaged {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The fault.
         problem: String,
     },
     /// Neither master key opens an entry.

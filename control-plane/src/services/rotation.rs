@@ -240,7 +240,7 @@ pub fn missing(node: &Node, state: &State, held: &Held) -> Vec<String> {
     }
     let live = node.peers.live(state);
     if !node.peers.is_connected() && !live.is_empty() {
-        missing.push("Redis, without which nobody knows of other control planes".into());
+        missing.push("Redis, without which other control planes are unknown".into());
     }
     let lacks = live
         .iter()

@@ -19,7 +19,7 @@ impl Fingerprint {
         Self(u64::from_be_bytes(first))
     }
 
-    /// Which of 2^`bits` shards it belongs to.
+    /// The shard, of 2^`bits`, that it belongs to.
     pub fn shard(self, bits: u8) -> u16 {
         let shift = 64_u32.saturating_sub(u32::from(bits.min(MAX_SHARD_BITS)));
         // bits ≤ 12, so what is left fits sixteen bits.

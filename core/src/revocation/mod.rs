@@ -17,7 +17,7 @@ pub use self::operation::{MAX_DELTA_OPS, Op, decode_ops, encode_ops};
 pub use self::set::ExactSet;
 pub use self::shard::{MAX_SHARD_BITS, MAX_SHARD_ENTRIES, Shard, ShardError, ShardView, digest};
 
-/// What revocation says of a key.
+/// The standing of a key in the revocation set.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Standing {
     /// Neither revoked nor suspended.
@@ -32,6 +32,6 @@ pub enum Standing {
 
 /// Something that can say how a key stands.
 pub trait Revocations {
-    /// How the key of this fingerprint stands.
+    /// The standing of the key with this fingerprint.
     fn standing(&mut self, fingerprint: Fingerprint) -> Standing;
 }

@@ -51,7 +51,7 @@ impl ExactSet {
         self.len == 0
     }
 
-    /// How many are revoked.
+    /// Number of revoked keys.
     pub fn revoked(&self) -> usize {
         self.shards.iter().map(|shard| shard.revoked()).fold(0, usize::saturating_add)
     }

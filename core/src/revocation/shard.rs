@@ -62,7 +62,7 @@ impl Shard {
         Self { bits, index, revoked: Vec::new(), suspended: Vec::new(), digest: OnceLock::new() }
     }
 
-    /// How many entries it has.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.revoked.len().saturating_add(self.suspended.len())
     }
@@ -72,7 +72,7 @@ impl Shard {
         self.len() == 0
     }
 
-    /// How many of them are revoked.
+    /// Number of entries that are revoked.
     pub fn revoked(&self) -> usize {
         self.revoked.len()
     }
@@ -82,7 +82,7 @@ impl Shard {
         self.index
     }
 
-    /// How many shards the set has, as a power of two.
+    /// Number of shards of the set, as a power of two.
     pub fn bits(&self) -> u8 {
         self.bits
     }
@@ -111,7 +111,7 @@ impl Shard {
         self.revoked.iter().chain(&self.suspended).copied().map(Fingerprint)
     }
 
-    /// How a key stands.
+    /// The standing of a key.
     pub fn standing(&self, fingerprint: Fingerprint) -> Standing {
         if self.revoked.binary_search(&fingerprint.0).is_ok() {
             Standing::Revoked
@@ -122,7 +122,7 @@ impl Shard {
         }
     }
 
-    /// How many bytes it is encoded.
+    /// Number of encoded bytes.
     pub fn encoded_bytes(&self) -> usize {
         SHARD_HEADER_BYTES.saturating_add(self.len().saturating_mul(size_of::<u64>()))
     }
@@ -230,7 +230,7 @@ impl<'b> ShardView<'b> {
         self.bits == bits && self.index == index
     }
 
-    /// How many entries it has.
+    /// Number of entries.
     pub fn len(&self) -> usize {
         self.revoked.len().saturating_add(self.suspended.len())
     }
@@ -245,7 +245,7 @@ impl<'b> ShardView<'b> {
         self.revoked.iter().chain(self.suspended).map(|value| Fingerprint(u64::from_le_bytes(*value)))
     }
 
-    /// How a key stands.
+    /// The standing of a key.
     pub fn standing(&self, fingerprint: Fingerprint) -> Standing {
         let find = |run: &[[u8; 8]]| {
             run.binary_search_by_key(&fingerprint.0, |value| u64::from_le_bytes(*value)).is_ok()

@@ -16,15 +16,15 @@ const BEACON_MAGIC: &[u8; 4] = b"KGv1";
 /// ```
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Beacon {
-    /// Which VM leads.
+    /// The leading VM.
     pub leader: u64,
-    /// How many leaders there were.
+    /// Number of leaders so far.
     pub term: u64,
-    /// How many publications there were.
+    /// Number of publications so far.
     pub counter: u64,
     /// The publication that last changed the rules; 0: there are none yet, hence no state.
     pub rules_counter: u64,
-    /// How often the revocation set was replaced as a whole.
+    /// Number of times that the revocation set was replaced as a whole.
     pub generation: u64,
     /// The number of its shards as a power of two.
     pub bits: u8,
@@ -35,7 +35,7 @@ pub struct Beacon {
     pub contact_ns: u64,
     /// When that answer came, by the same clock.
     pub heard_ns: u64,
-    /// What the control plane's clock said when it answered, Unix milliseconds.
+    /// Time of the control plane's answer by its clock, Unix milliseconds.
     pub sent_at_ms: u64,
 }
 

@@ -3,7 +3,7 @@
 use super::SharedData;
 use crate::bytes::Reader;
 
-/// How long a lease holds, in nanoseconds. The leader renews it at every tick, several times as often.
+/// Period of a lease, in nanoseconds. The leader renews it at every tick, several times as often.
 pub const LEASE_NS: u64 = 1_500_000_000;
 const LEASE: &str = "keygate/1/lease";
 

@@ -1,4 +1,4 @@
-//! What the VMs of one proxy process share: who leads, and the state that the leader publishes.
+//! Shared data of the VMs of one proxy process: the lease of the leader, and the state that it publishes.
 //!
 //! Envoy gives each worker a VM of its own and all of them a small store of keys and values with
 //! compare-and-swap. One VM leads: it talks to the control plane and writes here. The others read.
@@ -28,7 +28,7 @@ pub use self::roster::{Census, count_start, incarnation, roll_call};
 use crate::bytes::Reader;
 use crate::revocation::{Op, decode_ops};
 
-/// How many publications back a worker can follow change by change; further behind, it starts anew.
+/// Number of latest publications that a worker can follow change by change; further behind, it loads the whole state.
 pub const LOG_ENTRIES: u64 = 1_024;
 
 const RULES: &str = "keygate/1/rules";

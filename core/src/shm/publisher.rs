@@ -80,7 +80,7 @@ fn in_shard_order(ops: &[Op], bits: u8) -> Vec<Op> {
     ordered
 }
 
-/// Why a publication was not carried out.
+/// Failure of a publication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum PublishError {
     /// Another VM leads now.

@@ -21,12 +21,12 @@ pub fn incarnation(data: &mut impl SharedData, drawn: u64) -> u64 {
         .unwrap_or(drawn)
 }
 
-/// What is known of the VMs of this process.
+/// Statistics of the VMs of this process.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Census {
-    /// How many were heard of lately.
+    /// Number of VMs that were heard of lately.
     pub living: usize,
-    /// How many were ever started.
+    /// Number of VMs that were ever started.
     pub started: u64,
     /// Memory of the largest living one, in bytes.
     pub largest_bytes: u64,

@@ -1,4 +1,4 @@
-//! What each worker of a proxy has for itself: its copy of the state, its clock, its list of waiting requests.
+//! The data that each worker of a proxy has for itself: its copy of the state, its clock, its list of waiting requests.
 
 pub mod replica;
 pub mod waiting;

@@ -91,7 +91,7 @@ impl ActiveSegment {
     }
 }
 
-/// Why lines were not written.
+/// Failure to append lines.
 #[derive(Debug)]
 pub(super) enum AppendError {
     /// The disk is full, and nothing of them is there.

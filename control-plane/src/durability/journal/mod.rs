@@ -5,7 +5,7 @@
 //! cut out, moved or inserted is found, with its file and number. Lines stand in segments: a new one each day, and
 //! when one has grown large. Only the last line of the last segment may be half written, since it was never
 //! answered; anything else is damage and is refused. Signed checkpoints beside the segments show when the whole
-//! was written anew. Personal data stand in it as salted hashes, and sealed.
+//! was written again. Personal data stand in it as salted hashes, and sealed.
 
 mod active_segment;
 mod base;
@@ -46,7 +46,7 @@ const LOCK: &str = "lock";
 /// A segment that has grown beyond this is sealed.
 const MAX_SEGMENT_BYTES: u64 = 16 * 1024 * 1024;
 
-/// What is wrong with a journal.
+/// Damage or fault of a journal.
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The disk.
@@ -65,7 +65,7 @@ pub enum JournalError {
         path: PathBuf,
         /// The line, from 1.
         line: u64,
-        /// What is wrong.
+        /// The fault.
         problem: String,
     },
     /// A journal of one file.
@@ -267,7 +267,7 @@ impl Journal {
         self.keeper.is_due(self.link.seq)
     }
 
-    /// Signs where the journal stands. Until that is done, records since the last time could be chained anew
+    /// Signs the end of the journal. Until that is done, records since the last time could be chained again
     /// unnoticed.
     pub fn sign(&mut self, at: &str) {
         if let Err(error) = self.keeper.sign(&self.link, at) {

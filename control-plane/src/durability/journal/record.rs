@@ -39,7 +39,7 @@ pub struct Record {
     pub at: String,
     /// Whose key did it, or `system`.
     pub actor: String,
-    /// What was done: the change's type.
+    /// Its action: the type of the change.
     pub action: String,
     /// To what: an id.
     #[serde(default, skip_serializing_if = "Option::is_none")]

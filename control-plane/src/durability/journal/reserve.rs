@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const RESERVE: &str = "reserve";
 /// Space that is kept for revocations when the disk is full: some fifteen thousand of them.
 const RESERVE_BYTES: usize = 8 * 1024 * 1024;
-/// How often it is tried to have that space again.
+/// Interval at which the reserve is tried to be allocated again.
 const REFILL_EVERY: Duration = Duration::from_secs(1);
 
 /// Space on the disk that is kept to be given free when there is none left.

@@ -128,7 +128,7 @@ fn a_new_day_is_a_new_segment_and_sealed_ones_are_read_compressed() {
     let (mut journal, records) = reopen(dir.path()).unwrap();
     assert_eq!(records, 12);
     journal.append("2026-01-04T23:30:00Z", &changes(1)).unwrap();
-    assert_eq!(list(&journal_dir).unwrap().len(), 4, "the day goes on after a restart");
+    assert_eq!(list(&journal_dir).unwrap().len(), 4, "the same day continues after a restart");
     drop(journal);
 
     // Killed between making the compressed form and removing the plain one: either is whole.
@@ -297,7 +297,7 @@ fn a_journal_that_was_chained_anew_does_not_fit_its_checkpoints() {
     std::fs::write(first_segment(dir.path()), &good).unwrap();
     assert!(verify(&journal_dir, Some(&key)).is_ok());
 
-    // Signed anew with another key: only whoever knows the right one can tell.
+    // Signed again with another key: it takes the right one to tell.
     let checkpoints = journal_dir.join("checkpoints");
     let signed = std::fs::read_to_string(&checkpoints).unwrap();
     std::fs::write(&checkpoints, signed.replace("00:00:01", "00:00:09")).unwrap();

@@ -56,7 +56,7 @@ pub enum OpenError {
     },
 }
 
-/// A history taken up: its state, and the writer that goes on with it.
+/// An open history: its state, and the writer that continues it.
 pub struct History {
     /// Hands jobs to the writer.
     pub writer: Writer,

@@ -74,7 +74,7 @@ impl Allowed {
     /// Whether a test may have this endpoint: a path, or the URL of an allowed host.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it is not permitted.
     pub fn check_endpoint(&self, endpoint: &str) -> Result<(), String> {
         if endpoint.len() > MAX_ENDPOINT_BYTES || !endpoint.bytes().all(|byte| byte.is_ascii_graphic()) {
             return Err(format!("must be at most {MAX_ENDPOINT_BYTES} visible ASCII characters"));
@@ -95,7 +95,7 @@ impl Guard for Allowed {
     /// Whether a host may be called at a port.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it is not permitted.
     fn permits(&self, host: &str, port: u16) -> Result<(), String> {
         let host = host.trim_start_matches('[').trim_end_matches(']').to_ascii_lowercase();
         let is_named =
@@ -111,7 +111,7 @@ impl Guard for Allowed {
     /// are. What the configuration names by its address, it may have.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason why it is not permitted.
     fn permits_address(&self, host: &str, address: IpAddr) -> Result<(), String> {
         let address = canonical(address);
         let host = host.trim_start_matches('[').trim_end_matches(']');

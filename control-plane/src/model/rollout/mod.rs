@@ -100,7 +100,7 @@ impl Pasts {
         self.0.front()
     }
 
-    /// What to roll back to at `now_s`: the share that was in force `stable_after` ago, if it is a smaller one, else
+    /// The rollout to roll back to at `now_s`: the share that was in force `stable_after` ago, if it is a smaller one, else
     /// nothing. What was held for longer and is bad all the same leaves no step to trust.
     pub fn last_good(&self, current: &Flags, now_s: u64, stable_after: Duration) -> Flags {
         let then_s = now_s.saturating_sub(stable_after.as_secs());

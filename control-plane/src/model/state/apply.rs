@@ -1,4 +1,4 @@
-//! How each change of the journal alters the model, and what it means for proxies.
+//! The effect of each change of the journal on the model and on proxies.
 
 use std::sync::Arc;
 

@@ -46,7 +46,7 @@ impl Recent {
         *minutes = minutes.split_off(&(at / 60).saturating_sub(Self::MINUTES));
     }
 
-    /// How many there were in the day before `now`, Unix seconds; to the minute.
+    /// Their number in the day before `now`, Unix seconds; to the minute.
     pub fn last_24h(&self, now: u64) -> u64 {
         self.0.range((now / 60).saturating_sub(Self::MINUTES)..).map(|(_, count)| count).sum()
     }

@@ -11,7 +11,7 @@ use keygate_core::version::Version;
 
 use super::{Effect, State};
 
-/// How many changes back a proxy can follow by delta.
+/// Number of latest changes that a proxy can follow by delta.
 const DELTAS_KEPT: usize = 65_536;
 
 /// The latest changes, for proxies that are a little behind.
@@ -58,7 +58,7 @@ impl Deltas {
         }
     }
 
-    /// What brings a proxy from `applied` to `state`: a delta if that is kept, else a snapshot. `covers` is what it
+    /// The answer that brings a proxy from `applied` to `state`: a delta if that is kept, else a snapshot. `covers` is what it
     /// enforces of another control plane, if `state` is known to lack nothing of that.
     pub fn answer(
         &self,

@@ -1,5 +1,5 @@
-//! The state that proxies enforce: one immutable [`State`], built anew by the writer with every change,
-//! and read by everybody through a `watch` channel.
+//! The state that proxies enforce: one immutable [`State`], built by the writer with every change and read through a
+//! `watch` channel.
 
 mod apply;
 mod counts;
@@ -61,7 +61,7 @@ pub struct State {
     pub flags: Arc<Flags>,
     /// Whether there is a V1, without which no rollout is in force.
     pub has_v1: bool,
-    /// What the rollout was before.
+    /// Former states of the rollout.
     pub pasts: Arc<Pasts>,
     /// The stamp of the last change of the rollout. Not for proxies.
     pub rollout_stamp: u64,
@@ -69,7 +69,7 @@ pub struct State {
     pub limits_override: Option<Override>,
     /// The stamp of its last change. Not for proxies.
     pub override_stamp: u64,
-    /// Which control plane keeps the ledger of limits, if that was decided. Not for proxies.
+    /// Owner of the ledger of limits, if that was decided. Not for proxies.
     pub limits_keeper: Option<Keeper>,
     /// The secrets.
     pub secrets: Arc<Ring>,
@@ -81,11 +81,11 @@ pub struct State {
     pub recent: Recent,
     /// Cut-offs that wait for a second approval, also those whose time is over. Not for proxies.
     pub proposals: Vec<Proposal>,
-    /// How those in force took force that needed a second approval, by their id. Not for proxies.
+    /// Approvals and justifications of the cut-offs in force that needed a second approval, by their id. Not for proxies.
     pub warrants: Arc<BTreeMap<String, Warrant>>,
     /// The stamp of the last change of the lockdown. Not for proxies.
     pub lockdown_stamp: u64,
-    /// How far the journals of other control planes were taken in, by their source. Not for proxies.
+    /// Last change of each other control plane that was taken in, by its source. Not for proxies.
     pub merged: Arc<BTreeMap<u64, u64>>,
     /// The number of the first change of this line of history. Not for proxies.
     pub line_start: u64,
@@ -103,7 +103,7 @@ pub struct Keeper {
     pub since: u64,
 }
 
-/// What the writer changes. [`State`] is a picture of it.
+/// The state as the writer changes it. [`State`] is a picture of it.
 #[derive(Debug, Clone, Default)]
 pub struct Model {
     settings: Arc<Settings>,
@@ -148,7 +148,7 @@ pub struct Model {
     recent: Recent,
     census: Census,
     registrations: Registrations,
-    /// How far the journals of other control planes were taken in, by their source.
+    /// Last change of each other control plane that was taken in, by its source.
     merged: Arc<BTreeMap<u64, u64>>,
     /// The latest stamp of a change made here.
     latest_own_stamp: u64,
@@ -156,14 +156,14 @@ pub struct Model {
     latest_peer_stamp: u64,
 }
 
-/// What a change means for proxies.
+/// The effect of a change on proxies.
 #[derive(Debug, Default)]
 pub struct Effect {
     /// Changes of the revocation set.
     pub ops: Vec<Op>,
     /// Whether the rules changed.
     pub rules: bool,
-    /// Which members of them; found when they are published.
+    /// Changed members of the rules; found when they are published.
     pub members: BTreeSet<String>,
     /// Whether proxies take a snapshot, however little changed.
     pub rebuilt: bool,
@@ -201,12 +201,12 @@ impl Model {
         now_ms.max(self.latest_own_stamp).max(self.latest_peer_stamp.saturating_add(1))
     }
 
-    /// How far the journals of other control planes were taken in, by their source.
+    /// Last change of each other control plane that was taken in, by its source.
     pub fn merged(&self) -> &Arc<BTreeMap<u64, u64>> {
         &self.merged
     }
 
-    /// What the configuration said last.
+    /// The settings as the configuration had them last.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -217,7 +217,7 @@ impl Model {
         self.longest_life_s
     }
 
-    /// How many revoked or suspended keys had expired at `until`, Unix seconds, and are not forgotten yet.
+    /// Number of revoked or suspended keys that had expired at `until`, Unix seconds, and are not forgotten yet.
     pub fn due(&self, until: u64) -> usize {
         self.expiries.due(until)
     }
@@ -257,7 +257,7 @@ impl Model {
         &self.proposals
     }
 
-    /// Which control plane keeps the ledger of limits, if that was decided.
+    /// Owner of the ledger of limits, if that was decided.
     pub fn limits_keeper(&self) -> Option<Keeper> {
         self.limits_keeper.map(|(keeper, _)| keeper)
     }
@@ -324,7 +324,7 @@ impl Model {
         &self.flags
     }
 
-    /// What the rollout was before, and is.
+    /// Former states of the rollout, and the one in force.
     pub fn pasts(&self) -> &Pasts {
         &self.pasts
     }
@@ -415,7 +415,7 @@ impl State {
         self.merged.keys().any(|source| !self.is_own(*source))
     }
 
-    /// How many bytes a proxy loads that has nothing yet: rules, digests and shards, but for some bytes around them.
+    /// Number of bytes that a proxy without any state loads: rules, digests and shards, but for some bytes around them.
     pub fn snapshot_bytes(&self) -> usize {
         let shards = self.revocations.shards().iter();
         self.rules_bytes.expose().len()

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::limits;
 
-/// What the configuration says of the state. Journalled when it changed, so that proxies get a new version.
+/// Settings of the state. Journalled when they changed, so that proxies get a new version.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Settings {
@@ -30,7 +30,7 @@ pub struct Settings {
     /// Requests an hour of each role that has a limit.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub role_limits: BTreeMap<String, u32>,
-    /// Whether nobody's limits are enforced.
+    /// Whether no limits are enforced.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub without_limits: bool,
 }

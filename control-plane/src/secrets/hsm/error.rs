@@ -1,4 +1,4 @@
-//! What a module answered, and what that means.
+//! Answers of a PKCS#11 module, as errors.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use cryptoki::error::{Error as Pkcs11Error, RvError};
 
-/// What a module answered.
+/// An answer of a module.
 #[derive(Debug)]
 pub struct Cause(pub(super) Pkcs11Error);
 
@@ -23,7 +23,7 @@ impl fmt::Display for Cause {
     }
 }
 
-/// Why the HSM did not do it, and what to do about it.
+/// Failure of the HSM, with what to do about it.
 #[derive(Debug, thiserror::Error)]
 pub enum HsmError {
     /// The module cannot be loaded or initialised.

@@ -30,13 +30,13 @@ pub struct Call<'c> {
     pub headers: &'c BTreeMap<String, String>,
     /// The body.
     pub payload: Option<String>,
-    /// How long it may take.
+    /// Time-out of the call.
     pub timeout: Duration,
     /// The trace that it belongs to.
     pub trace: Trace,
 }
 
-/// What came back.
+/// An answer.
 pub struct Answer {
     /// The status.
     pub status: u16,
@@ -45,14 +45,14 @@ pub struct Answer {
     pub json: Option<Value>,
 }
 
-/// How a test's call went.
+/// The outcome of a test's call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Called {
     /// The status, if there was an answer.
     pub status: Option<u16>,
-    /// How long it took.
+    /// Its duration.
     pub took: Duration,
-    /// Why it failed; `None`: it did not.
+    /// The failure; `None`: it passed.
     pub failure: Option<String>,
 }
 
@@ -100,7 +100,7 @@ impl Caller {
     /// Makes a call.
     ///
     /// # Errors
-    /// What went wrong, without anything of the request or the answer.
+    /// A description of the failure, without anything of the request or the answer.
     pub async fn call(&self, call: Call<'_>) -> Result<Answer, String> {
         let mut request = Request::builder().method(call.method).uri(call.url);
         for (name, value) in call.headers {

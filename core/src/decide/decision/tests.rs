@@ -494,29 +494,28 @@ fn shadow_mode_refuses_nothing_and_says_what_it_would_have_done() {
     assert_eq!(world.get("/chat", &es256(&claims())), Reason::Allowed);
 }
 
-#[test]
-fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
-    let mut world = world();
-    let mut headers = |path: &str, token: &str| {
-        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
+impl World {
+    /// The identity headers of a request.
+    fn forwarded(&mut self, path: &str, token: &str) -> Vec<String> {
+        let rules = Ruleset::try_from(self.rules.clone()).unwrap();
         let request = Request {
             method: b"GET",
             path: path.as_bytes(),
             credential: Credential::One(token.as_bytes()),
             client: None,
         };
-        let judge = Judge {
-            cache: &mut world.cache,
-            meter: (),
-            revocations: &world.revoked,
-            now: NOW,
-            trace: &mut (),
-        };
+        let judge =
+            Judge { cache: &mut self.cache, meter: (), revocations: &self.revoked, now: NOW, trace: &mut () };
         let decision = decide(State::Fresh(&rules), request, judge);
-        Forwarded::of(&decision).headers().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>()
-    };
+        Forwarded::of(&decision).headers().map(|(name, value)| format!("{name}={value}")).collect()
+    }
+}
+
+#[test]
+fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
+    let mut world = world();
     assert_eq!(
-        headers("/chat", &with(|c| c.own = Some("acme".into()))),
+        world.forwarded("/chat", &with(|c| c.own = Some("acme".into()))),
         [
             "x-keygate-version=v2",
             "x-keygate-key-id=key_1",
@@ -525,33 +524,18 @@ fn identity_is_forwarded_for_a_key_that_counts_and_only_then() {
             "x-keygate-owner=acme",
         ]
     );
-    assert_eq!(headers("/", &es256(&claims())), ["x-keygate-version=v2"]);
+    assert_eq!(world.forwarded("/", &es256(&claims())), ["x-keygate-version=v2"]);
     assert_eq!(
-        headers("/few", &es256(&claims())),
+        world.forwarded("/few", &es256(&claims())),
         ["x-keygate-version=v2", "x-keygate-key-id=key_1", "x-keygate-owner="]
     );
-    assert_eq!(headers("/none", &es256(&claims())), ["x-keygate-version=v2"]);
+    assert_eq!(world.forwarded("/none", &es256(&claims())), ["x-keygate-version=v2"]);
     world.rules.policy.mode = Mode::Shadow;
-    let mut headers_shadow = || {
-        let rules = Ruleset::try_from(world.rules.clone()).unwrap();
-        let token = es256(&claims());
-        let request = Request {
-            method: b"GET",
-            path: b"/both",
-            credential: Credential::One(token.as_bytes()),
-            client: None,
-        };
-        let judge = Judge {
-            cache: &mut world.cache,
-            meter: (),
-            revocations: &world.revoked,
-            now: NOW,
-            trace: &mut (),
-        };
-        let decision = decide(State::Fresh(&rules), request, judge);
-        Forwarded::of(&decision).headers().count()
-    };
-    assert_eq!(headers_shadow(), 1, "a key that would be refused identifies nobody");
+    assert_eq!(
+        world.forwarded("/both", &es256(&claims())).len(),
+        1,
+        "a key that would be refused identifies nobody"
+    );
 }
 
 #[test]
