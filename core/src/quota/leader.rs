@@ -32,6 +32,8 @@ pub struct Leader {
     /// Accounts to report; true: at once.
     queue: BTreeMap<Account, bool>,
     asking: Option<Asking>,
+    /// Accounts with a refused request to ask the ledger about, and when: it was asked a moment before.
+    later: BTreeSet<(u64, Account)>,
     /// Time by which the queue is reported.
     report_at_ns: u64,
     /// All pages before this one were looked at since this VM leads, since what was granted is void, or, while the proxy
@@ -69,6 +71,7 @@ impl Leader {
             member: Member { proxy, incarnation },
             queue: BTreeMap::new(),
             asking: None,
+            later: BTreeSet::new(),
             report_at_ns: 0,
             looked_at: 0,
             report_all: false,
@@ -92,6 +95,11 @@ impl Leader {
         }
         for page in dirty::drain(data) {
             self.visit(data, page, Records::Marked, now_ns);
+        }
+        while self.later.first().is_some_and(|(at_ns, _)| *at_ns <= now_ns) {
+            if let Some((_, account)) = self.later.pop_first() {
+                self.visit(data, Page::index(account), Records::Marked, now_ns);
+            }
         }
         self.look_on(data, &standing, now_ns);
         if now_ns >= self.next_scan_ns {
@@ -222,7 +230,7 @@ impl Leader {
         let out = self.asking.as_ref().map_or(0, |asking| asking.number);
         let report_all = self.report_all;
         let found = page::change(data, index, false, |page, standing| {
-            let (mut due, mut held, mut changed) = (Vec::new(), false, false);
+            let (mut due, mut later, mut held, mut changed) = (Vec::new(), Vec::new(), false, false);
             let records = match which {
                 Records::All => page.records()?,
                 Records::Marked => page.marked()?,
@@ -230,18 +238,26 @@ impl Leader {
             for record in records {
                 record.roll(standing, now_ns);
                 held |= !record.draws.is_empty();
-                // From now on a worker marks the page again.
-                changed |= std::mem::take(&mut record.marked);
                 match record.is_due(standing, out, now_ns) {
                     Some(urgent) => due.push((record.account, urgent)),
                     None if report_all && record.asked == 0 => due.push((record.account, true)),
-                    None => {}
+                    None => {
+                        if let Some(at_ns) = record.asks_at(now_ns) {
+                            // It stays marked until then.
+                            later.push((at_ns, record.account));
+                            changed |= !std::mem::replace(&mut record.marked, true);
+                            continue;
+                        }
+                    }
                 }
+                // From now on a worker marks the page again.
+                changed |= std::mem::take(&mut record.marked);
             }
             let write = if page.tidy() || changed { Write::Yes } else { Write::No };
-            Ok(((due, held), write))
+            Ok(((due, later, held), write))
         });
-        let Ok(Some((due, held))) = found else { return found.is_err() };
+        let Ok(Some((due, later, held))) = found else { return found.is_err() };
+        self.later.extend(later);
         for (account, urgent) in due {
             *self.queue.entry(account).or_default() |= urgent;
         }

@@ -258,6 +258,13 @@ impl Record {
         low && self.unreported || self.refused > 0
     }
 
+    /// When the ledger is to be asked for units that were refused although some are left, if that has to wait.
+    pub fn asks_at(&self, now_ns: u64) -> Option<u64> {
+        let left = self.limit.saturating_sub(self.elsewhere(now_ns)).saturating_sub(self.spends.used());
+        let waits = self.refused > 0 && left > 0 && self.asked == 0 && self.cap < self.limit;
+        (waits && now_ns < self.next_ask_ns).then_some(self.next_ask_ns)
+    }
+
     /// Whether the leader is to report the record, and if so, whether at once; `out` is the number of the question that
     /// is not answered yet.
     pub fn is_due(&self, standing: &Standing, out: u64, now_ns: u64) -> Option<bool> {

@@ -334,9 +334,10 @@ fn is_worth_it(until_ns: u64, now_ns: u64) -> bool {
     now_ns.saturating_add(MIN_DRAW_NS) <= until_ns
 }
 
-/// Notes that the page is marked, if the leader has something to do; whether it is to be marked.
+/// Notes that the page is marked, if the leader has something to do, now or soon; whether it is to be marked.
 fn mark(record: &mut Record, standing: &Standing, now_ns: u64) -> bool {
-    let mark = !record.marked && record.is_due(standing, record.asked, now_ns).is_some();
+    let is_due = record.is_due(standing, record.asked, now_ns).is_some() || record.asks_at(now_ns).is_some();
+    let mark = !record.marked && is_due;
     record.marked |= mark;
     mark
 }

@@ -173,7 +173,7 @@ impl Ledger {
         if plan.over > 0 {
             self.recall_for(account, member, plan.over, wake, now_ns);
         }
-        if cap < report.cap || plan.free > cap.saturating_sub(report.cap) {
+        if cap < report.cap || plan.free > cap.saturating_sub(report.cap.max(report.used)) {
             self.tell_waiting(account, Some(member), wake);
         }
         grant
@@ -460,7 +460,8 @@ impl Plan {
         }
         let aim = part.target.max(part.needed);
         if aim > cap {
-            return cap.saturating_add(aim.saturating_sub(cap).min(self.free));
+            // Units in use beyond the cap, as after a recall of a share that was spent meanwhile, are counted already.
+            return aim.min(cap.max(part.used).saturating_add(self.free));
         }
         // It gives what others lack by their targets, and idle units for what was refused elsewhere.
         let others = || self.parts.iter().filter(|part| part.member != *member);

@@ -591,6 +591,34 @@ fn under_overload_what_is_allowed_is_admitted() {
     }
 }
 
+/// Clients that try again after a second, as `Retry-After` says, get each unit of a small limit, wherever the units are.
+#[test]
+fn a_client_that_heeds_retry_after_gets_the_last_units_of_a_small_limit() {
+    for seed in 0..500 {
+        for limit in [1, 2, 5, 8] {
+            let mut fleet = Fleet::new(seed, Faults::default(), 3_600, limit, 3);
+            fleet.run(50, 10 * MS, 0, &[1; 3]);
+            for turn in 0..limit {
+                let at = usize::try_from(turn % 3).unwrap();
+                let pause = fleet.dice.below(4);
+                fleet.run(pause, 10 * MS, 0, &[1; 3]);
+                let mut tries = 0;
+                loop {
+                    let worker = usize::try_from(fleet.dice.below(4)).unwrap();
+                    fleet.request(at, worker);
+                    tries += 1;
+                    if fleet.in_use() > turn {
+                        break;
+                    }
+                    assert!(tries < 3, "seed {seed}, limit {limit}, turn {turn}: not in three tries");
+                    fleet.run(100, 10 * MS, 0, &[1; 3]);
+                }
+            }
+            assert!(fleet.excess() <= 0);
+        }
+    }
+}
+
 /// Thirty proxies are replaced one after the other within ten minutes, under load, every third one without a word.
 #[test]
 fn proxies_replaced_under_load_leave_the_limits_whole() {
