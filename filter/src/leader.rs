@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use keygate_core::revocation::Fingerprint;
 use keygate_core::shm::{self, Census, Contact, PublishError, Publisher, Publishing};
-use keygate_core::sync::wire::{FORMAT, Poll, Proxy};
+use keygate_core::sync::wire::{FORMAT, Part, Poll, Proxy};
 use keygate_core::sync::{Ask, Follower, Outcome, Step, SyncError};
 use keygate_core::worker::replica::{LOOK_EVERY_NS, Shards};
 
@@ -18,6 +18,7 @@ use crate::till::{QUOTA_PATH, Teller};
 
 const POLL_PATH: &str = "/sync/v1/poll";
 const SHARDS_PATH: &str = "/sync/v1/shards";
+const ENFORCED_PATH: &str = "/sync/v1/enforced";
 /// What a call may take beyond the time for which a poll is held back; a sixth of the hard age if that is less, but
 /// never less than [`SHORTEST_CALL_TIMEOUT`].
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -56,6 +57,8 @@ struct Leading {
     follower: Follower,
     publishing: Option<Publishing>,
     sweep: Option<Sweep>,
+    /// The number of the next part of the state to send: the control plane lacks changes of it and wants them back.
+    returning: Option<u16>,
     call: Option<CallId>,
     reporter: Reporter,
     teller: Teller,
@@ -198,6 +201,7 @@ impl Leader {
     fn hold_back(&mut self, trouble: Trouble, now: Now<'_>) {
         let Some(leading) = self.leading.as_mut() else { return };
         leading.publishing = None;
+        leading.returning = None;
         leading.follower.unanswered();
         let problem = match trouble {
             Trouble::Unpublished(PublishError::Deposed) => {
@@ -287,6 +291,9 @@ impl Leader {
         // After a failure the answer is wanted at once: it tells that all is well again.
         let wanted = if leading.failures == 0 { self.configuration.poll_wait_ms } else { 0 };
         let (wait, call_timeout) = now.patience(Duration::from_millis(wanted));
+        if let Some(number) = leading.returning {
+            return self.return_part(number, call_timeout, now);
+        }
         let (path, body, timeout) = match leading.follower.ask() {
             Ask::Nothing => return Some(BETWEEN_SLICES),
             Ask::Poll { applied, resync } => {
@@ -313,13 +320,29 @@ impl Leader {
             }
             Ask::Shards(request) => (SHARDS_PATH, serde_json::to_vec(&request), call_timeout),
         };
-        let cluster = &self.configuration.sync_cluster;
-        leading.call = host::post(cluster, path, self.token.as_deref(), &body.unwrap_or_default(), timeout);
-        if leading.call.is_none() {
-            let problem = format!("no call to cluster {cluster:?} is possible; is it configured?");
-            self.hold_back(Trouble::Call(problem), now);
+        self.call(path, &body.unwrap_or_default(), timeout, now);
+        None
+    }
+
+    /// Sends a part of the state that is enforced here back to the control plane, which lacks changes of it.
+    fn return_part(&mut self, number: u16, timeout: Duration, now: Now<'_>) -> Option<Duration> {
+        let part = self.leading.as_ref().and_then(|leading| leading.part(number));
+        match part {
+            Some(part) => self.call(ENFORCED_PATH, &part.encode(), timeout, now),
+            None => self.hold_back(Trouble::Unpublished(PublishError::Incomplete), now),
         }
         None
+    }
+
+    fn call(&mut self, path: &str, body: &[u8], timeout: Duration, now: Now<'_>) {
+        let cluster = &self.configuration.sync_cluster;
+        let call = host::post(cluster, path, self.token.as_deref(), body, timeout);
+        if call.is_none() {
+            let problem = format!("no call to cluster {cluster:?} is possible; is it configured?");
+            self.hold_back(Trouble::Call(problem), now);
+        } else if let Some(leading) = self.leading.as_mut() {
+            leading.call = call;
+        }
     }
 }
 
@@ -333,6 +356,7 @@ impl Leading {
             publishing: None,
             // A leader before may have left one, or not have come to it.
             sweep: Some(Sweep { from_ns: now_ns.saturating_add(SWEEP_AFTER_NS), next: 0 }),
+            returning: None,
             call: None,
             reporter: Reporter::default(),
             teller,
@@ -349,8 +373,17 @@ impl Leading {
         let body = match answer {
             None => return Err(Trouble::Call("no answer from the control plane".into())),
             Some(Answer { status: 200, body }) => body,
+            Some(Answer { status: 409, body }) if self.returning.is_none() && wants_state(&body) => {
+                self.returning = Some(0);
+                return Ok(());
+            }
             Some(Answer { status, .. }) => return Err(Trouble::Call(refusal(status))),
         };
+        if let Some(number) = self.returning {
+            let next = number.saturating_add(1);
+            self.returning = (next < Part::count(self.publisher.beacon().bits)).then_some(next);
+            return Ok(());
+        }
         if let Ask::Shards(_) = self.follower.ask() {
             return Ok(self.follower.on_shards(body)?);
         }
@@ -367,6 +400,16 @@ impl Leading {
             Outcome::TakeOver => self.sweep = None, // What is staged goes where the old set is.
         }
         Ok(())
+    }
+
+    /// A part of the state that is enforced here.
+    fn part(&self, number: u16) -> Option<Part> {
+        let beacon = self.publisher.beacon();
+        let bytes = match number.checked_sub(1) {
+            None => shm::rules(&mut Shared, beacon.rules_counter)?,
+            Some(index) => shm::shard(&mut Shared, beacon.generation, index)?,
+        };
+        Some(Part { version: beacon.version, bits: beacon.bits, number, bytes })
     }
 
     /// Works until a slice is over or nothing is left to do; whether there is more to do.
@@ -429,13 +472,23 @@ impl Leading {
     }
 }
 
+/// Whether a control plane that lacks changes of what is enforced here asks for it.
+fn wants_state(problem: &[u8]) -> bool {
+    #[derive(serde::Deserialize)]
+    struct Problem {
+        #[serde(default)]
+        wants_state: bool,
+    }
+    serde_json::from_slice(problem).is_ok_and(|problem: Problem| problem.wants_state)
+}
+
 fn refusal(status: u16) -> String {
     match status {
         401 | 403 => {
             format!("the control plane refused this proxy ({status}): is the fleet token right?")
         }
         409 => {
-            "the control plane's state is older than the one enforced here; waiting for a newer one".into()
+            "the control plane lacks changes that are enforced here, and does not ask for them; waiting for it".into()
         }
         _ => format!("the control plane answered {status}"),
     }

@@ -28,6 +28,7 @@ mod redis_edits;
 mod redis_faults;
 mod redis_loss;
 mod requests;
+mod restore;
 mod revocation;
 mod rollout;
 mod rotation;

@@ -47,47 +47,6 @@ fn lose(control_plane: &ControlPlane) {
 }
 
 #[test]
-fn a_backup_takes_the_place_of_a_lost_journal_and_proxies_that_know_more_keep_it() {
-    let mut stack = Stack::builder().workers(2).config("[fleet]\nmax_staleness = \"3s\"").start();
-    let api = stack.api();
-    let keys: Vec<Key> = (0..4).map(|_| api.issue("basic")).collect();
-    let [good, early, late, _] = &keys[..] else { panic!("four keys") };
-    api.revoke(&early.id);
-    let backup = stack.directory().join("today.kgb");
-    let file = backup.to_str().expect("a name");
-    let printed = done(&["backup", "export", file], Some(&stack.control_plane.data()), None);
-    assert!(printed.contains("records"), "{printed}");
-    api.revoke(&late.id);
-
-    // Not while it runs, and not where there is more than in the backup.
-    let data = stack.control_plane.data();
-    assert!(!keygate(&["backup", "import", file], Some(&data), None).0);
-    stack.control_plane.kill();
-    assert!(done(&["backup", "import", file], Some(&data), None).starts_with("Nothing to do"));
-
-    lose(&stack.control_plane);
-    done(&["backup", "import", file], Some(&data), None);
-    stack.control_plane.start();
-    assert_eq!([good, early, late].map(|key| status(&api, key)), [200, 401, 200], "as in the backup");
-    // The proxy knows of a revocation that was lost; it would rather serve nobody than forget it.
-    wait_until(SOON, "the proxy to give up", || stack.get("/api/chat", &good.token).status == 503);
-    assert_ne!(stack.get("/api/chat", &late.token).status, 200);
-    let metrics = stack.api().call(&Request::get("/metrics")).text();
-    assert!(!metrics.contains("keygate_sync_conflicts_total 0"), "the control plane says so");
-
-    // Unless somebody says that it is lost for good.
-    stack.control_plane.stop();
-    lose(&stack.control_plane);
-    done(&["backup", "import", "--accept-loss", file], Some(&data), None);
-    stack.control_plane.start();
-    wait_until(SOON, "the proxy to follow", || stack.get("/api/chat", &good.token).status == 200);
-    assert_eq!(stack.get("/api/chat", &early.token).status, 401);
-    api.revoke(&late.id).expect_everywhere(1);
-    assert_eq!(stack.get("/api/chat", &late.token).status, 401);
-    done(&["audit", "verify", data.to_str().expect("a name")], None, None);
-}
-
-#[test]
 fn what_a_damaged_journal_says_of_ended_keys_outlives_its_replacement() {
     let mut stack = Stack::builder().without_envoy().start();
     let api = stack.api();
@@ -96,7 +55,7 @@ fn what_a_damaged_journal_says_of_ended_keys_outlives_its_replacement() {
     let data = stack.control_plane.data();
     let backup = stack.directory().join("b.kgb");
     let file = backup.to_str().expect("a name");
-    done(&["backup", "export", file], Some(&data), None);
+    done(&["backup", "create", file], Some(&data), None);
     revoke(&api, &keys[0]);
     revoke(&api, &keys[1]);
     api.post("/api/admin/emergency/revoke", &json!({ "scope": { "owner": "team-7" } })).expect(200);
@@ -112,8 +71,8 @@ fn what_a_damaged_journal_says_of_ended_keys_outlives_its_replacement() {
     stack.control_plane.launch();
     assert!(!stack.control_plane.wait_end().success(), "it does not start on a damaged journal");
 
-    let printed = done(&["backup", "import", file], Some(&data), None);
-    assert!(printed.contains("3 later changes"), "{printed}");
+    let printed = done(&["backup", "restore", file], Some(&data), None);
+    assert!(printed.contains("taken over   3 changes"), "{printed}");
     stack.control_plane.start();
     let standing: Vec<u16> = keys.iter().map(|key| status(&api, key)).collect();
     assert_eq!(standing, [401, 401, 200, 401]);
@@ -131,7 +90,7 @@ fn what_is_no_backup_is_refused_and_nothing_is_touched() {
     let key = api.issue("basic");
     let backup = stack.directory().join("b.kgb");
     let file = backup.to_str().expect("a name");
-    done(&["backup", "export", file], Some(&data), None);
+    done(&["backup", "create", file], Some(&data), None);
     stack.control_plane.stop();
     let whole = fs::read(&backup).expect("the backup");
     lose(&stack.control_plane);
@@ -140,22 +99,11 @@ fn what_is_no_backup_is_refused_and_nothing_is_touched() {
     bent[middle] ^= 1;
     for bad in [&whole[..whole.len() - 9], &whole[..40], b"nonsense", &bent] {
         fs::write(&backup, bad).expect("a file");
-        let (done, printed) = keygate(&["backup", "import", file], Some(&data), None);
+        let (done, printed) = keygate(&["backup", "restore", file], Some(&data), None);
         assert!(!done && printed.contains("b.kgb"), "{printed}");
     }
     fs::write(&backup, whole).expect("a file");
-    done(&["backup", "import", file], Some(&data), None);
-    stack.control_plane.start();
-    assert_eq!(status(&api, &key), 200);
-
-    // A backup of another history does not take the place of this one.
-    let other = Stack::builder().without_envoy().start();
-    let theirs = stack.directory().join("theirs.kgb");
-    let theirs = theirs.to_str().expect("a name");
-    done(&["backup", "export", theirs], Some(&other.control_plane.data()), None);
-    stack.control_plane.stop();
-    let (imported, printed) = keygate(&["backup", "import", theirs], Some(&data), None);
-    assert!(!imported && printed.contains("another history"), "{printed}");
+    done(&["backup", "restore", file], Some(&data), None);
     stack.control_plane.start();
     assert_eq!(status(&api, &key), 200);
 }

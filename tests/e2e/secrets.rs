@@ -367,11 +367,11 @@ fn a_backup_has_the_keyring_and_opens_with_the_master_key_alone() {
     let key = stack.api().issue("basic");
     let data = stack.control_plane.data();
     let file = stack.directory().join("backup.kgb");
-    backup("export", &file, &data);
+    backup("create", &file, &data);
     stack.control_plane.stop();
     let master = fs::read(data.join("master.key")).expect("the master key");
     fs::remove_dir_all(&data).expect("all is lost");
-    backup("import", &file, &data);
+    backup("restore", &file, &data);
     fs::write(data.join("master.key"), master).expect("it is put back");
     stack.control_plane.start();
     let api = stack.control_plane.api();

@@ -19,14 +19,12 @@ use tokio::sync::watch;
 
 pub use self::given::FromEnvironment;
 use crate::config::Config;
-use crate::durability::journal::{Claim, JournalError, Notary, Privacy};
-use crate::durability::writer::{self, CommitError, History, OpenError, Start};
+use crate::durability::journal::{Claim, Notary, Privacy};
+use crate::durability::writer::{self, History, OpenError, Start};
 use crate::http::api;
 use crate::http::api::ApiState;
 use crate::http::sync;
-use crate::model::View;
 use crate::model::change::Change;
-use crate::model::key::{Creator, KeyRecord, KeyRequest};
 use crate::model::route_cost;
 use crate::model::state::Settings;
 use crate::node::Node;
@@ -42,10 +40,11 @@ use crate::redis_store::{self, RedisPeers, Sealer};
 use crate::secrets::hsm::HsmError;
 use crate::secrets::keyring::{Keyring, KeyringError};
 use crate::secrets::master_key::MasterKeyError;
-use crate::secrets::record::ring::Held;
-use crate::secrets::record::{HsmPair, NewSecret, SecretRecord, Signer};
+use crate::secrets::record::{HsmPair, NewSecret, SecretRecord};
+use crate::services::admin_key::{self, AdminKeyError};
 use crate::services::canary::runner::{self, Canary};
 use crate::services::quota::{self, Quotas};
+use crate::services::recovery::{self, Recovery};
 use crate::services::rollout_guard;
 use crate::services::rotation;
 use crate::services::rotation::Driver;
@@ -97,30 +96,9 @@ pub enum RunError {
     /// What proxies count.
     #[error(transparent)]
     Telemetry(#[from] TelemetryStoreError),
-    /// The first change.
+    /// An admin key.
     #[error(transparent)]
-    Commit(#[from] CommitError),
-}
-
-/// Issues another admin key and writes it to the file of the first one, which stays valid. No key is asked for: the
-/// caller starts the control plane, with its master key.
-///
-/// # Errors
-/// When it cannot be issued or written.
-pub async fn issue_admin_key(node: &Node) -> Result<(), RunError> {
-    let config = node.config.clone();
-    let plan = move |view: &View<'_>| {
-        let signer = view.model.secrets().active().and_then(Held::signer).cloned();
-        let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
-        let key = first_key(&config, &signer, view.now)?;
-        Ok::<_, OpenError>((
-            vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: None }],
-            (key, signer),
-        ))
-    };
-    let ((key, signer), _) = node.writer.submit("system", plan).await??;
-    write_first_key(&node.config, &signer, &key)?;
-    Ok(())
+    AdminKey(#[from] AdminKeyError),
 }
 
 /// A control plane that listens.
@@ -240,6 +218,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         canary: Arc::new(Canary::new(Arc::clone(&node))),
         driver: Arc::new(Driver::default()),
+        recovery: Arc::new(Recovery::default()),
         node,
     });
     Ok(Serving { app, api, sync, stop, writer_thread: thread })
@@ -276,6 +255,7 @@ impl Serving {
         let rotation = tokio::spawn(rotation::run(Arc::clone(node), Arc::clone(&app.driver)));
         let guard = tokio::spawn(rollout_guard::run(Arc::clone(node), Arc::clone(&app.canary)));
         let limits = tokio::spawn(quota::run(Arc::clone(&app.quotas)));
+        let recovery = tokio::spawn(recovery::run(Arc::clone(node), Arc::clone(&app.recovery)));
         let redis = app.redis.clone().map(|redis| tokio::spawn(redis_store::run(Arc::clone(node), redis)));
         let notifier = Arc::clone(&app.notifier);
         drop(app);
@@ -296,6 +276,7 @@ impl Serving {
         let _ended = rotation.await;
         let _ended = guard.await;
         let _ended = limits.await;
+        let _ended = recovery.await;
         let _ended = canary.await;
         if let Some(redis) = redis {
             let _ended = redis.await;
@@ -386,27 +367,11 @@ fn first_changes(
     let in_hsm = if config.signing.in_hsm { Some(HsmPair::make(alg, keys)?) } else { None };
     let secret = SecretRecord::make(NewSecret::first(alg, in_hsm), keys, now)?;
     let signer = secret.open(keys)?.signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
-    let key = first_key(config, &signer, now)?;
-    write_first_key(config, &signer, &key)?;
+    let key = admin_key::record(config, &signer, now)?;
+    admin_key::write(config, &signer, &key)?;
     Ok(vec![
         Change::SecretCreated { secret, idempotency: None },
         Change::PolicyReplaced { policy: policy.clone() },
         Change::KeyIssued { key: Box::new(key), idempotency: None },
     ])
-}
-
-/// The key for the first operator.
-fn first_key(config: &Config, signer: &Signer, now: u64) -> Result<KeyRecord, OpenError> {
-    let scopes = config.roles.get("admin").map_or_else(String::new, |admin| admin.scopes.join(" "));
-    let request = KeyRequest { name: "bootstrap".into(), role: "admin".into(), ..KeyRequest::default() };
-    let creator = Creator { key_id: None, role: "admin", limit_role: "admin", scopes: &scopes, owner: None };
-    request.record(creator, &config.roles, signer.identity(), &signer.kid, now).map_err(OpenError::FirstKey)
-}
-
-fn write_first_key(config: &Config, signer: &Signer, key: &KeyRecord) -> Result<(), OpenError> {
-    let token = signer.sign(&key.claims(&config.issuer, config.audience.as_deref()))?;
-    files::write_private(&config.admin_key_file, token.expose().as_bytes())
-        .map_err(|source| JournalError::Io { path: config.admin_key_file.clone(), source })?;
-    tracing::info!(path = %config.admin_key_file.display(), key_id = key.key_id, "wrote the first admin key");
-    Ok(())
 }

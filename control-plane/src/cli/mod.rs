@@ -2,7 +2,9 @@
 
 mod audit;
 mod client;
+mod configuration;
 mod emergency;
+mod exit;
 mod recovery;
 mod rollout;
 mod secrets;
@@ -44,7 +46,7 @@ enum Command {
     /// Check the audit log
     #[command(subcommand)]
     Audit(audit::Audit),
-    /// Write the journal to a file, and restore it
+    /// Back up the journal and the keyring, check a backup, and restore it
     #[command(subcommand)]
     Backup(recovery::Backup),
     Recover(recovery::Recover),

@@ -1,93 +1,215 @@
 //! `keygate backup` and `keygate recover`: for the day on which something is lost.
 
-use std::io::Write as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use keygate::config::Target;
-use keygate::durability::backup::{self, Outcome};
+use keygate::durability::backup::{self, BackupError, Checked, Loss, Mode, Restoration, There};
 use keygate::durability::journal;
 use keygate::platform::clock::{Clock, rfc3339_ms};
 use keygate::redis_store;
 use keygate::secrets::keyring::{Keyring, Masters};
 use keygate::secrets::master_key::MasterKey;
+use keygate::services::admin_key;
 use keygate_core::secret::Secret;
 
-/// Backups of the journal, from which all else is rebuilt.
+use super::configuration::ConfigFile;
+use super::exit::Exit;
+
+/// Backups of the journal and the keyring, from which all else is rebuilt.
 #[derive(Debug, Subcommand)]
 pub enum Backup {
-    /// Write the journal to one file; the control plane may run meanwhile
+    /// Write the journal and the keyring to one file; the control plane may run meanwhile
     ///
     /// Keep the master key elsewhere: it is not in the file, and without it no restored secret can be opened.
-    Export {
+    Create {
         /// The file to write
         file: PathBuf,
         #[command(flatten)]
         data: Data,
     },
-    /// Put a backup in place of a journal that is lost or damaged; the control plane must be stopped
+    /// Check every record of a backup; changes nothing
+    Verify {
+        /// The file
+        file: PathBuf,
+    },
+    /// Put a backup in place of what the data directory has; the control plane must be stopped
     ///
-    /// A journal that has more than the backup stays. Of a damaged one, what ended keys after the backup is taken over
-    /// at the next start, and it is kept beside. Proxies that enforce later changes than the backup has keep them,
-    /// until they find what they know or their hard age has passed.
-    Import {
+    /// Revocations, suspensions, cut-offs, lockdowns and ended secrets that the present journal knows are taken over, and
+    /// at the next start also those that proxies and Redis know. The present journal is kept beside. The next start
+    /// writes a new admin key.
+    #[command(
+        after_help = "Exit status: 0 restored, 1 failed, 5 changes of the present journal would be lost (--accept-loss)"
+    )]
+    Restore {
         /// The file
         file: PathBuf,
         #[command(flatten)]
         data: Data,
-        /// Changes after the backup are lost for good: have proxies take what there is now, also if they know more
+        /// Restore although the present journal has changes that are not in the backup and will be lost
         #[arg(long)]
         accept_loss: bool,
+        /// Do not ask
+        #[arg(long, short)]
+        yes: bool,
+        /// Say what would be lost, and change nothing
+        #[arg(long)]
+        dry_run: bool,
     },
 }
 
 /// Where the data is.
 #[derive(Debug, Args)]
 pub struct Data {
-    /// The control plane's data directory
-    #[arg(long, env = "KEYGATE_DATA_DIR", default_value = ".keygate/data")]
-    data_dir: PathBuf,
+    /// The control plane's data directory [default: that of the configuration]
+    #[arg(long, env = "KEYGATE_DATA_DIR", value_name = "DIR")]
+    data_dir: Option<PathBuf>,
+    #[command(flatten)]
+    file: ConfigFile,
+}
+
+impl Data {
+    fn dir(&self) -> anyhow::Result<PathBuf> {
+        match &self.data_dir {
+            Some(dir) => Ok(dir.clone()),
+            None => Ok(self.file.read(&[])?.data_dir),
+        }
+    }
 }
 
 impl Backup {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let now = rfc3339_ms(Clock::system().now_ms());
         match self {
-            Self::Export { file, data } => {
-                let report = backup::export(&journal_in(&data.data_dir), &file, &now)?;
+            Self::Create { file, data } => {
+                let report = backup::create(&journal_in(&data.dir()?), &file, &now)?;
                 println!(
                     "{}: {} records, until {}",
                     file.display(),
                     report.records,
-                    report.last_at.unwrap_or_default()
+                    or_never(report.last_at.as_ref())
                 );
                 println!("  head {}", report.head);
                 println!("  The keyring is in it, sealed; the master key is not: keep it elsewhere, too.");
             }
-            Self::Import { file, data, accept_loss } => {
-                match backup::import(&file, &data.data_dir, accept_loss, &now)? {
-                    Outcome::AlreadyThere { records } => {
-                        println!("Nothing to do: the journal has all of the backup, and {records} records.");
-                    }
-                    Outcome::Restored { records, saved, moved_to } => {
-                        println!("Restored {records} records.");
-                        if let Some(moved_to) = moved_to {
-                            println!("  what was there is in {}", moved_to.display());
-                            println!(
-                                "  {saved} later changes that ended keys were found in it, for the next start"
-                            );
-                        }
-                        println!("  Start the control plane with the master key of that time.");
-                        println!("  If a secret was ended at once after the backup, end it again:");
-                        println!("  keygate secrets rotate --immediate");
-                    }
-                }
+            Self::Verify { file } => {
+                let parent = Work::new()?;
+                let checked = backup::verify(&file, &parent.0.join("journal"))?;
+                println!("{}: whole and unchanged", file.display());
+                print_checked(&checked);
+            }
+            Self::Restore { file, data, accept_loss, yes, dry_run } => {
+                let mode = Mode { accept_loss, dry_run };
+                return restore(&file, &data.dir()?, mode, yes, &now);
             }
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+fn restore(file: &Path, data_dir: &Path, mode: Mode, yes: bool, now: &str) -> anyhow::Result<ExitCode> {
+    let may_go_on = |plan: &Restoration| {
+        print_plan(file, data_dir, plan);
+        let asks = !yes && plan.there != There::Nothing && std::io::stdin().is_terminal();
+        !asks || confirmed("Restore it?")
+    };
+    match backup::restore(file, data_dir, mode, now, may_go_on) {
+        Ok(Some(plan)) if mode.dry_run => {
+            print_plan(file, data_dir, &plan);
+            println!("Nothing was changed (--dry-run).");
+            Ok(ExitCode::SUCCESS)
+        }
+        Ok(Some(done)) => {
+            admin_key::want_at_start(data_dir).with_context(|| data_dir.display().to_string())?;
+            print_done(&done);
+            Ok(ExitCode::SUCCESS)
+        }
+        Ok(None) => {
+            println!("Nothing was changed.");
+            Ok(Exit::Failed.into())
+        }
+        Err(BackupError::WouldLose(loss)) => {
+            eprintln!("keygate: {} has changes that are not in the backup:", data_dir.display());
+            eprint!("{}", lost(&loss));
+            eprintln!("Nothing was changed. To restore all the same and lose them: --accept-loss");
+            Ok(Exit::WouldLose.into())
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn or_never(at: Option<&String>) -> &str {
+    at.map_or("never", String::as_str)
+}
+
+fn print_checked(backup: &Checked) {
+    println!("  created  {}", backup.created_at);
+    println!("  records  {}, until {}", backup.records, or_never(backup.last_at.as_ref()));
+    println!("  secrets  {}", backup.secrets);
+    println!("  head     {}", backup.head);
+}
+
+fn print_plan(file: &Path, data_dir: &Path, plan: &Restoration) {
+    println!("{}: whole and unchanged", file.display());
+    print_checked(&plan.backup);
+    let until = or_never(plan.backup.last_at.as_ref());
+    match &plan.there {
+        There::Nothing => {
+            println!(
+                "{}: no journal. What was changed after {until} is not in the backup.",
+                data_dir.display()
+            );
+        }
+        There::Same => println!("{}: the journal is the backup's already.", data_dir.display()),
+        There::Damaged { taken_over } => {
+            println!("{}: the journal is damaged.", data_dir.display());
+            println!("  taken over   {taken_over} changes after the backup that end keys");
+            println!("  lost         all others after {until}");
+        }
+        There::Other(loss) if loss.is_any() => {
+            println!("{}: the journal has changes that are not in the backup.", data_dir.display());
+            print!("{}", lost(loss));
+        }
+        There::Other(loss) => {
+            println!("{}: the journal is another one, and nothing of it is lost.", data_dir.display());
+            if loss.taken_over > 0 {
+                println!("  taken over   {} changes that end keys", loss.taken_over);
+            }
+        }
+    }
+}
+
+/// What is lost and what is not, a line each.
+fn lost(loss: &Loss) -> String {
+    let (first, last) = (or_never(loss.first_at.as_ref()), or_never(loss.last_at.as_ref()));
+    let mut text = format!("  made         {first} to {last}\n");
+    for (action, number) in &loss.changes {
+        text.push_str(&format!("  {number:<12} {action}\n"));
+    }
+    text.push_str(&format!("  taken over   {} of them, which end keys\n", loss.taken_over));
+    text
+}
+
+fn print_done(done: &Restoration) {
+    println!("Restored {} records.", done.backup.records);
+    if let Some(moved_to) = &done.moved_to {
+        println!("  The journal that was there is in {}.", moved_to.display());
+    }
+    println!(
+        "  Start the control plane with the master key of that time. It writes a new admin key to admin.key."
+    );
+    println!("  Proxies that enforce later changes return what they know of ended keys, then go on.");
+}
+
+fn confirmed(question: &str) -> bool {
+    print!("{question} [y/N] ");
+    let _shown_or_not = std::io::stdout().flush();
+    let mut answer = String::new();
+    let read = std::io::stdin().read_line(&mut answer);
+    read.is_ok() && matches!(answer.trim(), "y" | "Y" | "yes")
 }
 
 /// Fill a Redis from a journal; needs no control plane

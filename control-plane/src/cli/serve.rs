@@ -1,27 +1,25 @@
 //! `keygate serve`.
 
-use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::Args;
-use keygate::app::{self, FromEnvironment};
-use keygate::config::settings::{self, RENAMED, SETTINGS, variable};
-use keygate::config::{self, Config, LogFormat};
+use keygate::app::{self, FromEnvironment, RunError};
+use keygate::config::settings::{self, SETTINGS};
+use keygate::config::{Config, LogFormat};
 use keygate::platform::clock::Clock;
+use keygate::services::admin_key;
 use keygate_core::secret::Secret;
 use tokio::signal::unix::{SignalKind, signal};
 
-/// The file that is read when it is there and no other is named.
-const DEFAULT_FILE: &str = "keygate.toml";
+use super::configuration::ConfigFile;
 
 /// Settings come from keygate.toml, then KEYGATE_* variables, then these flags.
 #[derive(Debug, Args)]
 #[command(after_help = after_help())]
 pub struct Serve {
-    /// Configuration file [default: keygate.toml, if there is one]
-    #[arg(long, env = "KEYGATE_CONFIG")]
-    config: Option<PathBuf>,
+    #[command(flatten)]
+    file: ConfigFile,
     /// Check the configuration and stop
     #[arg(long)]
     check: bool,
@@ -70,22 +68,7 @@ fn help(key: &str) -> String {
 
 impl Serve {
     fn read(&self) -> anyhow::Result<Config> {
-        let text = match &self.config {
-            Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
-            None => match std::fs::read_to_string(DEFAULT_FILE) {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
-                read => read.context(DEFAULT_FILE)?,
-            },
-        };
-        let mut overrides = Vec::new();
-        // A variable by a former name is refused, like its key.
-        for key in SETTINGS.iter().map(|setting| setting.key).chain(RENAMED.map(|(old, _)| old)) {
-            let variable = variable(key);
-            if let Some(value) = std::env::var(&variable).ok().filter(|value| !value.is_empty()) {
-                overrides.push((key, value, variable));
-            }
-        }
-        for (key, flag, value) in [
+        self.file.read(&[
             ("listen", "--listen", &self.listen),
             ("sync_listen", "--sync-listen", &self.sync_listen),
             ("data_dir", "--data-dir", &self.data_dir),
@@ -95,18 +78,16 @@ impl Serve {
             ("previous_master_key_file", "--previous-master-key-file", &self.previous_master_key_file),
             ("redis.url", "--redis", &self.redis),
             ("policy_file", "--policy", &self.policy),
-        ] {
-            if let Some(value) = value {
-                overrides.push((key, value.clone(), flag.to_owned()));
-            }
-        }
-        Ok(config::read(&text, &overrides)?)
+        ])
     }
 
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.read()?;
         if self.check {
-            println!("The configuration is valid.");
+            match self.file.path() {
+                Some(path) => println!("{}: the configuration is valid.", path.display()),
+                None => println!("No configuration file; variables and flags are valid."),
+            }
             return Ok(ExitCode::SUCCESS);
         }
         start_log(config.log_format);
@@ -120,18 +101,19 @@ impl Serve {
             pagerduty_key: variable_with_secret("KEYGATE_NOTIFY_PAGERDUTY_KEY"),
             webhook_secret: variable_with_secret("KEYGATE_NOTIFY_WEBHOOK_SECRET"),
         };
-        let new_admin_key = self.new_admin_key;
+        let (new_admin_key, file) = (self.new_admin_key, self.file.path());
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         runtime.block_on(async {
             let serving = app::start(config, Clock::system(), given).await?;
             if new_admin_key {
-                app::issue_admin_key(&serving.app.node).await?;
+                admin_key::issue(&serving.app.node).await.map_err(RunError::from)?;
             }
             tracing::info!(
                 api = %serving.api_address()?,
                 sync = %serving.sync_address()?,
                 version = %serving.app.state().version,
                 data_dir = %serving.app.config.data_dir.display(),
+                config = %file.map_or_else(|| "none".to_owned(), |path| path.display().to_string()),
                 "keygate serves"
             );
             let mut terminate = signal(SignalKind::terminate())?;

@@ -13,7 +13,7 @@ use axum::routing::post;
 use keygate_core::quota::{MAX_BYTES, Question};
 use keygate_core::revocation::Fingerprint;
 use keygate_core::sync::wire::{
-    self, Body, FORMAT, MAX_SHARDS_PER_REQUEST, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
+    self, Body, FORMAT, MAX_PART_BYTES, MAX_SHARDS_PER_REQUEST, Part, Poll, SHARDS_ANSWER_BYTES, ShardRequest,
 };
 use keygate_core::telemetry::Report;
 use keygate_core::version::Version;
@@ -26,6 +26,7 @@ use crate::http::problem::Problem;
 use crate::model::state;
 use crate::observe::telemetry::ReportError;
 use crate::services::quota::{self, Forwarded, LedgerService, QuotaError};
+use crate::services::recovery::{self, RecoveryError};
 
 /// The longest time for which a poll is held back.
 const MAX_WAIT: Duration = Duration::from_secs(30);
@@ -69,6 +70,7 @@ pub fn router(app: Arc<ApiState>) -> Router {
     Router::new()
         .route("/sync/v1/poll", post(poll))
         .route("/sync/v1/shards", post(shards))
+        .route("/sync/v1/enforced", post(enforced).layer(DefaultBodyLimit::max(MAX_PART_BYTES)))
         .route(DRAIN, post(drain))
         .route(quota::OWNER, post(owner))
         .route(QUOTA, post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
@@ -93,8 +95,13 @@ async fn poll(
     let mut states = app.states.clone();
     let state = states.borrow_and_update().clone();
     let standing = applied.map_or(Ok(None), |applied| standing(&app, applied, &state));
+    let process = format!("{} {}", poll.proxy.incarnation, poll.proxy.id);
     let polling = app.fleet.heard(poll, &state, standing.is_err(), app.clock.now_ms());
-    let covers = standing?;
+    let covers = standing.map_err(|lacking| {
+        let returns = recovery::may_return(&app, &state, lacking.enforced, polling.ahead_for)
+            && app.recovery.asks(&process, lacking.enforced);
+        lacking.problem(&app, returns)
+    })?;
     // Held back no longer than a third of the hard age: a quiet proxy must not look cut off.
     let wait = wanted_wait.min(Duration::from_secs(state.rules.hard_age_s) / 3);
     let mut stopping = app.stopping.clone();
@@ -150,6 +157,20 @@ async fn shards(
         found.push(shard.encode());
     }
     Ok(octets(&app, "shards", wire::encode_shards(found.iter().map(Vec::as_slice))))
+}
+
+/// A part of the state of a proxy that enforces changes which are lacking here.
+async fn enforced(
+    State(app): State<Arc<ApiState>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Result<Response, Problem> {
+    authenticate(&app, &headers)?;
+    let part = Part::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
+    if let Some(enforced) = app.recovery.take(&part)? {
+        app.recovery.take_back(&app.node, enforced).await?;
+    }
+    Ok(json(StatusCode::OK, serde_json::json!({})))
 }
 
 async fn report(
@@ -294,36 +315,59 @@ async fn whole_state(app: &ApiState) -> Result<Arc<state::State>, Problem> {
     Err(Problem::unavailable("This control plane still takes in what others have; poll again."))
 }
 
-/// Whether a proxy that enforces `applied` may take what is here: it must not lack anything of that. The version
-/// itself if it is another control plane's, and nothing of it is lacking here.
-fn standing(app: &ApiState, applied: Version, state: &state::State) -> Result<Option<Version>, Problem> {
+/// Whether a proxy that enforces a version may take what is here: nothing of it may be lacking. The version itself if it
+/// is of another line of history.
+fn standing(app: &ApiState, enforced: Version, state: &state::State) -> Result<Option<Version>, Lacking> {
     let have = state.version;
-    let elsewhere = app.peers.covered(applied.source);
-    let known = elsewhere.max(state.lines.get(&applied.source).copied());
-    if applied.source == have.source && applied.seq <= have.seq {
+    if enforced.source == have.source && enforced.seq <= have.seq {
         return Ok(None);
     }
-    match known {
-        Some(covered) if applied.seq <= covered => Ok(Some(applied)),
-        // Of a line of history that nobody here has heard of, all is gone; a later one takes its place.
-        None if applied < have && app.peers.is_caught_up() => Ok(None),
-        _ => {
-            app.metrics.sync.conflicts.inc();
-            Err(ahead(applied, have))
+    let of_journal = state.lines.get(&enforced.source).max(state.returned.get(&enforced.source));
+    let known = app.peers.covered(enforced.source).max(of_journal.copied());
+    if known.is_some_and(|covered| enforced.seq <= covered) {
+        return Ok(Some(enforced));
+    }
+    Err(Lacking { enforced, have })
+}
+
+/// A proxy enforces changes that are lacking here.
+#[derive(Debug, Clone, Copy)]
+struct Lacking {
+    enforced: Version,
+    have: Version,
+}
+
+impl Lacking {
+    /// The answer; `returns`: the proxy is to return what it enforces.
+    fn problem(self, app: &ApiState, returns: bool) -> Problem {
+        let Self { enforced, have } = self;
+        app.metrics.sync.conflicts.inc();
+        if returns {
+            tracing::warn!(%enforced, %have, "a proxy enforces changes that are lacking here; it returns what it knows");
+        } else if app.recovery.is_to_be_logged(enforced) {
+            tracing::error!(
+                %enforced, %have,
+                "a proxy enforces changes that are lacking here, and keeps what it has until they come"
+            );
         }
+        let detail =
+            format!("The proxy enforces {enforced}, of which this control plane, at {have}, lacks changes.");
+        Problem::new(StatusCode::CONFLICT, "proxy_ahead", detail).with("wants_state", returns)
     }
 }
 
-fn ahead(applied: Version, have: Version) -> Problem {
-    tracing::error!(
-        enforced = %applied, have = %have,
-        "a proxy enforces changes that this control plane lacks: it was restored from an old copy, or another has not passed them on yet"
-    );
-    Problem::new(
-        StatusCode::CONFLICT,
-        "proxy_ahead",
-        format!("The proxy enforces {applied}, of which this control plane, at {have}, lacks changes."),
-    )
+impl From<RecoveryError> for Problem {
+    fn from(error: RecoveryError) -> Self {
+        match error {
+            RecoveryError::OutOfOrder => Self::new(StatusCode::CONFLICT, "out_of_order", error.to_string()),
+            RecoveryError::TooLarge | RecoveryError::Rules(_) | RecoveryError::Shard(_) => {
+                Self::bad_request(error.to_string())
+            }
+            RecoveryError::Store(error) => error.into(),
+            RecoveryError::Commit(error) => error.into(),
+            RecoveryError::Secret(_) | RecoveryError::Stopping => Self::unavailable(error.to_string()),
+        }
+    }
 }
 
 fn authenticate(app: &ApiState, headers: &HeaderMap) -> Result<(), Problem> {

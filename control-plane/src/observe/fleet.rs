@@ -45,8 +45,8 @@ struct Entry {
     joined: Instant,
     applied_since: Instant,
     lag: Option<Duration>,
-    /// Whether it enforces a newer state than this control plane has, so that nothing from here reaches it.
-    ahead: bool,
+    /// Since when it enforces changes that are lacking here, so that nothing from here reaches it.
+    ahead_since: Option<Instant>,
     polling: u32,
     /// When it last stopped waiting for news.
     left: Instant,
@@ -61,7 +61,7 @@ impl Entry {
             joined: now,
             applied_since: now,
             lag: None,
-            ahead: false,
+            ahead_since: None,
             polling: 0,
             left: now,
         }
@@ -150,6 +150,8 @@ pub struct Propagation {
 pub struct Polling {
     fleet: Arc<Fleet>,
     id: Id,
+    /// For how long the proxy has enforced changes that are lacking here.
+    pub ahead_for: Duration,
 }
 
 impl Drop for Polling {
@@ -241,7 +243,8 @@ impl Fleet {
             let due = state.published.max(entry.joined);
             entry.lag = (poll.applied == Some(state.version)).then(|| now.saturating_duration_since(due));
         }
-        entry.ahead = ahead;
+        entry.ahead_since = ahead.then(|| entry.ahead_since.unwrap_or(now));
+        let ahead_for = entry.ahead_since.map_or(Duration::ZERO, |since| now.duration_since(since));
         entry.poll = poll;
         entry.heard = now;
         entry.heard_ms = now_ms;
@@ -252,7 +255,7 @@ impl Fleet {
             self.keep();
         }
         self.changes.send_modify(|count| *count = count.wrapping_add(1));
-        Polling { fleet: Arc::clone(self), id }
+        Polling { fleet: Arc::clone(self), id, ahead_for }
     }
 
     /// Every proxy, by id.
@@ -278,7 +281,7 @@ impl Fleet {
                     last_seen: crate::platform::clock::rfc3339_ms(entry.heard_ms),
                     last_seen_age_s: age.as_secs(),
                     connected: entry.polling > 0,
-                    ahead: entry.ahead,
+                    ahead: entry.ahead_since.is_some(),
                     stale: age > hard_age(state),
                     workers: entry.poll.proxy.workers,
                     vm_starts: entry.poll.proxy.vm_starts,
@@ -360,7 +363,7 @@ impl Fleet {
                 continue;
             };
             let reaches = |applied: Version| applied.source == version.source && applied.seq >= version.seq;
-            if !entry.ahead && entry.poll.applied.is_some_and(reaches) {
+            if entry.ahead_since.is_none() && entry.poll.applied.is_some_and(reaches) {
                 let lag = entry.applied_since.saturating_duration_since(since);
                 propagation.max_lag_ms = propagation.max_lag_ms.max(millis(lag));
                 propagation.applied += 1;
@@ -389,7 +392,7 @@ impl Fleet {
         let proxies = self.lock();
         let lacks = |entry: &Entry| {
             let reaches = |applied: Version| applied.source == version.source && applied.seq >= version.seq;
-            entry.ahead || !entry.poll.applied.is_some_and(reaches)
+            entry.ahead_since.is_some() || !entry.poll.applied.is_some_and(reaches)
         };
         let mut lacking: Vec<String> = proxies
             .iter()

@@ -161,7 +161,7 @@ pub fn by_source(entries: &[Arc<Logged>], line: &mut u64) -> BTreeMap<u64, Vec<(
     for logged in entries {
         let (source, seq) = match (&logged.entry.origin, &logged.entry.change) {
             (Some(origin), _) => (origin.source, origin.seq),
-            (None, Change::Genesis { source } | Change::HistoryForked { source, .. }) => {
+            (None, Change::Genesis { source } | Change::HistoryForked { source }) => {
                 *line = *source;
                 (*source, logged.seq)
             }

@@ -261,8 +261,7 @@ impl Session<'_> {
             // Redis has changes of ours that we do not know: this journal is an older copy.
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = node.clock.now_ms().max(state.version.source + 1);
-            let plan =
-                move |_: &View<'_>| Ok((vec![Change::HistoryForked { source, accepts_loss: false }], ()));
+            let plan = move |_: &View<'_>| Ok((vec![Change::HistoryForked { source }], ()));
             node.writer.commit("system", plan).await?;
             state = node.state();
             in_log = 0;

@@ -111,6 +111,12 @@ impl Shard {
         self.revoked.iter().chain(&self.suspended).copied().map(Fingerprint)
     }
 
+    /// Every fingerprint in it with its standing, the suspended first; one may be suspended and revoked.
+    pub fn entries(&self) -> impl Iterator<Item = (Fingerprint, Standing)> + '_ {
+        let suspended = self.suspended.iter().map(|value| (Fingerprint(*value), Standing::Suspended));
+        suspended.chain(self.revoked.iter().map(|value| (Fingerprint(*value), Standing::Revoked)))
+    }
+
     /// The standing of a key.
     pub fn standing(&self, fingerprint: Fingerprint) -> Standing {
         if self.revoked.binary_search(&fingerprint.0).is_ok() {

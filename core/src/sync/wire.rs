@@ -30,6 +30,13 @@
 //!  0  4  magic "KGB1"
 //!  4  4  number of shards
 //!        for each: 4 length, then its bytes (see [`crate::revocation::Shard`])
+//!
+//! part of the state that a proxy enforces, for a control plane that lacks changes of it
+//!  0  4  magic "KGE1"
+//!  4  16 source and seq of the version
+//! 20  1  bits: the exact set has 2^bits shards
+//! 21  2  number of the part: 0 are the rules, n is shard n - 1
+//! 23     its bytes
 //! ```
 //!
 //! One revocation is an answer of 54 bytes.
@@ -57,7 +64,12 @@ pub const DIGEST_BYTES: usize = 32;
 
 const ANSWER_MAGIC: &[u8; 4] = b"KGS1";
 const SHARDS_MAGIC: &[u8; 4] = b"KGB1";
+const PART_MAGIC: &[u8; 4] = b"KGE1";
+const PART_HEADER_BYTES: usize = 23;
 const MAX_SHARD_BYTES: usize = 16 + 8 * MAX_SHARD_ENTRIES;
+/// The most bytes of a [`Part`].
+pub const MAX_PART_BYTES: usize = MAX_RULES_BYTES + PART_HEADER_BYTES;
+const _: () = assert!(MAX_SHARD_BYTES <= MAX_RULES_BYTES);
 
 /// What a proxy says when it asks for news: who it is, what it enforces, how it fares.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -289,6 +301,58 @@ pub fn decode_shards(bytes: &[u8]) -> Result<Vec<Range<usize>>, WireError> {
     Ok(shards)
 }
 
+/// A part of the state that a proxy enforces.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// The version that the proxy enforces.
+    pub version: Version,
+    /// The number of its shards as a power of two.
+    pub bits: u8,
+    /// 0: the rules; n: shard n - 1.
+    pub number: u16,
+    /// The bytes of the rules, or of the shard.
+    pub bytes: Vec<u8>,
+}
+
+impl Part {
+    /// The number of parts of a state with 2^`bits` shards.
+    pub fn count(bits: u8) -> u16 {
+        1_u16.checked_shl(u32::from(bits)).unwrap_or(u16::MAX).saturating_add(1)
+    }
+
+    /// The bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Vec::with_capacity(PART_HEADER_BYTES.saturating_add(self.bytes.len()));
+        out.extend_from_slice(PART_MAGIC);
+        out.extend_from_slice(&self.version.source.to_le_bytes());
+        out.extend_from_slice(&self.version.seq.to_le_bytes());
+        out.push(self.bits);
+        out.extend_from_slice(&self.number.to_le_bytes());
+        out.extend_from_slice(&self.bytes);
+        out
+    }
+
+    /// Reads the bytes.
+    ///
+    /// # Errors
+    /// When they are not as [`Part::encode`] writes them, or too many.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new(bytes);
+        if bytes.len() > MAX_PART_BYTES {
+            return Err(WireError::TooMany);
+        }
+        if reader.take(4)? != PART_MAGIC {
+            return Err(WireError::UnknownFormat);
+        }
+        let version = Version { source: reader.u64()?, seq: reader.u64()? };
+        let (bits, number) = (reader.u8()?, reader.u16()?);
+        if bits > MAX_SHARD_BITS || number >= Self::count(bits) {
+            return Err(WireError::TooMany);
+        }
+        Ok(Self { version, bits, number, bytes: reader.rest().to_vec() })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -383,6 +447,21 @@ mod tests {
         let shards = encode_shards([b"ab".as_slice(), b"c"].into_iter());
         assert_eq!(shards, b"KGB1\x02\0\0\0\x02\0\0\0ab\x01\0\0\0c");
         assert_eq!(decode_shards(&shards).unwrap(), [12..14, 18..19]);
+    }
+
+    #[test]
+    fn a_part_is_these_bytes_and_no_others_are_read() {
+        let part = Part { version: Version { source: 1, seq: 2 }, bits: 1, number: 2, bytes: b"ab".to_vec() };
+        let want = [b"KGE1\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0".as_slice(), &[1, 2, 0], b"ab"].concat();
+        assert_eq!(part.encode(), want);
+        assert_eq!(Part::decode(&want), Ok(part.clone()));
+        assert_eq!((Part::count(0), Part::count(1), Part::count(MAX_SHARD_BITS)), (2, 3, 4_097));
+        assert!((0..PART_HEADER_BYTES).all(|cut| Part::decode(&want[..cut]).is_err()));
+        let beyond = Part { number: 3, ..part.clone() }.encode();
+        let too_large = Part { bytes: vec![0; MAX_RULES_BYTES + 1], ..part }.encode();
+        for bytes in [beyond, too_large, [b"KGB1".as_slice(), &want[4..]].concat()] {
+            assert!(Part::decode(&bytes).is_err());
+        }
     }
 
     #[test]

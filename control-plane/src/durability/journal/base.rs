@@ -228,7 +228,7 @@ impl Carrier {
         let mark = record.mark(self.source);
         let lives = |expires_at: u64| expires_at > self.expired_until;
         let counts = match &record.change {
-            Change::Genesis { source } | Change::HistoryForked { source, .. } => {
+            Change::Genesis { source } | Change::HistoryForked { source } => {
                 self.source = *source;
                 true
             }
@@ -238,8 +238,11 @@ impl Carrier {
             | Change::SecretAnnounced { .. } => true,
             Change::PeerChanged { max_life_s } => *max_life_s > 0,
             Change::KeyIssued { key, .. } => lives(key.expires_at),
-            Change::KeyRevoked { expires_at, .. } | Change::JtiRevoked { expires_at, .. } => {
-                lives(*expires_at)
+            Change::KeyRevoked { expires_at, .. }
+            | Change::JtiRevoked { expires_at, .. }
+            | Change::FingerprintsEnded { expires_at, .. } => lives(*expires_at),
+            Change::StateReturned { source, .. } => {
+                self.keep_one(&format!("returned {source}"), mark, seq, line)
             }
             Change::KeySuspended { jti, expires_at, .. } => {
                 if lives(*expires_at) {
@@ -401,7 +404,7 @@ mod tests {
         })
         .unwrap();
         assert!(seqs.is_sorted() && seqs.len() == carried.len() + 9, "{seqs:?}");
-        assert_eq!(copy::hash_at(&journal_dir, 33).unwrap(), Some(head));
+        assert_eq!(copy::common(&journal_dir, &journal_dir).unwrap(), 33);
 
         // It goes on.
         let mut journal = open(dir.path(), &mut Model::default()).unwrap();

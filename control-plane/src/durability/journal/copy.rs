@@ -1,6 +1,7 @@
 //! Journals as lines, for who copies them: out of a directory, into a new one, and what is left of a damaged one.
 
 use std::fs::{self, File};
+use std::hash::{BuildHasher as _, BuildHasherDefault, DefaultHasher};
 use std::io::{self, BufWriter, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::Path;
@@ -43,16 +44,44 @@ pub fn lines(dir: &Path, records: u64, mut each: impl FnMut(&[u8]) -> bool) -> R
     Ok(())
 }
 
-/// The hash of a record; `None`: there are fewer.
+/// Number of the last record up to which two journals are the same; 0: they began differently, or nothing of one is left
+/// from before the other's base.
 ///
 /// # Errors
 /// When a file cannot be read, or a line is not what was written.
-pub fn hash_at(dir: &Path, seq: u64) -> Result<Option<String>, JournalError> {
-    let mut link = Layout::read(dir, None)?.start();
-    if link.seq < seq {
-        lines(dir, seq, |line| link.follow_head(line).is_ok())?;
+pub fn common(one: &Path, other: &Path) -> Result<u64, JournalError> {
+    let (one, other) = (hashes(one)?, hashes(other)?);
+    let first = one.first.max(other.first);
+    let of = |hashes: &Hashes, seq: u64| {
+        usize::try_from(seq.checked_sub(hashes.first)?).ok().and_then(|place| hashes.each.get(place).copied())
+    };
+    let mut last = 0;
+    for seq in first.. {
+        match (of(&one, seq), of(&other, seq)) {
+            (Some(here), Some(there)) if here == there => last = seq,
+            _ => break,
+        }
     }
-    Ok(Some(link.hash).filter(|_| link.seq == seq))
+    Ok(last)
+}
+
+/// Digests of the hashes of a journal's records, from number `first` on.
+struct Hashes {
+    first: u64,
+    each: Vec<u64>,
+}
+
+fn hashes(dir: &Path) -> Result<Hashes, JournalError> {
+    let digest = |hash: &String| BuildHasherDefault::<DefaultHasher>::default().hash_one(hash);
+    let mut link = Layout::read(dir, None)?.start();
+    // Of a base, its last record.
+    let (first, mut each) = (link.seq, vec![digest(&link.hash)]);
+    lines(dir, u64::MAX, |line| {
+        let follows = link.follow_head(line).is_ok();
+        each.push(digest(&link.hash));
+        follows
+    })?;
+    Ok(Hashes { first, each })
 }
 
 /// Writes lines as the journal of a new directory, after a base if there is one. They are not checked.

@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 pub use base::{Base, prune};
 pub use checkpoint::Notary;
-pub use copy::{checkpoints, hash_at, lines, salvage, write_whole};
+pub use copy::{checkpoints, common, lines, salvage, write_whole};
 pub use privacy::{PersonalData, Privacy};
 pub use read::{Report, page, verify, walk_after};
 pub use record::{Link, Record};

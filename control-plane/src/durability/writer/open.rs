@@ -15,6 +15,7 @@ use crate::durability::backup::Restored;
 use crate::durability::journal::{Claim, JournalError, Notary, Privacy, Record};
 use crate::durability::store::{Store, StoreError};
 use crate::model::change::{Change, Entry};
+use crate::model::commands::recovery;
 use crate::model::state::{Deltas, Model, Settings, State};
 use crate::platform::clock::{self, Clock};
 use crate::secrets::keyring::{Keyring, KeyringError};
@@ -96,6 +97,42 @@ pub struct Start<'s> {
     pub observer: Box<dyn WriterObserver>,
 }
 
+/// What of the journal that a restored one took the place of counts in it: `ended`, the lines that ended keys. What they say
+/// of secrets counts as far as it is of the restored `model`, whose present line of history ends at `line_end`, Unix
+/// milliseconds; what cannot be opened without another root key does not.
+fn taken_over(
+    ended: &[String],
+    privacy: &Privacy,
+    model: &Model,
+    line_end: u64,
+    now: u64,
+    keys: &Keyring,
+) -> Result<Vec<Change>, SecretError> {
+    let mut taken = Vec::new();
+    for line in ended {
+        let Ok(entry) = Record::parse(line.as_bytes()).and_then(|record| record.into_entry(privacy)) else {
+            tracing::error!(
+                "a change of the journal before ended keys and cannot be opened; it is in the journal that was moved away"
+            );
+            continue;
+        };
+        // Of secrets, what can still be opened, and what has ended.
+        let counts = entry.change.facts().secret.is_none_or(|secret| {
+            secret.check(keys).is_ok() && secret.data_key().is_none_or(|id| keys.has(id))
+        });
+        if !counts {
+            continue;
+        }
+        if let Change::StateReturned { source, kids, .. } = &entry.change {
+            let line_end = model.end_of_line(*source).or((*source == model.source()).then_some(line_end));
+            let ended = recovery::ended_secrets(model, line_end, kids, now, keys)?;
+            taken.extend(ended.into_iter().map(|secret| Change::SecretMoved { secret, justification: None }));
+        }
+        taken.push(entry.change);
+    }
+    Ok(taken)
+}
+
 /// Takes up the history of a directory, or begins one.
 ///
 /// # Errors
@@ -154,19 +191,17 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     }
     let restored = if model.is_empty() { None } else { Restored::read(dir).map_err(in_dir)? };
     let is_restored = restored.is_some();
-    if let Some(Restored { accepts_loss, ended }) = restored {
-        tracing::warn!(accepts_loss, ended = ended.len(), "the journal was restored from a backup");
+    if let Some(Restored { ended }) = restored {
         // Numbers after its end were given to other changes before.
         let source = clock.now_ms().max(model.source() + 1);
-        first.push(Change::HistoryForked { source, accepts_loss });
-        let entry = |line: &String| Record::parse(line.as_bytes()).ok()?.into_entry(&opens).ok();
-        // Of secrets, what can still be opened, and what has ended.
-        let counts = |change: &Change| {
-            change.facts().secret.is_none_or(|secret| {
-                secret.check(&keys).is_ok() && secret.data_key().is_none_or(|id| keys.has(id))
-            })
-        };
-        first.extend(ended.iter().filter_map(entry).map(|entry| entry.change).filter(counts));
+        first.push(Change::HistoryForked { source });
+        let taken = taken_over(&ended, &opens, &model, source, clock.now_ms() / 1_000, &keys)?;
+        tracing::warn!(
+            found = ended.len(),
+            taken = taken.len(),
+            "the journal was restored from a backup; changes that ended keys were found in the one before"
+        );
+        first.extend(taken);
     }
     if !first.is_empty() {
         // What a history begins with gives way to what was decided elsewhere.

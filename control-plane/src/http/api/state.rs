@@ -10,6 +10,7 @@ use crate::node::Node;
 use crate::redis_store::RedisPeers;
 use crate::services::canary::runner::Canary;
 use crate::services::quota::Quotas;
+use crate::services::recovery::Recovery;
 use crate::services::rotation::Driver;
 
 /// A control plane with its services, as its API and its sync port use it.
@@ -28,6 +29,8 @@ pub struct ApiState {
     pub canary: Arc<Canary>,
     /// Progress of a rotation of secrets.
     pub driver: Arc<Driver>,
+    /// The state that a proxy returns after a loss.
+    pub recovery: Arc<Recovery>,
 }
 
 impl Deref for ApiState {

@@ -10,6 +10,8 @@ impl Change {
         match self {
             Self::Genesis { .. } => Facts::of("genesis"),
             Self::HistoryForked { .. } => Facts::of("history_forked"),
+            Self::StateReturned { .. } => Facts { ends_keys: true, ..Facts::of("state_returned") },
+            Self::FingerprintsEnded { .. } => Facts { ends_keys: true, ..Facts::of("fingerprints_ended") },
             Self::SettingsChanged { .. } => Facts::of_rules("settings_changed"),
             Self::SecretCreated { secret, idempotency } => Facts {
                 target: Some(&secret.kid),

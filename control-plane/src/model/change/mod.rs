@@ -6,6 +6,7 @@
 //! changes to the same thing the one with the later [`Mark`] counts.
 
 mod facts;
+mod fingerprints;
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
@@ -16,6 +17,7 @@ use keygate_core::decide::policy::Policy;
 use serde::{Deserialize, Serialize};
 
 pub use self::facts::{Alteration, Facts};
+pub use self::fingerprints::Fingerprints;
 use crate::model::approval::Proposal;
 use crate::model::canary::Test;
 use crate::model::key::{Ended, KeyRecord, RevocationReason};
@@ -60,8 +62,27 @@ pub enum Change {
     HistoryForked {
         /// Its number.
         source: u64,
-        /// Whether changes that the copy lacks are lost for good, so that proxies shall not wait for them.
-        accepts_loss: bool,
+    },
+    /// A proxy enforced changes of a line of history that are lacking here, and returned what it knew: all that ended
+    /// keys is here from now on, so proxies may go on from that version.
+    StateReturned {
+        /// The line of history.
+        source: u64,
+        /// The number of the last change that the proxy enforced.
+        seq: u64,
+        /// The ids of the secrets that verified there. Older ones that are not among them had ended.
+        kids: Vec<String>,
+    },
+    /// A proxy that returned its state knew of revoked and suspended tokens that are unknown here.
+    FingerprintsEnded {
+        /// The revoked ones.
+        revoked: Fingerprints,
+        /// The suspended ones.
+        suspended: Fingerprints,
+        /// Until when that is kept: no key issued before lives longer. Unix seconds.
+        expires_at: u64,
+        /// When the proxy returned them. Unix seconds.
+        at: u64,
     },
     /// The configuration says something else than before.
     SettingsChanged {
@@ -254,6 +275,7 @@ impl Change {
             Self::SettingsChanged { settings } => Self::PeerChanged { max_life_s: settings.max_life_s() },
             Self::Genesis { .. }
             | Self::HistoryForked { .. }
+            | Self::StateReturned { .. }
             | Self::RevocationsRebuilt {}
             | Self::ExpiredForgotten { .. }
             | Self::SecretsOpened {}
@@ -283,6 +305,8 @@ impl Change {
             Self::CutoffProposed { proposal } => Personal::of(&mut proposal.cutoff.scope.owner),
             Self::Genesis { .. }
             | Self::HistoryForked { .. }
+            | Self::StateReturned { .. }
+            | Self::FingerprintsEnded { .. }
             | Self::SettingsChanged { .. }
             | Self::SecretCreated { .. }
             | Self::SecretMoved { .. }

@@ -6,6 +6,7 @@ pub mod emergency;
 pub mod keys;
 pub mod limits;
 pub mod policy;
+pub mod recovery;
 pub mod revocations;
 pub mod rollout;
 pub mod rotation;

@@ -53,7 +53,11 @@ impl Model {
         }
         let effect = match &entry.change {
             Change::Genesis { source } => self.begin(*source, seq),
-            Change::HistoryForked { source, accepts_loss } => self.fork(*source, *accepts_loss, seq),
+            Change::HistoryForked { source } => self.fork(*source, seq),
+            Change::StateReturned { source, seq, .. } => self.note_returned(*source, *seq),
+            Change::FingerprintsEnded { revoked, suspended, expires_at, at } => {
+                self.end_fingerprints(&revoked.0, &suspended.0, *expires_at, *at)
+            }
             Change::SettingsChanged { settings } => self.set_settings(settings),
             Change::PeerChanged { max_life_s } => {
                 self.longest_life_s = self.longest_life_s.max(*max_life_s);
@@ -123,12 +127,35 @@ impl Model {
         Effect::of_rules()
     }
 
-    fn fork(&mut self, source: u64, accepts_loss: bool, seq: u64) -> Effect {
+    fn fork(&mut self, source: u64, seq: u64) -> Effect {
         Arc::make_mut(&mut self.merged).insert(self.source, self.last_own_seq);
-        let covered = if accepts_loss { u64::MAX } else { seq.saturating_sub(1) };
-        Arc::make_mut(&mut self.lines).insert(self.source, covered);
+        Arc::make_mut(&mut self.lines).insert(self.source, seq.saturating_sub(1));
         self.source = source;
         self.line_start = seq;
+        Effect { rebuilt: true, ..Effect::default() }
+    }
+
+    /// Nothing new for proxies, but a version from which those of that line go on.
+    fn note_returned(&mut self, source: u64, seq: u64) -> Effect {
+        let returned = Arc::make_mut(&mut self.returned).entry(source).or_default();
+        *returned = (*returned).max(seq);
+        Effect::of_rules()
+    }
+
+    fn end_fingerprints(
+        &mut self,
+        revoked: &[Fingerprint],
+        suspended: &[Fingerprint],
+        expires_at: u64,
+        at: u64,
+    ) -> Effect {
+        let revoke = revoked.iter().copied().map(Op::Revoke);
+        for op in revoke.chain(suspended.iter().copied().map(Op::Suspend)) {
+            self.revocations.apply(op);
+            self.expiries.note(op.fingerprint(), expires_at);
+        }
+        revoked.iter().for_each(|_| self.recent.add(at));
+        // More than a delta takes.
         Effect { rebuilt: true, ..Effect::default() }
     }
 

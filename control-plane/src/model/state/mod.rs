@@ -92,6 +92,9 @@ pub struct State {
     /// The lines that went before in this journal, and up to which change of each nothing is lacking. Not for
     /// proxies.
     pub lines: Arc<BTreeMap<u64, u64>>,
+    /// Of lines of history whose changes are lacking here, the last one of which proxies returned what ended keys. Not for
+    /// proxies.
+    pub returned: Arc<BTreeMap<u64, u64>>,
 }
 
 /// The control plane that keeps the ledger of limits.
@@ -112,6 +115,8 @@ pub struct Model {
     line_start: u64,
     /// The lines that went before in this journal, and up to which change of each nothing is lacking.
     lines: Arc<BTreeMap<u64, u64>>,
+    /// Of lines whose changes are lacking here, the last one of which proxies returned what ended keys.
+    returned: Arc<BTreeMap<u64, u64>>,
     /// The number of the last change that was made here.
     last_own_seq: u64,
     seq: u64,
@@ -196,6 +201,14 @@ impl Model {
         self.source
     }
 
+    /// When a line of history of this journal ended, Unix milliseconds: at the beginning of the next one. `None`: it is the
+    /// present one, or none of this journal.
+    pub fn end_of_line(&self, source: u64) -> Option<u64> {
+        self.lines.get(&source)?;
+        let later = self.lines.keys().copied().filter(|line| *line > source).min();
+        Some(later.unwrap_or(self.source))
+    }
+
     /// The stamp of the next change that is made here.
     pub fn next_stamp(&self, now_ms: u64) -> u64 {
         now_ms.max(self.latest_own_stamp).max(self.latest_peer_stamp.saturating_add(1))
@@ -250,6 +263,11 @@ impl Model {
     /// The cut-offs in force.
     pub fn cutoffs(&self) -> &[Cutoff] {
         &self.cutoffs
+    }
+
+    /// Whether a cut-off was lifted.
+    pub fn is_lifted(&self, id: &str) -> bool {
+        self.lifted.contains(id)
     }
 
     /// The cut-offs that wait for a second approval, also those whose time is over.
@@ -400,6 +418,7 @@ impl Model {
             merged: self.merged.clone(),
             line_start: self.line_start,
             lines: self.lines.clone(),
+            returned: self.returned.clone(),
         })
     }
 }
