@@ -4,10 +4,24 @@ use serde::{Deserialize, Serialize};
 
 use crate::decide::refusal::Refusal;
 
-/// Precisely why.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Reason {
+/// Defines the reasons and [`Reason::ALL`] of one list.
+macro_rules! reasons {
+    ($($(#[$doc:meta])* $name:ident,)*) => {
+        /// Precisely why.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum Reason {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Reason {
+            /// All of them, for metrics that exist before they are needed.
+            pub const ALL: [Self; [$(stringify!($name)),*].len()] = [$(Self::$name,)*];
+        }
+    };
+}
+
+reasons! {
     /// The key counts and permits it.
     Allowed,
     /// The route is public.
@@ -67,38 +81,6 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// All of them, for metrics that exist before they are needed.
-    pub const ALL: [Self; 28] = [
-        Self::Allowed,
-        Self::Public,
-        Self::V1,
-        Self::NoRoute,
-        Self::MissingCredential,
-        Self::TooManyCredentials,
-        Self::NoState,
-        Self::StaleState,
-        Self::RevocationUnknown,
-        Self::Malformed,
-        Self::UnknownKid,
-        Self::AlgorithmMismatch,
-        Self::WrongIssuer,
-        Self::WrongAudience,
-        Self::Expired,
-        Self::NotYetValid,
-        Self::LifeTooLong,
-        Self::ForgedId,
-        Self::BadSignature,
-        Self::Lockdown,
-        Self::Revoked,
-        Self::Suspended,
-        Self::Cutoff,
-        Self::MissingScope,
-        Self::WrongRole,
-        Self::RateLimited,
-        Self::LimitUnknown,
-        Self::LimitPending,
-    ];
-
     /// Its name in metrics and logs.
     pub const fn label(self) -> &'static str {
         match self {

@@ -273,32 +273,49 @@ impl TryFrom<Rules> for Ruleset {
     type Error = RulesError;
 
     fn try_from(rules: Rules) -> Result<Self, RulesError> {
+        // Named one by one: a member that is not enforced is an error of the compiler.
+        let Rules {
+            format: _,
+            issuer,
+            audience,
+            realm,
+            leeway_s,
+            max_life_s,
+            hard_age_s,
+            keys,
+            policy,
+            cutoffs,
+            lockdown,
+            limits,
+            rollout,
+            expired_until,
+        } = rules;
         let quoted =
             |text: &str| text.bytes().any(|b| !(b' '..=b'~').contains(&b) || b == b'"' || b == b'\\');
-        if !token::is_identifier(&rules.issuer) {
+        if !token::is_identifier(&issuer) {
             return Err(RulesError::Invalid("issuer must be visible ASCII"));
         }
-        if rules.audience.as_deref().is_some_and(|audience| !token::is_identifier(audience)) {
+        if audience.as_deref().is_some_and(|audience| !token::is_identifier(audience)) {
             return Err(RulesError::Invalid("audience must be visible ASCII"));
         }
-        if rules.realm.is_empty() || quoted(&rules.realm) {
+        if realm.is_empty() || quoted(&realm) {
             return Err(RulesError::Invalid("realm must be printable ASCII without quotes and backslashes"));
         }
-        if rules.leeway_s > MAX_LEEWAY_S {
+        if leeway_s > MAX_LEEWAY_S {
             return Err(RulesError::Invalid("leeway is more than 60 s"));
         }
-        if rules.max_life_s == 0 || rules.hard_age_s == 0 {
+        if max_life_s == 0 || hard_age_s == 0 {
             return Err(RulesError::Invalid("longest life and hard age must be positive"));
         }
-        if rules.keys.len() > MAX_KEYS {
+        if keys.len() > MAX_KEYS {
             return Err(RulesError::Invalid("more than 256 verification keys"));
         }
-        rules.policy.validate().map_err(RulesError::Policy)?;
-        rules.limits.check().map_err(RulesError::Invalid)?;
+        policy.validate().map_err(RulesError::Policy)?;
+        limits.check().map_err(RulesError::Invalid)?;
         // Whether there is a V1 was for the control plane to know.
-        rules.rollout.validate(true).map_err(RulesError::Rollout)?;
-        let mut verifiers: Vec<Verifier> = Vec::with_capacity(rules.keys.len());
-        for key in rules.keys {
+        rollout.validate(true).map_err(RulesError::Rollout)?;
+        let mut verifiers: Vec<Verifier> = Vec::with_capacity(keys.len());
+        for key in keys {
             let material = key.material.expose();
             let decoding = key.alg.verification_key(material).filter(|_| token::is_identifier(&key.kid));
             let Some(decoding) = decoding else { return Err(RulesError::Key(key.kid)) };
@@ -331,18 +348,18 @@ impl TryFrom<Rules> for Ruleset {
             return Err(RulesError::Key(twice));
         }
         Ok(Self {
-            issuer: rules.issuer,
-            audience: rules.audience,
-            realm: rules.realm,
-            leeway_s: rules.leeway_s,
-            max_life_s: rules.max_life_s,
-            hard_age_s: rules.hard_age_s,
-            policy: rules.policy,
-            cutoffs: rules.cutoffs,
-            lockdown: rules.lockdown,
-            limits: rules.limits,
-            rollout: Plan::new(&rules.rollout),
-            expired_until: rules.expired_until,
+            issuer,
+            audience,
+            realm,
+            leeway_s,
+            max_life_s,
+            hard_age_s,
+            policy,
+            cutoffs,
+            lockdown,
+            limits,
+            rollout: Plan::new(&rollout),
+            expired_until,
             verifiers,
         })
     }
