@@ -87,7 +87,8 @@ fn assert_counted(api: &Api, sent: &Sent) {
     assert_eq!(validated("success"), sent["allowed"]);
     let of_no_key = ["no_route", "missing_credential", "too_many_credentials"];
     let without_key: u64 = of_no_key.iter().map(|reason| sent[reason]).sum();
-    assert_eq!(validated("failure"), sum(false) - without_key);
+    let limited: u64 = ["rate_limited", "limit_pending"].iter().filter_map(|reason| sent.get(reason)).sum();
+    assert_eq!((validated("failure"), validated("limited")), (sum(false) - without_key - limited, limited));
 }
 
 #[test]

@@ -16,4 +16,4 @@ pub mod rollout;
 pub mod rules;
 
 pub use self::decision::{Decision, Judge, Request, State, Trace, Verdict, decide, decide_on_route};
-pub use self::reason::Reason;
+pub use self::reason::{Reason, Validation};

@@ -4,6 +4,31 @@ use serde::{Deserialize, Serialize};
 
 use crate::decide::refusal::Refusal;
 
+/// The result of validating a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Validation {
+    /// It is valid and permits the request.
+    Success,
+    /// It is refused.
+    Failure,
+    /// It is valid, and the request is beyond its limit.
+    Limited,
+}
+
+impl Validation {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Success, Self::Failure, Self::Limited];
+
+    /// Its name in metrics.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Failure => "failure",
+            Self::Limited => "limited",
+        }
+    }
+}
+
 /// Defines the reasons and [`Reason::ALL`] of one list.
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident,)*) => {
@@ -120,10 +145,12 @@ impl Reason {
         self as usize
     }
 
-    /// Whether a key was accepted, of decisions that a key was looked at for; `None` for all others.
-    pub const fn is_of_key(self) -> Option<bool> {
+    /// The result of validating the key of a request; `None` where no key was looked at.
+    pub const fn validation(self) -> Option<Validation> {
         match self {
-            Self::Allowed => Some(true),
+            Self::Allowed => Some(Validation::Success),
+            // The key is valid, and has used up its limit.
+            Self::RateLimited | Self::LimitPending => Some(Validation::Limited),
             Self::Malformed
             | Self::UnknownKid
             | Self::AlgorithmMismatch
@@ -139,9 +166,7 @@ impl Reason {
             | Self::Suspended
             | Self::Cutoff
             | Self::MissingScope
-            | Self::WrongRole
-            | Self::RateLimited
-            | Self::LimitPending => Some(false),
+            | Self::WrongRole => Some(Validation::Failure),
             Self::Public
             | Self::V1
             | Self::NoRoute

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use keygate_core::decide::Reason;
+use keygate_core::decide::{Reason, Validation};
 use keygate_core::decide::rollout::ApiVersion;
 use keygate_core::telemetry::{BOUNDS_NS, Times, Timing, Trouble};
 use prometheus::core::{Collector, Desc};
@@ -25,7 +25,7 @@ struct Family {
 
 const VALIDATED: Family = Family {
     name: "api_key_validated_total",
-    help: "Keys validated by proxies and by /api/auth/validate; role is 'unknown' when the signature did not verify.",
+    help: "Keys validated by proxies and by /api/auth/validate; 'limited': valid, and beyond its limit; role is 'unknown' when the signature did not verify.",
     labels: &["role", "version", "result"],
 };
 const REQUESTS: Family = Family {
@@ -124,16 +124,15 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
     let mut failures = TELEMETRY_FAILURES.counter();
     failures.add(&[], exported.failures);
 
-    let result = |success: bool| if success { "success" } else { "failure" };
     for role in roles {
-        for success in [true, false] {
-            validated.add(&[role, V2, result(success)], 0);
+        for result in Validation::ALL {
+            validated.add(&[role, V2, result.label()], 0);
         }
         for route in &exported.routes {
             rate_limit_exceeded.add(&[role, route], 0);
         }
     }
-    validated.add(&[UNKNOWN, V2, result(false)], 0);
+    validated.add(&[UNKNOWN, V2, Validation::Failure.label()], 0);
     for outcome in Outcome::ALL {
         requests.add(&[V2, NONE, outcome.label()], 0);
     }
@@ -162,8 +161,8 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
         if reason == Reason::RateLimited {
             rate_limit_exceeded.add(&[role, endpoint], *count);
         }
-        if let Some(success) = reason.is_of_key() {
-            validated.add(&[role, V2, result(success)], *count);
+        if let Some(result) = reason.validation() {
+            validated.add(&[role, V2, result.label()], *count);
         }
     }
     for (response, count) in &counts.upstream_responses {
@@ -171,7 +170,8 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
         upstream_responses.add(&labels, *count);
     }
     for (validation, count) in &counts.api_validations {
-        validated.add(&[&validation.role, V2, result(validation.success)], *count);
+        let result = if validation.success { Validation::Success } else { Validation::Failure };
+        validated.add(&[&validation.role, V2, result.label()], *count);
     }
     for (reason, count) in &counts.api_refusals {
         auth_errors.add(&[reason.label(), V2], *count);

@@ -84,6 +84,7 @@ async fn totals_outlive_the_process() {
     let counts = [
         (ALLOWED, 0, 5),
         ("decision revoked chat basic", 0, 2),
+        ("decision rate_limited chat basic", 0, 3),
         ("decision no_route  ", 0, 1),
         ("time validation 3", 0, 4),
         ("time validation sum", 0, 30_000),
@@ -98,11 +99,12 @@ async fn totals_outlive_the_process() {
     take(&telemetry, &report("a", &counts)).await;
     for (series, wanted) in [
         (PASSED, 5),
-        ("keygate_requests_total{endpoint=\"chat\",outcome=\"refused\",version=\"v2\"}", 2),
+        ("keygate_requests_total{endpoint=\"chat\",outcome=\"refused\",version=\"v2\"}", 5),
         ("keygate_requests_total{endpoint=\"none\",outcome=\"refused\",version=\"v2\"}", 1),
         ("auth_errors_total{error_type=\"revoked\",version=\"v2\"}", 2),
         ("auth_errors_total{error_type=\"no_route\",version=\"v2\"}", 1),
         ("api_key_validated_total{result=\"failure\",role=\"basic\",version=\"v2\"}", 2),
+        ("api_key_validated_total{result=\"limited\",role=\"basic\",version=\"v2\"}", 3),
         ("key_validation_duration_seconds_bucket{version=\"v2\",le=\"0.00001\"}", 4),
         ("key_validation_duration_seconds_count{version=\"v2\"}", 5),
         ("jwt_decode_duration_seconds_count", 0),
