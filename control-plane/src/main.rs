@@ -9,7 +9,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("keygate: {error:#}");
-            ExitCode::FAILURE
+            cli::exit::code_of(&error)
         }
     }
 }

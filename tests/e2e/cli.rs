@@ -1,6 +1,6 @@
 //! The operator's commands, as they are typed.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use keygate_e2e::{Request, SOON, Stack, binaries, wait_until};
 use serde_json::{Value, json};
@@ -90,7 +90,7 @@ fn an_emergency_from_the_command_line() {
 
     let revoke = ["emergency", "revoke"];
     let (status, text) = keygate(&stack, &revoke);
-    assert_eq!(status, Some(1));
+    assert_eq!(status, Some(2));
     assert!(text.contains("--all"), "it says what is missing: {text}");
     said(
         &stack,
@@ -124,5 +124,58 @@ fn an_emergency_from_the_command_line() {
     said(&stack, &["revocations", "rebuild", "--wait"], &["rebuilt", "enforced by 1 of 1"]);
     assert_eq!((chat(0), chat(2)), (200, 401));
     said(&stack, &["fleet"], &["current"]);
-    assert_eq!(keygate(&stack, &["emergency", "lift", "../keys"]).0, Some(1));
+    assert_eq!(keygate(&stack, &["emergency", "lift", "../keys"]).0, Some(2));
+}
+
+#[test]
+fn an_exit_code_says_what_became_of_it() {
+    let mut stack =
+        Stack::builder().workers(1).config("[emergency]\nsecond_approval_threshold = 0.25\n").start();
+    let api = stack.api();
+    let (first, second) = (api.issue("basic"), api.issue("basic"));
+    let reader = api.issue("contributor");
+    let code = |stack: &Stack, arguments: &[&str]| keygate(stack, arguments).0;
+
+    assert_eq!(code(&stack, &["keys", "revoke", "--wait", &first.id]), Some(0));
+    assert_eq!(code(&stack, &["keys", "revoke", "key_nowhere"]), Some(1));
+    assert_eq!(code(&stack, &["keys", "revoke", "--reason", "boredom", &second.id]), Some(2));
+    assert_eq!(code(&stack, &["keys", "revoke"]), Some(2));
+    assert_eq!(code(&stack, &["--url", "localhost", "fleet"]), Some(2), "no URL");
+    assert_eq!(code(&stack, &["emergency", "revoke", "--role", "basic", "--wait"]), Some(4));
+    let as_reader = Command::new(binaries::keygate())
+        .args(["keys", "revoke", &second.id, "--url"])
+        .arg(format!("http://127.0.0.1:{}", stack.control_plane.api_port()))
+        .env("KEYGATE_ADMIN_KEY", &reader.token)
+        .output()
+        .expect("keygate runs");
+    assert_eq!(as_reader.status.code(), Some(7));
+
+    // A proxy that is gone without a word is waited for until its hard age has passed.
+    stack.envoy.kill();
+    assert_eq!(code(&stack, &["keys", "suspend", "--wait", "--timeout", "100ms", &second.id]), Some(3));
+
+    let alone = Stack::builder().without_envoy().start();
+    let key = alone.api().issue("basic");
+    let (status, text) = keygate(&alone, &["keys", "revoke", "--wait", &key.id]);
+    assert_eq!(status, Some(6));
+    assert!(text.contains("no proxy is connected"), "{text}");
+}
+
+#[test]
+fn a_reader_that_stops_early_is_no_error() {
+    let stack = Stack::builder().without_envoy().start();
+    (0..5).for_each(|_| drop(stack.api().issue("basic")));
+    let mut listing = Command::new(binaries::keygate())
+        .args(["keys", "list"])
+        .env("KEYGATE_URL", format!("http://127.0.0.1:{}", stack.control_plane.api_port()))
+        .env("KEYGATE_ADMIN_KEY", stack.control_plane.admin_key())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("keygate runs");
+    drop(listing.stdout.take());
+    let output = listing.wait_with_output().expect("it ends");
+    // 128 + SIGPIPE, or all was written before.
+    assert!([Some(0), Some(141)].contains(&output.status.code()), "{output:?}");
+    assert_eq!(output.stderr, b"", "no backtrace");
 }

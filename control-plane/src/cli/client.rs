@@ -1,14 +1,40 @@
-//! The operator's subcommands: calls of the API at `KEYGATE_URL` with the key in `KEYGATE_ADMIN_KEY`. No
+//! The operator's subcommands: calls of the API at `--url` or `KEYGATE_URL` with the key in `KEYGATE_ADMIN_KEY`. No
 //! key is ever taken from the command line, where every user of the machine could read it.
 
 use std::io::Read as _;
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail};
+use std::sync::OnceLock;
+
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Output;
+use super::exit::{Exit, Failure};
+
+/// The control plane that is called.
+static SERVER: OnceLock<String> = OnceLock::new();
+const DEFAULT_SERVER: &str = "http://localhost:8000";
+
+/// Says which control plane is called; `None`: the default one.
+pub fn set_server(url: Option<String>) -> anyhow::Result<()> {
+    let Some(url) = url.filter(|url| !url.is_empty()) else { return Ok(()) };
+    let is_url = url.split_once("://").is_some_and(|(scheme, rest)| {
+        ["http", "https"].contains(&scheme) && !rest.is_empty() && !rest.starts_with('/')
+    });
+    if !is_url {
+        let problem = format!("--url (KEYGATE_URL): {url:?} is no URL, such as {DEFAULT_SERVER}");
+        return Err(Failure::new(Exit::Usage, problem));
+    }
+    let _set_once = SERVER.set(url);
+    Ok(())
+}
+
+/// The control plane that is called.
+fn server() -> &'static str {
+    SERVER.get().map_or(DEFAULT_SERVER, String::as_str)
+}
 
 /// Keys.
 #[derive(Debug, Subcommand)]
@@ -84,7 +110,7 @@ pub enum Keys {
 /// Whether to wait for the proxies.
 #[derive(Debug, Args)]
 pub struct Wait {
-    /// Wait until every proxy enforces it; exit with 2 if one does not in time
+    /// Wait until every proxy enforces it; exit with 3 if one does not in time, with 6 if there is none
     #[arg(long)]
     wait: bool,
     /// How long to wait
@@ -104,9 +130,17 @@ impl Wait {
         }
     }
 
-    /// 2 when a proxy does not enforce what was answered.
+    /// Whether what was answered is in force, as far as that was asked for.
     pub fn code(&self, answer: &Value) -> ExitCode {
-        if missing(answer) { ExitCode::from(2) } else { ExitCode::SUCCESS }
+        if answer.get("approval").is_some_and(|approval| !approval.is_null()) {
+            Exit::WaitsForApproval.into()
+        } else if missing(answer) {
+            Exit::NotInForce.into()
+        } else if answer["propagation"]["total"] == 0 {
+            Exit::NoProxy.into()
+        } else {
+            ExitCode::SUCCESS
+        }
     }
 }
 
@@ -117,6 +151,10 @@ fn missing(answer: &Value) -> bool {
 /// Says how far a change has got, if that was asked for.
 pub fn print_propagation(answer: &Value) {
     let Some(propagation) = answer.get("propagation") else { return };
+    if propagation["total"] == 0 {
+        println!("no proxy is connected to {}, so nothing enforces it yet; see 'keygate fleet'", server());
+        return;
+    }
     println!(
         "enforced by {} of {} proxies, the slowest after {} ms",
         propagation["applied"], propagation["total"], propagation["max_lag_ms"],
@@ -252,7 +290,7 @@ pub struct Fleet {
 /// What there is to do with one of them.
 #[derive(Debug, Subcommand)]
 enum OneProxy {
-    /// Have a proxy that is about to end give back what it has of limits; exit with 2 if it has not in time
+    /// Have a proxy that is about to end give back what it has of limits; exit with 3 if it has not in time
     ///
     /// It answers 503 to limited keys from then on, so let it get no more requests before. A new process of it is like any
     /// other. One that ends without this takes its share of every limit along: for the hard age, or an hour where there are
@@ -279,7 +317,7 @@ impl Fleet {
                 "{proxy} has not said yet what it spent; is it there? Ask again: keygate fleet drain {proxy}"
             );
         }
-        Ok(if drained { ExitCode::SUCCESS } else { ExitCode::from(2) })
+        Ok(if drained { ExitCode::SUCCESS } else { Exit::NotInForce.into() })
     }
 }
 
@@ -357,10 +395,24 @@ pub fn call(
     query: &[(&str, String)],
     body: Option<&Value>,
 ) -> anyhow::Result<Value> {
-    let url = std::env::var("KEYGATE_URL").unwrap_or_else(|_| "http://localhost:8000".into());
-    let key = std::env::var("KEYGATE_ADMIN_KEY").context(
-        "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
-    )?;
+    let key = std::env::var("KEYGATE_ADMIN_KEY").map_err(|_| {
+        Failure::new(
+            Exit::Usage,
+            "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
+        )
+    })?;
+    call_as(&key, method, path, query, body)
+}
+
+/// The same with another key.
+pub fn call_as(
+    key: &str,
+    method: &str,
+    path: &str,
+    query: &[(&str, String)],
+    body: Option<&Value>,
+) -> anyhow::Result<Value> {
+    let url = server();
     // The longest wait is 15 minutes.
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .http_status_as_error(false)
@@ -382,25 +434,31 @@ pub fn call(
             .header("authorization", bearer)
             .send_json(body.unwrap_or(&json!({}))),
     };
-    let mut response =
-        sent.with_context(|| format!("{url}: is the control plane running? (KEYGATE_URL says where)"))?;
+    let mut response = sent
+        .with_context(|| format!("{url}: is the control plane running? (--url or KEYGATE_URL says where)"))?;
     let status = response.status();
     let answer: Value =
         response.body_mut().read_json().with_context(|| format!("{url} answered {status} without JSON"))?;
     if !status.is_success() {
         let code = text(&answer, "code");
         let detail = text(&answer, "detail");
-        match code.as_str() {
+        let exit = match status.as_u16() {
+            400 | 405 | 413 | 422 => Exit::Usage,
+            401 | 403 => Exit::Refused,
+            _ => Exit::Failed,
+        };
+        let text = match code.as_str() {
             "invalid_token" | "missing_credential" => {
-                bail!("the key in KEYGATE_ADMIN_KEY is not accepted ({code})")
+                format!("the key in KEYGATE_ADMIN_KEY is not accepted by {url} ({code})")
             }
             _ if answer["errors"].as_array().is_some_and(|errors| errors.len() > 1) => {
                 let errors = answer["errors"].as_array().into_iter().flatten();
                 let errors: Vec<String> = errors.filter_map(Value::as_str).map(ToOwned::to_owned).collect();
-                bail!("{detail} ({status}, {code})\n  {}", errors.join("\n  "))
+                format!("{detail} ({status}, {code})\n  {}", errors.join("\n  "))
             }
-            _ => bail!("{detail} ({status}, {code})"),
-        }
+            _ => format!("{detail} ({status}, {code})"),
+        };
+        return Err(Failure::new(exit, text));
     }
     Ok(answer)
 }
@@ -408,7 +466,10 @@ pub fn call(
 /// An id as a segment of a path.
 pub fn segment(id: &str) -> anyhow::Result<&str> {
     if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
-        bail!("that is no id; see 'keygate keys list' and 'keygate emergency show'");
+        return Err(Failure::new(
+            Exit::Usage,
+            "that is no id; see 'keygate keys list' and 'keygate emergency show'",
+        ));
     }
     Ok(id)
 }

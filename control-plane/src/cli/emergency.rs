@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Output;
 use super::client::{Wait, by_role, call, print_json, print_propagation, segment, text};
+use super::exit::{Exit, Failure};
 
 const REVOKE: &str = "/api/admin/emergency/revoke";
 const LOCKDOWN: &str = "/api/admin/emergency/lockdown";
@@ -108,7 +109,8 @@ impl CutOff {
         }
         let narrowed = ["role", "owner", "kid"].iter().any(|name| scope.get(*name).is_some());
         if !narrowed && !self.all {
-            anyhow::bail!("say which keys: --role, --owner, --kid, or --all for all of them");
+            let problem = "say which keys: --role, --owner, --kid, or --all for all of them";
+            return Err(Failure::new(Exit::Usage, problem));
         }
         let mut body = json!({ "scope": scope, "dry_run": self.dry_run, "reason": self.reason });
         if let Some(why) = self.break_glass {

@@ -1,10 +1,13 @@
 //! The command line.
 
+#[macro_use]
+mod print;
+
 mod audit;
 mod client;
 mod configuration;
 mod emergency;
-mod exit;
+pub mod exit;
 mod recovery;
 mod rollout;
 mod secrets;
@@ -16,8 +19,11 @@ use clap::{Args, Parser, Subcommand};
 
 /// API keys enforced inside Envoy: the control plane and its operator's commands.
 #[derive(Debug, Parser)]
-#[command(version, arg_required_else_help = true)]
+#[command(version, arg_required_else_help = true, after_help = exit::HELP)]
 struct Cli {
+    /// The control plane that commands call [default: http://localhost:8000]
+    #[arg(long, global = true, env = "KEYGATE_URL", value_name = "URL")]
+    url: Option<String>,
     #[command(subcommand)]
     command: Command,
 }
@@ -64,7 +70,9 @@ struct Output {
 
 /// Runs what the command line says.
 pub fn run() -> anyhow::Result<ExitCode> {
-    match Cli::parse().command {
+    let Cli { url, command } = Cli::parse();
+    client::set_server(url)?;
+    match command {
         Command::Serve(serve) => serve.run(),
         Command::Keys(keys) => keys.run(),
         Command::Emergency(emergency) => emergency.run(),

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::Output;
 use super::client::{Wait, call, print_json, print_propagation, text, words};
+use super::exit::{Exit, Failure};
 
 const FLAGS: &str = "/api/admin/feature_flags";
 
@@ -136,7 +137,7 @@ impl Set {
             document["v1_retired"] = retired.into();
         }
         if document == json!({}) {
-            anyhow::bail!("say what to change; see keygate rollout set --help");
+            return Err(Failure::new(Exit::Usage, "say what to change; see keygate rollout set --help"));
         }
         self.because.put(document)
     }

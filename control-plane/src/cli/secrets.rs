@@ -10,7 +10,8 @@ use keygate_core::secret::Secret;
 use serde_json::{Value, json};
 
 use super::Output;
-use super::client::{by_role, call, print_json, text, words};
+use super::client::{by_role, call, call_as, print_json, text, words};
+use super::exit::Exit;
 
 const STATUS: &str = "/api/admin/secrets/status";
 const ROTATE: &str = "/api/admin/secrets/rotate";
@@ -59,7 +60,7 @@ pub struct Rotate {
     /// How long proxies may take to know the new secret before it counts as a failure
     #[arg(long, value_name = "DURATION")]
     propagation_timeout: Option<String>,
-    /// Wait until the new secret signs; exit with 2 if it does not in time
+    /// Wait until the new secret signs; exit with 3 if it does not in time
     #[arg(long)]
     wait: bool,
     /// How long to wait
@@ -186,19 +187,25 @@ impl Rotate {
                 println!("{key}");
             }
         }
-        if self.dry_run || !self.wait || self.immediate {
+        if self.dry_run || !self.wait {
             return Ok(ExitCode::SUCCESS);
         }
+        let key = answer["api_key"].as_str();
         let deadline = Instant::now() + timeout;
         let mut said = String::new();
         loop {
-            let status = call("GET", STATUS, &[], None)?;
-            if status["active"]["version_id"] == kid.as_str() {
+            let status = match key {
+                Some(key) => call_as(key, "GET", STATUS, &[], None)?,
+                None => call("GET", STATUS, &[], None)?,
+            };
+            // After an immediate rotation it is active at once, and signs when every proxy knows it.
+            let is_under_way = status["rotation"]["version_id"] == kid.as_str();
+            if status["active"]["version_id"] == kid.as_str() && !is_under_way {
                 eprintln!("{kid} signs");
                 return Ok(ExitCode::SUCCESS);
             }
-            if status["rotation"]["version_id"] != kid.as_str() {
-                anyhow::bail!("the rotation to {kid} was ended by somebody");
+            if !is_under_way {
+                anyhow::bail!("the rotation to {kid} was cancelled");
             }
             let waiting = &status["rotation"]["waiting_for"];
             let waits = names(waiting);
@@ -207,8 +214,8 @@ impl Rotate {
                 said = waits;
             }
             if Instant::now() >= deadline {
-                eprintln!("it does not sign yet; it goes on by itself");
-                return Ok(ExitCode::from(2));
+                eprintln!("it does not sign yet, so no key can be issued with it; the rotation continues");
+                return Ok(Exit::NotInForce.into());
             }
             std::thread::sleep(LOOK_EVERY);
         }

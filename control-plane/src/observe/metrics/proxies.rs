@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use keygate_core::decide::{Reason, Validation};
 use keygate_core::decide::rollout::ApiVersion;
+use keygate_core::decide::{Reason, Validation};
 use keygate_core::telemetry::{BOUNDS_NS, Times, Timing, Trouble};
 use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
