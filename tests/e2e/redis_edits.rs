@@ -740,3 +740,42 @@ fn what_another_control_plane_revokes_is_not_taken_for_an_edit() {
     assert_eq!(records(&other, "actor=redis"), [] as [Value; 0], "nobody edited anything");
     assert_eq!(records(&other, "action=key_revoked").len(), keys.len());
 }
+
+#[test]
+fn a_key_is_revoked_by_its_id() {
+    let shared = Shared::start(Redis::new());
+    let (stack, api) = (&shared.stack, shared.stack.api());
+    let keys: Vec<Key> = (0..3).map(|_| api.issue("basic")).collect();
+    let chat = |key: &Key| stack.get("/api/chat", &key.token).status;
+    assert_eq!(chat(&keys[0]), 200);
+    for (key, reason, wanted) in
+        [(&keys[0], "compromised", "compromised"), (&keys[1], "\"INC-7, leaked\"", "admin_action")]
+    {
+        let begun = Instant::now();
+        assert_eq!(shared.typed(&format!("redis-cli SET revoke:{} {reason}", key.id)), "OK");
+        wait_until(SOON, "the key to be refused", || chat(key) == 401);
+        println!("revoked after {} ms", begun.elapsed().as_millis());
+        let shown = api.get(&format!("/api/admin/keys/{}", key.id)).expect(200).json();
+        assert_eq!(shown["revoked"]["reason"], wanted, "{shown}");
+        assert_eq!(shown["revoked"]["by"], "redis", "{shown}");
+        wait_until(SOON, "the order to be taken away", || {
+            shared.typed(&format!("redis-cli EXISTS revoke:{}", key.id)) == "0"
+        });
+    }
+    assert_eq!(chat(&keys[2]), 200);
+
+    // What is no order is refused for all to see, and does not stay.
+    shared.typed("redis-cli SET revoke:key_nowhere compromised");
+    shared.typed(&format!("redis-cli SADD revoke:{} compromised", keys[2].id));
+    wait_until(SOON, "both to be refused", || {
+        shared.typed("redis-cli --scan --pattern revoke:* | wc -l") == "0"
+    });
+    let refused = api.get("/api/admin/audit?action=edit_refused").expect(200).json();
+    assert_eq!(refused["records"].as_array().map(Vec::len), Some(2), "{refused}");
+    assert_eq!(chat(&keys[2]), 200);
+    let metrics = Metrics::of(&api);
+    for (outcome, wanted) in [("taken", 2.0), ("refused", 2.0)] {
+        let series = format!("keygate_redis_edits_total{{key=\"revoke:<key id>\",outcome=\"{outcome}\"}}");
+        assert!((metrics.value(&series) - wanted).abs() < 0.5, "{series}");
+    }
+}

@@ -14,6 +14,7 @@ mod edits;
 mod error;
 mod foreign;
 mod health;
+mod levers;
 mod link;
 mod listen;
 mod log;
@@ -169,7 +170,7 @@ pub fn begin_metrics(metrics: &Metrics) {
     for kind in error_kinds() {
         metrics.redis.errors.with([kind]);
     }
-    for key in OperatorKey::ALL.map(OperatorKey::name) {
+    for key in OperatorKey::ALL.map(OperatorKey::name).into_iter().chain([levers::METRIC]) {
         for outcome in ["taken", "refused"] {
             metrics.redis.edits.with([key, outcome]);
         }

@@ -49,6 +49,11 @@ pub const REVOKED_SET: &str = "revoked_bloom";
 /// What [`revoked`] begins with.
 pub const REVOKED_PREFIX: &str = "revoked:";
 
+/// An operator's order to revoke a key: the reason, as a string.
+pub fn revocation_order(key_id: &str) -> String {
+    format!("revoke:{key_id}")
+}
+
 /// The channel on which the id of a token that was revoked is told.
 pub const KEY_REVOKED: &str = "key_revoked";
 /// The channel on which the id of a new secret is told.

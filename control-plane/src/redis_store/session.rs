@@ -12,6 +12,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 use super::error::LinkError;
 use super::foreign;
 use super::health::Health;
+use super::levers::Orders;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
 use super::pass_on::{PassOn, PassedOn, journalled};
@@ -157,6 +158,7 @@ async fn session(
         stood,
         dealt_with: BTreeMap::new(),
         peer_errors: BTreeMap::new(),
+        orders: Orders::default(),
     };
     session.check().await?;
     let passed_on = session.make_good().await?;
@@ -196,6 +198,7 @@ pub struct Session<'s> {
     /// The edits that were dealt with and could not be written over, each with its digest and the stamp before it.
     pub(super) dealt_with: BTreeMap<OperatorKey, (String, Option<u64>)>,
     pub(super) peer_errors: BTreeMap<u64, String>,
+    pub(super) orders: Orders,
 }
 
 impl Session<'_> {
@@ -376,6 +379,7 @@ impl Session<'_> {
         self.tell_again().await?;
         self.redis.cover(&reports, (source, *self.node.feed.last().borrow()), &self.node.state().merged);
         self.look_at_edits().await?;
+        self.look_at_orders().await?;
         // While changes are on their way the numbers differ by themselves.
         let last = *self.node.feed.last().borrow();
         let is_still = self.seen_last == last && self.redis.status.borrow().tried >= last;
