@@ -457,3 +457,25 @@ fn breaking_the_glass_does_without_the_second_approval_and_is_loud() {
     let journal = kept(stack.control_plane.data().join("journal/00000000000000000001.jsonl"));
     assert!(journal.contains(r#""break_glass":"keys are on a public page""#), "the journal has it");
 }
+
+#[test]
+fn a_key_issued_right_after_a_mass_revocation_lives_and_one_right_before_does_not() {
+    let stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let chat = |key: &Key| stack.get("/api/chat", &key.token).status;
+    for _ in 0..5 {
+        let before: Vec<Key> = (0..2).map(|_| api.issue("basic")).collect();
+        let other = api.issue("contributor");
+        let cut =
+            api.post("/api/admin/emergency/revoke?wait=applied", &json!({ "scope": { "role": "basic" } }));
+        let cut = cut.expect(200).json();
+        let after = api.issue("basic");
+        assert_eq!(before.iter().map(chat).collect::<Vec<_>>(), [401, 401], "{cut}");
+        assert_eq!((chat(&after), chat(&other)), (200, 200), "{cut}");
+        assert!(cut["by_role"]["basic"].as_u64() >= Some(2), "{cut}");
+        // Lifted, those of before count again.
+        let lift = format!("{REVOKE}/{}?wait=applied", cut["cutoff"]["id"].as_str().expect("an id"));
+        api.send(Request::new("DELETE", &lift)).expect(200);
+        assert_eq!(before.iter().map(chat).collect::<Vec<_>>(), [200, 200]);
+    }
+}

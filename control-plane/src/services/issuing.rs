@@ -83,13 +83,15 @@ where
     for _ in 0..TRIES {
         wait_for_signer(node).await;
         let signer = Arc::clone(node.state().secrets.signer()?);
-        let key = make(&signer, node.clock.now_s())?;
+        let made_at = node.clock.now_s();
+        let key = make(&signer, made_at)?;
         let token = token(&node.config, &signer, &key).await?;
         let (command, made) = (command.clone(), key.clone());
         let (issuance, committed) =
             node.writer.submit(actor, move |view: &View<'_>| command(view, &made)).await??;
         match issuance {
             Issuance::Overtaken => {}
+            Issuance::EndsThisSecond => wait_next_second(node, made_at).await,
             Issuance::New => return Ok((Issued { key, token, replayed: false }, committed)),
             Issuance::Replayed(key, signer) => {
                 let token = self::token(&node.config, &signer, &key).await?;
@@ -116,6 +118,13 @@ pub async fn token(
     let signer = Arc::clone(signer);
     let signed = tokio::task::spawn_blocking(move || signer.sign(&claims)).await;
     Ok(signed.map_err(|_| SignError::Stopped)??)
+}
+
+/// Waits until the second is over in which a key was made.
+async fn wait_next_second(node: &Node, made_at: u64) {
+    let next_ms = made_at.saturating_add(1).saturating_mul(1_000);
+    let left = next_ms.saturating_sub(node.clock.now_ms()).min(1_000);
+    tokio::time::sleep(Duration::from_millis(left)).await;
 }
 
 /// Waits a moment until a secret signs: after an immediate rotation none does until every live proxy knows the new one.

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use keygate_core::decide::cache::Verified;
+use keygate_core::decide::cutoff::Cutoff;
 
 use super::Plan;
 use crate::model::canary;
@@ -234,6 +235,8 @@ pub enum Issuance {
     Replayed(Box<KeyRecord>, Arc<Signer>),
     /// Another secret signs by now, or the former key was changed: the key has to be made again.
     Overtaken,
+    /// A mass revocation ends all keys that are issued in this second: the key has to be made again in the next one.
+    EndsThisSecond,
 }
 
 /// Issues a key that the holder of another one asks for.
@@ -317,6 +320,13 @@ fn issue(
 ) -> Plan<Issuance, IssueError> {
     if view.model.secrets().signer()?.kid != key.kid {
         return Ok((Vec::new(), Issuance::Overtaken));
+    }
+    let (issuer, audience) = view.model.issuer();
+    let claims = key.claims(issuer, audience);
+    let next_second = key.issued_at.saturating_add(1);
+    let ends = |cutoff: &Cutoff| cutoff.created_before == next_second && cutoff.hits(&claims, &key.kid);
+    if view.model.cutoffs().iter().any(ends) {
+        return Ok((Vec::new(), Issuance::EndsThisSecond));
     }
     let mut changes =
         vec![Change::KeyIssued { key: Box::new(key.clone()), idempotency: idempotency.cloned() }];
