@@ -35,6 +35,8 @@ pub struct LivePeer {
     pub source: u64,
     /// The signing secrets that all of its live proxies know; `None` before its first report.
     pub known_secrets: Option<BTreeSet<String>>,
+    /// If it ended in good order: the ids of the proxies that it left.
+    pub left: Option<BTreeSet<String>>,
 }
 
 /// The place where control planes meet. Methods that ask it return `None` when it cannot be reached.

@@ -133,6 +133,9 @@ fn status(output: &Output) -> anyhow::Result<ExitCode> {
     if let Some(waiting) = answer["rotation"].as_object().and_then(|rotation| rotation.get("waiting_for")) {
         println!("the rotation waits for: {}", names(waiting));
     }
+    if answer["rotation"]["state"] == "active" {
+        println!("no key can be issued until then");
+    }
     if answer["rotation"]["stalled"] == true {
         println!("that takes too long; see 'keygate fleet', then wait, or keygate secrets force or cancel");
     }

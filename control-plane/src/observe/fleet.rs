@@ -1,6 +1,6 @@
 //! The proxies: who they are, what they enforce, and waiting until all of them enforce a version.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -401,6 +401,15 @@ impl Fleet {
             .collect();
         lacking.sort();
         lacking
+    }
+
+    /// The ids of the proxies that were heard of within the hard age. A new process with an id means that the one before is
+    /// gone.
+    pub fn live(&self, state: &State) -> BTreeSet<String> {
+        let now = Instant::now();
+        let proxies = self.lock();
+        let live = proxies.iter().filter(|(_, entry)| now.duration_since(entry.heard) <= hard_age(state));
+        live.map(|(id, _)| id.proxy.clone()).collect()
     }
 
     /// Changes each time that a proxy was heard.

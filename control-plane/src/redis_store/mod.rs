@@ -101,14 +101,19 @@ pub struct Report {
     /// Where it takes questions of proxies that others were asked.
     #[serde(default)]
     pub sync_url: Option<String>,
-    /// Differs from that of the report before: so others see that it is alive.
+    /// When it was made, Unix milliseconds. Differs from that of the report before: so others see that it is alive.
     #[serde(default)]
     pub beat: u64,
+    /// In the last report of a control plane that ended in good order: the ids of the proxies that it leaves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub left: Option<BTreeSet<String>>,
 }
 
 /// What was seen of the reports of others.
 #[derive(Debug, Default)]
 struct Heard {
+    /// When they were looked at first; `None`: never.
+    first: Option<Instant>,
     /// When they were looked at last; `None`: never.
     looked: Option<Instant>,
     /// The last report of each, and when it was seen first.

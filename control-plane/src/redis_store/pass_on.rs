@@ -120,14 +120,12 @@ impl PassOn<'_> {
     ) -> Result<(), SessionError> {
         let known = rotation::known_everywhere(self.node);
         let sync_url = Some(self.node.sync_url.clone());
-        let report = Report { seq, last_own, merged, known, sync_url, beat: self.node.clock.now_ms() };
-        let source = self.node.state().version.source;
+        let beat = self.node.clock.now_ms();
+        let report = Report { seq, last_own, merged, known, sync_url, beat, left: None };
         *self.redis.reported.lock().unwrap_or_else(PoisonError::into_inner) =
             Some((report.clone(), Instant::now()));
-        let sealed = self.redis.sealer.seal(&sealed::report_place(source), &report);
-        let mut set = redis::cmd("HSET");
-        set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
-        Ok(self.link.query::<()>(&set).await?)
+        let source = self.node.state().version.source;
+        Ok(write_report(self.redis, &self.link, source, &report).await?)
     }
 
     /// Notes that Redis has all changes up to `seq`, once its replicas have too.
@@ -168,4 +166,29 @@ pub async fn journalled(node: &Node, seq: u64, last: u64) -> Result<Vec<Arc<Logg
     let (dir, privacy) = (node.config.journal_dir(), node.privacy.clone());
     let read = tokio::task::spawn_blocking(move || log::read_journal(&dir, &privacy, seq, last));
     Ok(read.await.map_err(|_| CommitError::Stopped)??)
+}
+
+/// Writes the report of this control plane.
+async fn write_report(
+    redis: &RedisPeers,
+    link: &Link,
+    source: u64,
+    report: &Report,
+) -> Result<(), LinkError> {
+    let sealed = redis.sealer.seal(&sealed::report_place(source), report);
+    let mut set = redis::cmd("HSET");
+    set.arg(names::REPORTS).arg(format!("{source:x}")).arg(sealed);
+    link.query::<()>(&set).await
+}
+
+/// Says that this control plane ends, and which proxies it leaves: others need not wait for it.
+pub async fn sign_off(node: &Node, redis: &RedisPeers) {
+    let link = redis.asking.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let report = redis.reported.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let (Some(link), Some((report, _))) = (link, report) else { return };
+    let state = node.state();
+    let report = Report { beat: node.clock.now_ms(), left: Some(node.fleet.live(&state)), ..report };
+    if let Err(error) = write_report(redis, &link, state.version.source, &report).await {
+        tracing::warn!(%error, "other control planes cannot be told that this one ends; they wait for it for the hard age");
+    }
 }

@@ -1,6 +1,6 @@
 //! The other control planes by way of Redis.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
@@ -13,6 +13,8 @@ use crate::peers::{Intake, LivePeer, Peers};
 
 /// Time for which an answer waits until Redis has its change.
 const REPLICATED_WITHIN: Duration = Duration::from_secs(1);
+/// A control plane that is alive reports more often than this.
+const SHOWS_ITSELF_WITHIN: Duration = Duration::from_secs(5);
 /// Time for which a proxy waits until the others' changes were taken in.
 const CAUGHT_UP_WITHIN: Duration = Duration::from_secs(1);
 
@@ -44,15 +46,18 @@ impl RedisPeers {
         }
     }
 
-    /// Notes the reports that others left in Redis.
-    pub(super) fn hear(&self, reports: &BTreeMap<u64, Report>) {
+    /// Notes the reports that others left in Redis. How old one is that is met for the first time, its own time says.
+    pub(super) fn hear(&self, reports: &BTreeMap<u64, Report>, now_ms: u64) {
         let now = Instant::now();
         let mut heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.first.get_or_insert(now);
         heard.looked = Some(now);
         for (source, report) in reports {
+            let age = Duration::from_millis(now_ms.saturating_sub(report.beat));
             let seen = match heard.reports.get(source) {
                 Some((before, seen)) if before.beat == report.beat => *seen,
-                _ => now,
+                Some(_) => now,
+                None => now.checked_sub(age).unwrap_or(now),
             };
             heard.reports.insert(*source, (report.clone(), seen));
         }
@@ -95,15 +100,21 @@ impl Peers for RedisPeers {
         let is_own = |source: &u64| state.is_own(*source);
         let Some(looked) = heard.looked else {
             let known = state.merged.keys().filter(|source| !is_own(source));
-            return known.map(|source| LivePeer { source: *source, known_secrets: None }).collect();
+            return known
+                .map(|source| LivePeer { source: *source, known_secrets: None, left: None })
+                .collect();
         };
         let hard_age = Duration::from_secs(state.rules.hard_age_s);
-        let live = heard.reports.iter().filter(|(source, (_, seen))| {
-            !is_own(source) && looked.saturating_duration_since(*seen) <= hard_age
+        // Clocks may differ: each has time to show that it is alive.
+        let is_early = heard.first.is_some_and(|first| looked.duration_since(first) < SHOWS_ITSELF_WITHIN);
+        let live = heard.reports.iter().filter(|(source, (report, seen))| {
+            let is_over = report.left.as_ref().is_some_and(BTreeSet::is_empty);
+            !is_own(source) && !is_over && (is_early || looked.saturating_duration_since(*seen) <= hard_age)
         });
         live.map(|(source, (report, _))| LivePeer {
             source: *source,
             known_secrets: Some(report.known.clone()),
+            left: report.left.clone(),
         })
         .collect()
     }

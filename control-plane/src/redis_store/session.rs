@@ -15,6 +15,7 @@ use super::health::Health;
 use super::levers::Orders;
 use super::link::Link;
 use super::log::{self, Filler, LogError, Patience};
+use super::pass_on;
 use super::pass_on::{PassOn, PassedOn, journalled};
 use super::revoked::{self, Extent, Met, UnionError, United};
 use super::sealed::{self, Shipped};
@@ -103,13 +104,14 @@ pub async fn run(node: Arc<Node>, redis: Arc<RedisPeers>) {
     let mut pause = RETRY.0;
     loop {
         let started = Instant::now();
-        let error = tokio::select! {
+        let ended = tokio::select! {
             ended = session(&node, &redis, &mut stood) => match ended {
                 Ok(never) => match never {},
-                Err(error) => error,
+                Err(error) => Some(error),
             },
-            _ = stopping.wait_for(|stop| *stop) => return,
+            _ = stopping.wait_for(|stop| *stop) => None,
         };
+        let Some(error) = ended else { return pass_on::sign_off(&node, &redis).await };
         *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
         node.metrics.redis.connection.set_flag(false);
         node.metrics.redis.errors.with([error.label()]).inc();
@@ -278,7 +280,7 @@ impl Session<'_> {
             self.redis.update(|status| status.intake = Intake::Begun);
         }
         self.fill_up_others().await?;
-        self.redis.hear(&reports);
+        self.redis.hear(&reports, node.clock.now_ms());
         while self.take_in().await? {}
         let own = (state.version.source, *node.feed.last().borrow());
         self.redis.cover(&reports, own, &node.state().merged);
@@ -373,7 +375,7 @@ impl Session<'_> {
         if !reports.contains_key(&source) {
             return Err(LogError::Lost.into());
         }
-        self.redis.hear(&reports);
+        self.redis.hear(&reports, self.node.clock.now_ms());
         while self.take_in().await? {}
         self.fetch_data_keys().await?;
         self.tell_again().await?;

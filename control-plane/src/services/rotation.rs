@@ -242,8 +242,11 @@ pub fn missing(node: &Node, state: &State, held: &Held) -> Vec<String> {
     if !node.peers.is_connected() && !live.is_empty() {
         missing.push("Redis, without which other control planes are unknown".into());
     }
+    // Proxies of one that ended may be here by now.
+    let here = node.fleet.live(state);
     let lacks = live
         .iter()
+        .filter(|peer| peer.left.as_ref().is_none_or(|left| !left.is_subset(&here)))
         .filter(|peer| !peer.known_secrets.as_ref().is_some_and(|known| known.contains(&held.record.kid)));
     missing.extend(lacks.map(|peer| format!("control plane {:x}", peer.source)));
     missing

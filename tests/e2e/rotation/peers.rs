@@ -387,3 +387,36 @@ fn a_secret_that_redis_lost_before_the_other_one_had_it_is_written_again() {
         assert_all_answer(&mut workers, key, 200);
     }
 }
+
+#[test]
+fn a_control_plane_that_ended_in_good_order_delays_no_rotation() {
+    let redis = Redis::start();
+    let stack = Stack::builder().workers(2).redis(&redis.url()).start();
+    let mut other = ControlPlane::beside(&stack.control_plane, &stack.directory().join("b"));
+    other.use_redis(&redis.url());
+    other.start();
+    let (here, there) = (stack.api(), Api::new(other.api_port(), &stack.control_plane.admin_key()));
+    wait_until(SOON, "both to sign with one secret", || {
+        there.get("/api/admin/emergency").status == 200 && active(&here) == active(&there)
+    });
+    // Its proxy goes over to the first one, as behind a load balancer; another one stays away.
+    let mut moved = stack.another_envoy_of(&other, "envoy-b", 1);
+    moved.stop();
+    other.stop();
+
+    let answer = here.post(ROTATE, &json!({ "immediate": true, "reason": "leaked" })).expect(202).json();
+    let here = here.with_key(answer["api_key"].as_str().unwrap_or(&here.key()));
+    let begun = std::time::Instant::now();
+    let mut said = String::new();
+    let issued = || here.post("/api/auth/register", &json!({ "name": "n", "role": "basic" }));
+    // The proxy that it left was there until a moment ago, and may serve with the old secret.
+    wait_until(SOON, "what is waited for to be said", || {
+        said = here.get("/readyz?verbose").text();
+        said.contains("no key can be issued until the new secret is known to control plane")
+    });
+    println!("{said}");
+    // It comes over.
+    let _envoy = stack.another_envoy("envoy-b", 1);
+    wait_until(SOON, "keys to be issued", || issued().status == 201);
+    println!("keys are issued after {} ms", begun.elapsed().as_millis());
+}

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::json;
 use crate::http::api::ApiState;
 use crate::model::state;
+use crate::platform::clock;
 use crate::redis_store::Status;
 use crate::secrets::record::SecretState;
 use crate::secrets::record::ring::NoSigner;
@@ -114,6 +115,18 @@ fn of_rotation(app: &ApiState) -> Vec<String> {
         reasons.push(format!("secrets: a rotation waits for {missing}; the secret before goes on signing"));
     }
     reasons.extend(progress.failure.map(|failure| format!("secrets: {failure}")));
+    let state = app.state();
+    if let Err(NoSigner::Unannounced) = state.secrets.signer()
+        && let Some(active) = state.secrets.active()
+    {
+        let (missing, hard_age) = (rotation::missing(app, &state, active), state.rules.hard_age_s);
+        let since = active.record.since.max(app.started_s);
+        let until = clock::rfc3339(since.saturating_add(hard_age));
+        reasons.push(format!(
+            "secrets: no key can be issued until the new secret is known to {}; those that are gone are waited for until {until}",
+            if missing.is_empty() { "all".to_owned() } else { missing.join(", ") }
+        ));
+    }
     reasons
 }
 
