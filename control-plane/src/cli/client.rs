@@ -25,7 +25,7 @@ pub fn set_server(url: Option<String>) -> anyhow::Result<()> {
     });
     if !is_url {
         let problem = format!("--url (KEYGATE_URL): {url:?} is no URL, such as {DEFAULT_SERVER}");
-        return Err(Failure::new(Exit::Usage, problem));
+        return Err(Failure::error(Exit::Usage, problem));
     }
     let _set_once = SERVER.set(url);
     Ok(())
@@ -396,7 +396,7 @@ pub fn call(
     body: Option<&Value>,
 ) -> anyhow::Result<Value> {
     let key = std::env::var("KEYGATE_ADMIN_KEY").map_err(|_| {
-        Failure::new(
+        Failure::error(
             Exit::Usage,
             "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
         )
@@ -458,7 +458,7 @@ pub fn call_as(
             }
             _ => format!("{detail} ({status}, {code})"),
         };
-        return Err(Failure::new(exit, text));
+        return Err(Failure::error(exit, text));
     }
     Ok(answer)
 }
@@ -466,7 +466,7 @@ pub fn call_as(
 /// An id as a segment of a path.
 pub fn segment(id: &str) -> anyhow::Result<&str> {
     if id.is_empty() || !id.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_' || b == b'-') {
-        return Err(Failure::new(
+        return Err(Failure::error(
             Exit::Usage,
             "that is no id; see 'keygate keys list' and 'keygate emergency show'",
         ));

@@ -110,7 +110,7 @@ impl CutOff {
         let narrowed = ["role", "owner", "kid"].iter().any(|name| scope.get(*name).is_some());
         if !narrowed && !self.all {
             let problem = "say which keys: --role, --owner, --kid, or --all for all of them";
-            return Err(Failure::new(Exit::Usage, problem));
+            return Err(Failure::error(Exit::Usage, problem));
         }
         let mut body = json!({ "scope": scope, "dry_run": self.dry_run, "reason": self.reason });
         if let Some(why) = self.break_glass {

@@ -48,7 +48,7 @@ pub struct Failure {
 
 impl Failure {
     /// The error with this text.
-    pub fn new(exit: Exit, text: impl Into<String>) -> anyhow::Error {
+    pub fn error(exit: Exit, text: impl Into<String>) -> anyhow::Error {
         Self { exit, text: text.into() }.into()
     }
 }

@@ -137,7 +137,7 @@ impl Set {
             document["v1_retired"] = retired.into();
         }
         if document == json!({}) {
-            return Err(Failure::new(Exit::Usage, "say what to change; see keygate rollout set --help"));
+            return Err(Failure::error(Exit::Usage, "say what to change; see keygate rollout set --help"));
         }
         self.because.put(document)
     }

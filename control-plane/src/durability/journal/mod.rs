@@ -78,7 +78,7 @@ pub enum JournalError {
         path: PathBuf,
     },
     /// Another process writes it.
-    #[error("{path}: another keygate process has this data directory open")]
+    #[error("{path}: another keygate process has this data directory open; stop it first")]
     InUse {
         /// The file.
         path: PathBuf,
