@@ -18,8 +18,14 @@ static SERVER: OnceLock<String> = OnceLock::new();
 const DEFAULT_SERVER: &str = "http://localhost:8000";
 
 /// Says which control plane is called; `None`: the default one.
-pub fn set_server(url: Option<String>) -> anyhow::Result<()> {
-    let Some(url) = url.filter(|url| !url.is_empty()) else { return Ok(()) };
+pub fn set_server(url: Option<String>) {
+    if let Some(url) = url.filter(|url| !url.is_empty()) {
+        let _set_once = SERVER.set(url);
+    }
+}
+
+/// Refuses a server that is no URL.
+fn check_server(url: &str) -> anyhow::Result<()> {
     let is_url = url.split_once("://").is_some_and(|(scheme, rest)| {
         ["http", "https"].contains(&scheme) && !rest.is_empty() && !rest.starts_with('/')
     });
@@ -27,7 +33,6 @@ pub fn set_server(url: Option<String>) -> anyhow::Result<()> {
         let problem = format!("--url (KEYGATE_URL): {url:?} is no URL, such as {DEFAULT_SERVER}");
         return Err(Failure::error(Exit::Usage, problem));
     }
-    let _set_once = SERVER.set(url);
     Ok(())
 }
 
@@ -413,6 +418,7 @@ pub fn call_as(
     body: Option<&Value>,
 ) -> anyhow::Result<Value> {
     let url = server();
+    check_server(url)?;
     // The longest wait is 15 minutes.
     let agent: ureq::Agent = ureq::Agent::config_builder()
         .http_status_as_error(false)

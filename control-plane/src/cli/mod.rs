@@ -71,7 +71,7 @@ struct Output {
 /// Runs what the command line says.
 pub fn run() -> anyhow::Result<ExitCode> {
     let Cli { url, command } = Cli::parse();
-    client::set_server(url)?;
+    client::set_server(url);
     match command {
         Command::Serve(serve) => serve.run(),
         Command::Keys(keys) => keys.run(),
