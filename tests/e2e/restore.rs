@@ -326,3 +326,31 @@ fn a_backup_that_is_cut_or_changed_is_no_backup() {
     assert_eq!(backup(&["verify", "/no/such/file"], &data).0, 1);
     assert_eq!(backup(&["verify"], &data).0, 2, "usage");
 }
+
+#[test]
+fn a_large_set_of_revocations_is_returned_in_parts() {
+    let mut stack = Stack::builder().workers(2).start();
+    let (api, data) = (stack.api(), stack.control_plane.data());
+    let (good, late) = (api.issue("basic"), api.issue("basic"));
+    let file = stack.directory().join("b.kgb");
+    let file = file.to_str().expect("a name");
+    backup_done(&["create", file], &data);
+    // More than one shard holds.
+    let revoked = 20_000;
+    for batch in 0..20 {
+        let jtis: Vec<String> = (0..revoked / 20).map(|n| format!("jti-{batch}-{n}")).collect();
+        api.post("/api/admin/revocations", &json!({ "jtis": jtis, "reason": "compromised" })).expect(200);
+    }
+    api.revoke(&late.id);
+    stack.control_plane.kill();
+    lose(&data);
+    backup_done(&["restore", file], &data);
+    stack.control_plane.start();
+    wait_until(SOON, "a new admin key", || stack.api().get("/api/admin/fleet").status == 200);
+    let api = stack.api();
+    wait_until(SOON, "the proxy to follow", || api.fleet()[0]["current"] == json!(true));
+    let stats = api.get("/api/admin/revocations/stats").expect(200).json();
+    assert_eq!(stats["total_revoked"], json!(revoked + 1), "{stats}");
+    assert_eq!(stack.get("/api/chat", &good.token).status, 200);
+    assert_eq!(stack.get("/api/chat", &late.token).status, 401);
+}

@@ -105,7 +105,7 @@ struct Header {
 }
 
 /// What the next start has to do after a restore.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Restored {
     /// What ended keys and is not in the restored journal: lines of the one that was there.
     pub ended: Vec<String>,
@@ -305,8 +305,11 @@ fn restore_from(
     } else {
         fs::remove_dir_all(&journal_dir).map_err(io_at(&journal_dir))?;
     }
-    let text = serde_json::to_vec(&Restored { ended }).expect("plain data");
+    // Of a restore that was not followed by a start, what it took over counts still.
     let path = data_dir.join(RESTORED);
+    let mut restored = Restored::read(data_dir).map_err(io_at(&path))?.unwrap_or_default();
+    restored.ended.extend(ended);
+    let text = serde_json::to_vec(&restored).expect("plain data");
     files::write_private(&path, &text).map_err(io_at(&path))?;
     // It goes by another journal; it is made anew.
     match fs::remove_file(data_dir.join(crate::durability::store::FILE)) {

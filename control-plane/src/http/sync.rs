@@ -168,7 +168,10 @@ async fn enforced(
     authenticate(&app, &headers)?;
     let part = Part::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
     if let Some(enforced) = app.recovery.take(&part)? {
-        app.recovery.take_back(&app.node, enforced).await?;
+        // A proxy that gives up waiting does not stop it.
+        let (recovery, node) = (Arc::clone(&app.recovery), Arc::clone(&app.node));
+        let taken = tokio::spawn(async move { recovery.take_back(&node, enforced).await });
+        taken.await.map_err(|_| RecoveryError::Stopping)??;
     }
     Ok(json(StatusCode::OK, serde_json::json!({})))
 }

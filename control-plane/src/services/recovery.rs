@@ -31,6 +31,8 @@ const PEERS_BRING_WITHIN: Duration = Duration::from_secs(5);
 const PROXIES_RETURN_WITHIN: Duration = Duration::from_secs(3);
 /// Of a proxy that waits, there is a line in the log this often.
 const LOGGED_EVERY: Duration = Duration::from_secs(60);
+/// Time within which a state is taken in, however large.
+const TAKEN_IN_WITHIN: Duration = Duration::from_secs(60);
 /// The most entries of a state that is returned: 128 MB of them.
 const MAX_ENTRIES: usize = 16_000_000;
 
@@ -91,8 +93,9 @@ impl Recovery {
     /// Whether a proxy that enforces `version` is to return its state now.
     pub fn asks(&self, proxy: &str, version: Version) -> bool {
         let mut returning = self.lock();
-        let is_free = returning.as_ref().is_none_or(|other| {
-            other.next.is_some() && (other.proxy == proxy || other.heard.elapsed() > GIVEN_UP_AFTER)
+        let is_free = returning.as_ref().is_none_or(|other| match other.next {
+            Some(_) => other.proxy == proxy || other.heard.elapsed() > GIVEN_UP_AFTER,
+            None => other.heard.elapsed() > TAKEN_IN_WITHIN,
         });
         if is_free {
             *returning = Some(Returning {
@@ -238,11 +241,13 @@ pub fn may_return(node: &Node, state: &State, enforced: Version, ahead_for: Dura
     let is_of_this_journal = state.lines.contains_key(&enforced.source);
     let is_later = enforced.source != have.source && (is_of_this_journal || enforced < have);
     let peers = node.peers.as_ref();
-    let others_bring_none = peers.is_alone()
-        || peers.is_connected()
-            && peers.is_caught_up()
-            && (is_of_this_journal || ahead_for >= PEERS_BRING_WITHIN);
-    is_later && others_bring_none
+    let has_waited = ahead_for >= PEERS_BRING_WITHIN;
+    let others_bring_none = if peers.is_connected() {
+        peers.is_caught_up() && (is_of_this_journal || has_waited)
+    } else {
+        is_of_this_journal && has_waited
+    };
+    is_later && (peers.is_alone() || others_bring_none)
 }
 
 /// Writes a new admin key after a restore, and whenever the one before ended with its secret.

@@ -149,3 +149,143 @@ pub fn ended_secrets(
     });
     all.map(|held| held.record.moved(SecretState::Expired, now, keys)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use keygate_core::decide::cutoff::{Cutoff, Lockdown, Scope};
+    use keygate_core::token::crypto::Algorithm;
+
+    use super::*;
+    use crate::model::change::Entry;
+    use crate::model::{Records, RecordsError, Seen};
+    use crate::secrets::master_key::MasterKey;
+    use crate::secrets::record::NewSecret;
+    use crate::secrets::root_key::RootKey;
+
+    /// None.
+    struct NoRecords;
+
+    impl Records for NoRecords {
+        fn key(&self, _: &str) -> Result<Option<KeyRecord>, RecordsError> {
+            Ok(None)
+        }
+
+        fn key_of_jti(&self, _: &str) -> Result<Option<KeyRecord>, RecordsError> {
+            Ok(None)
+        }
+
+        fn request(&self, _: &str) -> Result<Option<Seen>, RecordsError> {
+            Ok(None)
+        }
+    }
+
+    struct World {
+        keys: Keyring,
+        model: Model,
+        seq: u64,
+    }
+
+    impl World {
+        /// A history that was restored: a secret was made before line 1,000 ended, another one after.
+        fn restored() -> (Self, [String; 2]) {
+            keygate_core::token::crypto::native::install();
+            let keys = Keyring::in_memory(MasterKey::of([1; 32]), RootKey::of([2; 32]));
+            let secret = |keys: &Keyring| {
+                SecretRecord::make(NewSecret::first(Algorithm::ES256, None), keys, 1).unwrap()
+            };
+            let (old, new) = (secret(&keys), secret(&keys));
+            let kids = [old.kid.clone(), new.kid.clone()];
+            let mut world = Self { keys, model: Model::default(), seq: 0 };
+            let created = |secret| Change::SecretCreated { secret, idempotency: None };
+            world.apply(vec![Change::Genesis { source: 1_000 }, created(old)], 1_500);
+            world.apply(vec![Change::HistoryForked { source: 2_000 }, created(new)], 2_500);
+            (world, kids)
+        }
+
+        fn apply(&mut self, changes: Vec<Change>, stamp: u64) {
+            for change in changes {
+                self.seq += 1;
+                let entry = Entry { actor: ACTOR.into(), stamp, origin: None, change };
+                self.model.apply(self.seq, &entry, &self.keys).unwrap();
+            }
+        }
+
+        fn take_back(&mut self, enforced: &Enforced) -> (Vec<&'static str>, TakenBack) {
+            let view = View {
+                model: &self.model,
+                now: 3,
+                now_ms: 3_000,
+                stamp: 3_000,
+                keys: &self.keys,
+                records: &NoRecords,
+            };
+            let (changes, taken) = take_back(&view, enforced, &HashMap::new()).unwrap();
+            let actions = changes.iter().map(|change| change.facts().action).collect();
+            self.apply(changes, 3_000);
+            (actions, taken)
+        }
+    }
+
+    fn cutoff(id: &str) -> Cutoff {
+        let (created_before, created_after) = (100, 0);
+        Cutoff { id: id.into(), scope: Scope::default(), created_before, created_after, excluded_key: None }
+    }
+
+    fn enforced(cutoffs: Vec<Cutoff>, lockdown_until: u64) -> Enforced {
+        let lockdown = Some(Lockdown { until: lockdown_until, exempt_roles: Vec::new() });
+        Enforced {
+            version: Version { source: 1_000, seq: 9 },
+            rules: Rules { cutoffs, lockdown, ..Rules::minimal(Vec::new()) },
+            revoked: vec![Fingerprint(1), Fingerprint(2)],
+            suspended: vec![Fingerprint(3)],
+        }
+    }
+
+    #[test]
+    fn what_ends_keys_is_united_once_and_what_was_lifted_here_stays_lifted() {
+        let (mut world, kids) = World::restored();
+        let added = Change::CutoffAdded {
+            cutoff: cutoff("b"),
+            reason: RevocationReason::Emergency,
+            approved_by: None,
+            break_glass: None,
+        };
+        world.apply(vec![added, Change::CutoffLifted { id: "b".into() }], 2_600);
+        let enforced = enforced(vec![cutoff("a"), cutoff("b")], 50);
+        let (actions, taken) = world.take_back(&enforced);
+        assert_eq!(
+            actions,
+            [
+                "fingerprints_ended",
+                "fingerprints_ended",
+                "cutoff_added",
+                "lockdown_changed",
+                "secret_expired",
+                "state_returned"
+            ]
+        );
+        assert_eq!((taken.revoked, taken.suspended, taken.cutoffs, taken.secrets), (2, 1, 1, 1));
+        let mut set = world.model.revocations();
+        let standing = [1, 2, 3].map(|value| set.standing(Fingerprint(value)));
+        assert_eq!(standing, [Standing::Revoked, Standing::Revoked, Standing::Suspended]);
+        assert_eq!(world.model.cutoffs().iter().map(|cutoff| cutoff.id.as_str()).collect::<Vec<_>>(), ["a"]);
+        assert!(world.model.lockdown().is_some_and(|lockdown| lockdown.until == 50));
+        // The proxy did not know the secret that was made here since, which says nothing of it.
+        let state = |kid: &str| world.model.secrets().get(kid).map(|held| held.record.state);
+        assert_eq!(
+            kids.each_ref().map(|kid| state(kid)),
+            [Some(SecretState::Expired), Some(SecretState::Active)]
+        );
+        assert_eq!(world.take_back(&enforced).0, ["state_returned"], "again is harmless");
+    }
+
+    #[test]
+    fn a_lockdown_that_is_over_or_ends_sooner_than_the_one_here_is_not_taken() {
+        let (mut world, _) = World::restored();
+        assert!(!world.take_back(&enforced(Vec::new(), 3)).1.lockdown, "it is over");
+        let here = Some(Lockdown { until: 60, exempt_roles: Vec::new() });
+        world.apply(vec![Change::LockdownChanged { lockdown: here }], 3_100);
+        assert!(!world.take_back(&enforced(Vec::new(), 50)).1.lockdown);
+        assert!(world.take_back(&enforced(Vec::new(), 70)).1.lockdown);
+    }
+}

@@ -193,7 +193,8 @@ impl Model {
 /// Emergencies.
 impl Model {
     fn add_cutoff(&mut self, cutoff: &Cutoff, warrant: Option<Warrant>) -> Effect {
-        if self.lifted.contains(&cutoff.id) {
+        let is_known = self.cutoffs.iter().any(|known| known.id == cutoff.id);
+        if is_known || self.lifted.contains(&cutoff.id) {
             return Effect::superseded();
         }
         if let Some(warrant) = warrant {
