@@ -149,3 +149,14 @@ fn it_stops_when_asked_to_also_while_a_proxy_polls_and_a_client_lingers() {
     let log = fs::read_to_string(stack.control_plane.log()).expect("the log");
     assert!(!log.contains("panicked"), "{log}");
 }
+
+#[test]
+fn a_misspelt_variable_is_refused_with_the_right_name() {
+    let stack = Stack::builder().without_control_plane().without_envoy().start();
+    let said = refused(&stack, "", |command| {
+        command.env("KEYGATE_FLEET_MAXSTALENESS", "3s").env("KEYGATE_DASHBOARD", "1");
+    });
+    assert!(said.contains("KEYGATE_FLEET_MAXSTALENESS"), "{said}");
+    assert!(said.contains("KEYGATE_FLEET_MAX_STALENESS?"), "{said}");
+    assert!(said.contains("warning: KEYGATE_DASHBOARD is no setting"), "{said}");
+}

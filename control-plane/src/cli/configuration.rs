@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 use clap::Args;
 use keygate::config::settings::{RENAMED, SETTINGS, variable};
+use keygate::config::variables::{self, Variable};
 use keygate::config::{self, Config};
+
+use super::exit::{Exit, Failure};
 
 /// Files that are read when no other is named: the first one that is there.
 const FILES: [&str; 2] = ["keygate.toml", "/etc/keygate/keygate.toml"];
@@ -30,6 +33,7 @@ impl ConfigFile {
 
     /// Reads the file, then `KEYGATE_*` variables, then flags.
     pub fn read(&self, flags: &[Flag<'_>]) -> anyhow::Result<Config> {
+        check_variables()?;
         let path = self.path();
         let text = match &path {
             Some(path) => std::fs::read_to_string(path).with_context(|| path.display().to_string())?,
@@ -53,4 +57,23 @@ impl ConfigFile {
             None => "no configuration file".to_owned(),
         })
     }
+}
+
+/// Refuses variables whose names are nearly those of settings, and warns of others that nothing reads.
+fn check_variables() -> anyhow::Result<()> {
+    let mut errors = Vec::new();
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if !name.starts_with("KEYGATE_") {
+            continue;
+        }
+        match variables::judge(&name) {
+            Variable::Known => {}
+            Variable::Misspelt(meant) => errors.push(format!("{name}: there is no such variable; {meant}?")),
+            Variable::Unknown => {
+                eprintln!("keygate: warning: {name} is no setting of Keygate and is ignored")
+            }
+        }
+    }
+    if errors.is_empty() { Ok(()) } else { Err(Failure::error(Exit::Usage, errors.join("\n"))) }
 }

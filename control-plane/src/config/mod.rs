@@ -13,6 +13,7 @@ mod rollout;
 pub mod settings;
 mod signing;
 mod value;
+pub mod variables;
 
 #[cfg(test)]
 mod tests;
