@@ -247,6 +247,12 @@ fn proxies_that_are_drained_and_replaced_leave_limits_whole() {
             status == 503
         });
         assert_eq!(envoy.ready_status(), Some(503));
+        let fleet = api.fleet();
+        let drained = |id: &str| {
+            let of_id = |proxy: &&Value| proxy["id"] == id;
+            fleet.iter().filter(of_id).all(|proxy| proxy["drained"] == true)
+        };
+        assert!(drained(&node) && !drained("envoy-1"), "{fleet:?}");
         envoy.kill();
     }
     let begun = Instant::now();

@@ -341,12 +341,8 @@ fn fleet(output: &Output) -> anyhow::Result<ExitCode> {
     );
     println!("{:<24} {:<9} {:<22} {:>7} {:>4}  LAST SEEN", "PROXY", "STATE", "VERSION", "LAG ms", "VMs");
     for proxy in fleet["proxies"].as_array().into_iter().flatten() {
-        let state = match (proxy["stale"] == true, proxy["ahead"] == true, proxy["current"] == true) {
-            (true, ..) => "stale",
-            (_, true, _) => "ahead",
-            (_, _, true) => "current",
-            _ => "behind",
-        };
+        let states = ["drained", "stale", "ahead", "current"];
+        let state = states.into_iter().find(|state| proxy[*state] == true).unwrap_or("behind");
         println!(
             "{:<24} {state:<9} {:<22} {:>7} {:>4}  {}",
             text(proxy, "id"),

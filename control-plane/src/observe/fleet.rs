@@ -114,6 +114,8 @@ pub struct ProxyView {
     pub failed_calls: u64,
     /// The last reason for either.
     pub last_error: Option<String>,
+    /// Whether it was drained, and so refuses limited keys; a new process of it does not.
+    pub drained: bool,
     /// Whether another process with the same id is alive. Give each Envoy an id of its own.
     pub duplicate_id: bool,
 }
@@ -290,6 +292,7 @@ impl Fleet {
                     refused_answers: entry.poll.refused_answers,
                     failed_calls: entry.poll.failed_calls,
                     last_error: entry.poll.last_error.clone(),
+                    drained: false,
                     duplicate_id: asking.get(id.proxy.as_str()).is_some_and(|alive| *alive > 1),
                 }
             })

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
+use keygate_core::quota::Member;
+use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
 
 use super::json;
@@ -15,7 +17,15 @@ use crate::http::sync;
 
 pub async fn list(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
-    let proxies = app.fleet.view(&state);
+    let mut proxies = app.fleet.view(&state);
+    // Where the ledger of limits is another control plane's, that is not known here.
+    if let Some(service) = app.quotas.here() {
+        for proxy in &mut proxies {
+            let incarnation = u64::from_str_radix(&proxy.incarnation, 16).unwrap_or(0);
+            let member = Member { proxy: Fingerprint::of(&proxy.id).0, incarnation };
+            proxy.drained = service.is_drained(&member);
+        }
+    }
     json(
         StatusCode::OK,
         serde_json::json!({

@@ -306,6 +306,11 @@ impl LedgerService {
         Some(tokio::time::timeout(within, drained).await.is_ok())
     }
 
+    /// Whether a process of a proxy was drained: it refuses limited keys.
+    pub fn is_drained(&self, member: &Member) -> bool {
+        self.ledger().leaves(member)
+    }
+
     /// Whether a question is to be answered now: there is news, or a later one was answered, or none is any more.
     fn is_to_be_answered(&self, question: &Question) -> bool {
         self.over.load(Ordering::Acquire) || self.ledger().has_news(question, now_ns())

@@ -64,6 +64,11 @@ impl Ledger {
         known
     }
 
+    /// Whether a process of a proxy was told to leave.
+    pub fn leaves(&self, member: &Member) -> bool {
+        self.members.get(member).is_some_and(|process| process.leaving)
+    }
+
     /// Whether a proxy that was told to leave has left.
     pub fn has_left(&self, proxy: u64) -> bool {
         let mut processes = self.members.iter().filter(|(member, _)| member.proxy == proxy);
