@@ -28,7 +28,7 @@ impl ConfigFile {
     /// The file that is read, if there is one.
     pub fn path(&self) -> Option<PathBuf> {
         let default = || FILES.map(Path::new).into_iter().find(|path| path.exists()).map(Path::to_owned);
-        self.config.clone().or_else(default)
+        self.config.clone().filter(|path| !path.as_os_str().is_empty()).or_else(default)
     }
 
     /// Reads the file, then `KEYGATE_*` variables, then flags.
