@@ -18,7 +18,7 @@ const FILES: [&str; 2] = ["keygate.toml", "/etc/keygate/keygate.toml"];
 pub struct ConfigFile {
     /// Configuration file [default: ./keygate.toml or /etc/keygate/keygate.toml, the first one that is there]
     #[arg(long, env = "KEYGATE_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
+    config: Option<String>,
 }
 
 /// A flag that takes the place of a setting: the setting's key, the flag, and its value if it was given.
@@ -28,7 +28,7 @@ impl ConfigFile {
     /// The file that is read, if there is one.
     pub fn path(&self) -> Option<PathBuf> {
         let default = || FILES.map(Path::new).into_iter().find(|path| path.exists()).map(Path::to_owned);
-        self.config.clone().filter(|path| !path.as_os_str().is_empty()).or_else(default)
+        self.config.as_ref().filter(|path| !path.is_empty()).map(PathBuf::from).or_else(default)
     }
 
     /// Reads the file, then `KEYGATE_*` variables, then flags.

@@ -66,15 +66,15 @@ pub enum Backup {
 pub struct Data {
     /// The control plane's data directory [default: that of the configuration]
     #[arg(long, env = "KEYGATE_DATA_DIR", value_name = "DIR")]
-    data_dir: Option<PathBuf>,
+    data_dir: Option<String>,
     #[command(flatten)]
     file: ConfigFile,
 }
 
 impl Data {
     fn dir(&self) -> anyhow::Result<PathBuf> {
-        match &self.data_dir {
-            Some(dir) => Ok(dir.clone()),
+        match self.data_dir.as_ref().filter(|dir| !dir.is_empty()) {
+            Some(dir) => Ok(PathBuf::from(dir)),
             None => Ok(self.file.read(&[])?.data_dir),
         }
     }
