@@ -3,7 +3,7 @@
 use std::fmt::Arguments;
 use std::io::{ErrorKind, Write as _};
 
-/// Writes to standard output; ends the process when nobody reads it any more.
+/// Writes to standard output; ends the process once the reader is gone.
 pub fn write(text: Arguments<'_>) {
     let mut out = std::io::stdout().lock();
     if let Err(error) = out.write_fmt(text).and_then(|()| out.flush()) {

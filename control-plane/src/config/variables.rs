@@ -1,4 +1,4 @@
-//! Names of `KEYGATE_*` variables: which are read, which were meant, and which are somebody else's.
+//! Names of `KEYGATE_*` variables: which are read, which were meant, and which are foreign.
 
 use super::settings::{RENAMED, SETTINGS, variable};
 
@@ -98,7 +98,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_variable_is_known_or_misspelt_or_somebody_elses() {
+    fn a_variable_is_known_or_misspelt_or_foreign() {
         for known in [
             "KEYGATE_FLEET_MAX_STALENESS",
             "KEYGATE_FLEET_HARD_AGE", // Its former name, which is refused with the new one.

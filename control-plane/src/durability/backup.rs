@@ -31,7 +31,7 @@ use crate::secrets::keyring::{self, KeyringError, Wraps};
 const FORMAT: u32 = 1;
 /// The next start reads this.
 const RESTORED: &str = "restored.json";
-/// Actors that nobody asked: their changes are no loss.
+/// Actors without a person behind them: their changes are no loss.
 const ACTS_BY_ITSELF: [&str; 3] = ["system", "canary", "guard"];
 /// The longest line of a backup.
 const MAX_LINE_BYTES: u64 = 64 * 1024 * 1024;
@@ -311,7 +311,7 @@ fn restore_from(
     restored.ended.extend(ended);
     let text = serde_json::to_vec(&restored).expect("plain data");
     files::write_private(&path, &text).map_err(io_at(&path))?;
-    // It goes by another journal; it is made anew.
+    // It is of another journal; the next start rebuilds it.
     match fs::remove_file(data_dir.join(crate::durability::store::FILE)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_at(data_dir)(error)),
         _ => {}

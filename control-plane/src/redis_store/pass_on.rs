@@ -189,6 +189,6 @@ pub async fn sign_off(node: &Node, redis: &RedisPeers) {
     let state = node.state();
     let report = Report { beat: node.clock.now_ms(), left: Some(node.fleet.live(&state)), ..report };
     if let Err(error) = write_report(redis, &link, state.version.source, &report).await {
-        tracing::warn!(%error, "other control planes cannot be told that this one ends; they wait for it for the hard age");
+        tracing::warn!(%error, "other control planes do not hear that this one ends; they wait for it for the hard age");
     }
 }

@@ -1,4 +1,4 @@
-//! The key of the first operator: what a new history begins with, and what a restored one gets anew.
+//! The key of the first operator: a new history begins with one, and a restored one gets another.
 
 use std::fs;
 use std::io;

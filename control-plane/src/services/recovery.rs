@@ -297,7 +297,7 @@ mod tests {
     fn a_state_is_whole_once_each_part_came_in_order() {
         let recovery = Recovery::default();
         let parts = parts(&[5, u64::MAX]);
-        assert!(recovery.take(&parts[0]).is_err(), "nobody was asked");
+        assert!(recovery.take(&parts[0]).is_err(), "no proxy was asked");
         assert!(recovery.asks("a", version()));
         assert!(!recovery.asks("b", version()), "one at a time");
         assert!(recovery.take(&parts[1]).is_err(), "the rules come first");

@@ -53,7 +53,7 @@ pub struct TakenBack {
 /// it, as far as there are any.
 ///
 /// # Errors
-/// When the record of a secret cannot be sealed anew.
+/// When the record of a secret cannot be sealed again.
 pub fn take_back(
     view: &View<'_>,
     enforced: &Enforced,
@@ -133,7 +133,7 @@ pub fn take_back(
 /// `line_end` in Unix milliseconds, and are not among `kids`, which verified then.
 ///
 /// # Errors
-/// When the record of one cannot be sealed anew.
+/// When the record of one cannot be sealed again.
 pub fn ended_secrets(
     model: &Model,
     line_end: Option<u64>,

@@ -64,7 +64,7 @@ impl Ledger {
         known
     }
 
-    /// Whether a process of a proxy was told to leave.
+    /// Whether a process of a proxy is leaving or has left.
     pub fn leaves(&self, member: &Member) -> bool {
         self.members.get(member).is_some_and(|process| process.leaving)
     }
