@@ -137,10 +137,7 @@ impl Day {
             key != *admin && stack.api().with_key(&key).get("/api/admin/fleet").status == 200
         });
         let api = stack.api();
-        wait_until(within, "the proxy to follow", || {
-            let fleet = api.fleet();
-            fleet.len() == 1 && fleet[0]["current"] == json!(true) && fleet[0]["ahead"] == json!(false)
-        });
+        wait_until(within, "the proxy to follow", || is_followed(&api));
         let new = wait_issued(&api, within);
         wait_until(within, "a new key to pass", || stack.get("/api/chat", &new.token).status == 200);
         println!("whole after {} ms", begun.elapsed().as_millis());
@@ -152,6 +149,12 @@ impl Day {
             assert_eq!(api.call(&validate).status, 401, "ended key {number} at the control plane");
         }
     }
+}
+
+/// Whether the one proxy enforces what the control plane has.
+fn is_followed(api: &Api) -> bool {
+    let fleet = api.fleet();
+    fleet.len() == 1 && fleet[0]["current"] == json!(true) && fleet[0]["ahead"] == json!(false)
 }
 
 /// A key, once keys can be issued.
@@ -173,10 +176,7 @@ fn live_through(order: Order, shared: Shared, rotates: bool) {
     if order == Order::AfterAStart {
         day.stack.control_plane.start();
         // The proxy goes by the empty control plane now.
-        wait_until(SOON, "the proxy", || {
-            let fleet = day.stack.control_plane.api().fleet();
-            fleet.len() == 1 && fleet[0]["current"] == json!(true)
-        });
+        wait_until(SOON, "the proxy", || is_followed(&day.stack.control_plane.api()));
         day.stack.control_plane.stop();
     }
     let printed = day.restore();
@@ -300,11 +300,11 @@ fn an_older_copy_of_the_data_directory_gives_way_to_a_newer_backup() {
     let printed = backup_done(&["restore", file], &data);
     assert!(printed.contains("nothing of it is lost"), "{printed}");
     stack.control_plane.start();
-    wait_until(SOON, "the proxy", || stack.api().fleet()[0]["current"] == json!(true));
+    wait_until(SOON, "the proxy", || is_followed(&stack.api()));
     assert_eq!(stack.get("/api/chat", &good.token).status, 200);
     assert_eq!(stack.get("/api/chat", &late.token).status, 401);
-    let log = fs::read_to_string(stack.control_plane.log()).expect("the log");
-    assert!(log.contains("wrote an admin key"), "{log}");
+    let before = api.key();
+    wait_until(SOON, "a new admin key", || stack.control_plane.admin_key() != before);
 }
 
 #[test]
@@ -348,7 +348,7 @@ fn a_large_set_of_revocations_is_returned_in_parts() {
     stack.control_plane.start();
     wait_until(SOON, "a new admin key", || stack.api().get("/api/admin/fleet").status == 200);
     let api = stack.api();
-    wait_until(SOON, "the proxy to follow", || api.fleet()[0]["current"] == json!(true));
+    wait_until(SOON, "the proxy to follow", || is_followed(&api));
     let stats = api.get("/api/admin/revocations/stats").expect(200).json();
     assert_eq!(stats["total_revoked"], json!(revoked + 1), "{stats}");
     assert_eq!(stack.get("/api/chat", &good.token).status, 200);
