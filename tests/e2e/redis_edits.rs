@@ -779,3 +779,26 @@ fn a_key_is_revoked_by_its_id() {
         assert!((metrics.value(&series) - wanted).abs() < 0.5, "{series}");
     }
 }
+
+#[test]
+fn a_copy_that_was_deleted_is_back_and_the_deletion_is_refused() {
+    let shared = Shared::start(Redis::new());
+    let (stack, api) = (&shared.stack, shared.stack.api());
+    let keys: Vec<Key> = (0..3).map(|_| api.issue("basic")).collect();
+    let copies = || {
+        shared.typed("redis-cli --scan --pattern 'api_key:v2:*' | wc -l").parse::<usize>().expect("a number")
+    };
+    wait_until(SOON, "the copies", || copies() >= 4);
+    let all = copies();
+    assert_eq!(shared.typed(&format!("redis-cli DEL api_key:v2:{}", keys[0].id)), "1");
+    wait_until(SOON, "the copy to be back", || copies() == all);
+    assert_eq!(stack.get("/api/chat", &keys[0].token).status, 200, "it revokes nothing");
+    wait_until(SOON, "the deletion in the audit log", || {
+        let refused = api.get("/api/admin/audit?action=edit_refused").expect(200).json();
+        let refused = refused["records"].as_array().cloned().unwrap_or_default();
+        refused.len() == 1 && refused[0]["target"] == json!(format!("api_key:v2:{}", keys[0].id))
+    });
+    // As the playbook's rollback does.
+    shared.typed("redis-cli --scan --pattern 'api_key:v2:*' | xargs redis-cli DEL");
+    wait_until(SOON, "all copies to be back", || copies() == all);
+}

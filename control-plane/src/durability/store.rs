@@ -1,6 +1,7 @@
 //! The embedded store: key records, past revocations and remembered requests, in a `redb` file. It is a projection of the
 //! journal: what it lacks is applied again at the start, so its own commits need not be durable.
 
+use std::collections::HashSet;
 use std::fs::Permissions;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -235,6 +236,16 @@ impl Store {
             }
         }
         Ok(())
+    }
+
+    /// The ids of keys that have not expired at `now`, Unix seconds, revoked ones among them.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn unexpired(&self, now: u64) -> Result<HashSet<String>, StoreError> {
+        let by_expiry = self.database.begin_read()?.open_table(BY_EXPIRY)?;
+        let entries = by_expiry.range((now.saturating_add(1), "")..)?;
+        entries.map(|entry| Ok(entry?.0.value().1.to_owned())).collect()
     }
 
     /// Revocations before number `cursor`, the last one first, that `wanted` takes; at most `limit` with their

@@ -10,6 +10,7 @@
 //! that failed with [`LinkError::must_reconnect`] drops it and asks the target for a new one.
 
 mod by_hand;
+mod copies;
 mod edits;
 mod error;
 mod foreign;
@@ -175,7 +176,7 @@ pub fn begin_metrics(metrics: &Metrics) {
     for kind in error_kinds() {
         metrics.redis.errors.with([kind]);
     }
-    for key in OperatorKey::ALL.map(OperatorKey::name).into_iter().chain([levers::METRIC]) {
+    for key in OperatorKey::ALL.map(OperatorKey::name).into_iter().chain([levers::METRIC, copies::METRIC]) {
         for outcome in ["taken", "refused"] {
             metrics.redis.edits.with([key, outcome]);
         }

@@ -9,6 +9,7 @@ use std::time::Duration;
 use futures_util::StreamExt as _;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep};
 
+use super::copies::Copies;
 use super::error::LinkError;
 use super::foreign;
 use super::health::Health;
@@ -161,6 +162,7 @@ async fn session(
         dealt_with: BTreeMap::new(),
         peer_errors: BTreeMap::new(),
         orders: Orders::default(),
+        copies: Copies::default(),
     };
     session.check().await?;
     let passed_on = session.make_good().await?;
@@ -201,6 +203,7 @@ pub struct Session<'s> {
     pub(super) dealt_with: BTreeMap<OperatorKey, (String, Option<u64>)>,
     pub(super) peer_errors: BTreeMap<u64, String>,
     pub(super) orders: Orders,
+    pub(super) copies: Copies,
 }
 
 impl Session<'_> {
@@ -382,6 +385,7 @@ impl Session<'_> {
         self.redis.cover(&reports, (source, *self.node.feed.last().borrow()), &self.node.state().merged);
         self.look_at_edits().await?;
         self.look_at_orders().await?;
+        self.look_at_copies().await?;
         // While changes are on their way the numbers differ by themselves.
         let last = *self.node.feed.last().borrow();
         let is_still = self.seen_last == last && self.redis.status.borrow().tried >= last;
