@@ -109,6 +109,8 @@ pub struct Serving {
     sync: TcpListener,
     stop: watch::Sender<bool>,
     writer_thread: std::thread::JoinHandle<()>,
+    /// The secret that signed the admin key which was written after a restore.
+    admin_key: Option<String>,
 }
 
 /// Takes up or begins a history and listens.
@@ -211,6 +213,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         stopping,
         config,
     });
+    let admin_key = admin_key::issue_if_wanted(&node).await;
     let app = Arc::new(ApiState {
         snapshots: sync::Snapshots::default(),
         redis,
@@ -221,7 +224,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         recovery: Arc::new(Recovery::default()),
         node,
     });
-    Ok(Serving { app, api, sync, stop, writer_thread: thread })
+    Ok(Serving { app, api, sync, stop, writer_thread: thread, admin_key })
 }
 
 impl Serving {
@@ -240,7 +243,7 @@ impl Serving {
     /// # Errors
     /// When a listener fails.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
-        let Self { app, api, sync, stop, writer_thread } = self;
+        let Self { app, api, sync, stop, writer_thread, admin_key } = self;
         let io = |source| RunError::Io { what: "serving".into(), source };
         let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
         let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
@@ -255,7 +258,7 @@ impl Serving {
         let rotation = tokio::spawn(rotation::run(Arc::clone(node), Arc::clone(&app.driver)));
         let guard = tokio::spawn(rollout_guard::run(Arc::clone(node), Arc::clone(&app.canary)));
         let limits = tokio::spawn(quota::run(Arc::clone(&app.quotas)));
-        let recovery = tokio::spawn(recovery::run(Arc::clone(node), Arc::clone(&app.recovery)));
+        let recovery = tokio::spawn(recovery::run(Arc::clone(node), admin_key));
         let redis = app.redis.clone().map(|redis| tokio::spawn(redis_store::run(Arc::clone(node), redis)));
         let notifier = Arc::clone(&app.notifier);
         drop(app);

@@ -3,7 +3,6 @@
 use std::fs;
 use std::io;
 use std::path::Path;
-use std::sync::Arc;
 
 use keygate_core::decide::rules::RulesError;
 
@@ -52,30 +51,36 @@ pub(super) fn is_wanted(data_dir: &Path) -> bool {
     data_dir.join(WANTED).exists()
 }
 
-/// Issues a new admin key once there is a secret that signs and that proxies know.
-pub(super) async fn issue_when_signed(node: &Arc<Node>) {
+/// Issues a new admin key if one is wanted and can be signed at once; the secret that signed it.
+pub async fn issue_if_wanted(node: &Node) -> Option<String> {
+    let may_be = is_wanted(&node.config.data_dir) && node.state().secrets.signer().is_ok();
+    if may_be { issue_when_signed(node).await } else { None }
+}
+
+/// Issues a new admin key once there is a secret that signs and that proxies know; that secret.
+pub(super) async fn issue_when_signed(node: &Node) -> Option<String> {
     let mut states = node.states.clone();
-    if states.wait_for(|state| state.secrets.signer().is_ok()).await.is_err() {
-        return;
-    }
+    states.wait_for(|state| state.secrets.signer().is_ok()).await.ok()?;
     match issue(node).await {
-        Ok(()) => {
+        Ok(kid) => {
             if let Err(error) = fs::remove_file(node.config.data_dir.join(WANTED)) {
                 tracing::error!(%error, "a new admin key will be written at the next start, too");
             }
+            Some(kid)
         }
         Err(error) => {
-            tracing::error!(%error, "no new admin key is written; try keygate serve --new-admin-key")
+            tracing::error!(%error, "no new admin key is written; try keygate serve --new-admin-key");
+            None
         }
     }
 }
 
 /// Issues another admin key and writes it to the file of the first one, which stays valid. No key is asked for: the
-/// caller starts the control plane, with its master key.
+/// caller starts the control plane, with its master key. Returns the secret that signed it.
 ///
 /// # Errors
 /// When it cannot be issued or written.
-pub async fn issue(node: &Node) -> Result<(), AdminKeyError> {
+pub async fn issue(node: &Node) -> Result<String, AdminKeyError> {
     let config = node.config.clone();
     let plan = move |view: &View<'_>| {
         let signer = view.model.secrets().active().and_then(Held::signer).cloned();
@@ -85,7 +90,8 @@ pub async fn issue(node: &Node) -> Result<(), AdminKeyError> {
         Ok::<_, OpenError>((vec![issued], (key, signer)))
     };
     let ((key, signer), _) = node.writer.submit("system", plan).await??;
-    Ok(write(&node.config, &signer, &key)?)
+    write(&node.config, &signer, &key)?;
+    Ok(key.kid)
 }
 
 /// The record of an admin key.

@@ -12,23 +12,23 @@ use keygate_core::decide::rules::{Rules, RulesError, changed_members};
 use keygate_core::revocation::{Fingerprint, Revocations as _, Shard, ShardError, Standing};
 use keygate_core::sync::wire::Part;
 use keygate_core::version::Version;
-use tokio::sync::Notify;
 
 use super::admin_key;
 use crate::durability::store::StoreError;
 use crate::durability::writer::CommitError;
-use crate::model::commands::recovery::{self, ACTOR, Enforced, TakenBack};
+use crate::model::commands::recovery::{self, ACTOR, Enforced};
 use crate::model::key::KeyRecord;
 use crate::model::state::State;
 use crate::node::Node;
-use crate::secrets::record::SecretError;
+use crate::secrets::record::ring::Held;
+use crate::secrets::record::{SecretError, SecretState};
 
 /// After this time without a part, another proxy may return its state.
 const GIVEN_UP_AFTER: Duration = Duration::from_secs(5);
 /// By then another control plane has passed a change on, if it lives and reaches Redis: it takes milliseconds.
 const PEERS_BRING_WITHIN: Duration = Duration::from_secs(5);
-/// Proxies that enforce later changes have returned them by this time after the start: they poll at least once a second.
-const PROXIES_RETURN_WITHIN: Duration = Duration::from_secs(3);
+/// By this time after the hard age, each proxy that serves has returned what it knows.
+const ALL_HAVE_RETURNED_AFTER: Duration = Duration::from_secs(60);
 /// Of a proxy that waits, there is a line in the log this often.
 const LOGGED_EVERY: Duration = Duration::from_secs(60);
 /// Time within which a state is taken in, however large.
@@ -71,8 +71,6 @@ pub struct Recovery {
     returning: Mutex<Option<Returning>>,
     /// The last version of which a line was logged, and when.
     logged: Mutex<Option<(Version, Instant)>>,
-    /// The secret that signed has ended, and the first admin key with it.
-    pub admin_key_ended: Notify,
 }
 
 #[derive(Debug)]
@@ -174,10 +172,7 @@ impl Recovery {
     pub async fn take_back(&self, node: &Arc<Node>, enforced: Enforced) -> Result<(), RecoveryError> {
         let taken = take_back(node, enforced).await;
         *self.lock() = None;
-        if taken?.ends_signing {
-            self.admin_key_ended.notify_one();
-        }
-        Ok(())
+        taken
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Returning>> {
@@ -185,7 +180,7 @@ impl Recovery {
     }
 }
 
-async fn take_back(node: &Arc<Node>, enforced: Enforced) -> Result<TakenBack, RecoveryError> {
+async fn take_back(node: &Arc<Node>, enforced: Enforced) -> Result<(), RecoveryError> {
     let state = node.state();
     let here = Arc::clone(node);
     let (version, rules) = (enforced.version, enforced.rules.encode());
@@ -209,7 +204,7 @@ async fn take_back(node: &Arc<Node>, enforced: Enforced) -> Result<TakenBack, Re
         other_rules_than_enforced = differs.join(" "),
         "a proxy enforced changes that were lost here; all of them that end keys were taken back from it"
     );
-    Ok(taken)
+    Ok(())
 }
 
 /// Records of the keys that a returned state ends and this one does not.
@@ -250,27 +245,33 @@ pub fn may_return(node: &Node, state: &State, enforced: Version, ahead_for: Dura
     is_later && (peers.is_alone() || others_bring_none)
 }
 
-/// Writes a new admin key after a restore, and whenever the one before ended with its secret.
-pub async fn run(node: Arc<Node>, recovery: Arc<Recovery>) {
+/// After a restore, writes another admin key where that of the start has ended: by what proxies or Redis know, the secret
+/// that signed it had ended. `admin_key` is the secret that signed it; `None`: none was written.
+pub async fn run(node: Arc<Node>, mut admin_key: Option<String>) {
     let mut stopping = node.stopping.clone();
-    if admin_key::is_wanted(&node.config.data_dir) {
-        // The secret that signs may have ended by what they know, and a key that it signs now with it.
-        tokio::select! {
-            () = tokio::time::sleep(PROXIES_RETURN_WITHIN) => {}
-            _ = stopping.wait_for(|stop| *stop) => return,
-        }
-    }
+    let hard_age = Duration::from_secs(node.state().rules.hard_age_s);
+    let deadline = tokio::time::Instant::now() + hard_age + ALL_HAVE_RETURNED_AFTER;
     loop {
         if admin_key::is_wanted(&node.config.data_dir) {
             tokio::select! {
-                () = admin_key::issue_when_signed(&node) => {}
+                signed_by = admin_key::issue_when_signed(&node) => admin_key = signed_by,
                 _ = stopping.wait_for(|stop| *stop) => return,
             }
         }
+        let Some(kid) = admin_key.take() else { return };
+        let mut states = node.states.clone();
+        let counts = |held: &Held| held.record.state < SecretState::Expired;
         tokio::select! {
-            () = recovery.admin_key_ended.notified() => admin_key::want(&node.config.data_dir),
+            ended = states.wait_for(|state| !state.secrets.get(&kid).is_some_and(counts)) => {
+                if ended.is_err() {
+                    return;
+                }
+            }
+            () = tokio::time::sleep_until(deadline) => return,
             _ = stopping.wait_for(|stop| *stop) => return,
         }
+        tracing::warn!("the secret that signed the new admin key had ended before; another key is written");
+        admin_key::want(&node.config.data_dir);
     }
 }
 

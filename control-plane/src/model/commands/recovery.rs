@@ -45,8 +45,6 @@ pub struct TakenBack {
     pub lockdown: bool,
     /// Secrets that had ended.
     pub secrets: usize,
-    /// Whether the secret that signs is one of them.
-    pub ends_signing: bool,
 }
 
 /// Takes back all that ends keys, and lets proxies go on from that version. `keys` has the records of keys that are ended by
@@ -114,14 +112,12 @@ pub fn take_back(
     }
     let kids: Vec<String> = enforced.rules.keys.iter().map(|key| key.kid.clone()).collect();
     let secrets = ended_secrets(model, model.end_of_line(enforced.version.source), &kids, now, view.keys)?;
-    let signs = model.secrets().active().map(|held| held.record.kid.as_str());
     let taken = TakenBack {
         revoked: revoked.len(),
         suspended: suspended.len(),
         cutoffs: cutoffs.len(),
         lockdown: lockdown.is_some(),
         secrets: secrets.len(),
-        ends_signing: secrets.iter().any(|secret| Some(secret.kid.as_str()) == signs),
     };
     changes.extend(secrets.into_iter().map(|secret| Change::SecretMoved { secret, justification: None }));
     let Version { source, seq } = enforced.version;
