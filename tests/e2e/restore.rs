@@ -354,3 +354,25 @@ fn a_large_set_of_revocations_is_returned_in_parts() {
     assert_eq!(stack.get("/api/chat", &good.token).status, 200);
     assert_eq!(stack.get("/api/chat", &late.token).status, 401);
 }
+
+#[test]
+fn a_proxy_that_had_given_up_serves_again() {
+    let mut stack = Stack::builder().workers(2).config("[fleet]\nmax_staleness = \"3s\"").start();
+    let (api, data) = (stack.api(), stack.control_plane.data());
+    let (good, late) = (api.issue("basic"), api.issue("basic"));
+    let file = stack.directory().join("b.kgb");
+    let file = file.to_str().expect("a name");
+    backup_done(&["create", file], &data);
+    api.revoke(&late.id);
+    stack.control_plane.kill();
+    lose(&data);
+    wait_until(SOON, "the proxy to give up", || stack.get("/api/chat", &good.token).status == 503);
+    backup_done(&["restore", file], &data);
+    stack.control_plane.start();
+    let begun = Instant::now();
+    wait_until(Duration::from_secs(10), "the proxy to serve", || {
+        stack.get("/api/chat", &good.token).status == 200
+    });
+    println!("serves after {} ms", begun.elapsed().as_millis());
+    assert_eq!(stack.get("/api/chat", &late.token).status, 401);
+}
