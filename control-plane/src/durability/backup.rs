@@ -298,6 +298,13 @@ fn restore_from(
     if done.there == There::Same {
         return Ok(Some(done));
     }
+    // First of all, so that a restore which is cut short loses none of it. Applied to the present journal, it changes
+    // nothing. A restore that was not followed by a start may have left some.
+    let path = data_dir.join(RESTORED);
+    let mut restored = Restored::read(data_dir).map_err(io_at(&path))?.unwrap_or_default();
+    restored.ended.extend(ended);
+    let text = serde_json::to_vec(&restored).expect("plain data");
+    files::write_private(&path, &text).map_err(io_at(&path))?;
     if is_other {
         let aside = data_dir.join(format!("journal.replaced-{}", now.replace(':', "")));
         fs::rename(&journal_dir, &aside).map_err(io_at(&aside))?;
@@ -305,12 +312,6 @@ fn restore_from(
     } else {
         fs::remove_dir_all(&journal_dir).map_err(io_at(&journal_dir))?;
     }
-    // Of a restore that was not followed by a start, what it took over counts still.
-    let path = data_dir.join(RESTORED);
-    let mut restored = Restored::read(data_dir).map_err(io_at(&path))?.unwrap_or_default();
-    restored.ended.extend(ended);
-    let text = serde_json::to_vec(&restored).expect("plain data");
-    files::write_private(&path, &text).map_err(io_at(&path))?;
     // It is of another journal; the next start rebuilds it.
     match fs::remove_file(data_dir.join(crate::durability::store::FILE)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_at(data_dir)(error)),
