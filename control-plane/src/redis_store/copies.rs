@@ -7,14 +7,13 @@ use std::time::{Duration, Instant};
 
 use super::revoked::{ACTOR, UnionError};
 use super::session::{Evicted, Session, SessionError};
-use super::{names, projection};
+use super::{names, pace, projection};
 use crate::durability::writer::CommitError;
 use crate::model::change::Change;
 use crate::peers::Peers as _;
 
-/// Time between two looks, for each [`KEYS_PER_LOOK`] keys in Redis: a look goes through the names of all.
+/// Time between two looks in a small Redis.
 const LOOK_EVERY: Duration = Duration::from_secs(2);
-const KEYS_PER_LOOK: u64 = 100_000;
 /// Copies that are written at a time.
 const AT_A_TIME: usize = 500;
 /// More that are missing at once were not deleted by hand, one by one.
@@ -22,11 +21,11 @@ const MAX_REFUSED: usize = 100;
 /// The word for them in metrics.
 pub(super) const METRIC: &str = "api_key:v2:<key id>";
 
-/// What is known of the copies.
+/// State of the looks.
 #[derive(Debug, Default)]
 pub struct Copies {
     next: Option<Instant>,
-    /// How many keys each master had dropped at the last look.
+    /// Number of keys that each master had evicted at the last look.
     evicted: Evicted,
 }
 
@@ -37,9 +36,7 @@ impl Session<'_> {
         if self.copies.next.is_some_and(|next| now < next) || !self.redis.holds_lease() {
             return Ok(());
         }
-        let size: u64 = self.reading.query(&redis::cmd("DBSIZE")).await?;
-        let looks = u32::try_from(size / KEYS_PER_LOOK).unwrap_or(u32::MAX).saturating_add(1);
-        self.copies.next = Some(now + LOOK_EVERY.saturating_mul(looks));
+        self.copies.next = Some(now + pace::pause(&self.reading, LOOK_EVERY).await?);
         let (store, now_s) = (Arc::clone(&self.node.store), self.node.clock.now_s());
         let unexpired = tokio::task::spawn_blocking(move || store.unexpired(now_s));
         let mut missing: HashSet<String> =

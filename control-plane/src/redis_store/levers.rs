@@ -5,18 +5,17 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use super::error::LinkError;
-use super::names;
 use super::revoked::ACTOR;
 use super::session::{Session, SessionError};
+use super::{names, pace};
 use crate::model::View;
 use crate::model::change::Change;
 use crate::model::commands::keys::{self, KeyError};
 use crate::model::key::RevocationReason;
 use crate::peers::Peers as _;
 
-/// Time between two looks, for each [`KEYS_PER_LOOK`] keys in Redis: a look goes through the names of all.
+/// Time between two looks in a small Redis.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
-const KEYS_PER_LOOK: u64 = 100_000;
 /// For how long an order for an unknown key stands: another control plane may have issued it a moment ago.
 const UNKNOWN_FOR: Duration = Duration::from_secs(5);
 /// The longest reason that is read.
@@ -39,15 +38,14 @@ impl Session<'_> {
         if self.orders.next.is_some_and(|next| now < next) {
             return Ok(());
         }
-        let size: u64 = self.reading.query(&redis::cmd("DBSIZE")).await?;
-        let looks = u32::try_from(size / KEYS_PER_LOOK).unwrap_or(u32::MAX).saturating_add(1);
+        let pause = pace::pause(&self.reading, LOOK_EVERY).await?;
         let mut found = BTreeSet::new();
         self.reading.scan(&names::revocation_order("*"), &mut |keys| found.extend(keys)).await?;
         self.orders.unknown.retain(|(key, _)| found.contains(key));
         for name in found {
             self.carry_out(&name).await?;
         }
-        self.orders.next = Some(Instant::now() + LOOK_EVERY.saturating_mul(looks));
+        self.orders.next = Some(Instant::now() + pause);
         Ok(())
     }
 

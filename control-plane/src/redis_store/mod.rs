@@ -20,6 +20,7 @@ mod link;
 mod listen;
 mod log;
 mod names;
+mod pace;
 mod pass_on;
 mod peers;
 mod projection;
