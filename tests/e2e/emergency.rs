@@ -473,7 +473,7 @@ fn a_key_issued_right_after_a_mass_revocation_lives_and_one_right_before_does_no
         assert_eq!(before.iter().map(chat).collect::<Vec<_>>(), [401, 401], "{cut}");
         assert_eq!((chat(&after), chat(&other)), (200, 200), "{cut}");
         assert!(cut["by_role"]["basic"].as_u64() >= Some(2), "{cut}");
-        // Lifted, those of before count again.
+        // Once it is lifted, the earlier keys are valid again.
         let lift = format!("{REVOKE}/{}?wait=applied", cut["cutoff"]["id"].as_str().expect("an id"));
         api.send(Request::new("DELETE", &lift)).expect(200);
         assert_eq!(before.iter().map(chat).collect::<Vec<_>>(), [200, 200]);

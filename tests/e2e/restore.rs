@@ -45,7 +45,7 @@ enum Order {
     AfterAStart,
 }
 
-/// What becomes of Redis.
+/// The fate of Redis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Shared {
     None,
@@ -59,7 +59,7 @@ struct Day {
     stack: Stack,
     redis: Option<Redis>,
     file: PathBuf,
-    /// The admin key of before.
+    /// The admin key before the loss.
     admin: String,
     good: Key,
     /// Ended after the backup, or before.

@@ -134,7 +134,7 @@ fn restore(file: &Path, data_dir: &Path, mode: Mode, yes: bool, now: &str) -> an
         Err(BackupError::WouldLose(loss)) => {
             eprintln!("keygate: {} has changes that are not in the backup:", data_dir.display());
             eprint!("{}", lost(&loss));
-            eprintln!("Nothing was changed. To restore all the same and lose them: --accept-loss");
+            eprintln!("Nothing was changed. To restore and lose these changes: --accept-loss");
             Ok(Exit::WouldLose.into())
         }
         Err(error) => Err(error.into()),
@@ -182,7 +182,7 @@ fn print_plan(file: &Path, data_dir: &Path, plan: &Restoration) {
     }
 }
 
-/// What is lost and what is not, a line each.
+/// The lost changes and those that are taken over, a line each.
 fn lost(loss: &Loss) -> String {
     let (first, last) = (or_never(loss.first_at.as_ref()), or_never(loss.last_at.as_ref()));
     let mut text = format!("  made         {first} to {last}\n");

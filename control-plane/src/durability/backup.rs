@@ -149,7 +149,7 @@ pub struct Checked {
     pub secrets: usize,
 }
 
-/// What a restore did, or would do.
+/// The outcome of a restore, or of a dry run.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Restoration {
     /// The backup.
@@ -176,7 +176,7 @@ pub enum There {
     Other(Loss),
 }
 
-/// How a restore is to be done.
+/// Options of a restore.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Mode {
     /// Changes of the journal that is there may be lost.

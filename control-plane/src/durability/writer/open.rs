@@ -97,9 +97,9 @@ pub struct Start<'s> {
     pub observer: Box<dyn WriterObserver>,
 }
 
-/// What of the journal that a restored one took the place of counts in it: `ended`, the lines that ended keys. What they say
-/// of secrets counts as far as it is of the restored `model`, whose present line of history ends at `line_end`, Unix
-/// milliseconds; what cannot be opened without another root key does not.
+/// The changes to take over from `ended`: lines of the replaced journal that ended keys. Changes of secrets count if they
+/// belong to the restored `model`, whose present line of history ends at `line_end`, Unix milliseconds. A change that only
+/// another root key opens does not count, and is logged.
 fn taken_over(
     ended: &[String],
     privacy: &Privacy,

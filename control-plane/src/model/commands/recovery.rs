@@ -14,7 +14,7 @@ use crate::model::state::Model;
 use crate::secrets::keyring::Keyring;
 use crate::secrets::record::{SecretError, SecretRecord, SecretState};
 
-/// Who does it, in the journal.
+/// The actor in the journal.
 pub const ACTOR: &str = "system";
 /// Fingerprints in one change.
 const AT_A_TIME: usize = 20_000;
