@@ -141,7 +141,7 @@ fn killed_at(control_plane: &mut ControlPlane, call: &str, nth: usize) -> bool {
     let mut killed = None;
     wait_until(SOON, "its end or its readiness", || {
         killed = control_plane.ended().map(|status| status.signal());
-        killed.is_some() || control_plane.is_ready()
+        killed.is_some() || control_plane.answers()
     });
     match killed {
         Some(signal) => {
