@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use axum::Router;
 use keygate_core::decide::cache::TokenCache;
 use keygate_core::decide::policy::Policy;
 use keygate_core::decide::rules::{RulesError, Ruleset};
@@ -35,6 +34,7 @@ use crate::observe::telemetry::{self, Telemetry, TelemetryStoreError};
 use crate::peers::{Alone, Peers};
 use crate::platform::clock::{CautiousClock, Clock};
 use crate::platform::files;
+use crate::platform::http_server::{self, Bounds};
 use crate::platform::random;
 use crate::redis_store::{self, RedisPeers, Sealer};
 use crate::secrets::hsm::HsmError;
@@ -43,6 +43,7 @@ use crate::secrets::master_key::MasterKeyError;
 use crate::secrets::record::{HsmPair, NewSecret, SecretRecord};
 use crate::services::admin_key::{self, AdminKeyError};
 use crate::services::canary::runner::{self, Canary};
+use crate::services::lift;
 use crate::services::quota::{self, Quotas};
 use crate::services::recovery::{self, Recovery};
 use crate::services::rollout_guard;
@@ -50,8 +51,16 @@ use crate::services::rotation;
 use crate::services::rotation::Driver;
 use crate::services::upkeep;
 
-/// How long a graceful stop may take; long polls are answered at once, so it takes milliseconds.
-const STOP_WITHIN: Duration = Duration::from_secs(10);
+/// How long requests that are under way may take when the control plane stops. This and the two below are 10 s in all.
+const REQUESTS_STOP_WITHIN: Duration = Duration::from_secs(5);
+/// How long services and the journal may take after that.
+const SERVICES_STOP_WITHIN: Duration = Duration::from_secs(3);
+/// How long notifications may take after that.
+const NOTIFIER_STOPS_WITHIN: Duration = Duration::from_secs(2);
+/// The most connections of the API's port.
+const API_CONNECTIONS: usize = 4_096;
+/// The most connections of the sync port: several of each proxy.
+const SYNC_CONNECTIONS: usize = 65_536;
 /// Memory for the tokens of those who call this API.
 const TOKEN_CACHE_BYTES: usize = 1024 * 1024;
 
@@ -213,11 +222,13 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         stopping,
         config,
     });
+    lift::lift_if_wanted(&node).await;
     let admin_key = admin_key::issue_if_wanted(&node).await;
     let app = Arc::new(ApiState {
         snapshots: sync::Snapshots::default(),
         redis,
         quotas: Arc::new(Quotas::new(Arc::clone(&node))),
+        in_flight: Arc::default(),
         cache: Mutex::new(TokenCache::new(TOKEN_CACHE_BYTES)),
         canary: Arc::new(Canary::new(Arc::clone(&node))),
         driver: Arc::new(Driver::default()),
@@ -238,15 +249,15 @@ impl Serving {
         self.sync.local_addr()
     }
 
-    /// Serves until `shutdown`, then answers what is under way and stops.
-    ///
-    /// # Errors
-    /// When a listener fails.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), RunError> {
+    /// Serves until `shutdown`, then answers what is under way and stops, within 10 s.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) {
         let Self { app, api, sync, stop, writer_thread, admin_key } = self;
-        let io = |source| RunError::Io { what: "serving".into(), source };
-        let api = serve(api, api::router(Arc::clone(&app)), stop.subscribe());
-        let sync = serve(sync, sync::router(Arc::clone(&app)), stop.subscribe());
+        let (of_api, of_sync) = bounds();
+        let serve = |name, listener, router, bounds| {
+            http_server::serve(name, listener, router, bounds, stop.subscribe(), REQUESTS_STOP_WITHIN)
+        };
+        let api = serve("api", api, api::router(Arc::clone(&app)), of_api);
+        let sync = serve("sync", sync, sync::router(Arc::clone(&app)), of_sync);
         let node = &app.node;
         let upkeep = tokio::spawn(upkeep::run(Arc::clone(node)));
         let telemetry = tokio::spawn(telemetry::run(
@@ -262,33 +273,29 @@ impl Serving {
         let redis = app.redis.clone().map(|redis| tokio::spawn(redis_store::run(Arc::clone(node), redis)));
         let notifier = Arc::clone(&app.notifier);
         drop(app);
-        let servers = async { tokio::try_join!(api, sync).map(|_| ()) };
+        let servers = async { tokio::join!(api, sync) };
         tokio::pin!(servers);
         tokio::select! {
-            ended = &mut servers => return ended.map_err(io),
+            ((), ()) = &mut servers => return,
             () = shutdown => {}
         }
         tracing::info!("stopping");
         let _nobody_listens = stop.send(true);
-        match tokio::time::timeout(STOP_WITHIN, &mut servers).await {
-            Ok(ended) => ended.map_err(io)?,
-            Err(_) => tracing::warn!("some requests were not done in time; stopping all the same"),
+        servers.await;
+        let mut services = vec![upkeep, telemetry, rotation, guard, limits, recovery, canary];
+        services.extend(redis);
+        let ended = async {
+            for service in services {
+                let _ended = service.await;
+            }
+            // All that has a handle of the writer is gone; its thread ends after its last batch.
+            let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
+        };
+        if tokio::time::timeout(SERVICES_STOP_WITHIN, ended).await.is_err() {
+            tracing::warn!("not everything ended in time; stopping all the same");
         }
-        let _ended = upkeep.await;
-        let _ended = telemetry.await;
-        let _ended = rotation.await;
-        let _ended = guard.await;
-        let _ended = limits.await;
-        let _ended = recovery.await;
-        let _ended = canary.await;
-        if let Some(redis) = redis {
-            let _ended = redis.await;
-        }
-        // The handlers are gone and with them the last writer handles; the thread ends after its last batch.
-        let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
         let told = tokio::task::spawn_blocking(move || notifier.stop());
-        let _told_or_not = tokio::time::timeout(STOP_WITHIN, told).await;
-        Ok(())
+        let _told_or_not = tokio::time::timeout(NOTIFIER_STOPS_WITHIN, told).await;
     }
 }
 
@@ -302,23 +309,29 @@ fn reached_at(listener: &TcpListener, configured: SocketAddr) -> String {
     format!("http://{}:{}", name.trim(), address.port())
 }
 
-async fn serve(
-    listener: TcpListener,
-    router: Router,
-    mut stopping: watch::Receiver<bool>,
-) -> std::io::Result<()> {
-    use axum::serve::ListenerExt as _;
-    // A poll's answer is a few dozen bytes: Nagle's algorithm would hold it back for 40 ms.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    });
-    axum::serve(listener, router)
-        .with_graceful_shutdown(async move {
-            let _sender_gone = stopping.wait_for(|stop| *stop).await;
-        })
-        .await
+/// The bounds of the API's port and of the sync port. Each has files of its own, so that neither takes the other's, and the
+/// rest is for the journal, the store and Redis.
+fn bounds() -> (Bounds, Bounds) {
+    let files = file_limit();
+    let (api, sync) = ((files / 4).min(API_CONNECTIONS), (files / 2).min(SYNC_CONNECTIONS));
+    let bounds = |connections, of_peer| Bounds {
+        connections,
+        of_peer,
+        head: Duration::from_secs(10),
+        idle: Duration::from_secs(60),
+        stalled: Duration::from_secs(20 * 60),
+    };
+    // Many proxies may come from one address.
+    (bounds(api, api.div_ceil(2)), bounds(sync, sync))
+}
+
+/// The most files that this process may have open, as many as it can get.
+fn file_limit() -> usize {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: maximum, maximum };
+    let limit = if setrlimit(Resource::Nofile, raised).is_ok() { maximum } else { current };
+    limit.map_or(usize::MAX, |limit| usize::try_from(limit).unwrap_or(usize::MAX))
 }
 
 /// The policy of a file; with `first_s`, Unix seconds, it is the one that a new history begins with.

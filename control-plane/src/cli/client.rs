@@ -1,45 +1,14 @@
-//! The operator's subcommands: calls of the API at `--url` or `KEYGATE_URL` with the key in `KEYGATE_ADMIN_KEY`. No
-//! key is ever taken from the command line, where every user of the machine could read it.
+//! The operator's subcommands for keys and proxies, and what all subcommands print alike.
 
 use std::io::Read as _;
 use std::process::ExitCode;
 
-use std::sync::OnceLock;
-
-use anyhow::Context as _;
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
 use super::Output;
 use super::exit::{Exit, Failure};
-
-/// The control plane that is called.
-static SERVER: OnceLock<String> = OnceLock::new();
-const DEFAULT_SERVER: &str = "http://localhost:8000";
-
-/// Says which control plane is called; `None`: the default one.
-pub fn set_server(url: Option<String>) {
-    if let Some(url) = url.filter(|url| !url.is_empty()) {
-        let _set_once = SERVER.set(url);
-    }
-}
-
-/// Refuses a server that is no URL.
-fn check_server(url: &str) -> anyhow::Result<()> {
-    let is_url = url.split_once("://").is_some_and(|(scheme, rest)| {
-        ["http", "https"].contains(&scheme) && !rest.is_empty() && !rest.starts_with('/')
-    });
-    if !is_url {
-        let problem = format!("--url (KEYGATE_URL): {url:?} is no URL, such as {DEFAULT_SERVER}");
-        return Err(Failure::error(Exit::Usage, problem));
-    }
-    Ok(())
-}
-
-/// The control plane that is called.
-fn server() -> &'static str {
-    SERVER.get().map_or(DEFAULT_SERVER, String::as_str)
-}
+use super::server::{self, call};
 
 /// Keys.
 #[derive(Debug, Subcommand)]
@@ -157,7 +126,10 @@ fn missing(answer: &Value) -> bool {
 pub fn print_propagation(answer: &Value) {
     let Some(propagation) = answer.get("propagation") else { return };
     if propagation["total"] == 0 {
-        println!("no proxy is connected to {}, so nothing enforces it yet; see 'keygate fleet'", server());
+        println!(
+            "no proxy is connected to {}, so nothing enforces it yet; see 'keygate fleet'",
+            server::name()
+        );
         return;
     }
     println!(
@@ -387,82 +359,6 @@ impl Explain {
         );
         Ok(ExitCode::SUCCESS)
     }
-}
-
-/// Calls the API; anything but success is an error with the API's own sentence.
-pub fn call(
-    method: &str,
-    path: &str,
-    query: &[(&str, String)],
-    body: Option<&Value>,
-) -> anyhow::Result<Value> {
-    let key = std::env::var("KEYGATE_ADMIN_KEY").map_err(|_| {
-        Failure::error(
-            Exit::Usage,
-            "KEYGATE_ADMIN_KEY is not set; for the first key: export KEYGATE_ADMIN_KEY=$(cat .keygate/admin.key)",
-        )
-    })?;
-    call_as(&key, method, path, query, body)
-}
-
-/// The same with another key.
-pub fn call_as(
-    key: &str,
-    method: &str,
-    path: &str,
-    query: &[(&str, String)],
-    body: Option<&Value>,
-) -> anyhow::Result<Value> {
-    let url = server();
-    check_server(url)?;
-    // The longest wait is 15 minutes.
-    let agent: ureq::Agent = ureq::Agent::config_builder()
-        .http_status_as_error(false)
-        .timeout_global(Some(std::time::Duration::from_secs(16 * 60)))
-        .build()
-        .into();
-    let target = format!("{}{path}", url.trim_end_matches('/'));
-    let bearer = format!("Bearer {}", key.trim());
-    let query = query.iter().map(|(name, value)| (*name, value.as_str()));
-    let sent = match (method, body) {
-        ("GET", _) => agent.get(&target).query_pairs(query).header("authorization", bearer).call(),
-        ("DELETE", _) => agent.delete(&target).query_pairs(query).header("authorization", bearer).call(),
-        ("PUT", Some(body)) => {
-            agent.put(&target).query_pairs(query).header("authorization", bearer).send_json(body)
-        }
-        (_, body) => agent
-            .post(&target)
-            .query_pairs(query)
-            .header("authorization", bearer)
-            .send_json(body.unwrap_or(&json!({}))),
-    };
-    let mut response = sent
-        .with_context(|| format!("{url}: is the control plane running? (--url or KEYGATE_URL says where)"))?;
-    let status = response.status();
-    let answer: Value =
-        response.body_mut().read_json().with_context(|| format!("{url} answered {status} without JSON"))?;
-    if !status.is_success() {
-        let code = text(&answer, "code");
-        let detail = text(&answer, "detail");
-        let exit = match status.as_u16() {
-            400 | 405 | 413 | 422 => Exit::Usage,
-            401 | 403 => Exit::Refused,
-            _ => Exit::Failed,
-        };
-        let text = match code.as_str() {
-            "invalid_token" | "missing_credential" => {
-                format!("the key in KEYGATE_ADMIN_KEY is not accepted by {url} ({code})")
-            }
-            _ if answer["errors"].as_array().is_some_and(|errors| errors.len() > 1) => {
-                let errors = answer["errors"].as_array().into_iter().flatten();
-                let errors: Vec<String> = errors.filter_map(Value::as_str).map(ToOwned::to_owned).collect();
-                format!("{detail} ({status}, {code})\n  {}", errors.join("\n  "))
-            }
-            _ => format!("{detail} ({status}, {code})"),
-        };
-        return Err(Failure::error(exit, text));
-    }
-    Ok(answer)
 }
 
 /// An id as a segment of a path.

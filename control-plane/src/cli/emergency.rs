@@ -2,12 +2,18 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Subcommand};
+use keygate::durability::journal::Claim;
+use keygate::model::commands::emergency::Lift;
+use keygate::services::lift;
 use serde_json::{Value, json};
 
 use super::Output;
-use super::client::{Wait, by_role, call, print_json, print_propagation, segment, text};
+use super::client::{Wait, by_role, print_json, print_propagation, segment, text, words};
 use super::exit::{Exit, Failure};
+use super::recovery::Data;
+use super::server::call;
 
 const REVOKE: &str = "/api/admin/emergency/revoke";
 const LOCKDOWN: &str = "/api/admin/emergency/lockdown";
@@ -17,8 +23,11 @@ const REVOCATIONS: &str = "/api/admin/revocations";
 /// Measures against many keys at once.
 #[derive(Debug, Subcommand)]
 pub enum Emergency {
-    /// Show what is in force, and what waits for a second approval
-    Show,
+    /// Show what is in force, since when, by whom and until when, and what waits for a second approval
+    Show {
+        #[command(flatten)]
+        output: Output,
+    },
     /// End every key of a scope with one rule, on every proxy at once; your own key is spared
     Revoke(CutOff),
     /// Approve a rule that another key asked for
@@ -34,12 +43,7 @@ pub enum Emergency {
         id: String,
     },
     /// Lift a rule; the keys that it ended count again, unless they were revoked by themselves
-    Lift {
-        /// Its id (cutoff_…)
-        id: String,
-        #[command(flatten)]
-        wait: Wait,
-    },
+    Lift(LiftRule),
     /// Refuse every key but those of exempt roles, for a time
     Lockdown {
         /// For how long
@@ -48,14 +52,67 @@ pub enum Emergency {
         /// A role whose keys go on; may be given again [default: admin]
         #[arg(long = "exempt")]
         exempt: Vec<String>,
+        /// Refuse also the keys that could end the lockdown before its time
+        #[arg(long)]
+        lock_out_admins: bool,
+        /// Why, for the audit log
+        #[arg(long)]
+        reason: Option<String>,
         #[command(flatten)]
         wait: Wait,
     },
     /// End the lockdown before its time
     Unlock {
+        /// Why, for the audit log
+        #[arg(long)]
+        reason: Option<String>,
         #[command(flatten)]
         wait: Wait,
     },
+}
+
+/// A rule that is to be lifted.
+#[derive(Debug, Args)]
+pub struct LiftRule {
+    /// Its id (cutoff_…); with --offline also "lockdown" or "all"
+    id: String,
+    /// Why, for the audit log
+    #[arg(long)]
+    reason: Option<String>,
+    /// Needs no key: the control plane of the data directory, which must be stopped, lifts it when it starts again
+    #[arg(long, conflicts_with_all = ["reason", "wait"])]
+    offline: bool,
+    #[command(flatten)]
+    data: Data,
+    #[command(flatten)]
+    wait: Wait,
+}
+
+impl LiftRule {
+    fn run(self) -> anyhow::Result<ExitCode> {
+        let Self { id, reason, offline, data, wait } = self;
+        if !offline {
+            return change(
+                "DELETE",
+                &format!("{REVOKE}/{}", segment(&id)?),
+                because(reason),
+                "lifted",
+                &wait,
+            );
+        }
+        let which = match id.as_str() {
+            "all" => Lift::All,
+            "lockdown" => Lift::Lockdown,
+            id => Lift::Cutoff(segment(id)?.to_owned()),
+        };
+        let dir = data.dir()?;
+        let name = || dir.display().to_string();
+        // Held until the order is written: a control plane that runs would not see it.
+        let _claim = Claim::new(&dir).with_context(name)?;
+        lift::want_at_start(&dir, &which).with_context(name)?;
+        println!("the control plane lifts it at its next start: keygate serve");
+        Ok(ExitCode::SUCCESS)
+    }
 }
 
 /// A rule that ends keys.
@@ -145,8 +202,13 @@ impl CutOff {
 impl Emergency {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         match self {
-            Self::Show => {
-                print_json(&call("GET", "/api/admin/emergency", &[], None)?);
+            Self::Show { output } => {
+                let emergency = call("GET", "/api/admin/emergency", &[], None)?;
+                if output.json {
+                    print_json(&emergency);
+                } else {
+                    show(&emergency);
+                }
                 Ok(ExitCode::SUCCESS)
             }
             Self::Revoke(cutoff) => cutoff.run(),
@@ -158,19 +220,82 @@ impl Emergency {
                 println!("withdrawn");
                 Ok(ExitCode::SUCCESS)
             }
-            Self::Lift { id, wait } => {
-                change("DELETE", &format!("{REVOKE}/{}", segment(&id)?), None, "lifted", &wait)
-            }
-            Self::Lockdown { ttl, exempt, wait } => {
-                let mut body = json!({ "ttl": ttl });
+            Self::Lift(rule) => rule.run(),
+            Self::Lockdown { ttl, exempt, lock_out_admins, reason, wait } => {
+                let mut body = json!({ "ttl": ttl, "lock_out_admins": lock_out_admins });
+                if let Some(reason) = reason {
+                    body["reason"] = reason.into();
+                }
                 if !exempt.is_empty() {
                     body["exempt_roles"] = json!(exempt);
                 }
-                change("POST", LOCKDOWN, Some(&body), "locked down", &wait)
+                change("POST", LOCKDOWN, Some(body), "locked down", &wait)
             }
-            Self::Unlock { wait } => change("DELETE", LOCKDOWN, None, "unlocked", &wait),
+            Self::Unlock { reason, wait } => change("DELETE", LOCKDOWN, because(reason), "unlocked", &wait),
         }
     }
+}
+
+/// Prints each measure with what ends it.
+fn show(emergency: &Value) {
+    if emergency["active"] != true && emergency["rate_limits"].is_null() {
+        println!("nothing is in force");
+    }
+    let order = |measure: &Value| {
+        println!(
+            "  since {} by {}, reason: {}",
+            text(measure, "since"),
+            text(measure, "by"),
+            text(measure, "reason")
+        );
+    };
+    let lockdown = &emergency["lockdown"];
+    if !lockdown.is_null() {
+        println!("lockdown until {}, but for: {}", text(lockdown, "until"), words(&lockdown["exempt_roles"]));
+        order(lockdown);
+        println!("  to end it: keygate emergency unlock");
+    }
+    for cutoff in emergency["cutoffs"].as_array().into_iter().flatten() {
+        println!("{} ends {}", text(cutoff, "id"), scope(cutoff));
+        order(cutoff);
+        for (member, what) in [
+            ("requested_by", "asked for by"),
+            ("approved_by", "approved by"),
+            ("break_glass", "without a second approval:"),
+        ] {
+            if let Some(text) = cutoff[member].as_str() {
+                println!("  {what} {text}");
+            }
+        }
+        println!("  until it is lifted: keygate emergency lift {}", text(cutoff, "id"));
+    }
+    let limits = &emergency["rate_limits"];
+    if !limits.is_null() {
+        println!("rate limits overridden until {}: {}", text(limits, "until"), limits["limits"]);
+        order(limits);
+        println!("  to end it: curl -X DELETE …/api/admin/rate_limits/emergency");
+    }
+    for waiting in emergency["approvals"].as_array().into_iter().flatten() {
+        let approval = &waiting["approval"];
+        println!(
+            "{} would end {} keys, {}",
+            text(approval, "id"),
+            waiting["keys"],
+            scope(&waiting["cutoff"])
+        );
+        println!("  asked for by {}, until {}", text(approval, "requested_by"), text(approval, "expires_at"));
+        println!("  another admin: keygate emergency approve {}", text(approval, "id"));
+    }
+}
+
+/// The keys that a cut-off ends.
+fn scope(cutoff: &Value) -> String {
+    let of = |member: &str| cutoff[member].as_str().map(|value| format!("{member} {value}"));
+    let narrowed: Vec<String> = ["role", "owner", "kid"].into_iter().filter_map(of).collect();
+    let keys =
+        if narrowed.is_empty() { "all keys".to_owned() } else { format!("keys of {}", narrowed.join(", ")) };
+    let after = cutoff["created_after"].as_str().map(|time| format!(" at or after {time} and"));
+    format!("{keys} issued{} before {}", after.unwrap_or_default(), text(cutoff, "created_before"))
 }
 
 /// What was revoked, and the set that proxies hold.
@@ -244,15 +369,20 @@ fn list(page: &Value, output: &Output) {
     }
 }
 
+/// The body of a change that has nothing but a reason.
+fn because(reason: Option<String>) -> Option<Value> {
+    reason.map(|reason| json!({ "reason": reason }))
+}
+
 /// Makes a change and says what became of it.
 fn change(
     method: &str,
     path: &str,
-    body: Option<&Value>,
+    body: Option<Value>,
     done: &str,
     wait: &Wait,
 ) -> anyhow::Result<ExitCode> {
-    let answer = call(method, path, &wait.query(), body)?;
+    let answer = call(method, path, &wait.query(), body.as_ref())?;
     if wait.output.json {
         print_json(&answer);
     } else {

@@ -12,6 +12,7 @@ mod recovery;
 mod rollout;
 mod secrets;
 mod serve;
+mod server;
 
 use std::process::ExitCode;
 
@@ -21,7 +22,7 @@ use clap::{Args, Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true, after_help = exit::HELP)]
 struct Cli {
-    /// The control plane that commands call [default: http://localhost:8000]
+    /// The control plane that commands call [default: that of scripts/up, in .keygate/context.toml]
     #[arg(long, global = true, env = "KEYGATE_URL", value_name = "URL")]
     url: Option<String>,
     #[command(subcommand)]
@@ -71,7 +72,7 @@ struct Output {
 /// Runs what the command line says.
 pub fn run() -> anyhow::Result<ExitCode> {
     let Cli { url, command } = Cli::parse();
-    client::set_server(url);
+    server::set_url(url);
     match command {
         Command::Serve(serve) => serve.run(),
         Command::Keys(keys) => keys.run(),

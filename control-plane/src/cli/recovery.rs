@@ -72,7 +72,7 @@ pub struct Data {
 }
 
 impl Data {
-    fn dir(&self) -> anyhow::Result<PathBuf> {
+    pub fn dir(&self) -> anyhow::Result<PathBuf> {
         match self.data_dir.as_ref().filter(|dir| !dir.is_empty()) {
             Some(dir) => Ok(PathBuf::from(dir)),
             None => Ok(self.file.read(&[])?.data_dir),

@@ -6,8 +6,9 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde_json::{Value, json};
 
 use super::Output;
-use super::client::{Wait, call, print_json, print_propagation, text, words};
+use super::client::{Wait, print_json, print_propagation, text, words};
 use super::exit::{Exit, Failure};
+use super::server::call;
 
 const FLAGS: &str = "/api/admin/feature_flags";
 

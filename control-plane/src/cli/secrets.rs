@@ -10,8 +10,9 @@ use keygate_core::secret::Secret;
 use serde_json::{Value, json};
 
 use super::Output;
-use super::client::{by_role, call, call_as, print_json, text, words};
+use super::client::{by_role, print_json, text, words};
 use super::exit::Exit;
+use super::server::{call, call_as};
 
 const STATUS: &str = "/api/admin/secrets/status";
 const ROTATE: &str = "/api/admin/secrets/rotate";

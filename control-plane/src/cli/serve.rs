@@ -124,9 +124,11 @@ impl Serve {
                     _ = interrupt.recv() => {}
                 }
             };
-            serving.run(shutdown).await?;
+            serving.run(shutdown).await;
             anyhow::Ok(())
         })?;
+        // What still reads on a thread of its own is not waited for.
+        runtime.shutdown_background();
         Ok(ExitCode::SUCCESS)
     }
 }

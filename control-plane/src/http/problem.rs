@@ -134,10 +134,18 @@ impl From<StoreError> for Problem {
 
 impl From<CommitError> for Problem {
     fn from(error: CommitError) -> Self {
-        if let CommitError::Rules(_) = error {
-            return Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string());
+        match &error {
+            CommitError::Rules(_) => Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string()),
+            // The answer that the key gets from now on.
+            CommitError::AuthorEnded { reason, realm } => match reason.refusal() {
+                Some(refusal) => Self::refusal(refusal, realm, &[]),
+                None => Self::unavailable(error.to_string()),
+            },
+            CommitError::Journal
+            | CommitError::NoSpace
+            | CommitError::Inapplicable
+            | CommitError::Stopped => Self::unavailable(error.to_string()),
         }
-        Self::unavailable(error.to_string())
     }
 }
 

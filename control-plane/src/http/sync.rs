@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use keygate_core::quota::{MAX_BYTES, Question};
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::http::api::ApiState;
+use crate::http::api::RequestBody;
 use crate::http::api::json;
 use crate::http::problem::Problem;
 use crate::model::state;
@@ -75,17 +77,13 @@ pub fn router(app: Arc<ApiState>) -> Router {
         .route(quota::OWNER, post(owner))
         .route(QUOTA, post(units).layer(DefaultBodyLimit::max(MAX_BYTES)))
         .route("/sync/v1/report", post(report).layer(DefaultBodyLimit::max(MAX_REPORT_BYTES)))
+        .route_layer(middleware::from_fn_with_state(Arc::clone(&app), of_fleet))
         .fallback(|| async { Problem::not_found("This port is for proxies: POST /sync/v1/poll.") })
         .layer(DefaultBodyLimit::max(MAX_REQUEST_BYTES))
         .with_state(app)
 }
 
-async fn poll(
-    State(app): State<Arc<ApiState>>,
-    headers: HeaderMap,
-    body: Bytes,
-) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
+async fn poll(State(app): State<Arc<ApiState>>, RequestBody(body): RequestBody) -> Result<Response, Problem> {
     let poll: Poll = read(&body)?;
     check_proxy(poll.format, &poll.proxy.id, &poll.proxy.incarnation)?;
     whole_state(&app).await?;
@@ -133,10 +131,8 @@ async fn poll(
 
 async fn shards(
     State(app): State<Arc<ApiState>>,
-    headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let request: ShardRequest = read(&body)?;
     if request.format != FORMAT || request.shards.len() > MAX_SHARDS_PER_REQUEST {
         return Err(Problem::bad_request(format!(
@@ -162,10 +158,8 @@ async fn shards(
 /// A part of the state of a proxy that enforces changes which are lacking here.
 async fn enforced(
     State(app): State<Arc<ApiState>>,
-    headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let part = Part::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
     if let Some(enforced) = app.recovery.take(&part)? {
         // A proxy that gives up waiting does not stop it.
@@ -178,10 +172,8 @@ async fn enforced(
 
 async fn report(
     State(app): State<Arc<ApiState>>,
-    headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let report: Report = read(&body)?;
     check_proxy(report.format, &report.proxy, &report.incarnation)?;
     let policy = &app.state().rules.policy;
@@ -196,9 +188,8 @@ async fn report(
 async fn units(
     State(app): State<Arc<ApiState>>,
     headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let question = Question::decode(&body).map_err(|error| Problem::bad_request(error.to_string()))?;
     let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, QUOTA, body).await };
     let answer = service.answer(&question, app.stopping.clone()).await.map_err(|error| match error {
@@ -232,10 +223,8 @@ struct CallOfOwner {
 
 async fn owner(
     State(app): State<Arc<ApiState>>,
-    headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let call: CallOfOwner = read(&body)?;
     let from = u64::from_str_radix(&call.from, 16)
         .map_err(|_| Problem::bad_request("'from' must be a hexadecimal number."))?;
@@ -259,9 +248,8 @@ struct Drain {
 async fn drain(
     State(app): State<Arc<ApiState>>,
     headers: HeaderMap,
-    body: Bytes,
+    RequestBody(body): RequestBody,
 ) -> Result<Response, Problem> {
-    authenticate(&app, &headers)?;
     let drain: Drain = read(&body)?;
     check_proxy(drain.format, &drain.proxy, "-")?;
     let Some(service) = app.quotas.here() else { return forwarded(&app, &headers, DRAIN, body).await };
@@ -370,6 +358,14 @@ impl From<RecoveryError> for Problem {
             RecoveryError::Commit(error) => error.into(),
             RecoveryError::Secret(_) | RecoveryError::Stopping => Self::unavailable(error.to_string()),
         }
+    }
+}
+
+/// Lets a request pass that has the fleet token. Without it no body is read.
+async fn of_fleet(State(app): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
+    match authenticate(&app, request.headers()) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
     }
 }
 

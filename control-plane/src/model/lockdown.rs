@@ -3,26 +3,55 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
+use crate::model::roles::Roles;
+
 /// How long one is that does not say: the playbook's "all validations fail for one hour".
 pub const DEFAULT_TTL: Duration = Duration::from_secs(60 * 60);
-/// How long one may be.
-pub const TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(30 * 24 * 60 * 60);
-/// Whose keys pass if it does not say: whoever would lift it must get through.
-const DEFAULT_EXEMPT: &str = "admin";
+/// How long one may be. Whoever needs a longer one orders it again.
+pub const TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
-/// The roles whose keys pass, each once and in order.
+/// The roles whose keys pass, each once and in order: those that are given, else all whose keys may lift the lockdown.
+/// Without any of the latter it is refused, unless `locks_out_admins` asks for that by name.
 ///
 /// # Errors
-/// Which of them is no role.
+/// What is wrong with them.
 pub fn exempt_roles(
     given: Option<Vec<String>>,
-    is_role: impl Fn(&str) -> bool,
+    locks_out_admins: bool,
+    roles: &Roles,
 ) -> Result<Vec<String>, String> {
-    let mut roles = given.unwrap_or_else(|| vec![DEFAULT_EXEMPT.into()]);
-    roles.sort();
-    roles.dedup();
-    match roles.iter().find(|role| !is_role(role)) {
-        Some(unknown) => Err(format!("'exempt_roles': there is no role {unknown:?}")),
-        None => Ok(roles),
+    let mut exempt =
+        given.unwrap_or_else(|| roles.keys().filter(|role| roles[*role].may_manage()).cloned().collect());
+    exempt.sort();
+    exempt.dedup();
+    if let Some(unknown) = exempt.iter().find(|role| !roles.contains_key(*role)) {
+        return Err(format!("'exempt_roles': there is no role {unknown:?}"));
+    }
+    if !locks_out_admins && !exempt.iter().any(|role| roles[role].may_manage()) {
+        return Err("'exempt_roles' has no role that may lift the lockdown (scope system:manage): nobody could end it \
+                    before its time. 'lock_out_admins': true asks for that"
+            .into());
+    }
+    Ok(exempt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::roles;
+
+    #[test]
+    fn who_could_lift_it_passes_unless_it_is_asked_for_by_name() {
+        let roles = roles::expand(roles::defaults());
+        let of = |given: Option<&[&str]>, locks_out_admins| {
+            let given = given.map(|given| given.iter().map(|role| (*role).to_owned()).collect());
+            exempt_roles(given, locks_out_admins, &roles)
+        };
+        assert_eq!(of(None, false).unwrap(), ["admin"]);
+        assert_eq!(of(Some(&["basic", "admin", "basic"]), false).unwrap(), ["admin", "basic"]);
+        assert!(of(Some(&[]), false).unwrap_err().contains("lock_out_admins"));
+        assert!(of(Some(&["basic"]), false).unwrap_err().contains("system:manage"));
+        assert_eq!(of(Some(&["basic"]), true).unwrap(), ["basic"]);
+        assert!(of(Some(&["god"]), true).unwrap_err().contains("no role \"god\""));
     }
 }

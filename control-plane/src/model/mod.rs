@@ -2,6 +2,7 @@
 //! disk and no network. HTTP, edits in Redis, the canary and the command line call the same commands.
 
 pub mod approval;
+pub mod author;
 pub mod canary;
 pub mod change;
 pub mod commands;
@@ -9,6 +10,7 @@ pub mod expiry;
 pub mod key;
 pub mod limits;
 pub mod lockdown;
+pub mod provenance;
 pub mod registrations;
 pub mod roles;
 pub mod rollout;

@@ -23,6 +23,16 @@ pub struct Role {
     pub may_create: Vec<String>,
 }
 
+/// The scope that emergency measures need.
+pub const MANAGE: &str = "system:manage";
+
+impl Role {
+    /// Whether its keys may order and lift emergency measures.
+    pub fn may_manage(&self) -> bool {
+        self.scopes.iter().any(|scope| scope == MANAGE)
+    }
+}
+
 /// The roles by name.
 pub type Roles = BTreeMap<String, Role>;
 

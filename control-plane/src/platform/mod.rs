@@ -4,5 +4,6 @@ pub mod clock;
 pub mod files;
 pub mod hlc;
 pub mod http_client;
+pub mod http_server;
 pub mod random;
 pub mod trace;

@@ -10,6 +10,7 @@ use super::revoked::ACTOR;
 use super::scripts;
 use super::session::{Session, SessionError};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::Change;
 use crate::model::commands::{Expected, Plan, emergency, limits, rollout};
 use crate::peers::Peers as _;
@@ -165,7 +166,7 @@ impl Session<'_> {
         let is_role = |role: &str| roles.contains_key(role);
         match key {
             OperatorKey::Lockdown => {
-                let lockdown = edits::lockdown(&seen.value, seen.ttl_ms, now, is_role);
+                let lockdown = edits::lockdown(&seen.value, seen.ttl_ms, now, &roles);
                 self.decide(key, lockdown, |view, lockdown| changed(emergency::lock_down(view, lockdown)))
                     .await
             }
@@ -205,7 +206,7 @@ impl Session<'_> {
                 }
             })
         };
-        let (outcome, _) = self.node.writer.commit(ACTOR, plan).await?;
+        let (outcome, _) = self.node.writer.commit(&Author::part(ACTOR), plan).await?;
         match outcome {
             Ok(false) => {}
             Ok(true) => self.note_edit(key, true, None),

@@ -9,6 +9,7 @@ use super::revoked::{ACTOR, UnionError};
 use super::session::{Evicted, Session, SessionError};
 use super::{names, pace, projection};
 use crate::durability::writer::CommitError;
+use crate::model::author::Author;
 use crate::model::change::Change;
 use crate::peers::Peers as _;
 
@@ -105,7 +106,7 @@ impl Session<'_> {
             problem: format!("deleting a copy revokes nothing; to revoke: SET revoke:{id} <reason>"),
         });
         let refused: Vec<Change> = refused.collect();
-        self.node.writer.commit(ACTOR, move |_| Ok((refused, ()))).await?;
+        self.node.writer.commit(&Author::part(ACTOR), move |_| Ok((refused, ()))).await?;
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ use serde::de::DeserializeOwned;
 
 use crate::model::limits;
 use crate::model::lockdown;
+use crate::model::roles::Roles;
 use crate::model::rollout::Flags;
 use crate::model::rollout::document::Edit;
 use crate::platform::clock;
@@ -129,6 +130,8 @@ impl Seen {
 struct LockdownEdit {
     until: Option<String>,
     exempt_roles: Option<Vec<String>>,
+    #[serde(default)]
+    lock_out_admins: bool,
 }
 
 /// What an edit of [`super::names::OperatorKey::Lockdown`] says. Members that are not known are left alone: other tools write some.
@@ -139,7 +142,7 @@ pub fn lockdown(
     value: &Value,
     ttl_ms: Option<u64>,
     now: u64,
-    is_role: impl Fn(&str) -> bool,
+    roles: &Roles,
 ) -> Result<Option<Lockdown>, String> {
     let text = match value {
         Value::None => return Ok(None),
@@ -159,9 +162,9 @@ pub fn lockdown(
         (None, None) => now.saturating_add(lockdown::DEFAULT_TTL.as_secs()),
     };
     if until <= now || until > longest {
-        return Err(format!("it must end within 30 days from now, before {}", clock::rfc3339(longest)));
+        return Err(format!("it must end within 24 h from now, before {}", clock::rfc3339(longest)));
     }
-    let exempt_roles = lockdown::exempt_roles(edit.exempt_roles, is_role)?;
+    let exempt_roles = lockdown::exempt_roles(edit.exempt_roles, edit.lock_out_admins, roles)?;
     Ok(Some(Lockdown { until, exempt_roles }))
 }
 
@@ -265,6 +268,10 @@ mod tests {
 
     const NOW_MS: u64 = 1_000_000;
 
+    fn roles() -> Roles {
+        crate::model::roles::expand(crate::model::roles::defaults())
+    }
+
     fn seen(value: &str, ttl_ms: Option<u64>, written: Option<(u64, &str, u64)>) -> Seen {
         let value_of = |text: &str| match text {
             "" => Value::None,
@@ -353,9 +360,7 @@ mod tests {
 
     #[test]
     fn a_lockdown_by_hand_is_read_or_refused_with_a_reason() {
-        let read = |text: &str, ttl_ms| {
-            lockdown(&Value::Text(text.into()), ttl_ms, 1_000, |role| role == "admin" || role == "basic")
-        };
+        let read = |text: &str, ttl_ms| lockdown(&Value::Text(text.into()), ttl_ms, 1_000, &roles());
         let until = |until, roles: &[&str]| {
             let exempt_roles = roles.iter().map(ToString::to_string).collect();
             Ok(Some(Lockdown { until, exempt_roles }))
@@ -363,11 +368,12 @@ mod tests {
         assert_eq!(read("{}", None), until(4_600, &["admin"]));
         assert_eq!(read("{}", Some(1_500)), until(1_002, &["admin"]));
         assert_eq!(
-            read(r#"{"exempt_roles":["basic","basic"],"by":"x"}"#, Some(1_000)),
-            until(1_001, &["basic"])
+            read(r#"{"exempt_roles":["basic","admin","basic"],"by":"x"}"#, Some(1_000)),
+            until(1_001, &["admin", "basic"])
         );
-        assert_eq!(read(r#"{"until":"1970-01-01T01:00:00Z","exempt_roles":[]}"#, None), until(3_600, &[]));
-        assert_eq!(lockdown(&Value::None, None, 0, |_| true), Ok(None));
+        let everyone = r#"{"until":"1970-01-01T01:00:00Z","exempt_roles":[],"lock_out_admins":true}"#;
+        assert_eq!(read(everyone, None), until(3_600, &[]));
+        assert_eq!(lockdown(&Value::None, None, 0, &roles()), Ok(None));
         for bad in [
             "",
             "1",
@@ -376,13 +382,14 @@ mod tests {
             "{",
             r#"{"exempt_roles":"admin"}"#,
             r#"{"exempt_roles":["nobody"]}"#,
+            r#"{"exempt_roles":["basic"]}"#,
             r#"{"until":"soon"}"#,
             r#"{"until":"1970-01-01T00:00:01Z"}"#,
             r#"{"until":"2970-01-01T00:00:01Z"}"#,
         ] {
             assert!(read(bad, None).is_err(), "{bad}");
         }
-        assert!(lockdown(&Value::Other("list".into()), None, 0, |_| true).is_err());
+        assert!(lockdown(&Value::Other("list".into()), None, 0, &roles()).is_err());
     }
 
     #[test]
@@ -390,7 +397,7 @@ mod tests {
         let lockdown_ = Lockdown { until: 2_000, exempt_roles: vec!["admin".into()] };
         let ours = ours_lockdown(Some(&lockdown_), 7, 1_000);
         let value = Value::Text(ours.text.unwrap());
-        assert_eq!(lockdown(&value, None, 1_000, |_| true), Ok(Some(lockdown_.clone())));
+        assert_eq!(lockdown(&value, None, 1_000, &roles()), Ok(Some(lockdown_.clone())));
         assert_eq!(ours_lockdown(Some(&lockdown_), 7, 2_000).text, None, "over");
     }
 

@@ -9,6 +9,7 @@ use super::revoked::ACTOR;
 use super::session::{Session, SessionError};
 use super::{names, pace};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::Change;
 use crate::model::commands::keys::{self, KeyError};
 use crate::model::key::RevocationReason;
@@ -73,7 +74,7 @@ impl Session<'_> {
             };
             Ok((refused(&entry, problem), Order::Refused))
         };
-        let (order, _) = self.node.writer.commit(ACTOR, plan).await?;
+        let (order, _) = self.node.writer.commit(&Author::part(ACTOR), plan).await?;
         let outcome = match order {
             Order::Waits => return Ok(()),
             Order::Done => {

@@ -14,6 +14,7 @@ use super::projection::Write;
 use super::{log, names};
 use crate::durability::store::{Store, StoreError};
 use crate::durability::writer::CommitError;
+use crate::model::author::Author;
 use crate::model::commands::keys::{self, Batch, Outcome};
 use crate::model::key::RevocationReason;
 use crate::model::{RecordsError, View};
@@ -232,7 +233,7 @@ async fn take(node: &Node, jtis: Vec<String>) -> Result<usize, UnionError> {
     }
     let batch = Batch { key_ids: Vec::new(), jtis, reason: RevocationReason::AdminAction };
     let command = move |view: &View<'_>| keys::revoke_many(view, &batch, ACTOR);
-    let (receipt, _) = node.writer.submit(ACTOR, command).await??;
+    let (receipt, _) = node.writer.submit(&Author::part(ACTOR), command).await??;
     let taken = receipt.count(Outcome::Revoked) + receipt.count(Outcome::RevokedUnseen);
     if taken > 0 {
         tracing::warn!(taken, "revocations that were put into Redis by hand are in force");

@@ -25,6 +25,9 @@ pub struct Shipped {
     /// What it was made in knowledge of: how far the journals of others had been taken in.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub after: BTreeMap<u64, u64>,
+    /// The reason that was given for it, where the change has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
     /// The change.
     pub change: Change,
 }
@@ -34,13 +37,20 @@ impl Shipped {
     pub fn of(logged: &Logged, after: BTreeMap<u64, u64>) -> Self {
         let Logged { at, entry, .. } = logged;
         let at = entry.origin.as_ref().map_or(at, |origin| &origin.at).clone();
-        Self { at, actor: entry.actor.clone(), stamp: entry.stamp, after, change: entry.change.for_peers() }
+        Self {
+            at,
+            actor: entry.actor.clone(),
+            stamp: entry.stamp,
+            after,
+            reason: entry.reason.clone(),
+            change: entry.change.for_peers(),
+        }
     }
 
     /// The entry that takes it in, as change `seq` of `source`.
     pub fn into_entry(self, source: u64, seq: u64) -> Entry {
-        let Self { at, actor, stamp, change, .. } = self;
-        Entry { actor, stamp, origin: Some(Origin { source, seq, at }), change }
+        let Self { at, actor, stamp, reason, change, .. } = self;
+        Entry { origin: Some(Origin { source, seq, at }), reason, ..Entry::new(actor, stamp, change) }
     }
 }
 
@@ -103,6 +113,7 @@ mod tests {
             actor: "key_of_somebody".into(),
             stamp: 5,
             after: BTreeMap::from([(3, 4)]),
+            reason: None,
             change: Change::KeyResumed { key_id: "key_1".into(), jti: "j".into() },
         };
         let sealed = sealer.seal_change(1, 8, 9, &change);

@@ -24,6 +24,7 @@ use super::{Intake, OperatorKey, Peer, RedisPeers, Report, names, scripts};
 use crate::durability::journal::JournalError;
 use crate::durability::writer::CommitError;
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::{Change, Entry};
 use crate::model::state::State;
 use crate::node::Node;
@@ -270,7 +271,7 @@ impl Session<'_> {
             tracing::error!("Redis has later changes of this journal than there are here: they are taken in");
             let source = node.clock.now_ms().max(state.version.source + 1);
             let plan = move |_: &View<'_>| Ok((vec![Change::HistoryForked { source }], ()));
-            node.writer.commit("system", plan).await?;
+            node.writer.commit(&Author::part("system"), plan).await?;
             state = node.state();
             in_log = 0;
         }

@@ -10,7 +10,9 @@ use crate::config::Config;
 use crate::durability::journal::JournalError;
 use crate::durability::writer::{CommitError, OpenError};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::Change;
+use crate::model::commands::emergency;
 use crate::model::key::{Creator, KeyRecord, KeyRequest};
 use crate::node::Node;
 use crate::platform::files;
@@ -75,7 +77,7 @@ pub(super) async fn issue_when_signed(node: &Node) -> Option<String> {
     }
 }
 
-/// Issues another admin key and writes it to the file of the first one, which stays valid. No key is asked for: the
+/// Issues another admin key, which no rule in force refuses, and writes it to the file of the first one, which stays valid. No key is asked for: the
 /// caller starts the control plane, with its master key. Returns the secret that signed it.
 ///
 /// # Errors
@@ -86,10 +88,12 @@ pub async fn issue(node: &Node) -> Result<String, AdminKeyError> {
         let signer = view.model.secrets().active().and_then(Held::signer).cloned();
         let signer = signer.ok_or(OpenError::Rules(RulesError::Invalid("no secret signs")))?;
         let key = record(&config, &signer, view.now)?;
-        let issued = Change::KeyIssued { key: Box::new(key.clone()), idempotency: None };
-        Ok::<_, OpenError>((vec![issued], (key, signer)))
+        let mut changes = emergency::spare(view, &key);
+        changes.push(Change::KeyIssued { key: Box::new(key.clone()), idempotency: None });
+        Ok::<_, OpenError>((changes, (key, signer)))
     };
-    let ((key, signer), _) = node.writer.submit("system", plan).await??;
+    let author = Author::part("system").because(Some("a new admin key was asked for at the start".into()));
+    let ((key, signer), _) = node.writer.submit(&author, plan).await??;
     write(&node.config, &signer, &key)?;
     Ok(key.kid)
 }

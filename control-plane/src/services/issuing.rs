@@ -9,6 +9,7 @@ use keygate_core::secret::Secret;
 use crate::config::Config;
 use crate::durability::writer::{CommitError, Committed};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::Change;
 use crate::model::commands::keys::{Issuance, IssueError};
 use crate::model::key::{KeyRecord, KeyRequestError};
@@ -65,14 +66,14 @@ pub enum IssuingError {
     Rotating,
 }
 
-/// Issues a key in the name of `actor`: `make` makes its record for the secret that signs it, at a Unix second; `command`
+/// Issues a key in the name of `author`: `make` makes its record for the secret that signs it, at a Unix second; `command`
 /// decides about it.
 ///
 /// # Errors
 /// See [`IssuingError`].
 pub async fn issue<M, C>(
     node: &Node,
-    actor: &str,
+    author: &Author,
     make: M,
     command: C,
 ) -> Result<(Issued, Committed), IssuingError>
@@ -88,7 +89,7 @@ where
         let token = token(&node.config, &signer, &key).await?;
         let (command, made) = (command.clone(), key.clone());
         let (issuance, committed) =
-            node.writer.submit(actor, move |view: &View<'_>| command(view, &made)).await??;
+            node.writer.submit(author, move |view: &View<'_>| command(view, &made)).await??;
         match issuance {
             Issuance::Overtaken => {}
             Issuance::EndsThisSecond => wait_next_second(node, made_at).await,

@@ -3,6 +3,7 @@
 pub mod admin_key;
 pub mod canary;
 pub mod issuing;
+pub mod lift;
 pub mod quota;
 pub mod recovery;
 pub mod rollout_guard;

@@ -16,6 +16,7 @@ use keygate_core::version::Version;
 use super::admin_key;
 use crate::durability::store::StoreError;
 use crate::durability::writer::CommitError;
+use crate::model::author::Author;
 use crate::model::commands::recovery::{self, ACTOR, Enforced};
 use crate::model::key::KeyRecord;
 use crate::model::state::State;
@@ -190,7 +191,7 @@ async fn take_back(node: &Arc<Node>, enforced: Enforced) -> Result<(), RecoveryE
     });
     let (enforced, keys) = lost.await.map_err(|_| RecoveryError::Stopping)??;
     let command = move |view: &crate::model::View<'_>| recovery::take_back(view, &enforced, &keys);
-    let (taken, committed) = node.writer.submit(ACTOR, command).await??;
+    let (taken, committed) = node.writer.submit(&Author::part(ACTOR), command).await??;
     let differs = changed_members(&rules, node.state().rules_bytes.expose());
     let differs: Vec<&str> = differs.iter().map(String::as_str).filter(|name| *name != "keys").collect();
     tracing::warn!(

@@ -9,6 +9,7 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use crate::config::GuardSettings;
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::commands::rollout::{self as commands, RolledBack};
 use crate::model::rollout::document::percent;
 use crate::node::Node;
@@ -131,7 +132,8 @@ async fn roll_back(
     let cause = breach.text(&limits);
     let said = cause.clone();
     let command = move |view: &View<'_>| commands::roll_back(view, seq, limits.stable_after, said);
-    let (Some(RolledBack { from, flags }), _) = node.writer.commit(ACTOR, command).await? else {
+    let (Some(RolledBack { from, flags }), _) = node.writer.commit(&Author::part(ACTOR), command).await?
+    else {
         return Ok(());
     };
     node.metrics.rollout.rollbacks.inc();

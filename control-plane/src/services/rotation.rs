@@ -11,6 +11,7 @@ use tokio::time::{Instant, MissedTickBehavior, interval};
 
 use crate::durability::writer::{CommitError, Committed};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::Change;
 use crate::model::commands::rotation::{self, Order, RotationError, SETTLE};
 use crate::model::state::State;
@@ -267,7 +268,7 @@ async fn submit<T: Send + 'static>(
     node: &Node,
     plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), RotationError> + Send + 'static,
 ) -> Result<(T, Committed), StepError> {
-    Ok(node.writer.submit(ACTOR, plan).await??)
+    Ok(node.writer.submit(&Author::part(ACTOR), plan).await??)
 }
 
 /// Has the new secret sign: makes it active, or says that the active one is known.

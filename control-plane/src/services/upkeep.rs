@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use crate::durability::journal;
 use crate::durability::writer::{CommitError, Committed};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::commands::revocations::{self as commands, CleanedUp};
 use crate::node::Node;
 use crate::platform::clock;
@@ -24,7 +25,7 @@ const ACTOR: &str = "system";
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed), CommitError> {
+pub async fn clean_up(node: &Node, author: &Author) -> Result<(CleanedUp, Committed), CommitError> {
     let now_ms = node
         .cautious_clock
         .lock()
@@ -32,15 +33,15 @@ pub async fn clean_up(node: &Node, actor: &str) -> Result<(CleanedUp, Committed)
         .at(node.clock.now_ms(), Instant::now());
     // With leeway, a key counts for a while after its expiry.
     let until = (now_ms / 1_000).saturating_sub(node.config.leeway.as_secs());
-    node.writer.commit(actor, move |view: &View<'_>| commands::forget_expired(view, until)).await
+    node.writer.commit(author, move |view: &View<'_>| commands::forget_expired(view, until)).await
 }
 
 /// Has every proxy reload the revocation set.
 ///
 /// # Errors
 /// When the journal cannot be written.
-pub async fn rebuild(node: &Node, actor: &str) -> Result<Committed, CommitError> {
-    let ((), committed) = node.writer.commit(actor, commands::rebuild).await?;
+pub async fn rebuild(node: &Node, author: &Author) -> Result<Committed, CommitError> {
+    let ((), committed) = node.writer.commit(author, commands::rebuild).await?;
     Ok(committed)
 }
 
@@ -61,7 +62,7 @@ pub async fn run(node: Arc<Node>) {
                     Ok(()) if bits == cut => continue,
                     Ok(()) => {
                         tracing::info!(shards = 1_u32 << bits, "the number of shards of the revocation set was changed for its size");
-                        rebuild(&node, ACTOR).await.map(|_| cut = bits)
+                        rebuild(&node, &Author::part(ACTOR)).await.map(|_| cut = bits)
                     }
                 }
             }
@@ -74,7 +75,7 @@ pub async fn run(node: Arc<Node>) {
                     prune_at += PRUNE_EVERY;
                     prune_journal(&node).await;
                 }
-                clean_up(&node, ACTOR).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
+                clean_up(&node, &Author::part(ACTOR)).await.map(|(cleaned, _)| if cleaned.forgotten > 0 {
                     tracing::info!(forgotten = cleaned.forgotten, remaining = cleaned.remaining, "expired keys were forgotten");
                 })
             }

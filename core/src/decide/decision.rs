@@ -9,13 +9,14 @@ use std::sync::Arc;
 
 use crate::decide::cache::{Place, TokenCache, Verified};
 use crate::decide::client::ClientAddress;
+use crate::decide::ended::ended;
 use crate::decide::limits::{Left, Limit, Meter, Metered};
 use crate::decide::policy::{Access, Mode, Route, Stale};
 use crate::decide::reason::Reason;
 use crate::decide::refusal::Refusal;
 use crate::decide::rollout::{ApiVersion, Choice, Subject};
 use crate::decide::rules::Ruleset;
-use crate::revocation::{Revocations, Standing};
+use crate::revocation::Revocations;
 use crate::token::credential::Credential;
 use crate::token::crypto;
 use crate::token::{self, Malformed, Token};
@@ -370,21 +371,12 @@ impl<R: Revocations, T: Trace, M: Meter> Judge<'_, R, T, M> {
 
     /// Whether a verified key is one that is still wanted.
     fn standing(&mut self, rules: &Ruleset, key: &Verified) -> Result<(), Reason> {
-        let claims = &key.claims;
-        if rules.lockdown.as_ref().is_some_and(|lockdown| lockdown.holds(&claims.role, self.now)) {
-            return Err(Reason::Lockdown);
-        }
-        if rules.cutoffs.iter().any(|cutoff| cutoff.hits(claims, &key.kid)) {
-            return Err(Reason::Cutoff);
-        }
-        let standing = self.revocations.standing(key.fingerprint);
-        self.trace.step("revocation", || format!("{standing:?}").to_lowercase());
-        match standing {
-            Standing::Clear => Ok(()),
-            Standing::Revoked => Err(Reason::Revoked),
-            Standing::Suspended => Err(Reason::Suspended),
-            Standing::Unknown => Err(Reason::RevocationUnknown),
-        }
+        let (revocations, trace) = (&mut self.revocations, &mut *self.trace);
+        ended(rules.lockdown.as_ref(), &rules.cutoffs, key, self.now, |fingerprint| {
+            let standing = revocations.standing(fingerprint);
+            trace.step("revocation", || format!("{standing:?}").to_lowercase());
+            standing
+        })
     }
 }
 

@@ -6,6 +6,7 @@ pub mod cache;
 pub mod client;
 pub mod cutoff;
 mod decision;
+mod ended;
 pub mod forward;
 pub mod header_map;
 pub mod limits;
@@ -16,4 +17,5 @@ pub mod rollout;
 pub mod rules;
 
 pub use self::decision::{Decision, Judge, Request, State, Trace, Verdict, decide, decide_on_route};
+pub use self::ended::ended;
 pub use self::reason::{Reason, Validation};

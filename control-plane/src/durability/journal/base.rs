@@ -329,7 +329,7 @@ mod tests {
 
     fn change(value: serde_json::Value) -> Entry {
         let change = serde_json::from_value(value).unwrap();
-        Entry { actor: "a".into(), stamp: 0, origin: None, change }
+        Entry::new("a", 0, change)
     }
 
     fn revoked(n: u64, expires_at: u64) -> Entry {

@@ -243,7 +243,7 @@ mod tests {
 
     /// A record as it is written and read again.
     fn record(privacy: &Privacy, change: &Change) -> (String, Record) {
-        let entry = Entry { actor: "key_1".into(), stamp: 1, origin: None, change: change.clone() };
+        let entry = Entry::new("key_1", 1, change.clone());
         let mut line = Vec::new();
         Record::new(1, "t", &entry, String::new(), privacy).write(&mut line);
         let record = Record::parse(line.trim_ascii_end()).unwrap();

@@ -7,7 +7,8 @@
 //!
 //! A change that was taken in from another control plane has an `origin` too, and a `stamp` stands where it is not
 //! the time `at`, see [`crate::model::change::Mark`].
-//! `target`, `reason` and `sealed` are there where there is something to say. With `sealed` the change has hashes in
+//! `target`, `reason`, `before` and `sealed` are there where there is something to say. `before` is what the change took
+//! the place of, as the change that would put it back. With `sealed` the change has hashes in
 //! place of personal data, see [`Privacy`](super::Privacy).
 //!
 //! `hash` is SHA-256 over the line's bytes before `,"hash"`, in hexadecimal. `prev` is among them, which chains
@@ -57,6 +58,9 @@ pub struct Record {
     pub stamp: Option<u64>,
     /// The change itself, enough to make it again.
     pub change: Change,
+    /// The change that would undo it, where it took the place of something; owners by their hashes. For readers only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub before: Option<Box<Change>>,
     /// The personal data that the change has hashes of, sealed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sealed: Option<String>,
@@ -70,9 +74,14 @@ pub struct Record {
 impl Record {
     /// The record of a change that is made; its hash comes with writing it.
     pub fn new(seq: u64, at: &str, entry: &Entry, prev: String, privacy: &Privacy) -> Self {
-        let Entry { actor, stamp, origin, change } = entry;
+        let Entry { actor, stamp, origin, reason, before, change } = entry;
         let mut change = change.clone();
         let sealed = privacy.hide(&mut change);
+        let mut before = before.clone();
+        if let Some(before) = &mut before {
+            // Without the seal: its owners are those of an earlier record, which has it.
+            privacy.hide(before);
+        }
         let facts = change.facts();
         Self {
             seq,
@@ -80,11 +89,12 @@ impl Record {
             actor: actor.clone(),
             action: facts.action.into(),
             target: facts.target.map(Into::into),
-            reason: facts.reason.map(Into::into),
+            reason: facts.reason.map(Into::into).or_else(|| reason.clone()),
             outcome: facts.outcome.into(),
             origin: origin.clone(),
             stamp: Some(*stamp).filter(|stamp| *stamp != clock::unix_ms(at)),
             change,
+            before,
             sealed,
             prev,
             hash: String::new(),
@@ -112,7 +122,15 @@ impl Record {
     pub fn into_entry(mut self, privacy: &Privacy) -> Result<Entry, String> {
         privacy.reveal(&mut self)?;
         let stamp = self.stamp.unwrap_or_else(|| clock::unix_ms(&self.at));
-        Ok(Entry { actor: self.actor, stamp, origin: self.origin, change: self.change })
+        let reason = self.reason.filter(|_| self.change.facts().reason.is_none());
+        Ok(Entry {
+            actor: self.actor,
+            stamp,
+            origin: self.origin,
+            reason,
+            before: self.before,
+            change: self.change,
+        })
     }
 
     /// Writes the line and returns its hash.

@@ -6,8 +6,7 @@ use crate::model::key::RevocationReason;
 use crate::secrets::root_key::RootKey;
 
 fn changes(n: u64) -> Vec<Entry> {
-    let entry =
-        |source| Entry { actor: "system".into(), stamp: 0, origin: None, change: Change::Genesis { source } };
+    let entry = |source| Entry::new("system", 0, Change::Genesis { source });
     (0..n).map(entry).collect()
 }
 
@@ -212,7 +211,7 @@ fn what_is_sealed_in_another_journal_is_named_with_segment_and_line() {
     let added = Change::CutoffAdded { cutoff, reason, approved_by: None, break_glass: None };
     let mut journal = reopen(dir.path()).unwrap().0;
     journal.append("2026-01-01T00:00:00Z", &changes(2)).unwrap();
-    let entry = Entry { actor: "key_1".into(), stamp: 0, origin: None, change: added.clone() };
+    let entry = Entry::new("key_1", 0, added.clone());
     journal.append("2026-01-02T00:00:00Z", &[entry]).unwrap();
     drop(journal);
     let last = || page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap().0.remove(0);

@@ -88,7 +88,13 @@ impl Thread {
                 keys: &self.keys,
                 records: &Current { store: &self.store, pending: &pending },
             };
-            let planned = plan(&view);
+            let planned = match plan(&view) {
+                Ok(planned) => planned,
+                Err(refused) => {
+                    let _caller_gone = done.send(Err(refused));
+                    continue;
+                }
+            };
             if !planned.iter().all(|entry| entry.change.facts().ends_keys)
                 && self.journal.uses_reserve()
                 && !self.journal.refill_reserve()
@@ -100,8 +106,9 @@ impl Thread {
                 let _caller_gone = done.send(Err(error));
                 continue;
             }
-            for entry in planned {
+            for mut entry in planned {
                 seq += 1;
+                entry.before = model.before(&entry.change).map(Box::new);
                 match self.apply(&mut model, seq, &entry) {
                     Ok(effect) => {
                         secrets_changed |= effect.secrets;

@@ -70,8 +70,7 @@ mod tests {
     use crate::model::change::Change;
 
     fn logged(seq: u64) -> Logged {
-        let entry =
-            Entry { actor: "a".into(), stamp: 1, origin: None, change: Change::RevocationsRebuilt {} };
+        let entry = Entry::new("a", 1, Change::RevocationsRebuilt {});
         Logged { seq, at: String::new(), entry }
     }
 

@@ -12,6 +12,7 @@ mod status;
 
 use std::convert::Infallible;
 
+use keygate_core::decide::Reason;
 use keygate_core::decide::rules::RulesError;
 use keygate_core::version::Version;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -20,6 +21,7 @@ pub use self::feed::{Feed, Logged};
 pub use self::open::{History, OpenError, Start, open};
 pub use self::status::{WriterObserver, WriterStatus};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::change::{Change, Entry};
 use crate::secrets::keyring::Wraps;
 
@@ -35,6 +37,14 @@ pub enum CommitError {
     /// Rules that proxies could not take.
     #[error("{0}; nothing was changed")]
     Rules(RulesError),
+    /// The key that orders it was ended while the request was on its way.
+    #[error("the key that ordered it is refused by now ({reason}); nothing was changed", reason = .reason.label())]
+    AuthorEnded {
+        /// The reason for which it is refused.
+        reason: Reason,
+        /// The realm of the refusal's challenge.
+        realm: String,
+    },
     /// A change of the same batch cannot be applied.
     #[error("the change cannot be applied; nothing was changed")]
     Inapplicable,
@@ -52,7 +62,7 @@ pub struct Committed {
     pub journal_seq: u64,
 }
 
-type Plan = Box<dyn FnOnce(&View<'_>) -> Vec<Entry> + Send>;
+type Plan = Box<dyn FnOnce(&View<'_>) -> Result<Vec<Entry>, CommitError> + Send>;
 
 struct Job {
     plan: Plan,
@@ -74,14 +84,14 @@ impl Writer {
         *self.status.borrow()
     }
 
-    /// Has `plan` made against what stands and its changes carried out, in the name of `actor`. The plan
-    /// gives its changes and an answer, or refuses; no changes is a fine plan.
+    /// Has `plan` made against what stands and its changes carried out in the name of `author`, if its key counts at
+    /// that moment. The plan gives its changes and an answer, or refuses; no changes is a fine plan.
     ///
     /// # Errors
-    /// The plan's refusal, or that the journal cannot be written.
+    /// The plan's refusal, that the author's key was ended, or that the journal cannot be written.
     pub async fn submit<T, E>(
         &self,
-        actor: &str,
+        author: &Author,
         plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), E> + Send + 'static,
     ) -> Result<Result<(T, Committed), E>, CommitError>
     where
@@ -90,16 +100,25 @@ impl Writer {
     {
         let (done, committed) = oneshot::channel();
         let (answer, answered) = oneshot::channel();
-        let actor = actor.to_owned();
-        let plan: Plan = Box::new(move |view| match plan(view) {
-            Ok((changes, value)) => {
-                let _caller_gone = answer.send(Ok(value));
-                let entry = |change| Entry { actor: actor.clone(), stamp: view.stamp, origin: None, change };
-                changes.into_iter().map(entry).collect()
-            }
-            Err(refusal) => {
-                let _caller_gone = answer.send(Err(refusal));
-                Vec::new()
+        let author = author.clone();
+        let plan: Plan = Box::new(move |view| {
+            author.check(view).map_err(|reason| {
+                let realm = view.model.settings().realm.clone();
+                CommitError::AuthorEnded { reason, realm }
+            })?;
+            match plan(view) {
+                Ok((changes, value)) => {
+                    let _caller_gone = answer.send(Ok(value));
+                    let entry = |change| Entry {
+                        reason: author.reason().map(Into::into),
+                        ..Entry::new(author.name(), view.stamp, change)
+                    };
+                    Ok(changes.into_iter().map(entry).collect())
+                }
+                Err(refusal) => {
+                    let _caller_gone = answer.send(Err(refusal));
+                    Ok(Vec::new())
+                }
             }
         });
         let job = Job { plan, data_keys: Vec::new(), done };
@@ -111,16 +130,16 @@ impl Writer {
         }
     }
 
-    /// Carries out the changes of a plan that refuses nothing, in the name of `actor`; see [`Writer::submit`].
+    /// Carries out the changes of a plan that refuses nothing, in the name of `author`; see [`Writer::submit`].
     ///
     /// # Errors
     /// When the journal cannot be written.
     pub async fn commit<T: Send + 'static>(
         &self,
-        actor: &str,
+        author: &Author,
         plan: impl FnOnce(&View<'_>) -> Result<(Vec<Change>, T), Infallible> + Send + 'static,
     ) -> Result<(T, Committed), CommitError> {
-        match self.submit(actor, plan).await? {
+        match self.submit(author, plan).await? {
             Ok(done) => Ok(done),
             Err(never) => match never {},
         }
@@ -143,7 +162,7 @@ impl Writer {
                     view.model.merged().get(&origin.source).is_none_or(|seq| *seq < origin.seq)
                 })
             };
-            entries.into_iter().filter(is_new).collect()
+            Ok(entries.into_iter().filter(is_new).collect())
         });
         self.jobs.send(Job { plan, data_keys, done }).await.map_err(|_| CommitError::Stopped)?;
         committed.await.map_err(|_| CommitError::Stopped)?
@@ -161,8 +180,8 @@ impl Writer {
                 .secrets()
                 .locked()
                 .any(|record| record.data_key().is_some_and(|id| view.keys.has(id)));
-            let entry = |change| Entry { actor: "system".into(), stamp: view.stamp, origin: None, change };
-            opens.then(|| entry(Change::SecretsOpened {})).into_iter().collect()
+            let entry = |change| Entry::new("system", view.stamp, change);
+            Ok(opens.then(|| entry(Change::SecretsOpened {})).into_iter().collect())
         });
         self.jobs.send(Job { plan, data_keys, done }).await.map_err(|_| CommitError::Stopped)?;
         committed.await.map_err(|_| CommitError::Stopped)?

@@ -206,7 +206,7 @@ pub fn open(start: Start<'_>) -> Result<History, OpenError> {
     if !first.is_empty() {
         // What a history begins with gives way to what was decided elsewhere.
         let stamp = if model.is_empty() { 0 } else { model.next_stamp(clock.now_ms()) };
-        let entry = |change| Entry { actor: "system".into(), stamp, origin: None, change };
+        let entry = |change| Entry::new("system", stamp, change);
         let first: Vec<Entry> = first.into_iter().map(entry).collect();
         for (seq, entry) in (journal.last_seq() + 1..).zip(&first) {
             model.apply(seq, entry, &keys)?;

@@ -9,7 +9,7 @@ use axum::response::Response;
 use serde_json::{Value, json as value};
 
 use super::emergency::{note_revoked, order_view};
-use super::request::{self, KeyId, Waits};
+use super::request::{self, Because, KeyId, Waits};
 use super::{Caller, actor};
 use crate::durability::writer::Committed;
 use crate::http::api::ApiState;
@@ -39,10 +39,11 @@ pub async fn approve(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
     let approver = Arc::clone(&caller.0);
     let command = move |view: &View<'_>| commands::approve(view, &id, &approver.claims);
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (proposal, committed) = app.writer.submit(&caller.author_because(reason)?, command).await??;
     let Proposal { cutoff, reason, requested_by, count, .. } = proposal;
     note_revoked(&app, &caller, &cutoff.id, &count, reason);
     let mut answer = order_view(&cutoff, &count);
@@ -58,9 +59,10 @@ pub async fn withdraw(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
     let command = move |view: &View<'_>| commands::withdraw(view, &id);
-    let (proposal, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (proposal, committed) = app.writer.submit(&caller.author_because(reason)?, command).await??;
     tracing::warn!(by = actor(&caller.0), id = proposal.cutoff.id, "a mass revocation was withdrawn");
     let answer = value!({ "withdrawn": proposal_view(&proposal) });
     Ok(request::finish(&app, committed, waits.for_nothing(), StatusCode::OK, answer).await)

@@ -28,8 +28,10 @@ pub async fn register(
     headers: HeaderMap,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?.0;
-    let request: KeyRequest = request::body(&bytes)?;
+    let caller = authenticate(&app, &headers, &Route::keyed("register", &[]))?;
+    let (request, reason): (KeyRequest, _) = request::order(&bytes)?;
+    let author = caller.author_because(reason)?;
+    let caller = caller.0;
     let idempotency = request::idempotency(&headers, actor(&caller), "register", &bytes)?;
     let make = |signer: &Signer, now| {
         let creator = creator_of(&caller);
@@ -38,7 +40,7 @@ pub async fn register(
     let maker = Arc::clone(&caller);
     let command =
         move |view: &View<'_>, key: &KeyRecord| keys::register(view, key, &maker, idempotency.as_ref());
-    let (issued, committed) = issuing::issue(&app, actor(&caller), make, command).await?;
+    let (issued, committed) = issuing::issue(&app, &author, make, command).await?;
     if !issued.replayed {
         app.metrics.keys.created.with([&issued.key.role, V2]).inc();
     }
@@ -78,7 +80,9 @@ pub async fn refresh(
     let route = Route::keyed("refresh", &[]);
     // The renewal itself revokes this key. Whoever did not get the answer asks again with it.
     let again = headers.contains_key("idempotency-key");
-    let caller = authenticate_or(&app, &headers, &route, |reason| again && reason == Reason::Revoked)?.0;
+    let caller = authenticate_or(&app, &headers, &route, |reason| again && reason == Reason::Revoked)?;
+    let author = if again { caller.author().although(Reason::Revoked) } else { caller.author() };
+    let caller = caller.0;
     let role = caller.claims.role.clone();
     let count = |success: &str| {
         if app.config.roles.contains_key(&role) {
@@ -97,7 +101,7 @@ pub async fn refresh(
         keys::renew(view, key, &former, &holder, idempotency.as_ref())
     };
     let is_canary_key = canary::is_canary_key(&known);
-    let issuing = issuing::issue(&app, actor(&caller), make, command).await;
+    let issuing = issuing::issue(&app, &author, make, command).await;
     let (issued, committed) = issuing.inspect_err(|_| {
         // That its key is not renewed yet is what the canary tests, again and again.
         if !is_canary_key {
@@ -118,8 +122,9 @@ pub async fn revoke(
     waits: Waits,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?.0;
-    super::keys::revoke_key(&app, actor(&caller), actor(&caller), RevocationReason::UserRequest, waits).await
+    let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?;
+    let own = actor(&caller.0).to_owned();
+    super::keys::revoke_key(&app, &caller, &own, RevocationReason::UserRequest, waits).await
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {

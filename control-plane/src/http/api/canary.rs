@@ -9,8 +9,8 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::request::{self, Body, KeyId, Waits};
-use super::{Caller, actor, json};
+use super::request::{self, Because, Body, KeyId, Waits};
+use super::{Caller, json};
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
@@ -61,13 +61,14 @@ pub async fn put(
     Extension(caller): Extension<Caller>,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let request: TestRequest = request::body(&bytes)?;
+    let (request, reason): (TestRequest, _) = request::order(&bytes)?;
+    let author = caller.author_because(reason)?;
     let test = request
         .test(&app.config.canary.allowed)
         .map_err(|wrong| Problem::bad_request(format!("{}.", wrong.join("; "))).with("errors", wrong))?;
     let (endpoint, added) = (app.config.canary.app_endpoint.clone(), test.clone());
     let command = move |view: &View<'_>| commands::put(view, &endpoint, added);
-    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let ((), committed) = app.writer.submit(&author, command).await??;
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::CREATED, view(&test)).await)
 }
 
@@ -75,10 +76,12 @@ pub async fn remove(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
+    let author = caller.author_because(reason)?;
     let (endpoint, removed) = (app.config.canary.app_endpoint.clone(), id.clone());
     let command = move |view: &View<'_>| commands::remove(view, &endpoint, &id);
-    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let ((), committed) = app.writer.submit(&author, command).await??;
     let body = serde_json::json!({ "removed": removed });
     Ok(request::finish(&app, committed, Waits::for_nobody(), StatusCode::OK, body).await)
 }

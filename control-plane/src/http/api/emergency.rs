@@ -9,16 +9,19 @@ use axum::response::Response;
 use keygate_core::decide::cutoff::{Cutoff, Lockdown, Scope};
 use serde::Deserialize;
 
-use super::request::{self, Body, KeyId, Waits};
+use super::request::{self, Because, Body, KeyId, Waits};
 use super::{Caller, actor, approvals, json};
 use crate::durability::store::StoreError;
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
 use crate::model::approval::{Count, Warrant};
+use crate::model::author::Author;
 use crate::model::commands::emergency::{self as commands, Order, Ordered};
 use crate::model::key::{self, KeyState, RevocationReason};
 use crate::model::lockdown;
+use crate::model::provenance::{CutoffOrder, Provenance};
+use crate::model::state;
 use crate::observe::notify::Kind;
 use crate::platform::clock;
 use crate::platform::random;
@@ -61,6 +64,11 @@ impl CutoffScope {
         };
         let created_before = time("created_before", self.created_before, now.saturating_add(1))?;
         let created_after = time("created_after", self.created_after, 0)?;
+        if created_before > now.saturating_add(1) {
+            let detail = "'created_before' must not be in the future: keys issued from now on would be dead from birth. To refuse \
+                          every key for a time, order a lockdown.";
+            return Err(Problem::bad_request(detail));
+        }
         if created_after >= created_before {
             return Err(Problem::bad_request("'created_after' must be before 'created_before'."));
         }
@@ -121,7 +129,7 @@ pub async fn cut_off(
         by: actor(&caller.0).to_owned(),
     };
     let command = move |view: &View<'_>| commands::order(view, order, threshold);
-    let (ordered, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (ordered, committed) = app.writer.submit(&caller.author(), command).await??;
     let break_glass = match ordered {
         Ordered::Pending(proposal) => {
             return Ok(approvals::pending(&app, committed, waits, &proposal, view(&count)).await);
@@ -181,9 +189,10 @@ pub async fn lift_cut_off(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
     let command = move |view: &View<'_>| commands::lift_cut_off(view, &id);
-    let (cutoff, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (cutoff, committed) = app.writer.submit(&caller.author_because(reason)?, command).await??;
     tracing::warn!(by = actor(&caller.0), id = cutoff.id, "a mass revocation was lifted");
     let body = serde_json::json!({ "lifted": cutoff_view(&cutoff) });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, body).await)
@@ -229,10 +238,14 @@ fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
     })
 }
 
-/// A cut-off in force, with who approved it, or why nobody had to.
-fn in_force_view(cutoff: &Cutoff, warrant: Option<&Warrant>) -> serde_json::Value {
+/// A cut-off in force: since when, by whom and why, who approved it, or the justification of doing without.
+fn in_force_view(cutoff: &Cutoff, order: Option<&CutoffOrder>) -> serde_json::Value {
     let mut view = cutoff_view(cutoff);
-    match warrant {
+    let Some(order) = order else { return view };
+    add_provenance(&mut view, Some(&order.provenance));
+    view["reason"] = serde_json::json!(order.reason);
+    view["requested_by"] = order.requested_by.clone().into();
+    match &order.warrant {
         None => {}
         Some(Warrant::ApprovedBy(key_id)) => view["approved_by"] = key_id.as_str().into(),
         Some(Warrant::BreakGlass(justification)) => view["break_glass"] = justification.as_str().into(),
@@ -240,11 +253,22 @@ fn in_force_view(cutoff: &Cutoff, warrant: Option<&Warrant>) -> serde_json::Valu
     view
 }
 
+fn add_provenance(view: &mut serde_json::Value, provenance: Option<&Provenance>) {
+    if let Some(Provenance { by, at_ms, reason }) = provenance {
+        view["since"] = clock::rfc3339_ms(*at_ms).into();
+        view["by"] = by.as_str().into();
+        view["reason"] = reason.as_deref().into();
+    }
+}
+
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LockdownBody {
     ttl: Option<String>,
     exempt_roles: Option<Vec<String>>,
+    /// Whether the keys that could lift it are to be refused as well.
+    #[serde(default)]
+    lock_out_admins: bool,
 }
 
 impl LockdownBody {
@@ -253,11 +277,10 @@ impl LockdownBody {
             None => lockdown::DEFAULT_TTL,
             Some(Ok(ttl)) if lockdown::TTL.contains(&ttl) => ttl,
             Some(_) => {
-                return Err(Problem::bad_request("'ttl' must be a duration such as 1h, from 1s to 30d."));
+                return Err(Problem::bad_request("'ttl' must be a duration such as 1h, from 1s to 24h."));
             }
         };
-        let is_role = |role: &str| app.config.roles.contains_key(role);
-        let exempt_roles = lockdown::exempt_roles(self.exempt_roles, is_role)
+        let exempt_roles = lockdown::exempt_roles(self.exempt_roles, self.lock_out_admins, &app.config.roles)
             .map_err(|problem| Problem::bad_request(format!("{problem}.")))?;
         Ok(Lockdown { until: now.saturating_add(ttl.as_secs()), exempt_roles })
     }
@@ -267,10 +290,31 @@ pub async fn show(State(app): State<Arc<ApiState>>) -> Response {
     let state = app.state();
     let now = app.clock.now_s();
     let mut body = view(state.rules.lockdown.as_ref(), now);
-    let in_force = |cutoff| in_force_view(cutoff, state.warrants.get(&cutoff.id));
+    if !body["lockdown"].is_null() {
+        add_provenance(&mut body["lockdown"], state.lockdown_order.as_ref());
+    }
+    let in_force = |cutoff: &Cutoff| in_force_view(cutoff, state.cutoff_orders.get(&cutoff.id));
     body["cutoffs"] = state.rules.cutoffs.iter().map(in_force).collect();
+    if !state.rules.cutoffs.is_empty() {
+        body["active"] = true.into();
+    }
     body["approvals"] = approvals::pending_view(&state.proposals, now);
+    body["rate_limits"] = limits_view(&state, now);
     json(StatusCode::OK, body)
+}
+
+/// The override of limits in force; null when there is none.
+fn limits_view(state: &state::State, now: u64) -> serde_json::Value {
+    let Some(override_) = state.limits_override.as_ref().filter(|override_| now < override_.until) else {
+        return serde_json::Value::Null;
+    };
+    let mut view = serde_json::json!({
+        "limits": override_.roles,
+        "until": clock::rfc3339(override_.until),
+        "remaining_s": override_.until.saturating_sub(now),
+    });
+    add_provenance(&mut view, state.override_order.as_ref());
+    view
 }
 
 pub async fn lock_down(
@@ -279,29 +323,30 @@ pub async fn lock_down(
     waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let body: LockdownBody = request::body(&bytes)?;
+    let (body, reason): (LockdownBody, _) = request::order(&bytes)?;
     let lockdown = body.lockdown(&app, app.clock.now_s())?;
-    change(&app, &caller, waits, Some(lockdown)).await
+    change(&app, &caller.author_because(reason)?, waits, Some(lockdown)).await
 }
 
 pub async fn lift(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    change(&app, &caller, waits, None).await
+    change(&app, &caller.author_because(reason)?, waits, None).await
 }
 
 async fn change(
     app: &ApiState,
-    caller: &Caller,
+    author: &Author,
     waits: Waits,
     lockdown: Option<Lockdown>,
 ) -> Result<Response, Problem> {
     let body = view(lockdown.as_ref(), app.clock.now_s());
     let command = move |view: &View<'_>| commands::lock_down(view, lockdown);
-    let ((), committed) = app.writer.commit(actor(&caller.0), command).await?;
-    tracing::warn!(by = actor(&caller.0), lockdown = %body["lockdown"], "the lockdown was changed");
+    let ((), committed) = app.writer.commit(author, command).await?;
+    tracing::warn!(by = author.name(), reason = author.reason(), lockdown = %body["lockdown"], "the lockdown was changed");
     Ok(request::finish(app, committed, waits, StatusCode::OK, body).await)
 }
 

@@ -60,7 +60,7 @@ pub async fn replace(
     let edit = Edit::read(&asked).map_err(RolloutError::Invalid)?;
     let expected = request::if_match(&headers);
     let command = move |view: &View<'_>| commands::edit(view, edit, expected);
-    let (_, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (_, committed) = app.writer.submit(&caller.author(), command).await??;
     let state = app.state();
     app.metrics.rollout.show(&state.flags, state.has_v1, app.clock.now_s());
     let answer = request::finish(&app, committed, waits, StatusCode::OK, shown(&app, &state)).await;

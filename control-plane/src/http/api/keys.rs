@@ -9,11 +9,12 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use serde::Deserialize;
 
-use super::request::{self, Body, KeyId, Waits};
+use super::request::{self, Because, Body, KeyId, Waits};
 use super::{Caller, actor, json, key_view};
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::commands::Plan;
 use crate::model::commands::keys::{self as commands, KeyError};
 use crate::model::key::{KeyRecord, KeyState, RevocationReason};
@@ -70,19 +71,19 @@ pub async fn revoke(
 ) -> Result<Response, Problem> {
     let body: RevokeBody = request::body(&bytes)?;
     let reason = body.reason.unwrap_or(RevocationReason::AdminAction);
-    revoke_key(&app, actor(&caller.0), &id, reason, waits).await
+    revoke_key(&app, &caller, &id, reason, waits).await
 }
 
-/// Revokes a key in the name of `actor`. One that is revoked already stays as it is.
+/// Revokes a key in the name of `caller`. One that is revoked already stays as it is.
 pub async fn revoke_key(
     app: &ApiState,
-    actor: &str,
+    caller: &Caller,
     id: &str,
     reason: RevocationReason,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let (id, by) = (id.to_owned(), actor.to_owned());
-    change_key(app, actor, waits, move |view| commands::revoke(view, &id, reason, &by)).await
+    let (id, by) = (id.to_owned(), actor(&caller.0).to_owned());
+    change_key(app, &caller.author(), waits, move |view| commands::revoke(view, &id, reason, &by)).await
 }
 
 #[derive(Debug, Deserialize)]
@@ -101,7 +102,7 @@ pub async fn suspend(
     let body: SuspendBody = request::body(&bytes)?;
     let by = actor(&caller.0).to_owned();
     let command = move |view: &View<'_>| commands::suspend(view, &id, body.reason, &by);
-    change_key(&app, actor(&caller.0), waits, command).await
+    change_key(&app, &caller.author(), waits, command).await
 }
 
 pub async fn resume(
@@ -109,14 +110,16 @@ pub async fn resume(
     Extension(caller): Extension<Caller>,
     KeyId(id): KeyId,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    change_key(&app, actor(&caller.0), waits, move |view| commands::resume(view, &id)).await
+    let author = caller.author_because(reason)?;
+    change_key(&app, &author, waits, move |view| commands::resume(view, &id)).await
 }
 
 /// Carries out a command about one key, and answers with the key as it is then.
 async fn change_key(
     app: &ApiState,
-    actor: &str,
+    author: &Author,
     waits: Waits,
     command: impl FnOnce(&View<'_>) -> Plan<KeyRecord, KeyError> + Send + 'static,
 ) -> Result<Response, Problem> {
@@ -125,7 +128,7 @@ async fn change_key(
         let changed = !changes.is_empty();
         Ok::<_, KeyError>((changes, (key, changed)))
     };
-    let ((key, changed), committed) = app.writer.submit(actor, command).await??;
+    let ((key, changed), committed) = app.writer.submit(author, command).await??;
     if changed && let Some(revoked) = &key.revoked {
         app.metrics.keys.revoked.with([&key.role, revoked.reason.label()]).inc();
     }

@@ -11,6 +11,7 @@ mod explain;
 pub mod feature_flags;
 mod fleet;
 mod health;
+pub mod in_flight;
 mod keys;
 mod openapi;
 mod policy;
@@ -26,7 +27,8 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use axum::Router;
-use axum::extract::{DefaultBodyLimit, MatchedPath, Request, State};
+use axum::body::HttpBody as _;
+use axum::extract::{DefaultBodyLimit, FromRequest as _, MatchedPath, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -41,8 +43,10 @@ use crate::platform::clock;
 use crate::platform::trace::{self, Trace};
 use crate::secrets::record::Ring;
 
+use self::in_flight::Permit;
+use self::request::Body;
 pub use self::state::ApiState;
-pub use request::{Caller, authenticate};
+pub use request::{Body as RequestBody, Caller, authenticate};
 
 /// The most bytes of a request's body.
 const MAX_BODY_BYTES: usize = 1024 * 1024;
@@ -134,6 +138,13 @@ fn operations() -> Vec<Operation> {
             Needs::Nothing,
             "The public keys that verify keys (RFC 7517)",
             get(secrets::jwks),
+        ),
+        op(
+            "get",
+            "/.well-known/keygate",
+            Needs::Nothing,
+            "The issuer, the fleet's id and the ids of the secrets whose keys are accepted, to compare with a key before it is sent",
+            get(secrets::identity),
         ),
         Operation {
             query: &[
@@ -513,8 +524,11 @@ pub fn router(app: Arc<ApiState>) -> Router {
     let mut router = Router::new();
     for operation in operations() {
         let handler = match operation.needs {
-            // Operations on one's own key decide about that key themselves.
-            Needs::Nothing | Needs::Key => operation.handler,
+            Needs::Nothing => operation.handler,
+            // These decide about the key themselves, once the body is there.
+            Needs::Key => {
+                operation.handler.route_layer(middleware::from_fn_with_state(Arc::clone(&app), of_key))
+            }
             Needs::Scope(scope) => {
                 let route = Arc::new(Route::keyed(operation.path, &[scope]));
                 operation.handler.route_layer(middleware::from_fn_with_state(
@@ -542,20 +556,41 @@ pub fn router(app: Arc<ApiState>) -> Router {
         .with_state(app)
 }
 
-/// Lets a request pass whose key has the operation's scope.
-async fn admitted(
-    State(app): State<Arc<ApiState>>,
-    route: &Route,
-    mut request: Request,
-    next: Next,
-) -> Response {
-    match authenticate(&app, request.headers(), route) {
-        Ok(caller) => {
-            request.extensions_mut().insert(caller);
-            next.run(request).await
-        }
+/// Lets a request pass that has a key, whatever it may; the operation decides that. Without a genuine key no body is read.
+async fn of_key(State(app): State<Arc<ApiState>>, request: Request, next: Next) -> Response {
+    let permit = match request::genuine_key(&app, request.headers()) {
+        Some(key) => app.in_flight.enter(&key.claims.sub).map(Some),
+        None if request.body().is_end_stream() => Ok(None),
+        None => authenticate(&app, request.headers(), &Route::keyed("key", &[])).map(|_| None),
+    };
+    match permit {
+        Ok(_permit) => next.run(request).await,
         Err(problem) => problem.into_response(),
     }
+}
+
+/// Lets a request pass whose key has the operation's scope, before its body is read and when it is there.
+async fn admitted(State(app): State<Arc<ApiState>>, route: &Route, request: Request, next: Next) -> Response {
+    match with_caller(&app, route, request).await {
+        Ok((request, _permit)) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// The request with its caller, once all of it has come.
+async fn with_caller(app: &ApiState, route: &Route, request: Request) -> Result<(Request, Permit), Problem> {
+    let mut caller = authenticate(app, request.headers(), route)?;
+    let permit = app.in_flight.enter(actor(&caller.0))?;
+    let mut request = request;
+    if !request.body().is_end_stream() {
+        let (parts, body) = request.into_parts();
+        let Body(bytes) = Body::from_request(Request::from_parts(parts.clone(), body), &()).await?;
+        // The key may have been ended while the body was on its way.
+        caller = authenticate(app, &parts.headers, route)?;
+        request = Request::from_parts(parts, bytes.into());
+    }
+    request.extensions_mut().insert(caller);
+    Ok((request, permit))
 }
 
 /// One line a request: never a header, a body or a query, in all of which there may be keys; but for the trace that it

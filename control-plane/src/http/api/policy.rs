@@ -10,7 +10,7 @@ use keygate_core::decide::policy::{Mode, Route};
 use serde::Deserialize;
 
 use super::request::{self, Body, Waits};
-use super::{Caller, actor, json};
+use super::{Caller, json};
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
@@ -36,12 +36,13 @@ pub async fn replace(
     headers: HeaderMap,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let change: PolicyChange = request::body(&bytes)?;
+    let (change, reason): (PolicyChange, _) = request::order(&bytes)?;
+    let author = caller.author_because(reason)?;
     let roles = app.config.roles.clone();
     let expected = request::if_match(&headers);
     let command =
         move |view: &View<'_>| commands::replace(view, change.mode, change.routes, expected, &roles);
-    let (policy, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (policy, committed) = app.writer.submit(&author, command).await??;
     app.telemetry.note_routes(&policy);
     let answer = request::finish(&app, committed, waits, StatusCode::OK, serde_json::json!(policy)).await;
     Ok(tagged(answer, app.state().policy_seq))

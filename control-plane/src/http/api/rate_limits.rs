@@ -13,12 +13,13 @@ use keygate_core::revocation::Fingerprint;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::request::{self, Body, Waits};
-use super::{Caller, actor, json};
+use super::request::{self, Because, Body, Waits};
+use super::{Caller, json};
 use crate::durability::store::StoreError;
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::commands::Plan;
 use crate::model::commands::limits::{self as commands, LimitsError};
 use crate::model::limits::{self, AccountNames, DEFAULT_TTL, TTL};
@@ -38,9 +39,10 @@ pub async fn replace(
     waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let document: Value = request::body(&bytes)?;
+    let (document, reason): (Value, _) = request::order(&bytes)?;
+    let author = caller.author_because(reason)?;
     let roles = app.config.roles.clone();
-    submit(&app, &caller, waits, move |view| commands::edit(view, &document, &roles)).await
+    submit(&app, &author, waits, move |view| commands::edit(view, &document, &roles)).await
 }
 
 /// Number of accounts shown: those that use the greatest part of their limits.
@@ -114,8 +116,9 @@ pub async fn take_over(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    let committed = quota::take_over(&app.quotas, actor(&caller.0)).await?;
+    let committed = quota::take_over(&app.quotas, &caller.author_because(reason)?).await?;
     let kept = serde_json::json!({ "keeper": format!("{:x}", app.state().version.source) });
     Ok(request::finish(&app, committed, waits, StatusCode::OK, kept).await)
 }
@@ -133,7 +136,8 @@ pub async fn override_for_a_time(
     waits: Waits,
     Body(bytes): Body,
 ) -> Result<Response, Problem> {
-    let body: OverrideBody = request::body(&bytes)?;
+    let (body, reason): (OverrideBody, _) = request::order(&bytes)?;
+    let author = caller.author_because(reason)?;
     let ttl = match &body.ttl {
         None => DEFAULT_TTL,
         Some(text) => humantime::parse_duration(text)
@@ -146,25 +150,27 @@ pub async fn override_for_a_time(
     let until = app.clock.now_s().saturating_add(ttl.as_secs().max(1));
     let emergency = Override { until, roles };
     let roles = app.config.roles.clone();
-    submit(&app, &caller, waits, move |view| commands::override_roles(view, Some(emergency), &roles)).await
+    submit(&app, &author, waits, move |view| commands::override_roles(view, Some(emergency), &roles)).await
 }
 
 pub async fn lift_override(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
+    let author = caller.author_because(reason)?;
     let roles = app.config.roles.clone();
-    submit(&app, &caller, waits, move |view| commands::override_roles(view, None, &roles)).await
+    submit(&app, &author, waits, move |view| commands::override_roles(view, None, &roles)).await
 }
 
 async fn submit(
     app: &Arc<ApiState>,
-    caller: &Caller,
+    author: &Author,
     waits: Waits,
     command: impl FnOnce(&View<'_>) -> Plan<(), LimitsError> + Send + 'static,
 ) -> Result<Response, Problem> {
-    let ((), committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let ((), committed) = app.writer.submit(author, command).await??;
     Ok(request::finish(app, committed, waits, StatusCode::OK, shown(app)).await)
 }
 

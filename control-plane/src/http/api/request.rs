@@ -12,28 +12,55 @@ use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD as BASE64URL;
 use keygate_core::decide::cache::Verified;
 use keygate_core::decide::policy::Route;
-use keygate_core::decide::{Judge, Reason, Verdict, decide_on_route};
+use keygate_core::decide::{Decision, Judge, Reason, Verdict, decide_on_route};
 use keygate_core::telemetry::Timing;
 use keygate_core::token::credential;
-use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::Value;
+use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use crate::durability::writer::Committed;
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
+use crate::model::author::{self, Author};
 use crate::model::change::Idempotency;
 use crate::model::commands::Expected;
+use crate::model::state::State;
 
 const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_TIMEOUT: Duration = Duration::from_secs(900);
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
+/// How long the body of a request may take to come.
+const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_IDEMPOTENCY_KEY_BYTES: usize = 255;
 
 /// Whoever calls: a key whose token counts.
 #[derive(Debug, Clone)]
 pub struct Caller(pub Arc<Verified>);
+
+impl Caller {
+    /// The author of the changes that it orders.
+    pub fn author(&self) -> Author {
+        Author::key(Arc::clone(&self.0))
+    }
+
+    /// The same with the reason that it gives.
+    ///
+    /// # Errors
+    /// 400 when it is none.
+    pub fn author_because(&self, reason: Option<String>) -> Result<Author, Problem> {
+        if reason.as_deref().is_some_and(|reason| !author::is_reason(reason)) {
+            let most = author::MAX_REASON_CHARS;
+            return Err(Problem::bad_request(format!(
+                "'reason' must be one line of at most {most} characters."
+            )));
+        }
+        Ok(self.author().because(reason))
+    }
+}
 
 /// Decides on the key in the headers as a proxy would for `route`.
 ///
@@ -55,21 +82,7 @@ pub fn authenticate_or(
 ) -> Result<Caller, Problem> {
     let started = Instant::now();
     let state = app.state();
-    let pairs = headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
-    let decision = {
-        let mut cache = app.cache.lock().unwrap_or_else(PoisonError::into_inner);
-        let begun = Instant::now();
-        let judge = Judge {
-            cache: &mut cache,
-            meter: (),
-            revocations: &state.revocations,
-            now: app.clock.now_s(),
-            trace: &mut (),
-        };
-        let decision = decide_on_route(&state.rules, route, credential::find(pairs), judge);
-        app.telemetry.observe(Timing::Decode, begun.elapsed());
-        decision
-    };
+    let decision = decided(app, &state, headers, route);
     app.telemetry.observe(Timing::Validation, started.elapsed());
     match (decision.verdict, decision.key) {
         (Verdict::Forward, Some(key)) => Ok(Caller(key)),
@@ -82,6 +95,27 @@ pub fn authenticate_or(
     }
 }
 
+/// The key in the headers, if its signature is good, whatever becomes of the request.
+pub fn genuine_key(app: &ApiState, headers: &HeaderMap) -> Option<Arc<Verified>> {
+    decided(app, &app.state(), headers, &Route::keyed("key", &[])).key
+}
+
+fn decided<'r>(app: &ApiState, state: &State, headers: &HeaderMap, route: &'r Route) -> Decision<'r> {
+    let pairs = headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+    let mut cache = app.cache.lock().unwrap_or_else(PoisonError::into_inner);
+    let begun = Instant::now();
+    let judge = Judge {
+        cache: &mut cache,
+        meter: (),
+        revocations: &state.revocations,
+        now: app.clock.now_s(),
+        trace: &mut (),
+    };
+    let decision = decide_on_route(&state.rules, route, credential::find(pairs), judge);
+    app.telemetry.observe(Timing::Decode, begun.elapsed());
+    decision
+}
+
 /// A request's body, with a problem document when it is too long or breaks off.
 pub struct Body(pub Bytes);
 
@@ -89,10 +123,17 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
-        Bytes::from_request(request, state).await.map(Self).map_err(|rejection| match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "The body is longer than 1 MiB.")
-            }
+        let read = tokio::time::timeout(BODY_TIMEOUT, Bytes::from_request(request, state));
+        let Ok(read) = read.await else {
+            let detail = format!("The body did not come within {} s.", BODY_TIMEOUT.as_secs());
+            return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", detail));
+        };
+        read.map(Self).map_err(|rejection| match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => Problem::new(
+                StatusCode::PAYLOAD_TOO_LARGE,
+                "too_large",
+                "The body is too long: at most 1 MiB, and 64 KiB at the sync port.",
+            ),
             _ => Problem::bad_request(rejection.body_text()),
         })
     }
@@ -120,6 +161,72 @@ pub fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
     let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes.as_ref() };
     serde_json::from_slice(bytes)
         .map_err(|error| Problem::bad_request(format!("The body is not as expected: {error}.")))
+}
+
+/// The same for a change whose body has no `reason` of its own: what is asked for, and the `reason` that is given for it.
+///
+/// # Errors
+/// 400 with what is wrong and where.
+pub fn order<T: DeserializeOwned>(bytes: &Bytes) -> Result<(T, Option<String>), Problem> {
+    let Ok(Members(members)) = serde_json::from_slice(bytes) else { return Ok((body(bytes)?, None)) };
+    let (reasons, others): (Vec<_>, Vec<_>) = members.into_iter().partition(|(name, _)| name == "reason");
+    let reason = match reasons.as_slice() {
+        [] => None,
+        [(_, one)] => {
+            serde_json::from_str(one.get()).map_err(|_| Problem::bad_request("'reason' must be a text."))?
+        }
+        _ => return Err(Problem::bad_request("The body has 'reason' twice.")),
+    };
+    let others: Vec<String> = others
+        .iter()
+        .map(|(name, value)| format!("{}:{}", Value::from(name.as_str()), value.get()))
+        .collect();
+    Ok((body(&Bytes::from(format!("{{{}}}", others.join(","))))?, reason))
+}
+
+/// The members of an object in their order, also those that are there twice.
+struct Members<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de> Deserialize<'de> for Members<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Read;
+
+        impl<'de> Visitor<'de> for Read {
+            type Value = Members<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::new();
+                while let Some(member) = map.next_entry()? {
+                    members.push(member);
+                }
+                Ok(Members(members))
+            }
+        }
+
+        deserializer.deserialize_map(Read)
+    }
+}
+
+/// The body of a change that has nothing but a `reason`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Nothing {}
+
+/// The reason for a change that needs no more to be said.
+pub struct Because(pub Option<String>);
+
+impl<S: Send + Sync> FromRequest<S> for Because {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let Body(bytes) = Body::from_request(request, state).await?;
+        let (Nothing {}, reason) = order(&bytes)?;
+        Ok(Self(reason))
+    }
 }
 
 /// When a change was asked for, and how long its caller waits for the proxies, if at all.

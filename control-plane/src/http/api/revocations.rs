@@ -13,7 +13,7 @@ use keygate_core::token::is_identifier;
 use serde::Deserialize;
 use serde_json::json as value;
 
-use super::request::{self, Body, Waits};
+use super::request::{self, Because, Body, Waits};
 use super::{Caller, actor, json};
 use crate::durability::store::PastRevocation;
 use crate::http::api::ApiState;
@@ -63,7 +63,7 @@ pub async fn revoke_many(
     let (by, reason) = (actor(&caller.0).to_owned(), batch.reason);
     let batch = Batch { key_ids: batch.key_ids, jtis: batch.jtis, reason };
     let command = move |view: &View<'_>| keys::revoke_many(view, &batch, &by);
-    let (receipt, committed) = app.writer.submit(actor(&caller.0), command).await??;
+    let (receipt, committed) = app.writer.submit(&caller.author(), command).await??;
     for role in &receipt.roles {
         app.metrics.keys.revoked.with([role, reason.label()]).inc();
     }
@@ -144,8 +144,9 @@ pub async fn cleanup(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    let (cleaned, committed) = upkeep::clean_up(&app, actor(&caller.0)).await?;
+    let (cleaned, committed) = upkeep::clean_up(&app, &caller.author_because(reason)?).await?;
     let body = value!({
         "removed": cleaned.forgotten,
         "remaining": cleaned.remaining,
@@ -159,8 +160,9 @@ pub async fn rebuild(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    let committed = upkeep::rebuild(&app, actor(&caller.0)).await?;
+    let committed = upkeep::rebuild(&app, &caller.author_because(reason)?).await?;
     let size = Size::of(&app.state().revocations);
     let body = value!({
         "shards": size.shards,

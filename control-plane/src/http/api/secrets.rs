@@ -12,7 +12,7 @@ use keygate_core::secret::Secret;
 use keygate_core::token::crypto::Algorithm;
 use serde::Deserialize;
 
-use super::request::{self, Body, Waits};
+use super::request::{self, Because, Body, Waits};
 use super::{Caller, actor, json};
 use crate::config;
 use crate::durability::store::StoreError;
@@ -75,6 +75,21 @@ pub async fn jwks(State(app): State<Arc<ApiState>>) -> Response {
     let keys = app.state().secrets.jwks(app.clock.now_s());
     let headers = [(header::CONTENT_TYPE, "application/jwk-set+json"), (header::CACHE_CONTROL, "max-age=60")];
     (headers, serde_json::json!({ "keys": keys }).to_string()).into_response()
+}
+
+/// The identity of this control plane: a client compares it with its key before it sends the key.
+pub async fn identity(State(app): State<Arc<ApiState>>) -> Response {
+    let now = app.clock.now_s();
+    let state = app.state();
+    let accepted = state.secrets.verification_keys().into_iter();
+    let accepted = accepted.filter(|key| key.not_after.is_none_or(|end| now < end)).map(|key| key.kid);
+    let body = serde_json::json!({
+        "product": "keygate",
+        "issuer": app.config.issuer,
+        "fleet": app.keys.root().fleet_id(),
+        "secrets": accepted.collect::<Vec<_>>(),
+    });
+    json(StatusCode::OK, body)
 }
 
 #[derive(Deserialize)]
@@ -169,7 +184,7 @@ pub async fn rotate(
     let (roles, verified) = (app.config.roles.clone(), Arc::clone(&caller.0));
     let command =
         move |view: &View<'_>| commands::ask(view, order, idempotency, &verified, &roles, needs_pair);
-    let submitted = app.writer.submit(actor(&caller.0), command).await;
+    let submitted = app.writer.submit(&caller.author(), command).await;
     let is_used = |kid: &String| matches!(&submitted, Ok(Ok((asked, _))) if asked.begun.kid == *kid);
     if let Some(kid) = pair.filter(|kid| !is_used(kid)) {
         rotation::discard_in_hsm(&app.node, kid).await;
@@ -252,8 +267,10 @@ pub async fn cancel(
     State(app): State<Arc<ApiState>>,
     Extension(caller): Extension<Caller>,
     waits: Waits,
+    Because(reason): Because,
 ) -> Result<Response, Problem> {
-    let (kid, committed) = app.writer.submit(actor(&caller.0), commands::cancel).await??;
+    let author = caller.author_because(reason)?;
+    let (kid, committed) = app.writer.submit(&author, commands::cancel).await??;
     app.metrics.secrets.rotations.with(["cancelled"]).inc();
     tracing::warn!(by = actor(&caller.0), kid, "a rotation of secrets was cancelled");
     let body = serde_json::json!({ "version_id": kid, "state": SecretState::Expired });
@@ -282,7 +299,7 @@ pub async fn force(
     let without = waits_for.map(|held| rotation::missing(&app, &state, held)).unwrap_or_default();
     let policy = app.config.signing.clone();
     let plan = move |view: &View<'_>| commands::force(view, &policy, justification);
-    let (kid, committed) = app.writer.submit(actor(&caller.0), plan).await??;
+    let (kid, committed) = app.writer.submit(&caller.author(), plan).await??;
     app.metrics.secrets.rotations.with(["forced"]).inc();
     tracing::error!(
         by = actor(&caller.0),

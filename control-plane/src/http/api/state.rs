@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use keygate_core::decide::cache::TokenCache;
 
+use crate::http::api::in_flight::InFlight;
 use crate::http::sync;
 use crate::node::Node;
 use crate::redis_store::RedisPeers;
@@ -23,6 +24,8 @@ pub struct ApiState {
     pub redis: Option<Arc<RedisPeers>>,
     /// The rate limits of the fleet.
     pub quotas: Arc<Quotas>,
+    /// Requests that are not answered yet, by their keys.
+    pub in_flight: Arc<InFlight>,
     /// Tokens of callers that were verified before.
     pub cache: Mutex<TokenCache>,
     /// Tests through the proxies.

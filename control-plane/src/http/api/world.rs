@@ -43,7 +43,7 @@ impl World {
     /// Stops it and starts it again.
     pub async fn restart(self) -> Self {
         let Self { serving, now_s, admin, settings, directory } = self;
-        serving.run(std::future::ready(())).await.unwrap();
+        serving.run(std::future::ready(())).await;
         let serving = start(&directory, &settings, &now_s).await.unwrap();
         Self { serving, now_s, admin, settings, directory }
     }

@@ -36,11 +36,21 @@ pub struct Entry {
     pub stamp: u64,
     /// Where it was made, if not here.
     pub origin: Option<Origin>,
+    /// The reason that was given for it, where the change itself has none.
+    pub reason: Option<String>,
+    /// The change that would undo it, where it takes the place of something: for readers of the journal. The writer finds
+    /// it as it commits the entry.
+    pub before: Option<Box<Change>>,
     /// What it is.
     pub change: Change,
 }
 
 impl Entry {
+    /// A change that is made here, without a reason.
+    pub fn new(actor: impl Into<String>, stamp: u64, change: Change) -> Self {
+        Self { actor: actor.into(), stamp, origin: None, reason: None, before: None, change }
+    }
+
     /// Its mark, in the journal of `here`.
     pub fn mark(&self, here: u64) -> Mark {
         let source = self.origin.as_ref().map_or(here, |origin| origin.source);

@@ -8,7 +8,7 @@ use keygate_core::token::Claims;
 use super::Plan;
 use crate::model::approval::{ApprovalError, Count, Proposal};
 use crate::model::change::Change;
-use crate::model::key::RevocationReason;
+use crate::model::key::{KeyRecord, RevocationReason};
 use crate::model::{RecordsError, View};
 
 /// The most cut-offs in force at a time: each is looked at for every request.
@@ -49,6 +49,62 @@ pub enum CutoffError {
 pub fn lock_down(view: &View<'_>, lockdown: Option<Lockdown>) -> Plan<(), Infallible> {
     let is_same = view.model.lockdown() == lockdown.as_ref();
     Ok((if is_same { Vec::new() } else { vec![Change::LockdownChanged { lockdown }] }, ()))
+}
+
+/// Has the rules in force spare a key that is issued in the same step: those that would refuse it. The author of a cut-off
+/// that ends it is spared no more.
+pub fn spare(view: &View<'_>, key: &KeyRecord) -> Vec<Change> {
+    let mut changes = Vec::new();
+    if let Some(lockdown) = view.model.lockdown().filter(|lockdown| lockdown.holds(&key.role, view.now)) {
+        let mut lockdown = lockdown.clone();
+        lockdown.exempt_roles.push(key.role.clone());
+        lockdown.exempt_roles.sort();
+        changes.push(Change::LockdownChanged { lockdown: Some(lockdown) });
+    }
+    let (issuer, audience) = view.model.issuer();
+    let claims = key.claims(issuer, audience);
+    for cutoff in view.model.cutoffs().iter().filter(|cutoff| cutoff.hits(&claims, &key.kid)) {
+        // A rule of another name: what was lifted does not come back.
+        let id = format!("{}_{}", cutoff.id, key.key_id);
+        let sparing = Cutoff { id, excluded_key: Some(key.key_id.clone()), ..cutoff.clone() };
+        changes.push(Change::CutoffLifted { id: cutoff.id.clone() });
+        changes.push(Change::CutoffAdded {
+            cutoff: sparing,
+            reason: RevocationReason::Emergency,
+            approved_by: None,
+            break_glass: None,
+        });
+    }
+    changes
+}
+
+/// Lifts the lockdown and cut-offs: those that are named, or all.
+///
+/// # Errors
+/// When one that is named is not in force.
+pub fn lift(view: &View<'_>, which: &Lift) -> Plan<(), CutoffError> {
+    let mut changes = Vec::new();
+    let is_wanted = |id: &str| matches!(which, Lift::All) || matches!(which, Lift::Cutoff(one) if one == id);
+    let cutoffs = view.model.cutoffs().iter().filter(|cutoff| is_wanted(&cutoff.id));
+    changes.extend(cutoffs.map(|cutoff| Change::CutoffLifted { id: cutoff.id.clone() }));
+    if matches!(which, Lift::Cutoff(_)) && changes.is_empty() {
+        return Err(CutoffError::NotInForce);
+    }
+    if !matches!(which, Lift::Cutoff(_)) && view.model.lockdown().is_some() {
+        changes.push(Change::LockdownChanged { lockdown: None });
+    }
+    Ok((changes, ()))
+}
+
+/// What is lifted without asking for a key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lift {
+    /// Every cut-off, and the lockdown.
+    All,
+    /// The lockdown.
+    Lockdown,
+    /// The cut-off with this id.
+    Cutoff(String),
 }
 
 /// A mass revocation that is ordered.

@@ -201,7 +201,7 @@ mod tests {
         fn apply(&mut self, changes: Vec<Change>, stamp: u64) {
             for change in changes {
                 self.seq += 1;
-                let entry = Entry { actor: ACTOR.into(), stamp, origin: None, change };
+                let entry = Entry::new(ACTOR, stamp, change);
                 self.model.apply(self.seq, &entry, &self.keys).unwrap();
             }
         }

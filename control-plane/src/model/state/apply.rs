@@ -11,8 +11,9 @@ use super::{Effect, Keeper, Model, Settings};
 use crate::model::approval::{Proposal, Warrant};
 use crate::model::canary::Test;
 use crate::model::change::{Change, Entry};
-use crate::model::key::KeyRecord;
+use crate::model::key::{KeyRecord, RevocationReason};
 use crate::model::limits;
+use crate::model::provenance::{CutoffOrder, Provenance};
 use crate::model::rollout::{Flags, Past};
 use crate::platform::hlc::{Mark, Origin};
 use crate::secrets::keyring::Keyring;
@@ -75,8 +76,9 @@ impl Model {
                 Effect::of_rules()
             }
             Change::SecretsOpened {} => Effect { secrets: true, ..Effect::of_rules() },
-            Change::CutoffAdded { cutoff, approved_by, break_glass, .. } => {
-                self.add_cutoff(cutoff, Warrant::of(approved_by.as_ref(), break_glass.as_ref()))
+            Change::CutoffAdded { cutoff, reason, approved_by, break_glass } => {
+                let warrant = Warrant::of(approved_by.as_ref(), break_glass.as_ref());
+                self.add_cutoff(cutoff, *reason, warrant, Provenance::of(entry))
             }
             Change::CutoffProposed { proposal } => self.propose_cutoff(proposal),
             Change::CutoffWithdrawn { id } => {
@@ -84,10 +86,10 @@ impl Model {
                 Effect::default()
             }
             Change::CutoffLifted { id } => self.lift_cutoff(id),
-            Change::LockdownChanged { lockdown } => self.lock_down(lockdown.as_ref(), mark),
+            Change::LockdownChanged { lockdown } => self.lock_down(lockdown.as_ref(), mark, entry),
             Change::PolicyReplaced { policy } => self.replace_policy(policy, mark, seq),
             Change::LimitsChanged { limits } => self.set_limits(limits, mark),
-            Change::LimitsOverridden { emergency } => self.override_limits(emergency.as_ref(), mark),
+            Change::LimitsOverridden { emergency } => self.override_limits(emergency.as_ref(), mark, entry),
             Change::QuotaOwnerChanged { keeper } => self.set_quota_owner(*keeper, entry.stamp, mark),
             Change::RolloutChanged { flags } => self.change_rollout(flags, entry, mark, seq),
             Change::KeyIssued { key, .. } => self.issue(key, is_own),
@@ -192,14 +194,21 @@ impl Model {
 
 /// Emergencies.
 impl Model {
-    fn add_cutoff(&mut self, cutoff: &Cutoff, warrant: Option<Warrant>) -> Effect {
+    fn add_cutoff(
+        &mut self,
+        cutoff: &Cutoff,
+        reason: RevocationReason,
+        warrant: Option<Warrant>,
+        provenance: Provenance,
+    ) -> Effect {
         let is_known = self.cutoffs.iter().any(|known| known.id == cutoff.id);
         if is_known || self.lifted.contains(&cutoff.id) {
             return Effect::superseded();
         }
-        if let Some(warrant) = warrant {
-            Arc::make_mut(&mut self.warrants).insert(cutoff.id.clone(), warrant);
-        }
+        let proposal = self.proposals.iter().find(|proposal| proposal.cutoff.id == cutoff.id);
+        let requested_by = proposal.map(|proposal| proposal.requested_by.clone());
+        let order = CutoffOrder { provenance, reason, requested_by, warrant };
+        Arc::make_mut(&mut self.cutoff_orders).insert(cutoff.id.clone(), order);
         self.proposals.retain(|proposal| proposal.cutoff.id != cutoff.id);
         self.cutoffs.push(cutoff.clone());
         Effect::of_rules()
@@ -217,16 +226,17 @@ impl Model {
 
     fn lift_cutoff(&mut self, id: &str) -> Effect {
         self.cutoffs.retain(|cutoff| cutoff.id != id);
-        Arc::make_mut(&mut self.warrants).remove(id);
+        Arc::make_mut(&mut self.cutoff_orders).remove(id);
         Arc::make_mut(&mut self.lifted).insert(id.to_owned());
         Effect::of_rules()
     }
 
-    fn lock_down(&mut self, lockdown: Option<&Lockdown>, mark: Mark) -> Effect {
+    fn lock_down(&mut self, lockdown: Option<&Lockdown>, mark: Mark, entry: &Entry) -> Effect {
         if mark < self.lockdown_mark {
             return Effect::superseded();
         }
         self.lockdown = lockdown.cloned();
+        self.lockdown_order = Some(Provenance::of(entry));
         self.lockdown_mark = mark;
         Effect::of_rules()
     }
@@ -253,11 +263,12 @@ impl Model {
         Effect::of_rules()
     }
 
-    fn override_limits(&mut self, emergency: Option<&Override>, mark: Mark) -> Effect {
+    fn override_limits(&mut self, emergency: Option<&Override>, mark: Mark, entry: &Entry) -> Effect {
         if mark < self.override_mark {
             return Effect::superseded();
         }
         self.limits_override = emergency.cloned();
+        self.override_order = Some(Provenance::of(entry));
         self.override_mark = mark;
         Effect::of_rules()
     }

@@ -2,6 +2,7 @@
 //! `watch` channel.
 
 mod apply;
+mod before;
 mod counts;
 mod delta_log;
 mod settings;
@@ -25,10 +26,11 @@ use keygate_core::version::Version;
 pub use self::counts::{Census, Recent};
 pub use self::delta_log::Deltas;
 pub use self::settings::Settings;
-use crate::model::approval::{Proposal, Warrant};
+use crate::model::approval::Proposal;
 use crate::model::canary::Test;
 use crate::model::expiry::Expiries;
 use crate::model::limits;
+use crate::model::provenance::{CutoffOrder, Provenance};
 use crate::model::registrations::Registrations;
 use crate::model::rollout::Flags;
 use crate::model::rollout::Pasts;
@@ -81,8 +83,12 @@ pub struct State {
     pub recent: Recent,
     /// Cut-offs that wait for a second approval, also those whose time is over. Not for proxies.
     pub proposals: Vec<Proposal>,
-    /// Approvals and justifications of the cut-offs in force that needed a second approval, by their id. Not for proxies.
-    pub warrants: Arc<BTreeMap<String, Warrant>>,
+    /// Who ordered each cut-off in force, by its id. Not for proxies.
+    pub cutoff_orders: Arc<BTreeMap<String, CutoffOrder>>,
+    /// Who ordered or lifted the lockdown last. Not for proxies.
+    pub lockdown_order: Option<Provenance>,
+    /// Who ordered or lifted the override of limits last. Not for proxies.
+    pub override_order: Option<Provenance>,
     /// The stamp of the last change of the lockdown. Not for proxies.
     pub lockdown_stamp: u64,
     /// Last change of each other control plane that was taken in, by its source. Not for proxies.
@@ -127,6 +133,7 @@ pub struct Model {
     limits_mark: Mark,
     limits_override: Option<Override>,
     override_mark: Mark,
+    override_order: Option<Provenance>,
     limits_keeper: Option<(Keeper, Mark)>,
     flags: Arc<Flags>,
     rollout_mark: Mark,
@@ -145,8 +152,9 @@ pub struct Model {
     /// Cut-offs that were lifted, so that one which comes late from another control plane does not come back.
     lifted: Arc<BTreeSet<String>>,
     proposals: Vec<Proposal>,
-    warrants: Arc<BTreeMap<String, Warrant>>,
+    cutoff_orders: Arc<BTreeMap<String, CutoffOrder>>,
     lockdown: Option<Lockdown>,
+    lockdown_order: Option<Provenance>,
     lockdown_mark: Mark,
     /// The last suspension or resumption of each key that had one.
     suspension_marks: Arc<BTreeMap<Fingerprint, Mark>>,
@@ -413,7 +421,9 @@ impl Model {
             census: self.census.clone(),
             recent: self.recent.clone(),
             proposals: self.proposals.clone(),
-            warrants: self.warrants.clone(),
+            cutoff_orders: self.cutoff_orders.clone(),
+            lockdown_order: self.lockdown_order.clone(),
+            override_order: self.override_order.clone(),
             lockdown_stamp: self.lockdown_mark.stamp,
             merged: self.merged.clone(),
             line_start: self.line_start,

@@ -41,7 +41,7 @@ fn registrations_are_counted_again_from_the_journal_also_those_made_elsewhere() 
         key.registered_by = registered_by.map(Into::into);
         key.issued_at = 1_000 + n;
         let change = Change::KeyIssued { key, idempotency: None };
-        Entry { actor: "a".into(), stamp: 1, origin, change }
+        Entry { origin, ..Entry::new("a", 1, change) }
     };
     let origin = Some(Origin { source: 9, seq: 1, at: String::new() });
     let entries = [
@@ -78,7 +78,7 @@ impl Node {
             Change::SecretCreated { secret, idempotency: None },
             Change::PolicyReplaced { policy: policy.clone() },
         ] {
-            node.add(Entry { actor: "system".into(), stamp: 0, origin: None, change }, keys);
+            node.add(Entry::new("system", 0, change), keys);
         }
         assert_eq!(node.model.policy().0, &policy, "what a history begins with is in force");
         node
@@ -97,7 +97,7 @@ impl Node {
     fn change(&mut self, change: Change, keys: &Keyring) {
         self.clock_ms += 1;
         let stamp = self.model.next_stamp(self.clock_ms);
-        self.add(Entry { actor: "a".into(), stamp, origin: None, change }, keys);
+        self.add(Entry::new("a", stamp, change), keys);
     }
 
     /// Takes in the next change of another one; whether there was one.

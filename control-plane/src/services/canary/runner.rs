@@ -14,6 +14,7 @@ use tracing::Instrument as _;
 
 use super::caller::{Call, Caller};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::canary::history::{Health, History, Outcome, Turn};
 use crate::model::canary::{self, KEY_NAME, OWNER, Test, Url, is_canary_key, reach};
 use crate::model::commands::keys;
@@ -350,7 +351,7 @@ async fn own_key(canary: &Arc<Canary>, state: &mut State) -> Result<Secret<Strin
     // Also those of processes before this one, and one that a test renewed as a rotation began.
     let former = active_keys(canary, now).await;
     let command = move |view: &View<'_>, key: &KeyRecord| keys::replace(view, key, &former, ACTOR);
-    let (issued, _) = issuing::issue(&canary.node, ACTOR, make, command)
+    let (issued, _) = issuing::issue(&canary.node, &Author::part(ACTOR), make, command)
         .await
         .map_err(|error| format!("no key for the canary: {error}"))?;
     let Issued { key: record, token, .. } = issued;
@@ -395,7 +396,7 @@ async fn probed(
     let command = move |view: &View<'_>| keys::revoke(view, &key_id, RevocationReason::AdminAction, ACTOR);
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
-    let revoked = canary.node.writer.submit(ACTOR, command).await;
+    let revoked = canary.node.writer.submit(&Author::part(ACTOR), command).await;
     revoked
         .map_err(|error| error.to_string())
         .and_then(|revoked| revoked.map_err(|error| error.to_string()))

@@ -17,6 +17,7 @@ use super::service::{LedgerService, Origin};
 use super::{Quotas, Role};
 use crate::durability::writer::{CommitError, Committed};
 use crate::model::View;
+use crate::model::author::Author;
 use crate::model::commands::limits as commands;
 use crate::model::state::{Keeper, State};
 use crate::peers::Intake;
@@ -104,11 +105,11 @@ pub async fn run(quotas: Arc<Quotas>) {
 ///
 /// # Errors
 /// When it cannot be journalled.
-pub async fn take_over(quotas: &Quotas, actor: &str) -> Result<Committed, CommitError> {
+pub async fn take_over(quotas: &Quotas, author: &Author) -> Result<Committed, CommitError> {
     let own = quotas.node.state().version.source;
     let is_here = quotas.here().is_some();
     let command = move |view: &View<'_>| commands::take_over_ledger(view, own, is_here);
-    let ((), committed) = quotas.node.writer.commit(actor, command).await?;
+    let ((), committed) = quotas.node.writer.commit(author, command).await?;
     quotas.claimed.store(!is_here, Ordering::Release);
     Ok(committed)
 }
@@ -148,7 +149,7 @@ async fn look(quotas: &Quotas, contact: &mut Contact) -> Result<(), anyhow::Erro
 async fn claim(quotas: &Quotas, before: Option<Keeper>) -> Result<Option<u64>, anyhow::Error> {
     let own = quotas.node.state().version.source;
     let command = move |view: &View<'_>| commands::claim_ledger(view, own, before);
-    quotas.node.writer.commit(ACTOR, command).await?;
+    quotas.node.writer.commit(&Author::part(ACTOR), command).await?;
     Ok(quotas.node.state().limits_keeper.filter(|keeper| keeper.source == own).map(|keeper| keeper.since))
 }
 

@@ -1,5 +1,7 @@
 //! `/api/admin/audit`: who did what, when and why, and whether the record of it is whole. It is the journal.
 
+mod detail;
+
 use std::sync::Arc;
 
 use axum::extract::rejection::QueryRejection;
@@ -9,6 +11,7 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::json as value;
 
+use self::detail::{detail, differences};
 use super::{json, request};
 use crate::durability::journal::{self, JournalError, Privacy, Record};
 use crate::http::api::ApiState;
@@ -57,8 +60,7 @@ impl AuditQuery {
     }
 }
 
-/// The records, the last one first. The change itself is not shown: it can have owners, metadata and sealed secrets.
-/// An owner is shown by its hash.
+/// The records, the last one first, with what was changed and from what to what.
 pub async fn list(
     State(app): State<Arc<ApiState>>,
     query: Result<Query<AuditQuery>, QueryRejection>,
@@ -78,6 +80,10 @@ pub async fn list(
 }
 
 fn view(record: &Record, owner: Option<String>) -> serde_json::Value {
+    let after = detail(&record.change);
+    let before = record.before.as_deref().map(detail);
+    let changes = before.as_ref().filter(|_| !after.is_null()).map(|before| differences(before, &after));
+    let undone = before.filter(|_| after.is_null());
     value!({
         "seq": record.seq,
         "at": record.at,
@@ -87,6 +93,9 @@ fn view(record: &Record, owner: Option<String>) -> serde_json::Value {
         "owner": owner,
         "reason": record.reason,
         "outcome": record.outcome,
+        "detail": after,
+        "undone": undone,
+        "changes": changes,
         "prev": record.prev,
         "hash": record.hash,
     })
