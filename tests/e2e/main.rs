@@ -3,6 +3,7 @@
 mod agreement;
 mod algorithms;
 mod api;
+mod attack;
 mod audit;
 mod bursts;
 mod canary;

@@ -305,7 +305,9 @@ fn a_control_plane_with_another_master_key_is_of_another_fleet_and_says_so() {
     // It goes on by itself, and so does the first.
     let theirs = there.issue("basic");
     let ours = api.issue("basic");
-    there.send(Request::new("PUT", "/api/admin/policy").json(&json!({ "routes": [] }))).expect(200);
+    there
+        .send(Request::new("PUT", "/api/admin/policy?allow_warnings=true").json(&json!({ "routes": [] })))
+        .expect(200);
     there.post(LOCKDOWN, &json!({ "ttl": "1h" })).expect(200);
     delete(&there, LOCKDOWN);
     revoke(&api, &ours);

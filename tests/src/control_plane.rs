@@ -117,6 +117,15 @@ impl ControlPlane {
         });
     }
 
+    /// Starts it with a bound of its open files, and waits until it is ready.
+    #[track_caller]
+    pub fn start_with_files(&mut self, files: usize) {
+        self.launch_program(Path::new("prlimit"), |command| {
+            command.arg(format!("--nofile={files}:{files}")).arg(binaries::keygate());
+        });
+        self.wait_ready();
+    }
+
     fn launch_program(&mut self, program: &Path, first: impl FnOnce(&mut Command)) {
         assert!(self.process.is_none(), "the control plane runs already");
         let started = Process::start("keygate", program, &self.log(), |command| {

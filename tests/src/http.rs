@@ -169,6 +169,36 @@ impl Connection {
         self.stream.get_mut().write_all(&request.encode()).expect("the connection is open");
     }
 
+    /// Sends a request but for its last `bytes`, which come with [`Self::send_rest`].
+    #[track_caller]
+    pub fn begin_without(&mut self, request: &Request, bytes: usize) -> Vec<u8> {
+        let mut sent = request.encode();
+        let rest = sent.split_off(sent.len() - bytes);
+        self.stream.get_mut().write_all(&sent).expect("the connection is open");
+        rest
+    }
+
+    /// Sends the rest of a request and reads its answer.
+    ///
+    /// # Errors
+    /// When the connection was closed.
+    pub fn send_rest(&mut self, rest: &[u8]) -> io::Result<Response> {
+        let written = self.stream.get_mut().write_all(rest);
+        self.read_response(false).map_err(|error| written.err().unwrap_or(error))
+    }
+
+    /// Whether the other end has closed it, or does so within a time.
+    pub fn is_closed_within(&mut self, within: Duration) -> bool {
+        let stream = self.stream.get_ref();
+        stream.set_read_timeout(Some(within)).expect("a time");
+        let ended = match (&mut &*stream).read(&mut [0]) {
+            Ok(bytes) => bytes == 0,
+            Err(error) => error.kind() == io::ErrorKind::ConnectionReset,
+        };
+        stream.set_read_timeout(Some(TIMEOUT)).expect("a time");
+        ended
+    }
+
     /// Reads the answer to a request that was begun; not one to a `HEAD`.
     #[track_caller]
     pub fn receive(&mut self) -> Response {

@@ -3,6 +3,7 @@
 
 use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use keygate_core::decide::policy::Policy;
 use keygate_core::decide::refusal::Refusal;
 
 use crate::durability::store::StoreError;
@@ -14,7 +15,7 @@ use crate::model::commands::canary::TestError;
 use crate::model::commands::emergency::CutoffError;
 use crate::model::commands::keys::{IssueError, KeyError};
 use crate::model::commands::limits::LimitsError;
-use crate::model::commands::policy::PolicyError;
+use crate::model::commands::policy::{self, PolicyError};
 use crate::model::commands::rollout::RolloutError;
 use crate::model::commands::rotation::RotationError;
 use crate::model::key::KeyRequestError;
@@ -45,6 +46,12 @@ impl Problem {
     /// 400: the request cannot be understood.
     pub fn bad_request(detail: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, "bad_request", detail)
+    }
+
+    /// 400: the query or the path cannot be understood; `text` is the framework's.
+    pub fn bad_parameter(text: &str) -> Self {
+        let said = text.split_once(": ").map_or(text, |(_, what)| what);
+        Self::bad_request(format!("The query is not as expected: {said}."))
     }
 
     /// 503: it cannot be done at the moment.
@@ -296,6 +303,10 @@ impl From<PolicyError> for Problem {
                 Self::bad_request(detail).with("errors", serde_json::json!(errors))
             }
             PolicyError::CostAboveLimit(errors) => errors.into(),
+            PolicyError::NoRoutes => {
+                let errors = serde_json::json!(policy::warnings(&Policy::default()));
+                Self::bad_request(detail).with("errors", errors)
+            }
             PolicyError::TooLong(_) => Self::bad_request(detail),
         }
     }

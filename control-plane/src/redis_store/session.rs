@@ -66,6 +66,10 @@ pub enum SessionError {
     Journal(#[from] JournalError),
     #[error("{0}")]
     NotReady(&'static str),
+    /// The same process began another replication history, as when a replica or `redis-cli --rdb` connects for the first
+    /// time.
+    #[error("Redis began another replication history")]
+    Replicated,
 }
 
 impl SessionError {
@@ -81,7 +85,7 @@ impl SessionError {
             Self::Log(LogError::Lost) => "lost",
             Self::Log(LogError::Forked { .. }) => "forked",
             Self::Log(LogError::Sealed { .. }) => "sealed",
-            Self::NotReady(_) => "not_ready",
+            Self::NotReady(_) | Self::Replicated => "not_ready",
             Self::Log(LogError::Journal(_)) | Self::Journal(_) => "journal",
             Self::Union(_) | Self::Commit(_) => "local",
         }
@@ -115,6 +119,11 @@ pub async fn run(node: Arc<Node>, redis: Arc<RedisPeers>) {
         };
         let Some(error) = ended else { return pass_on::sign_off(&node, &redis).await };
         *redis.asking.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        if matches!(error, SessionError::Replicated) {
+            tracing::info!(redis = %redis.target, "{error}; its content is compared with the journal again");
+            redis.update(|status| status.lease = None);
+            continue;
+        }
         node.metrics.redis.connection.set_flag(false);
         node.metrics.redis.errors.with([error.label()]).inc();
         let text = error.to_string();
@@ -520,7 +529,16 @@ impl Session<'_> {
             status.problems = problems;
         });
         if !is_same && self.redis.status.borrow().connected {
-            return Err(SessionError::NotReady("Redis is another process or history than before"));
+            let same_processes = known.len() == self.redis.status.borrow().masters.len()
+                && runs(&known)
+                    .iter()
+                    .zip(runs(&self.redis.status.borrow().masters))
+                    .all(|(a, b)| a.0 == b.0);
+            return Err(if same_processes {
+                SessionError::Replicated
+            } else {
+                SessionError::NotReady("Redis is another process or history than before")
+            });
         }
         Ok(())
     }

@@ -97,7 +97,7 @@ pub async fn results(
     State(app): State<Arc<ApiState>>,
     query: Result<Query<Results>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::bad_parameter(&rejection.body_text()))?;
     let results = app.canary.history().results(query.test_id.as_deref(), request::limit(query.limit)?);
     Ok(json(StatusCode::OK, serde_json::json!({ "results": results })))
 }

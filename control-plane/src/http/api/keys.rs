@@ -33,7 +33,7 @@ pub async fn list(
     State(app): State<Arc<ApiState>>,
     query: Result<Query<ListQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::bad_parameter(&rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
     let now = app.clock.now_s();
     let store = Arc::clone(&app.store);

@@ -83,6 +83,12 @@ const WAIT: &[(&str, &str)] = &[
     ("wait", "`applied`: answer when every proxy enforces the change"),
     ("timeout", "how long to wait for that, such as `5s` (the default)"),
 ];
+const REPLACE_POLICY: &[(&str, &str)] = &[
+    WAIT[0],
+    WAIT[1],
+    ("dry_run", "`true`: check it and say what would change"),
+    ("allow_warnings", "`true`: take also what is legal but hardly meant, such as a policy without a route"),
+];
 const READ: Needs = Needs::Scope("admin:read");
 const WRITE: Needs = Needs::Scope("admin:write");
 const MANAGE: Needs = Needs::Scope("system:manage");
@@ -206,17 +212,20 @@ fn operations() -> Vec<Operation> {
             ),
         )),
         op("get", "/api/admin/policy", READ, "The route policy; its version is the ETag", get(policy::show)),
-        waits(takes(
-            r#"{"mode": "enforce", "routes": [{"name": "home", "path": "/", "access": "public"}]}"#,
-            op(
-                "put",
-                "/api/admin/policy",
-                WRITE,
-                "Replace the members named of the route policy; honours If-Match. A cost above a limit that applies to its route is \
-                 refused",
-                put(policy::replace),
-            ),
-        )),
+        Operation {
+            query: REPLACE_POLICY,
+            ..takes(
+                r#"{"mode": "enforce", "routes": [{"name": "home", "path": "/", "access": "public"}]}"#,
+                op(
+                    "put",
+                    "/api/admin/policy",
+                    WRITE,
+                    "Replace the members named of the route policy; honours If-Match. A cost above a limit that applies to its \
+                     route is refused",
+                    put(policy::replace),
+                ),
+            )
+        },
         op(
             "get",
             "/api/admin/rate_limits",

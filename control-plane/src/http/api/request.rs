@@ -237,6 +237,14 @@ pub struct Waits {
 }
 
 impl Waits {
+    /// By the parameters `wait` and `timeout` of a query.
+    ///
+    /// # Errors
+    /// 400 when they are none.
+    pub fn new(wait: Option<String>, timeout: Option<String>) -> Result<Self, Problem> {
+        Ok(Self { since: Instant::now(), limit: Wait { wait, timeout }.limit()? })
+    }
+
     /// For a call that cannot ask for it.
     pub fn for_nobody() -> Self {
         Self { since: Instant::now(), limit: None }
@@ -255,7 +263,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Waits {
         let since = Instant::now();
         let Query(wait) = Query::<Wait>::from_request_parts(parts, state)
             .await
-            .map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+            .map_err(|rejection| Problem::bad_parameter(&rejection.body_text()))?;
         Ok(Self { since, limit: wait.limit()? })
     }
 }

@@ -115,7 +115,7 @@ pub async fn history(
     State(app): State<Arc<ApiState>>,
     query: Result<Query<HistoryQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::bad_parameter(&rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
     let store = Arc::clone(&app.store);
     let read = move || store.revocations(query.cursor, limit, |revocation| query.wants(revocation));

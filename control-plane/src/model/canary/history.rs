@@ -187,7 +187,12 @@ impl History {
     /// What they say at `now_ms`, Unix milliseconds, if tests are run every `interval_ms`.
     #[expect(clippy::cast_precision_loss, reason = "there are some thousands at most")]
     pub fn health(&self, now_ms: u64, interval_ms: u64) -> Health {
-        let recent = || self.results.iter().filter(|result| now_ms.saturating_sub(result.at_ms) <= RECENT_MS);
+        // Of tests that are still run: one that was deleted says nothing any more.
+        let recent = || {
+            let results =
+                self.results.iter().filter(|result| now_ms.saturating_sub(result.at_ms) <= RECENT_MS);
+            results.filter(|result| self.places.keys().any(|(test, _)| *test == result.test_id))
+        };
         let count = recent().count();
         let passed = recent().filter(|result| result.passed).count();
         let rate = (count > 0).then(|| (passed as f64 / count as f64 * 1_000.0).round() / 10.0);

@@ -3,6 +3,8 @@
 use keygate_core::decide::policy::{Mode, Policy, PolicyError as RouteError, Route};
 use keygate_core::decide::rules::MAX_RULES_BYTES;
 
+use serde::Serialize;
+
 use super::{Expected, Plan, RevisionMismatch};
 use crate::model::View;
 use crate::model::change::Change;
@@ -24,9 +26,44 @@ pub enum PolicyError {
     /// Routes would cost more than a limit that applies to them, and did not so before.
     #[error("routes cost more than a limit that applies to them")]
     CostAboveLimit(Vec<CostAboveLimit>),
+    /// It has no route, so every request is refused.
+    #[error(
+        "The policy has no route, so every request would be refused, admins' too; nothing was changed. If that is meant: \
+             ?allow_warnings=true"
+    )]
+    NoRoutes,
     /// It is too long.
     #[error("The policy has {0} bytes; at most {MAX_BYTES} reach a proxy at once.")]
     TooLong(usize),
+}
+
+/// What a replacement may do.
+#[derive(Debug, Clone, Copy)]
+pub struct Options {
+    /// The revision that it was written for.
+    pub expected: Expected,
+    /// Whether what is legal but hardly meant is taken.
+    pub allow_warnings: bool,
+    /// Whether nothing is changed.
+    pub dry_run: bool,
+}
+
+/// A doubt about a policy that is legal.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Warning {
+    /// The route, if it is about one.
+    pub route: Option<String>,
+    /// The doubt, for machines.
+    pub code: &'static str,
+    /// The doubt, for people.
+    pub detail: &'static str,
+}
+
+/// What is doubtful in a policy.
+pub fn warnings(policy: &Policy) -> Vec<Warning> {
+    let no_routes =
+        Warning { route: None, code: "no_routes", detail: "No route matches, so every request is refused." };
+    policy.routes.is_empty().then_some(no_routes).into_iter().collect()
 }
 
 /// Replaces the members of the policy that are given; the policy as it is then.
@@ -37,16 +74,19 @@ pub fn replace(
     view: &View<'_>,
     mode: Option<Mode>,
     routes: Option<Vec<Route>>,
-    expected: Expected,
+    options: Options,
     roles: &Roles,
 ) -> Plan<Policy, PolicyError> {
     let (current, revision) = view.model.policy();
-    expected.check(revision)?;
+    options.expected.check(revision)?;
     let policy = Policy {
         mode: mode.unwrap_or(current.mode),
         routes: routes.unwrap_or_else(|| current.routes.clone()),
     };
     policy.validate().map_err(PolicyError::Invalid)?;
+    if policy.routes.is_empty() && !current.routes.is_empty() && !options.allow_warnings {
+        return Err(PolicyError::NoRoutes);
+    }
     let limits = view.model.limits_in_force();
     route_cost::check((current, &limits), (&policy, &limits), roles, view.now)
         .map_err(PolicyError::CostAboveLimit)?;
@@ -54,7 +94,10 @@ pub fn replace(
     if bytes > MAX_BYTES {
         return Err(PolicyError::TooLong(bytes));
     }
-    let is_same = policy == *current;
-    let changes = if is_same { Vec::new() } else { vec![Change::PolicyReplaced { policy: policy.clone() }] };
+    let changes = if options.dry_run || policy == *current {
+        Vec::new()
+    } else {
+        vec![Change::PolicyReplaced { policy: policy.clone() }]
+    };
     Ok((changes, policy))
 }

@@ -11,7 +11,8 @@ use axum::response::Response;
 use serde::Deserialize;
 use serde_json::json as value;
 
-use self::detail::{detail, differences};
+use self::detail::detail;
+pub use self::detail::differences;
 use super::{json, request};
 use crate::durability::journal::{self, JournalError, Privacy, Record};
 use crate::http::api::ApiState;
@@ -65,7 +66,7 @@ pub async fn list(
     State(app): State<Arc<ApiState>>,
     query: Result<Query<AuditQuery>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::bad_request(rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::bad_parameter(&rejection.body_text()))?;
     let limit = request::limit(query.limit)?;
     let query = query.normalised(&app.privacy)?;
     let (dir, privacy) = (app.config.journal_dir(), Arc::clone(&app.privacy));
