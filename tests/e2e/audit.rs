@@ -63,7 +63,7 @@ fn journal_bytes(stack: &Stack) -> String {
 fn the_journal_shows_no_owner_and_no_metadata_and_gives_them_back() {
     let mut stack = Stack::builder().without_envoy().start();
     let api = stack.api();
-    let body = |owner: &str| json!({ "name": "noted", "role": "basic", "owner": owner, "metadata": { "mail": "a@b.example", "n": [1, null] } });
+    let body = |owner: &str| json!({ "name": "noted", "role": "basic", "owner": owner, "metadata": { "mailbox-of-person": "a@b.example", "n": [1, null] } });
     let request = Request::post("/api/auth/register", &body("person-4711")).header("idempotency-key", "once");
     let key = Key::from_answer(&api.send(request.clone()).expect(201).json());
     let other = api.issue_with(&json!({ "name": "other", "role": "basic", "owner": "person-4712" }));
@@ -90,7 +90,7 @@ fn the_journal_shows_no_owner_and_no_metadata_and_gives_them_back() {
         let log = std::fs::read_to_string(stack.control_plane.log()).expect("the log");
         let metrics = stack.api().get("/metrics").expect(200).text();
         for text in [&journal_bytes(stack), &shown, &log, &metrics] {
-            for private in ["person-471", "a@b.example", "mail"] {
+            for private in ["person-471", "a@b.example", "mailbox-of-person"] {
                 assert!(!text.contains(private), "{private} is in\n{text}");
             }
         }

@@ -373,11 +373,27 @@ fn a_large_cutoff_takes_force_when_another_and_older_key_approves_it() {
     assert_serves(&mut workers, &younger.token);
     assert_eq!(waiting(&api), json!([]));
     assert_eq!(answer["ends_approver"], false, "{answer}");
-    let mut in_force = asked["cutoff"].clone();
-    in_force["approved_by"] = answer["approved_by"].clone();
     stack.control_plane.kill();
     stack.control_plane.start();
-    assert_eq!(api.get("/api/admin/emergency").expect(200).json()["cutoffs"], json!([in_force]));
+    let shown = api.get("/api/admin/emergency").expect(200).json();
+    let in_force = &shown["cutoffs"][0];
+    assert_eq!(
+        (shown["cutoffs"].as_array().map(Vec::len), &shown["active"]),
+        (Some(1), &json!(true)),
+        "{shown}"
+    );
+    for (member, value) in asked["cutoff"].as_object().expect("members") {
+        assert_eq!(&in_force[member], value, "{member}");
+    }
+    for (member, value) in [
+        ("approved_by", &answer["approved_by"]),
+        ("by", &answer["approved_by"]),
+        ("requested_by", &answer["requested_by"]),
+        ("reason", &json!("emergency")),
+    ] {
+        assert_eq!(&in_force[member], value, "{member}");
+    }
+    assert!(in_force["since"].as_str().is_some_and(|since| since.ends_with('Z')), "{in_force}");
     approve(&second, &path).expect_problem(404, "not_found");
     assert_eq!(Metrics::of(&api).value("keygate_break_glass_total"), 0.0);
     stack.envoy.assert_no_vm_died();

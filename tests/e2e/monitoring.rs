@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
+use keygate_core::decide::Reason;
 use keygate_e2e::prometheus::{self, Prometheus, metrics_in};
 use keygate_e2e::wait::try_wait_for;
 use keygate_e2e::{Api, Key, Redis, Request, SOON, Stack, binaries, wait_until};
@@ -220,6 +221,48 @@ impl Day {
 }
 
 #[test]
+fn every_reason_is_in_the_scrape_of_a_real_envoy_and_those_of_503_are_unavailability() {
+    let stack = Stack::builder().workers(1).start();
+    stack.call(&Request::get("/")).expect(200);
+    let scrape = || stack.envoy.admin("/stats/prometheus").expect(200).text();
+    wait_until(SOON, "the first decision to be counted", || scrape().contains("reason=\"public\"} 1"));
+    let scrape = scrape();
+    for reason in Reason::ALL {
+        let series = format!("keygate_decisions_total{{reason=\"{}\"}} ", reason.label());
+        assert!(scrape.lines().any(|line| line.starts_with(&series)), "no {series}in\n{scrape}");
+    }
+    // A 503 of the filter's own is no refusal that a key deserves.
+    let unavailable: BTreeSet<&str> = Reason::ALL
+        .iter()
+        .filter(|reason| reason.refusal().is_some_and(|refusal| refusal.status() == 503))
+        .map(|reason| reason.label())
+        .collect();
+    let rules =
+        prometheus::rules().iter().map(|path| fs::read_to_string(path).expect("rules")).collect::<String>();
+    let mut seen = 0;
+    for part in rules.split("keygate_decisions_total{reason").skip(1) {
+        let Some(named) = part.split('"').nth(1).filter(|named| named.contains("no_state")) else { continue };
+        assert_eq!(named.split('|').collect::<BTreeSet<_>>(), unavailable, "{named}");
+        seen += 1;
+    }
+    assert!(seen >= 2, "{seen}");
+}
+
+/// The selectors of an expression that name labels: `name{label="value"}`.
+fn selectors(expression: &str) -> BTreeSet<String> {
+    let is_name = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == ':';
+    let mut found = BTreeSet::new();
+    for (at, _) in expression.match_indices('{') {
+        let begin = expression[..at].rfind(|c| !is_name(c)).map_or(0, |before| before + 1);
+        let end = expression[at..].find('}').expect("a closing brace") + at;
+        if begin < at {
+            found.insert(expression[begin..=end].to_owned());
+        }
+    }
+    found
+}
+
+#[test]
 fn every_expression_has_data_after_a_day_and_asks_for_what_is_there() {
     let redis = Redis::start();
     let mut stack =
@@ -263,6 +306,16 @@ fn every_expression_has_data_after_a_day_and_asks_for_what_is_there() {
     assert!(all.is_some(), "there is no data for {empty:#?}");
     for (of, query) in &alerts {
         prometheus.query(query).unwrap_or_else(|error| panic!("{of}: {query}: {error}"));
+    }
+    // A label that no series has would keep an alert from ever firing.
+    for (of, query) in &alerts {
+        // Those of recorded series are made by the rules, once there is something to record.
+        let is_scraped = |selector: &&String| !selector.starts_with("ALERTS{") && !selector.contains(':');
+        for selector in selectors(query).iter().filter(is_scraped) {
+            let series =
+                prometheus.query(selector).unwrap_or_else(|error| panic!("{of}: {selector}: {error}"));
+            assert!(!series.is_empty(), "{of}: nothing is {selector}");
+        }
     }
     for annotation in dashboard["annotations"]["list"].as_array().into_iter().flatten() {
         if annotation["expr"].is_string() {

@@ -19,7 +19,9 @@ impl RawConfig {
         let mut raw = Self::default();
         match file.parse::<toml::Table>() {
             Ok(table) => raw.flatten(String::new(), Value::Table(table)),
-            Err(error) => raw.errors.push(format!("keygate.toml: {}", error.to_string().trim_end())),
+            Err(error) => {
+                raw.errors.push(format!("the configuration file: {}", error.to_string().trim_end()))
+            }
         }
         for (key, value, origin) in overrides {
             raw.values.insert((*key).to_owned(), (Value::String(value.clone()), origin.clone()));
@@ -36,7 +38,7 @@ impl RawConfig {
                 }
             }
             value => {
-                self.values.insert(prefix, (value, "keygate.toml".into()));
+                self.values.insert(prefix, (value, "the configuration file".into()));
             }
         }
     }

@@ -302,7 +302,7 @@ impl Client {
             86..90 => self.cut_off(),
             90..93 => self.lift_cut_off(),
             // At least an hour, and each ten minutes from the next, so that it is known again by its end.
-            93..96 => Some(Change::LockDown { ttl_s: 3_600 + 600 * self.dice.below(4_000) as u64 }),
+            93..96 => Some(Change::LockDown { ttl_s: 3_600 + 40 * self.dice.below(2_000) as u64 }),
             96..97 => Some(Change::LiftLockdown),
             _ => Some(Change::PutPolicy { mark: self.name() }),
         };

@@ -211,12 +211,8 @@ impl<'de> Deserialize<'de> for Members<'de> {
     }
 }
 
-/// The body of a change that has nothing but a `reason`.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Nothing {}
-
-/// The reason for a change that needs no more to be said.
+/// The reason for a change that needs no more to be said. Other members of the body are ignored, and so is a body that is no
+/// object.
 pub struct Because(pub Option<String>);
 
 impl<S: Send + Sync> FromRequest<S> for Because {
@@ -224,8 +220,12 @@ impl<S: Send + Sync> FromRequest<S> for Because {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let Body(bytes) = Body::from_request(request, state).await?;
-        let (Nothing {}, reason) = order(&bytes)?;
-        Ok(Self(reason))
+        let members: serde_json::Map<String, Value> = serde_json::from_slice(&bytes).unwrap_or_default();
+        match members.get("reason") {
+            None | Some(Value::Null) => Ok(Self(None)),
+            Some(Value::String(reason)) => Ok(Self(Some(reason.clone()))),
+            Some(_) => Err(Problem::bad_request("'reason' must be a text.")),
+        }
     }
 }
 

@@ -85,7 +85,7 @@ impl UnderWay {
 
     /// The body of its answer, with whose end it ends.
     pub fn until_sent(self, body: Body) -> Sending {
-        Sending { body: body, _under_way: self }
+        Sending { body, _under_way: self }
     }
 }
 

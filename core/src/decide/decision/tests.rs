@@ -6,6 +6,7 @@ use crate::decide::forward::Forwarded;
 use crate::decide::policy::Policy;
 use crate::decide::rollout::Rollout;
 use crate::decide::rules::{Rules, VerificationKey};
+use crate::revocation::Standing;
 use crate::revocation::{ExactSet, Fingerprint, Op};
 use crate::secret::Secret;
 use crate::telemetry::Tally;
