@@ -185,3 +185,102 @@ fn a_changed_record_is_named_by_the_server_the_command_and_the_next_start() {
     let log = stack.control_plane.log_tail();
     assert!(log.contains(&format!("00000000000000000001.jsonl, line {line}")), "{log}");
 }
+
+#[test]
+fn what_was_changed_is_there_from_what_to_what_with_the_reason_and_the_justification() {
+    let config = "[emergency]\nsecond_approval_threshold = 0.1\n[rollout]\nv1_cluster = \"upstream_v1\"\n";
+    let stack = Stack::builder().without_envoy().config(config).start();
+    let api = stack.api();
+    let last = |action: &str| records(&stack, &format!("action={action}&limit=1"))[0].clone();
+    let change = |action: &str, member: &str| {
+        let record = last(action);
+        let changes =
+            record["changes"].as_array().unwrap_or_else(|| panic!("no changes in {record}")).clone();
+        changes.into_iter().find(|change| change["member"] == member).unwrap_or_else(|| panic!("{record}"))
+    };
+    let put = |path: &str, body: Value| api.send(Request::new("PUT", path).json(&body)).expect(200);
+
+    put("/api/admin/feature_flags", json!({ "strategy": "percentage", "percentage": 5, "reason": "week 1" }));
+    put("/api/admin/feature_flags", json!({ "percentage": 25, "reason": "week 2" }));
+    let rollout = last("rollout_changed");
+    assert_eq!(rollout["reason"], "week 2");
+    assert!(
+        rollout["changes"].to_string().contains("500") || rollout["changes"].to_string().contains('5'),
+        "{rollout}"
+    );
+
+    put("/api/admin/rate_limits", json!({ "roles": { "basic": 200 }, "reason": "they asked" }));
+    put("/api/admin/rate_limits", json!({ "roles": { "basic": 300 } }));
+    let limits = last("limits_changed");
+    assert_eq!(
+        (&limits["reason"], limits["changes"].as_array().map(Vec::len)),
+        (&Value::Null, Some(1)),
+        "{limits}"
+    );
+    assert_eq!(records(&stack, "action=limits_changed")[1]["reason"], "they asked");
+
+    let mut policy = api.get("/api/admin/policy").expect(200).json();
+    policy["routes"][0]["access"] = json!("key");
+    policy["reason"] = json!("nothing is public");
+    put("/api/admin/policy", policy.clone());
+    let access = change(
+        "policy_replaced",
+        &format!("routes.{}.access", policy["routes"][0]["name"].as_str().expect("a name")),
+    );
+    assert_eq!((&access["from"], &access["to"]), (&json!("public"), &json!("key")), "{access}");
+    assert_eq!(last("policy_replaced")["reason"], "nothing is public");
+
+    for _ in 0..3 {
+        api.issue("basic");
+    }
+    let order = json!({ "scope": { "role": "basic" }, "break_glass": "keys are on a public page" });
+    let id = api.post("/api/admin/emergency/revoke", &order).expect(200).json()["cutoff"]["id"].clone();
+    let shown = api.get("/api/admin/emergency").expect(200).json();
+    assert_eq!(
+        (&shown["active"], &shown["cutoffs"][0]["break_glass"]),
+        (&json!(true), &json!("keys are on a public page")),
+        "{shown}"
+    );
+    let lift = format!("/api/admin/emergency/revoke/{}", id.as_str().expect("an id"));
+    api.send(Request::new("DELETE", &lift).json(&json!({ "reason": "they are replaced" }))).expect(200);
+    let lifted = last("cutoff_lifted");
+    assert_eq!(lifted["reason"], "they are replaced");
+    assert_eq!(lifted["undone"]["break_glass"], "keys are on a public page", "{lifted}");
+    assert_eq!(last("cutoff_added")["detail"]["break_glass"], "keys are on a public page");
+
+    let over = json!({ "limits": { "basic": 1000 }, "ttl": "1h", "reason": "a launch" });
+    api.post("/api/admin/rate_limits/emergency", &over).expect(200);
+    let shown = api.get("/api/admin/emergency").expect(200).json();
+    assert_eq!(
+        (&shown["rate_limits"]["reason"], &shown["rate_limits"]["limits"]["basic"]),
+        (&json!("a launch"), &json!(1000))
+    );
+    assert!(shown["rate_limits"]["by"].as_str().is_some_and(|by| by.starts_with("key_")), "{shown}");
+
+    // Every change that an operator orders takes a reason.
+    let key = api.issue("basic");
+    let of_key = |verb: &str| format!("/api/admin/keys/{}/{verb}", key.id);
+    for (method, path, action) in [
+        ("POST", of_key("suspend"), "key_suspended"),
+        ("POST", of_key("resume"), "key_resumed"),
+        ("POST", "/api/admin/emergency/lockdown".into(), "lockdown_changed"),
+        ("DELETE", "/api/admin/emergency/lockdown".into(), "lockdown_changed"),
+        ("DELETE", "/api/admin/rate_limits/emergency".into(), "limits_overridden"),
+        ("POST", "/api/admin/revocations/rebuild".into(), "revocations_rebuilt"),
+        ("POST", "/api/admin/secrets/rotate".into(), "secret_created"),
+        ("DELETE", "/api/admin/secrets/rotate".into(), "secret_expired"),
+    ] {
+        let reason = format!("because_{action}");
+        let answer = api.send(Request::new(method, &path).json(&json!({ "reason": reason })));
+        if path.ends_with("rotate") && method == "DELETE" && answer.status == 409 {
+            continue; // Without a proxy the new secret signs at once.
+        }
+        assert!(answer.status < 300, "{method} {path}: {}", answer.text());
+        assert_eq!(last(action)["reason"], reason.as_str(), "{method} {path}");
+    }
+    let long = "x".repeat(501);
+    for wrong in [json!(long), json!("two\nlines"), json!(" "), json!(7)] {
+        let body = json!({ "ttl": "1h", "reason": wrong });
+        api.post("/api/admin/emergency/lockdown", &body).expect_problem(400, "bad_request");
+    }
+}

@@ -1,5 +1,6 @@
 //! The operator's commands, as they are typed.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use keygate_e2e::{Request, SOON, Stack, binaries, wait_until};
@@ -178,4 +179,131 @@ fn a_reader_that_stops_early_is_no_error() {
     // 128 + SIGPIPE, or all was written before.
     assert!([Some(0), Some(141)].contains(&output.status.code()), "{output:?}");
     assert_eq!(output.stderr, b"", "no backtrace");
+}
+
+/// A server that answers each request with this, and keeps what it was sent.
+fn listener(answer: &'static str) -> (u16, std::sync::Arc<std::sync::Mutex<String>>) {
+    use std::io::{Read as _, Write as _};
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = listener.local_addr().expect("an address").port();
+    let heard = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+    let hears = std::sync::Arc::clone(&heard);
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().filter_map(Result::ok) {
+            let mut bytes = [0; 16 * 1024];
+            let read = stream.read(&mut bytes).unwrap_or(0);
+            hears.lock().expect("no panic").push_str(&String::from_utf8_lossy(&bytes[..read]));
+            let _gone = stream.write_all(answer.as_bytes());
+        }
+    });
+    (port, heard)
+}
+
+/// `keygate fleet` in a directory, with this key and these variables: its status, and what it prints on either.
+fn fleet_in(directory: &Path, key: &str, variables: &[(&str, String)], url: Option<&str>) -> (i32, String) {
+    let mut command = Command::new(binaries::keygate());
+    command.current_dir(directory).arg("fleet").env_remove("KEYGATE_URL").env("KEYGATE_ADMIN_KEY", key);
+    command.envs(variables.iter().map(|(name, value)| (*name, value)));
+    command.args(url.into_iter().flat_map(|url| ["--url", url]));
+    let output = command.output().expect("keygate runs");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().expect("a code"), String::from_utf8_lossy(&said).into_owned())
+}
+
+#[test]
+fn a_key_is_sent_to_the_control_plane_that_issued_it_and_to_no_other() {
+    let (here, other) = (Stack::builder().without_envoy().start(), Stack::builder().without_envoy().start());
+    let url = |stack: &Stack| format!("http://127.0.0.1:{}", stack.control_plane.api_port());
+    let key = here.control_plane.admin_key();
+    let directory = tempfile::tempdir().expect("a directory");
+    let run = |url: Option<&str>| fleet_in(directory.path(), &key, &[], url);
+
+    // It is said which control plane is meant, or what is missing.
+    let (status, said) = run(None);
+    assert_eq!(status, 2, "{said}");
+    for way in ["--url", "KEYGATE_URL", ".keygate/context.toml"] {
+        assert!(said.contains(way), "{said}");
+    }
+    assert_eq!(run(Some(&url(&here))).0, 0);
+    let there = [("KEYGATE_URL", url(&here))];
+    assert_eq!(fleet_in(directory.path(), &key, &there, None).0, 0);
+    assert_eq!(fleet_in(directory.path(), &key, &[("KEYGATE_URL", url(&other))], Some(&url(&here))).0, 0);
+
+    let (status, said) = run(Some(&url(&other)));
+    assert!(status == 7 && said.contains(&url(&other)) && said.contains("did not issue"), "{status} {said}");
+    let unauthorized = other.api().get("/metrics").expect(200).text();
+    let refused = unauthorized.lines().filter(|line| line.starts_with("auth_errors_total"));
+    assert!(refused.clone().all(|line| line.ends_with(" 0")), "the other one saw no key: {refused:?}");
+    let log = std::fs::read_to_string(other.control_plane.log()).expect("a log");
+    assert!(!log.contains(&key));
+
+    for answer in [
+        "HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}",
+        "HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        "HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+        "SSH-2.0-OpenSSH\r\n",
+    ] {
+        let (port, heard) = listener(answer);
+        let (status, said) = run(Some(&format!("http://127.0.0.1:{port}")));
+        assert_eq!(status, 1, "{answer}: {said}");
+        assert!(said.contains(&format!("127.0.0.1:{port}")), "{said}");
+        let heard = heard.lock().expect("no panic").clone();
+        assert!(heard.starts_with("GET /.well-known/keygate"), "{heard}");
+        assert!(!heard.to_lowercase().contains("authorization") && !heard.contains(&key), "{heard}");
+    }
+    let (status, said) = fleet_in(directory.path(), "not-a-key", &there, None);
+    assert!(status == 7 && said.contains("no key of Keygate"), "{status} {said}");
+}
+
+#[test]
+fn a_context_file_names_the_control_plane_and_its_fleet() {
+    let stack = Stack::builder().without_envoy().start();
+    let other = Stack::builder().without_envoy().start();
+    let fleet_of = |stack: &Stack| {
+        let identity = stack.api().call(&Request::get("/.well-known/keygate")).expect(200).json();
+        identity["fleet"].as_str().expect("an id").to_owned()
+    };
+    assert_ne!(fleet_of(&stack), fleet_of(&other));
+    let directory = tempfile::tempdir().expect("a directory");
+    let below = directory.path().join("deeper/still");
+    std::fs::create_dir_all(&below).expect("a directory");
+    std::fs::create_dir(directory.path().join(".keygate")).expect("a directory");
+    let write = |url: &Stack, fleet: &str| {
+        let text =
+            format!("url = \"http://127.0.0.1:{}\"\nfleet = \"{fleet}\"\n", url.control_plane.api_port());
+        std::fs::write(directory.path().join(".keygate/context.toml"), text).expect("a file");
+    };
+    let key = stack.control_plane.admin_key();
+    write(&stack, &fleet_of(&stack));
+    assert_eq!(fleet_in(&below, &key, &[], None).0, 0);
+    // The same address, and another control plane behind it.
+    write(&other, &fleet_of(&stack));
+    let (status, said) = fleet_in(&below, &other.control_plane.admin_key(), &[], None);
+    assert!(status == 7 && said.contains("another control plane"), "{status} {said}");
+    std::fs::write(directory.path().join(".keygate/context.toml"), "url = 1").expect("a file");
+    let (status, said) = fleet_in(&below, &key, &[], None);
+    assert!(status == 2 && said.contains("context.toml"), "{status} {said}");
+}
+
+#[test]
+fn what_was_changed_is_shown_with_who_and_why() {
+    let stack = Stack::builder().without_envoy().start();
+    said(&stack, &["emergency", "lockdown", "--ttl", "1h", "--reason", "INC-1"], &["locked down"]);
+    let shown = said(
+        &stack,
+        &["emergency", "show"],
+        &["lockdown until 20", "but for: admin", "reason: INC-1", "by key_"],
+    );
+    assert!(shown.contains("since 20"), "{shown}");
+    said(&stack, &["emergency", "unlock", "--reason", "INC-1 over"], &["unlocked"]);
+    said(&stack, &["emergency", "show"], &["nothing is in force"]);
+    let audit = said(
+        &stack,
+        &["audit", "list", "--action", "lockdown_changed"],
+        &["INC-1 over", "active: true -> false"],
+    );
+    assert!(audit.contains("active: false -> true"), "{audit}");
+    let records = said(&stack, &["audit", "list", "--json", "--limit", "1"], &[]);
+    let record: Value = serde_json::from_str(records.trim()).expect("JSON, one line each");
+    assert_eq!(record["reason"], "INC-1 over");
 }

@@ -1,14 +1,39 @@
-//! `keygate audit`: reading a journal without a server.
+//! `keygate audit`: what was changed, and whether the record of it is whole.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Subcommand;
 use keygate::durability::journal::{self, Report};
+use serde_json::Value;
+
+use super::Output;
+use super::client::text;
+use super::server::call;
 
 /// The audit log.
 #[derive(Debug, Subcommand)]
 pub enum Audit {
+    /// List changes, the last one first: who made them, why, and what was changed from what to what
+    List {
+        /// Only changes of this type, such as rollout_changed
+        #[arg(long)]
+        action: Option<String>,
+        /// Only what this key did (key_…), or system, redis
+        #[arg(long)]
+        actor: Option<String>,
+        /// Only changes of this key, token, cut-off or secret
+        #[arg(long)]
+        target: Option<String>,
+        /// Not before this time, such as 2026-01-01T00:00:00Z
+        #[arg(long)]
+        since: Option<String>,
+        /// At most so many, up to 1000
+        #[arg(long, default_value_t = 20)]
+        limit: u16,
+        #[command(flatten)]
+        output: Output,
+    },
     /// Check that a journal is whole and unchanged; needs no server and changes nothing
     ///
     /// Reads every record, and checks the chain of hashes and the signed checkpoints. Says the first record that is
@@ -28,7 +53,16 @@ pub enum Audit {
 
 impl Audit {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let Self::Verify { dir, key, json } = self;
+        let (dir, key, json) = match self {
+            Self::Verify { dir, key, json } => (dir, key, json),
+            Self::List { action, actor, target, since, limit, output } => {
+                let filters = [("action", action), ("actor", actor), ("target", target), ("since", since)];
+                let mut query = vec![("limit", limit.to_string())];
+                query.extend(filters.into_iter().filter_map(|(name, value)| Some((name, value?))));
+                list(&call("GET", "/api/admin/audit", &query, None)?, &output);
+                return Ok(ExitCode::SUCCESS);
+            }
+        };
         let dir = if dir.join(journal::DIRECTORY).is_dir() { dir.join(journal::DIRECTORY) } else { dir };
         let report = journal::verify(&dir, key.as_deref())?;
         if report.records == 0 {
@@ -40,6 +74,45 @@ impl Audit {
             print(&dir, &report, key.is_some());
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+fn list(page: &Value, output: &Output) {
+    for record in page["records"].as_array().into_iter().flatten() {
+        if output.json {
+            println!("{record}");
+            continue;
+        }
+        let refused = if record["outcome"] == "refused" { " REFUSED" } else { "" };
+        println!(
+            "{}  {}{refused}  {}  by {}",
+            text(record, "at"),
+            text(record, "action"),
+            text(record, "target"),
+            text(record, "actor")
+        );
+        if let Some(reason) = record["reason"].as_str() {
+            println!("  reason: {reason}");
+        }
+        match record["changes"].as_array() {
+            Some(changes) => {
+                for change in changes {
+                    println!("  {}: {} -> {}", text(change, "member"), change["from"], change["to"]);
+                }
+            }
+            None => print_members(&record["detail"]),
+        }
+        if !record["undone"].is_null() {
+            println!("  undone:");
+            print_members(&record["undone"]);
+        }
+    }
+}
+
+/// Prints what a change says, without what it does not say.
+fn print_members(detail: &Value) {
+    for (name, value) in detail.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        println!("  {name}: {value}");
     }
 }
 

@@ -50,7 +50,7 @@ enum Command {
     Rollout(rollout::Rollout),
     /// Show the proxies and what they enforce, and have one give back what it has
     Fleet(client::Fleet),
-    /// Check the audit log
+    /// List what was changed, and check that the record of it is whole
     #[command(subcommand)]
     Audit(audit::Audit),
     /// Back up the journal and the keyring, check a backup, and restore it
