@@ -8,7 +8,7 @@ fn main() -> ExitCode {
     match cli::run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("keygate: {}", once(&error));
+            eprintln!("keygate: {}", cli::print::printable(&once(&error)));
             cli::exit::code_of(&error)
         }
     }

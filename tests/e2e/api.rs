@@ -467,3 +467,34 @@ fn readiness_says_of_each_dependency_whether_it_is_well_and_why_not() {
     let check = check.expect("a check of Redis");
     assert_eq!((&check["status"], &check["reasons"]), (&json!("failed"), &ready["reasons"]), "{ready}");
 }
+
+#[test]
+fn a_policy_without_routes_is_not_taken_by_mistake_and_a_change_can_be_tried() {
+    let stack = Stack::builder().without_envoy().start();
+    let api = stack.api();
+    let put = |query: &str, body: &Value| {
+        api.send(Request::new("PUT", format!("/api/admin/policy{query}")).json(body))
+    };
+    let before = api.get("/api/admin/policy").expect(200).json();
+    let none = json!({ "mode": "enforce", "routes": [] });
+    for query in ["", "?dry_run=true"] {
+        let refused = put(query, &none).expect_problem(400, "bad_request").json();
+        assert_eq!(refused["errors"][0]["code"], "no_routes", "{refused}");
+    }
+    let mut changed = before.clone();
+    changed["routes"][0]["access"] = json!("key");
+    let tried = put("?dry_run=true", &changed).expect(200).json();
+    assert_eq!(
+        (&tried["dry_run"], tried["changes"].as_array().map(Vec::len)),
+        (&json!(true), Some(1)),
+        "{tried}"
+    );
+    assert_eq!(tried["warnings"], json!([]));
+    assert_eq!(api.get("/api/admin/policy").expect(200).json(), before, "nothing was changed");
+    let taken = put("?allow_warnings=true", &none).expect(200).json();
+    assert_eq!(taken["warnings"][0]["code"], "no_routes", "{taken}");
+    put("", &changed).expect(200);
+    for wrong in ["?dry_run=perhaps", "?colour=red"] {
+        put(wrong, &changed).expect_problem(400, "bad_request");
+    }
+}

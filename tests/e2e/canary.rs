@@ -254,3 +254,19 @@ fn without_proxies_there_is_nothing_to_run() {
     assert_eq!((&health["status"], &health["recent_tests"]), (&json!("no_data"), &json!(0)), "{health}");
     api.post("/api/admin/canary/run", &json!({})).expect_problem(409, "no_proxies");
 }
+
+#[test]
+fn a_failing_test_that_is_deleted_says_nothing_any_more() {
+    let stack = start("");
+    let api = stack.api();
+    wait_until(SOON, "it to be healthy", || health(&api)["status"] == "healthy");
+    let test = json!({ "id": "custom_test", "endpoint": "/api/chat", "expected_status": 299 });
+    api.post("/api/admin/canary/tests", &test).expect(201);
+    wait_until(SOON, "it to fail", || health(&api)["failing"].to_string().contains("custom_test"));
+    wait_until(SOON, "health to be bad", || health(&api)["status"] != "healthy");
+    api.send(Request::new("DELETE", "/api/admin/canary/tests/custom_test")).expect(200);
+    let health = health(&api);
+    assert_eq!((&health["status"], &health["pass_rate"]), (&json!("healthy"), &json!(100.0)), "{health}");
+    let ready = api.call(&Request::get("/readyz?verbose")).expect(200).json();
+    assert!(!ready["reasons"].to_string().contains("canaries"), "{ready}");
+}

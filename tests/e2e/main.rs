@@ -10,6 +10,7 @@ mod canary;
 mod cli;
 mod config;
 mod disk;
+mod documented;
 mod durability;
 mod emergency;
 mod fleet;

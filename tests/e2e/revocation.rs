@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use keygate_e2e::api::Propagation;
 use keygate_e2e::{Connection, Key, Request, SOON, Stack, Times, wait_until};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::requests::assert_serves;
 
@@ -306,4 +306,55 @@ fn a_key_revoked_before_its_first_use() {
     for (key, status) in [(&dead, 401), (&known, 401)] {
         api.call(&Request::get("/api/auth/validate").bearer(&key.token)).expect(status);
     }
+}
+
+#[test]
+fn a_stolen_key_that_was_renewed_takes_its_successors_along() {
+    let stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let refresh = |token: &str| {
+        let request = Request::post("/api/auth/refresh", &json!({})).bearer(token);
+        Key::from_answer(&api.call(&request).expect(200).json())
+    };
+    let short = || api.issue_with(&json!({ "name": "short", "role": "basic", "expires_in": "2h" }));
+    let revoke = |id: &str, body: Value| {
+        api.post(&format!("/api/admin/keys/{id}/revoke?wait=applied"), &body).expect(200).json()
+    };
+    for batch in [false, true] {
+        let stolen = short();
+        let second = refresh(&stolen.token);
+        let third = refresh(&second.token);
+        stack.get("/api/chat", &third.token).expect(200);
+        let shown = api.get(&format!("/api/admin/keys/{}", stolen.id)).expect(200).json();
+        assert_eq!(shown["renewed_by"], second.id.as_str(), "{shown}");
+        if batch {
+            let body = json!({ "key_ids": [stolen.id], "reason": "compromised" });
+            let answer = api.post("/api/admin/revocations?wait=applied", &body).expect(200).json();
+            assert_eq!((&answer["revoked"], &answer["already_revoked"]), (&json!(1), &json!(1)), "{answer}");
+        } else {
+            let answer = revoke(&stolen.id, json!({ "reason": "compromised" }));
+            let ids = [&second.id, &third.id].map(|id| json!(id));
+            let named: Vec<_> = answer["successors"]
+                .as_array()
+                .expect("a list")
+                .iter()
+                .map(|one| one["key_id"].clone())
+                .collect();
+            assert_eq!(named, ids, "{answer}");
+            assert_eq!(answer["successors"][1]["changed"], true, "{answer}");
+        }
+        stack.get("/api/chat", &third.token).expect(401);
+    }
+    // For another reason they are named, and stay, unless told otherwise.
+    let key = short();
+    let renewed = refresh(&key.token);
+    let answer = revoke(&key.id, json!({ "reason": "admin_action" }));
+    assert_eq!(
+        (&answer["changed"], &answer["successors"][0]["state"]),
+        (&json!(false), &json!("active")),
+        "{answer}"
+    );
+    stack.get("/api/chat", &renewed.token).expect(200);
+    revoke(&key.id, json!({ "reason": "admin_action", "with_successors": true }));
+    stack.get("/api/chat", &renewed.token).expect(401);
 }

@@ -18,7 +18,7 @@ use tokio::sync::watch;
 
 pub use self::given::FromEnvironment;
 use crate::config::Config;
-use crate::durability::journal::{Claim, Notary, Privacy};
+use crate::durability::journal::{self, Claim, Notary, Privacy};
 use crate::durability::writer::{self, History, OpenError, Start};
 use crate::http::api;
 use crate::http::api::ApiState;
@@ -32,13 +32,13 @@ use crate::observe::metrics::Metrics;
 use crate::observe::notify::Notifier;
 use crate::observe::telemetry::{self, Telemetry, TelemetryStoreError};
 use crate::peers::{Alone, Peers};
-use crate::platform::clock::{CautiousClock, Clock};
+use crate::platform::clock::{self, CautiousClock, Clock};
 use crate::platform::files;
 use crate::platform::http_server::{self, Bounds};
 use crate::platform::random;
 use crate::redis_store::{self, RedisPeers, Sealer};
 use crate::secrets::hsm::HsmError;
-use crate::secrets::keyring::{Keyring, KeyringError};
+use crate::secrets::keyring::{self, Keyring, KeyringError};
 use crate::secrets::master_key::MasterKeyError;
 use crate::secrets::record::{HsmPair, NewSecret, SecretRecord};
 use crate::services::admin_key::{self, AdminKeyError};
@@ -105,6 +105,9 @@ pub enum RunError {
     /// What proxies count.
     #[error(transparent)]
     Telemetry(#[from] TelemetryStoreError),
+    /// The machine's clock.
+    #[error("the machine's clock is before the year 2001 or after 2999: set it, then start again")]
+    Clock,
     /// An admin key.
     #[error(transparent)]
     AdminKey(#[from] AdminKeyError),
@@ -128,6 +131,9 @@ pub struct Serving {
 /// See [`RunError`].
 pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Result<Serving, RunError> {
     keygate_core::token::crypto::native::install();
+    if !clock::is_plausible(clock.now_s()) {
+        return Err(RunError::Clock);
+    }
     let dir = &config.data_dir;
     let io = |what: String| move |source| RunError::Io { what, source };
     std::fs::DirBuilder::new()
@@ -140,7 +146,14 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
         .await
         .map_err(io(format!("sync_listen = {}", config.sync_listen)))?;
     let sync_url = config.limits_url.clone().unwrap_or_else(|| reached_at(&sync, config.sync_listen));
+    // Before its directory is made: it may not be mounted.
+    if !journal::exists(dir) && keyring::is_used(dir)? {
+        return Err(KeyringError::JournalMissing(dir.join(keyring::FILE)).into());
+    }
     let claim = Claim::new(dir).map_err(OpenError::from)?;
+    if claim.is_empty() && keyring::is_used(dir)? {
+        return Err(KeyringError::JournalMissing(dir.join(keyring::FILE)).into());
+    }
     let policy = match &config.policy_file {
         Some(path) => read_policy(path, &config, claim.is_empty().then(|| clock.now_s()))?,
         None => Policy::default(),
@@ -169,6 +182,7 @@ pub async fn start(config: Config, clock: Clock, given: FromEnvironment) -> Resu
     let first_changes = || first_changes(&config, &policy, &keys, clock.now_s());
     let checkpoint_seed = keys.root().derive("keygate journal checkpoints");
     let notary = Notary::new(checkpoint_seed.expose());
+    keys.note_checkpoint_key(notary.public_key());
     let privacy = Arc::new(Privacy::new(keys.root(), config.personal_data));
     let History { writer, states, deltas, store, feed, latest_s, thread } = writer::open(Start {
         notary,
@@ -362,8 +376,12 @@ fn warn_of_costs(rules: &Ruleset, config: &Config, now: u64) {
 fn load_fleet_token(path: &Path) -> std::io::Result<Secret<String>> {
     match std::fs::read_to_string(path) {
         Ok(token) if !token.trim().is_empty() => Ok(Secret::new(token.trim().to_owned())),
+        // Another token would lock out every proxy.
+        Ok(_) => {
+            Err(std::io::Error::other("it is empty; write the token of the proxies to it, or remove it"))
+        }
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(e),
-        _ => {
+        Err(_) => {
             let token = Secret::new(format!("{}{}", random::identifier(), random::identifier()));
             files::write_private(path, token.expose().as_bytes())?;
             Ok(token)

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::Subcommand;
 use keygate::durability::journal::{self, Report};
+use keygate::secrets::keyring;
 use serde_json::Value;
 
 use super::Output;
@@ -42,6 +43,7 @@ pub enum Audit {
         /// The data directory, or the journal's directory in it or in a backup
         dir: PathBuf,
         /// The public key that must have signed the checkpoints, as GET /api/admin/audit/verify shows it (signed_by)
+        /// [default: the one that the keyring of the directory names]
         // In base64url one key in 64 begins with a hyphen.
         #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
@@ -64,6 +66,11 @@ impl Audit {
             }
         };
         let dir = if dir.join(journal::DIRECTORY).is_dir() { dir.join(journal::DIRECTORY) } else { dir };
+        let of_keyring = || dir.parent().map_or(Ok(None), keyring::checkpoint_key);
+        let key = match key {
+            Some(key) => Some(key),
+            None => of_keyring()?,
+        };
         let report = journal::verify(&dir, key.as_deref())?;
         if report.records == 0 {
             anyhow::bail!("{}: there is no journal here", dir.display());

@@ -59,6 +59,9 @@ pub enum Keys {
         /// compromised, expired, user_request, admin_action, suspicious_activity, rotation or emergency
         #[arg(long, default_value = "admin_action")]
         reason: String,
+        /// Also revoke the keys that renewed it [default: if the reason is compromised]
+        #[arg(long)]
+        with_successors: Option<bool>,
         #[command(flatten)]
         wait: Wait,
     },
@@ -191,8 +194,9 @@ impl Keys {
             Self::Show { id } => {
                 print_json(&call("GET", &format!("/api/admin/keys/{}", segment(&id)?), &[], None)?)
             }
-            Self::Revoke { id, reason, wait } => {
-                return change(&id, "revoke", &json!({ "reason": reason }), &wait);
+            Self::Revoke { id, reason, with_successors, wait } => {
+                let body = json!({ "reason": reason, "with_successors": with_successors });
+                return change(&id, "revoke", &body, &wait);
             }
             Self::Suspend { id, reason, wait } => {
                 let body = reason.map_or(json!({}), |reason| json!({ "reason": reason }));
@@ -249,6 +253,9 @@ fn change(id: &str, verb: &str, body: &Value, wait: &Wait) -> anyhow::Result<Exi
             text(&key, "state"),
             text(&key, "version")
         );
+        for successor in key["successors"].as_array().into_iter().flatten() {
+            println!("{}, which renewed it, is {}", text(successor, "key_id"), text(successor, "state"));
+        }
         print_propagation(&key);
     }
     Ok(wait.code(&key))

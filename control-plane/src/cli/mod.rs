@@ -1,7 +1,7 @@
 //! The command line.
 
 #[macro_use]
-mod print;
+pub mod print;
 
 mod audit;
 mod client;

@@ -151,7 +151,13 @@ pub fn call_as(
     let query = query.iter().map(|(name, value)| (*name, value.as_str()));
     let sent = match (method, body) {
         ("GET", _) => agent.get(&target).query_pairs(query).header("authorization", bearer).call(),
-        ("DELETE", _) => agent.delete(&target).query_pairs(query).header("authorization", bearer).call(),
+        ("DELETE", Some(body)) => agent
+            .delete(&target)
+            .query_pairs(query)
+            .header("authorization", bearer)
+            .force_send_body()
+            .send_json(body),
+        ("DELETE", None) => agent.delete(&target).query_pairs(query).header("authorization", bearer).call(),
         ("PUT", Some(body)) => {
             agent.put(&target).query_pairs(query).header("authorization", bearer).send_json(body)
         }

@@ -36,7 +36,7 @@ const APPLIED_SEQ: &str = "applied_seq";
 const SOURCE: &str = "source";
 const FORMAT: &str = "format";
 /// The tables as this version has them. Another format is emptied and applied again from the journal.
-const CURRENT_FORMAT: u64 = 4;
+const CURRENT_FORMAT: u64 = 5;
 /// How many batches are applied again after a crash, at most.
 const BATCHES_PER_DURABLE_COMMIT: u32 = 1_000;
 
@@ -125,7 +125,15 @@ impl Store {
     pub fn open(dir: &Path) -> Result<Self, StoreError> {
         let path = dir.join(FILE);
         make_if_missing(dir, &path)?;
-        let database = Database::open(&path)?;
+        let database = match Database::open(&path) {
+            Err(error) if is_damage(&error) => {
+                tracing::warn!(%error, file = %path.display(), "the store is damaged; it is made anew from the journal");
+                std::fs::remove_file(&path).map_err(redb::Error::Io)?;
+                make_if_missing(dir, &path)?;
+                Database::open(&path)?
+            }
+            opened => opened?,
+        };
         std::fs::set_permissions(&path, Permissions::from_mode(0o600)).map_err(redb::Error::Io)?;
         let write = database.begin_write()?;
         write.open_table(FLEET)?;
@@ -448,6 +456,19 @@ fn encode(record: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(record).expect("plain data")
 }
 
+/// Whether a file is no store, or a broken one: it is made of the journal, so nothing is lost with it.
+fn is_damage(error: &redb::DatabaseError) -> bool {
+    use std::io::ErrorKind::{InvalidData, UnexpectedEof};
+    match error {
+        redb::DatabaseError::RepairAborted | redb::DatabaseError::UpgradeRequired(_) => true,
+        redb::DatabaseError::Storage(redb::StorageError::Corrupted(_)) => true,
+        redb::DatabaseError::Storage(redb::StorageError::Io(error)) => {
+            [InvalidData, UnexpectedEof].contains(&error.kind())
+        }
+        _ => false,
+    }
+}
+
 /// `redb` refuses a file that it was stopped from making, so one is made beside its place and moved there whole.
 fn make_if_missing(dir: &Path, path: &Path) -> Result<(), StoreError> {
     if path.try_exists().map_err(redb::Error::Io)? {
@@ -493,6 +514,7 @@ mod tests {
             issued_at: 1_000,
             expires_at,
             renews: None,
+            renewed_by: None,
             revoked: None,
             suspended: None,
         };

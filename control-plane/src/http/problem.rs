@@ -142,7 +142,9 @@ impl From<StoreError> for Problem {
 impl From<CommitError> for Problem {
     fn from(error: CommitError) -> Self {
         match &error {
-            CommitError::Rules(_) => Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string()),
+            CommitError::Rules(_) | CommitError::Documents => {
+                Self::new(StatusCode::CONFLICT, "rules_do_not_hold", error.to_string())
+            }
             // The answer that the key gets from now on.
             CommitError::AuthorEnded { reason, realm } => match reason.refusal() {
                 Some(refusal) => Self::refusal(refusal, realm, &[]),

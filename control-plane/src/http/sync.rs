@@ -40,6 +40,8 @@ const MAX_REPORT_BYTES: usize = 512 * 1024;
 const DRAINED_WITHIN: Duration = Duration::from_secs(4);
 const QUOTA: &str = "/sync/v1/quota";
 const DRAIN: &str = "/sync/v1/drain";
+/// The most characters of a proxy's error that are kept.
+const MAX_ERROR_CHARS: usize = 300;
 /// The longest node id that is kept.
 const MAX_ID_BYTES: usize = 256;
 
@@ -84,7 +86,8 @@ pub fn router(app: Arc<ApiState>) -> Router {
 }
 
 async fn poll(State(app): State<Arc<ApiState>>, RequestBody(body): RequestBody) -> Result<Response, Problem> {
-    let poll: Poll = read(&body)?;
+    let mut poll: Poll = read(&body)?;
+    poll.last_error = poll.last_error.map(|error| printable(&error));
     check_proxy(poll.format, &poll.proxy.id, &poll.proxy.incarnation)?;
     whole_state(&app).await?;
     let applied = poll.applied;
@@ -280,14 +283,22 @@ async fn drained(service: &LedgerService, proxy: &str) -> Result<Response, Probl
     }
 }
 
+/// What a proxy says of an error, cut and without what a terminal would obey.
+fn printable(text: &str) -> String {
+    text.chars().take(MAX_ERROR_CHARS).map(|c| if c.is_control() { ' ' } else { c }).collect()
+}
+
 /// Whether a question is in a format that is read here, and of a proxy that has names.
 fn check_proxy(format: u32, id: &str, incarnation: &str) -> Result<(), Problem> {
     if format != FORMAT {
         return Err(Problem::bad_request(format!("This control plane reads format {FORMAT} of polls.")));
     }
-    let fits = |name: &str| (1..=MAX_ID_BYTES).contains(&name.len());
+    let fits = |name: &str| {
+        (1..=MAX_ID_BYTES).contains(&name.len()) && name.bytes().all(|b| (b' '..=b'~').contains(&b))
+    };
     if !fits(id) || !fits(incarnation) || incarnation.contains(' ') {
-        return Err(Problem::bad_request("The proxy's id and incarnation must be 1 to 256 bytes."));
+        let detail = "The proxy's id and incarnation must be 1 to 256 printable characters of ASCII.";
+        return Err(Problem::bad_request(detail));
     }
     Ok(())
 }

@@ -208,6 +208,7 @@ mod tests {
             issued_at: 900,
             expires_at: 2_000,
             renews: None,
+            renewed_by: None,
             revoked: None,
             suspended: None,
         };

@@ -55,6 +55,9 @@ pub struct KeyRecord {
     /// The key that it renews.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub renews: Option<String>,
+    /// The key that renewed it last. The journal has it in that key's record alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renewed_by: Option<String>,
     /// Its revocation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub revoked: Option<Ended<RevocationReason>>,
@@ -340,6 +343,7 @@ impl KeyRequest {
             issued_at: now,
             expires_at: now.saturating_add(life.as_secs()),
             renews: None,
+            renewed_by: None,
             revoked: None,
             suspended: None,
         })
@@ -375,6 +379,7 @@ pub fn renewal(old: &KeyRecord, role: Option<&Role>, identity: Identity, kid: &s
         owner: Some(old.holder().effective_owner().to_owned()),
         registered_by: None,
         renews: Some(old.key_id.clone()),
+        renewed_by: None,
         revoked: None,
         suspended: None,
         ..old.clone()

@@ -69,14 +69,23 @@ impl CautiousClock {
     }
 }
 
-/// Unix seconds as RFC 3339 UTC.
-pub fn rfc3339(unix_s: u64) -> String {
-    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(unix_s)).to_string()
+/// The end of the year 9999, beyond which RFC 3339 has no times.
+const LAST_S: u64 = 253_402_300_799;
+
+/// Whether a clock may say this: it is from 2001 to 2999. Unix seconds.
+pub fn is_plausible(unix_s: u64) -> bool {
+    (978_307_200..32_503_680_000).contains(&unix_s)
 }
 
-/// Unix milliseconds as RFC 3339 UTC.
+/// Unix seconds as RFC 3339 UTC; the end of the year 9999 for what is later.
+pub fn rfc3339(unix_s: u64) -> String {
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_secs(unix_s.min(LAST_S))).to_string()
+}
+
+/// Unix milliseconds as RFC 3339 UTC; the end of the year 9999 for what is later.
 pub fn rfc3339_ms(unix_ms: u64) -> String {
-    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(unix_ms)).to_string()
+    let last_ms = LAST_S * 1_000 + 999;
+    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_millis(unix_ms.min(last_ms))).to_string()
 }
 
 /// An RFC 3339 UTC time in Unix milliseconds; 0 for what is none.

@@ -12,8 +12,13 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
     let new = path.with_file_name(name);
-    let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
-    // The mode above counts only for a new file.
+    // What an earlier try left there, or somebody put there: a link is removed, not followed.
+    match std::fs::remove_file(&new) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&new)?;
+    // Whatever the umask says.
     file.set_permissions(Permissions::from_mode(0o600))?;
     file.write_all(bytes)?;
     file.write_all(b"\n")?;
@@ -25,6 +30,17 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_link_in_the_way_is_not_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other");
+        std::fs::write(&other, "kept").unwrap();
+        std::os::unix::fs::symlink(&other, dir.path().join("secret.new")).unwrap();
+        write_private(&dir.path().join("secret"), b"x").unwrap();
+        assert_eq!(std::fs::read(&other).unwrap(), b"kept");
+        assert_eq!(std::fs::read(dir.path().join("secret")).unwrap(), b"x\n");
+    }
 
     #[test]
     fn nobody_else_may_read_it() {

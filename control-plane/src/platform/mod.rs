@@ -5,5 +5,6 @@ pub mod files;
 pub mod hlc;
 pub mod http_client;
 pub mod http_server;
+pub mod json;
 pub mod random;
 pub mod trace;

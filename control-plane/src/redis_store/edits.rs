@@ -17,7 +17,7 @@ use crate::model::lockdown;
 use crate::model::roles::Roles;
 use crate::model::rollout::Flags;
 use crate::model::rollout::document::Edit;
-use crate::platform::clock;
+use crate::platform::{clock, json};
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
 const END_TOLERANCE_MS: u64 = 1_500;
@@ -199,7 +199,7 @@ pub fn flags(value: &Value) -> Result<Option<Edit>, String> {
         Value::Text(text) => text,
         Value::Other(kind) => return Err(is_of_type(kind)),
     };
-    let document: serde_json::Value = serde_json::from_str(text)
+    let document: serde_json::Value = json::read(text)
         .map_err(|error| format!("it is not a JSON object such as {{\"strategy\": \"off\"}}: {error}"))?;
     Edit::read(&document).map(Some).map_err(|errors| errors.join("; "))
 }
@@ -234,7 +234,7 @@ pub fn limits(
         Value::Text(text) => text,
         Value::Other(kind) => return Err(is_of_type(kind)),
     };
-    let document: serde_json::Value = serde_json::from_str(text).unwrap_or_default();
+    let document: serde_json::Value = json::read(text).unwrap_or_default();
     let roles = limits::override_roles(&document, is_role)?;
     let ttl_s = ttl_ms.map_or(limits::DEFAULT_TTL.as_secs(), |ttl| ttl.div_ceil(1_000));
     if ttl_s > limits::TTL.end().as_secs() {
@@ -254,7 +254,8 @@ pub fn ours_limits(emergency: Option<&Override>, stamp: u64, now: u64) -> Ours {
 
 /// Reads a JSON object. Without this an array would do, with its members in the order of the fields.
 fn object<T: DeserializeOwned>(text: &str) -> Result<T, serde_json::Error> {
-    let members: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+    let members = json::read(text)?;
+    let members: serde_json::Map<String, serde_json::Value> = serde_json::from_value(members)?;
     serde_json::from_value(members.into())
 }
 

@@ -65,7 +65,11 @@ impl Session<'_> {
         let plan = move |view: &View<'_>| {
             let problem = match reason {
                 Err(problem) => problem,
-                Ok(reason) => match keys::revoke(view, &key_id, reason, ACTOR) {
+                Ok(reason) => match keys::revoke(
+                    view,
+                    &keys::Revocation { id: key_id, reason, with_successors: None },
+                    ACTOR,
+                ) {
                     Ok((changes, _)) => return Ok((changes, Order::Done)),
                     Err(KeyError::Unknown) if patient => return Ok((Vec::new(), Order::Waits)),
                     Err(KeyError::Unknown) => "there is no key with this id",

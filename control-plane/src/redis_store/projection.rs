@@ -211,7 +211,10 @@ pub fn writes(
         writes.push(Write::Publish { channel: names::KEY_REVOKED, payload: past.jti });
     }
     match change {
-        Change::KeyIssued { key: issued, .. } => writes.extend(key(issued, now)),
+        Change::KeyIssued { key: issued, .. } => {
+            writes.extend(key(issued, now));
+            writes.extend(altered(change, &record, now));
+        }
         Change::SecretCreated { secret: record, .. } | Change::SecretMoved { secret: record, .. } => {
             writes.extend(secret(record, keys, now));
             writes.push(Write::Publish { channel: names::SECRET_ROTATION, payload: record.kid.clone() });
@@ -220,14 +223,18 @@ pub fn writes(
             let payload = "changed".into();
             writes.push(Write::Publish { channel: names::EMERGENCY_REVOCATION, payload });
         }
-        change => {
-            if let Some(mut altered) = change.facts().alters.and_then(|(key_id, _)| record(key_id)) {
-                change.alter(&mut altered);
-                writes.extend(key(&altered, now));
-            }
-        }
+        change => writes.extend(altered(change, &record, now)),
     }
     writes
+}
+
+/// The record of the key that a change alters, as it is then.
+fn altered(change: &Change, record: &impl Fn(&str) -> Option<KeyRecord>, now: u64) -> Vec<Write> {
+    let Some(mut altered) = change.facts().alters.and_then(|(key_id, _)| record(key_id)) else {
+        return Vec::new();
+    };
+    change.alter(&mut altered);
+    key(&altered, now).into_iter().collect()
 }
 
 #[cfg(test)]
@@ -252,6 +259,7 @@ mod tests {
             issued_at: 100,
             expires_at: 5_000,
             renews: None,
+            renewed_by: None,
             revoked: None,
             suspended: None,
         }

@@ -17,7 +17,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use keygate_core::secret::Secret;
 use serde::{Deserialize, Serialize};
@@ -75,6 +76,12 @@ pub enum KeyringError {
     /// It is gone.
     #[error("keyring {0} is missing, and the journal beside it is not empty: restore both from one backup")]
     Missing(PathBuf),
+    /// Its journal is gone.
+    #[error(
+        "{0} has the data keys of a journal, and there is none: is its directory not mounted? Put it back, or restore a backup \
+             (keygate backup restore). To begin anew, move the keyring away"
+    )]
+    JournalMissing(PathBuf),
     /// The HSM with the master key.
     #[error(transparent)]
     Hsm(#[from] HsmError),
@@ -84,6 +91,12 @@ pub enum KeyringError {
 #[serde(deny_unknown_fields)]
 struct File {
     format: u32,
+    /// Whether no journal needs its data keys yet: the first start was not finished.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    unused: bool,
+    /// The public key that checkpoints of the journal are signed with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checkpoint_key: Option<String>,
     keys: BTreeMap<String, Wraps>,
 }
 
@@ -96,6 +109,9 @@ pub struct Keyring {
     hsm: Option<Arc<Hsm>>,
     root: RootKey,
     keys: Mutex<BTreeMap<String, Wraps>>,
+    /// Whether no journal needs its data keys yet.
+    unused: AtomicBool,
+    checkpoint_key: OnceLock<String>,
 }
 
 impl fmt::Debug for Keyring {
@@ -119,8 +135,8 @@ pub struct Masters {
 }
 
 impl Keyring {
-    /// Opens the keyring of a data directory. With `begins_anew` the journal is empty: data keys that are there belong
-    /// to another one and are put aside, and a keyring that is missing is made. The root of a new one is derived from
+    /// Opens the keyring of a data directory. With `begins_anew` the journal is empty: a keyring that is missing is made, and
+    /// one with data keys is refused, but for those of a first start that was not finished. The root of a new one is derived from
     /// the master key, so control planes that begin with the same master key have the same root; with a master key in
     /// an HSM, which does not give its bytes, it is random. Entries that lack a wrap of the master key get it.
     ///
@@ -129,10 +145,17 @@ impl Keyring {
     pub fn open(data_dir: &Path, masters: Masters, begins_anew: bool) -> Result<Self, KeyringError> {
         let path = data_dir.join(FILE);
         let Masters { master, previous, hsm } = masters;
-        if begins_anew {
-            put_aside(&path)?;
+        let file = read_file(&path)?;
+        let found = file.as_ref().map(|file| {
+            let mut keys = file.keys.clone();
+            if begins_anew && file.unused {
+                keys.retain(|id, _| id == ROOT);
+            }
+            keys
+        });
+        if begins_anew && found.as_ref().is_some_and(|keys| keys.len() > 1) {
+            return Err(KeyringError::JournalMissing(path));
         }
-        let found = read(&path)?;
         let (root, keys) = match &found {
             Some(keys) => (unwrap_root(&path, &master, previous.as_ref(), keys)?, keys.clone()),
             None if !begins_anew => return Err(KeyringError::Missing(path)),
@@ -150,10 +173,12 @@ impl Keyring {
             hsm,
             root: RootKey::from(root),
             keys: Mutex::new(keys),
+            unused: AtomicBool::new(begins_anew),
+            checkpoint_key: file.and_then(|file| file.checkpoint_key).map(OnceLock::from).unwrap_or_default(),
         };
         let changed = keyring.rewrap()?;
         if changed > 0 && found.is_some() {
-            keyring.save()?;
+            keyring.write(&keyring.lock())?;
             tracing::info!(
                 changed,
                 "data keys were wrapped with the master key, or dropped an old one's wrap"
@@ -162,13 +187,19 @@ impl Keyring {
         Ok(keyring)
     }
 
-    /// Writes it. Until then one that was not there before is not, so that a wrong master key, which shows when the
-    /// journal is read, leaves nothing behind.
+    /// Writes it, once the journal has records that need it. Until then one that was not there before is not, so that a
+    /// wrong master key, which shows when the journal is read, leaves nothing behind.
     ///
     /// # Errors
     /// When the disk fails.
     pub fn save(&self) -> Result<(), KeyringError> {
+        self.unused.store(false, Ordering::Relaxed);
         self.write(&self.lock())
+    }
+
+    /// Notes the public key that checkpoints of the journal are signed with, for those who verify it.
+    pub fn note_checkpoint_key(&self, key: String) {
+        let _same = self.checkpoint_key.set(key);
     }
 
     /// The same, for reading beside a control plane that may run: nothing is written.
@@ -180,12 +211,22 @@ impl Keyring {
         let Masters { master, previous, hsm } = masters;
         let Some(keys) = read(&path)? else { return Err(KeyringError::Missing(path)) };
         let root = RootKey::from(unwrap_root(&path, &master, previous.as_ref(), &keys)?);
-        Ok(Self { path: None, master, previous, hsm, root, keys: Mutex::new(keys) })
+        let (unused, checkpoint_key) = (AtomicBool::default(), OnceLock::new());
+        Ok(Self { path: None, master, previous, hsm, root, keys: Mutex::new(keys), unused, checkpoint_key })
     }
 
     /// One that is kept nowhere, for tests and for reading a journal.
     pub fn in_memory(master: MasterKey, root: RootKey) -> Self {
-        Self { path: None, master, previous: None, hsm: None, root, keys: Mutex::default() }
+        Self {
+            path: None,
+            master,
+            previous: None,
+            hsm: None,
+            root,
+            keys: Mutex::default(),
+            unused: AtomicBool::default(),
+            checkpoint_key: OnceLock::new(),
+        }
     }
 
     /// Gives every entry the wraps that it should have; how many had others.
@@ -286,7 +327,9 @@ impl Keyring {
 
     fn write(&self, keys: &BTreeMap<String, Wraps>) -> Result<(), KeyringError> {
         let Some(path) = &self.path else { return Ok(()) };
-        write(path, keys.clone())
+        let unused = self.unused.load(Ordering::Relaxed);
+        let checkpoint_key = self.checkpoint_key.get().cloned();
+        write_file(path, &File { format: FORMAT, unused, checkpoint_key, keys: keys.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Wraps>> {
@@ -294,25 +337,20 @@ impl Keyring {
     }
 }
 
-/// Renames a keyring with data keys, whose journal is not there: should it come back, they are needed.
-fn put_aside(path: &Path) -> Result<(), KeyringError> {
-    let has_data_keys = read(path)?.is_some_and(|keys| keys.len() > 1);
-    if !has_data_keys {
-        return Ok(());
-    }
-    let mut number = 1;
-    let aside = loop {
-        let aside = path.with_extension(format!("json.of-another-journal-{number}"));
-        if !aside.exists() {
-            break aside;
-        }
-        number += 1;
-    };
-    tracing::warn!(aside = %aside.display(), "the journal is empty and the keyring is not: it is put aside");
-    let keys = read(path)?.unwrap_or_default();
-    write(&aside, keys.clone())?;
-    // The root stays: it is what the master key, or the HSM, was used with here.
-    write(path, keys.into_iter().filter(|(id, _)| id == ROOT).collect())
+/// Whether the keyring of a data directory has data keys that a journal needs.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn is_used(data_dir: &Path) -> Result<bool, KeyringError> {
+    Ok(read_file(&data_dir.join(FILE))?.is_some_and(|file| !file.unused && file.keys.len() > 1))
+}
+
+/// The public key of the checkpoints beside the keyring of a data directory, if it says one.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn checkpoint_key(data_dir: &Path) -> Result<Option<String>, KeyringError> {
+    Ok(read_file(&data_dir.join(FILE))?.and_then(|file| file.checkpoint_key))
 }
 
 fn associated(id: &str) -> String {
@@ -357,6 +395,10 @@ fn damaged(path: &Path, problem: String) -> KeyringError {
 /// # Errors
 /// When it cannot be read, or is no keyring.
 pub fn read(path: &Path) -> Result<Option<BTreeMap<String, Wraps>>, KeyringError> {
+    Ok(read_file(path)?.map(|file| file.keys))
+}
+
+fn read_file(path: &Path) -> Result<Option<File>, KeyringError> {
     let text = match std::fs::read(path) {
         Ok(text) => text,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -366,7 +408,7 @@ pub fn read(path: &Path) -> Result<Option<BTreeMap<String, Wraps>>, KeyringError
     if file.format != FORMAT {
         return Err(damaged(path, format!("it has format {}, this version reads {FORMAT}", file.format)));
     }
-    Ok(Some(file.keys))
+    Ok(Some(file))
 }
 
 /// Writes a file with these entries, whole or not at all.
@@ -374,7 +416,11 @@ pub fn read(path: &Path) -> Result<Option<BTreeMap<String, Wraps>>, KeyringError
 /// # Errors
 /// When the disk fails.
 pub fn write(path: &Path, keys: BTreeMap<String, Wraps>) -> Result<(), KeyringError> {
-    let text = serde_json::to_vec(&File { format: FORMAT, keys }).expect("plain data");
+    write_file(path, &File { format: FORMAT, unused: false, checkpoint_key: None, keys })
+}
+
+fn write_file(path: &Path, file: &File) -> Result<(), KeyringError> {
+    let text = serde_json::to_vec(file).expect("plain data");
     files::write_private(path, &text).map_err(|source| KeyringError::Io { path: path.into(), source })
 }
 

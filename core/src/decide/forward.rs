@@ -10,13 +10,14 @@ use crate::decide::{Decision, Reason};
 /// The header that says which version of the upstream a request is for; Envoy's routes go by it.
 pub const VERSION_HEADER: &str = "x-keygate-version";
 
-/// Whether a header is ours to set, so that one from a client is removed: `x-keygate-*` in any case,
-/// also with underscores, which many upstreams take for hyphens (RFC 3875 section 4.1.18).
+/// Whether a header is ours to set, so that one from a client is removed: `x-keygate-*` in any case, also with any other
+/// character in place of the hyphens: many upstreams make one character of all that are no letters and digits
+/// (RFC 3875, section 4.1.18).
 pub fn is_reserved(name: &[u8]) -> bool {
     const PREFIX: &[u8] = b"x-keygate-";
     name.get(..PREFIX.len()).is_some_and(|head| {
         head.iter().zip(PREFIX).all(|(byte, wanted)| {
-            let byte = if *byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
+            let byte = if byte.is_ascii_alphanumeric() { byte.to_ascii_lowercase() } else { b'-' };
             byte == *wanted
         })
     })
@@ -77,7 +78,16 @@ mod tests {
 
     #[test]
     fn what_an_upstream_could_take_for_ours_is_reserved() {
-        for name in ["x-keygate-role", "X-Keygate-Role", "x_keygate_role", "X-KEYGATE_role", "x-keygate-"] {
+        for name in [
+            "x-keygate-role",
+            "X-Keygate-Role",
+            "x_keygate_role",
+            "X-KEYGATE_role",
+            "x-keygate-",
+            "x-keygate.role",
+            "x.keygate~role",
+            "x!keygate-role",
+        ] {
             assert!(is_reserved(name.as_bytes()), "{name}");
         }
         for name in ["x-keygat", "x-keygate", "keygate-role", "x-keygater", "x--keygate-role", ""] {

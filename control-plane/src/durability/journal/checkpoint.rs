@@ -172,8 +172,13 @@ impl Checks {
     /// After the last record.
     ///
     /// # Errors
-    /// When there were more records once.
-    pub fn finish(&self, last_seq: u64) -> Result<(), JournalError> {
+    /// When there were more records once, or the checkpoints are gone.
+    pub fn finish(&self, read: &Span, last_seq: u64) -> Result<(), JournalError> {
+        if self.checkpoints.is_empty() && read.is_beyond_the_first_batch() {
+            let problem = "there is none, and a journal is signed from its first start on: they were removed, and the journal may \
+                           have been written anew. Restore a backup";
+            return Err(JournalError::Damaged { path: self.path.clone(), line: 1, problem: problem.into() });
+        }
         let Some(beyond) = self.checkpoints.get(self.next) else { return Ok(()) };
         Err(JournalError::Damaged {
             path: self.path.clone(),
@@ -185,6 +190,36 @@ impl Checks {
     /// All of them.
     pub fn all(&self) -> &[Checkpoint] {
         &self.checkpoints
+    }
+}
+
+/// The times of the records that were read.
+#[derive(Debug, Default)]
+pub struct Span {
+    /// Whether records before the first one were removed, and a signed base is in their place.
+    has_base: bool,
+    first: Option<String>,
+    has_later: bool,
+}
+
+impl Span {
+    /// Of no record yet; `has_base`: records before the first one were removed, and a signed base is in their place.
+    pub fn new(has_base: bool) -> Self {
+        Self { has_base, ..Self::default() }
+    }
+
+    /// Notes the time of a record.
+    pub fn note(&mut self, at: &str) {
+        match &self.first {
+            None => self.first = Some(at.to_owned()),
+            Some(first) => self.has_later |= first != at,
+        }
+    }
+
+    /// Whether there are records beyond those that a history begins with, which have one time. A first start that was killed
+    /// left no others before it signed.
+    fn is_beyond_the_first_batch(&self) -> bool {
+        !self.has_base && self.has_later
     }
 }
 

@@ -34,7 +34,7 @@ pub use segment::{Segment, compress_sealed, list};
 use crate::model::change::Entry;
 use active_segment::{ActiveSegment, AppendError};
 use base::Layout;
-use checkpoint::{Checks, Keeper};
+use checkpoint::{Checks, Keeper, Span};
 use reserve::Reserve;
 
 /// The directory of the segments, in the data directory.
@@ -101,6 +101,11 @@ pub struct Claim {
     lock: File,
 }
 
+/// Whether a data directory has a journal's directory.
+pub fn exists(data_dir: &Path) -> bool {
+    data_dir.join(DIRECTORY).exists()
+}
+
 impl Claim {
     /// Claims the journal of a data directory; makes an empty one if there is none.
     ///
@@ -152,6 +157,7 @@ impl Claim {
         let Self { dir, lock } = self;
         let layout = Layout::read(&dir, Some(&notary.public_key()))?;
         let mut link = layout.start();
+        let mut span = Span::new(layout.base.is_some());
         let mut day = String::new();
         let mut checks = Checks::read(&dir, Some(&notary.public_key()))?;
         checks.skip_to(link.seq);
@@ -165,6 +171,7 @@ impl Claim {
             let mut record = link.follow(line)?;
             checks.compare(link)?;
             privacy.reveal(&mut record)?;
+            span.note(&record.at);
             day.clear();
             day.push_str(day_of(&record.at));
             each(record)
@@ -177,7 +184,7 @@ impl Claim {
                 open = Some((segment.path.clone(), good_bytes));
             }
         }
-        checks.finish(link.seq)?;
+        checks.finish(&span, link.seq)?;
         let keeper = Keeper::new(&dir, notary, &checks)
             .map_err(|source| JournalError::Io { path: dir.clone(), source })?;
         let reserve = Reserve::new(&dir);

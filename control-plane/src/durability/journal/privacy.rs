@@ -218,6 +218,7 @@ mod tests {
             issued_at: 1,
             expires_at: 2,
             renews: None,
+            renewed_by: None,
             revoked: None,
             suspended: None,
         };

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::base::{Base, Layout};
-use super::checkpoint::Checks;
+use super::checkpoint::{Checks, Span};
 use super::{JournalError, Link, Record, segment};
 
 /// What a whole and unchanged journal is like.
@@ -41,6 +41,7 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
     let mut link = base.as_ref().map_or_else(Link::start, Base::link);
     checks.skip_to(link.seq);
     let removed = link.seq;
+    let mut span = Span::new(base.is_some());
     let (mut first_at, mut last_at, mut torn) = (None, None, false);
     for (position, segment) in segments.iter().enumerate() {
         let last = position + 1 == segments.len() && !segment.compressed;
@@ -49,12 +50,13 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
             if first_at.is_none() {
                 first_at = Some(head.at.clone());
             }
+            span.note(&head.at);
             last_at = Some(head.at);
             checks.compare(link)
         })?;
         torn = last && std::fs::metadata(&segment.path).is_ok_and(|file| file.len() > good_bytes);
     }
-    checks.finish(link.seq)?;
+    checks.finish(&span, link.seq)?;
     let mut signed_by: Vec<String> = checks.all().iter().map(|checkpoint| checkpoint.key.clone()).collect();
     signed_by.extend(base.map(|base| base.key));
     signed_by.sort();

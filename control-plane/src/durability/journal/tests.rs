@@ -117,6 +117,7 @@ fn a_new_day_is_a_new_segment_and_sealed_ones_are_read_compressed() {
         journal.append(&format!("2026-01-0{day}T10:00:00Z"), &changes(2)).unwrap();
         journal.append(&format!("2026-01-0{day}T23:00:00Z"), &changes(1)).unwrap();
     }
+    journal.sign("2026-01-04T23:00:00Z");
     drop(journal);
     let firsts = |segments: Vec<Segment>| segments.iter().map(|s| s.first_seq).collect::<Vec<_>>();
     assert_eq!(firsts(list(&journal_dir).unwrap()), [1, 4, 7, 10]);
@@ -149,6 +150,7 @@ fn a_segment_that_is_missing_or_torn_before_the_last_is_named() {
     for day in 1..=3 {
         journal.append(&format!("2026-01-0{day}T10:00:00Z"), &changes(2)).unwrap();
     }
+    journal.sign("2026-01-03T10:00:00Z");
     drop(journal);
     let segments = list(&journal_dir).unwrap();
     let second = std::fs::read(&segments[1].path).unwrap();
@@ -213,6 +215,7 @@ fn what_is_sealed_in_another_journal_is_named_with_segment_and_line() {
     journal.append("2026-01-01T00:00:00Z", &changes(2)).unwrap();
     let entry = Entry::new("key_1", 0, added.clone());
     journal.append("2026-01-02T00:00:00Z", &[entry]).unwrap();
+    journal.sign("2026-01-02T00:00:00Z");
     drop(journal);
     let last = || page(&dir.path().join(DIRECTORY), u64::MAX, 1, |_| true).unwrap().0.remove(0);
     assert_ne!(last().change, added, "who reads without the key sees the hash");
@@ -302,10 +305,15 @@ fn a_journal_that_was_chained_anew_does_not_fit_its_checkpoints() {
     std::fs::write(&checkpoints, signed.replace("00:00:01", "00:00:09")).unwrap();
     found(1);
     std::fs::remove_file(&checkpoints).unwrap();
-    let mut journal =
-        Claim::new(dir.path()).unwrap().read(Notary::new(&[8; 32]), privacy(), |_| Ok(())).unwrap();
-    journal.sign("2026-01-01T00:00:03Z");
-    drop(journal);
+    assert!(verify(&journal_dir, None).unwrap_err().to_string().contains("they were removed"));
+    assert!(reopen(dir.path()).is_err());
+    let last = Record::parse(lines.last().unwrap().trim_ascii_end()).unwrap();
+    let none = Checks::read(&journal_dir, None).unwrap();
+    let link = Link { seq: last.seq, hash: last.hash };
+    Keeper::new(&journal_dir, Notary::new(&[8; 32]), &none)
+        .unwrap()
+        .sign(&link, "2026-01-01T00:00:03Z")
+        .unwrap();
     assert!(verify(&journal_dir, None).is_ok());
     assert!(verify(&journal_dir, Some(&key)).is_err());
 }

@@ -21,6 +21,9 @@ use crate::secrets::record::SecretError;
 /// The most jobs that share an fsync.
 const BATCH: usize = 256;
 
+/// The most bytes of rules without emergency measures, so that those always have room.
+const MAX_DOCUMENT_BYTES: usize = rules::MAX_RULES_BYTES - 64 * 1024;
+
 /// A batch that takes longer is worth a line in the log.
 const SLOW: Duration = Duration::from_millis(250);
 /// Time between two signed checkpoints of the journal while there are jobs; upkeep submits one now and then.
@@ -180,7 +183,13 @@ impl Thread {
                 CommitError::Inapplicable
             })?;
         }
-        trial.picture(None, Instant::now()).map(|_| ()).map_err(CommitError::Rules)
+        trial.picture(None, Instant::now()).map_err(CommitError::Rules)?;
+        if planned.iter().any(|entry| is_document(&entry.change))
+            && trial.document_bytes() > MAX_DOCUMENT_BYTES
+        {
+            return Err(CommitError::Documents);
+        }
+        Ok(())
     }
 
     fn apply(&self, model: &mut Model, seq: u64, entry: &Entry) -> Result<Effect, SecretError> {
@@ -279,6 +288,17 @@ impl Thread {
             news
         });
     }
+}
+
+/// Whether a change replaces a document that may be long.
+fn is_document(change: &Change) -> bool {
+    matches!(
+        change,
+        Change::PolicyReplaced { .. }
+            | Change::RolloutChanged { .. }
+            | Change::LimitsChanged { .. }
+            | Change::LimitsOverridden { .. }
+    )
 }
 
 fn warn_if_slow(what: &str, took: Duration) {

@@ -37,6 +37,11 @@ pub enum CommitError {
     /// Rules that proxies could not take.
     #[error("{0}; nothing was changed")]
     Rules(RulesError),
+    /// Policy, rollout and limits would take the room of emergency measures.
+    #[error(
+        "policy, rollout and limits are too long together: 64 KiB of the rules are kept free for emergencies; nothing was changed"
+    )]
+    Documents,
     /// The key that orders it was ended while the request was on its way.
     #[error("the key that ordered it is refused by now ({reason}); nothing was changed", reason = .reason.label())]
     AuthorEnded {

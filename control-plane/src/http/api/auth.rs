@@ -124,7 +124,8 @@ pub async fn revoke(
 ) -> Result<Response, Problem> {
     let caller = authenticate(&app, &headers, &Route::keyed("revoke", &[]))?;
     let own = actor(&caller.0).to_owned();
-    super::keys::revoke_key(&app, &caller, &own, RevocationReason::UserRequest, waits).await
+    let order = keys::Revocation { id: own, reason: RevocationReason::UserRequest, with_successors: None };
+    super::keys::revoke_key(&app, &caller, order, waits).await
 }
 
 fn creator_of(key: &Verified) -> Creator<'_> {

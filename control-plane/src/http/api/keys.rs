@@ -16,7 +16,7 @@ use crate::http::problem::Problem;
 use crate::model::View;
 use crate::model::author::Author;
 use crate::model::commands::Plan;
-use crate::model::commands::keys::{self as commands, KeyError};
+use crate::model::commands::keys::{self as commands, KeyError, Revocation, Revoked};
 use crate::model::key::{KeyRecord, KeyState, RevocationReason};
 
 #[derive(Debug, Deserialize)]
@@ -60,6 +60,7 @@ pub async fn show(State(app): State<Arc<ApiState>>, KeyId(id): KeyId) -> Result<
 #[serde(deny_unknown_fields)]
 struct RevokeBody {
     reason: Option<RevocationReason>,
+    with_successors: Option<bool>,
 }
 
 pub async fn revoke(
@@ -71,19 +72,38 @@ pub async fn revoke(
 ) -> Result<Response, Problem> {
     let body: RevokeBody = request::body(&bytes)?;
     let reason = body.reason.unwrap_or(RevocationReason::AdminAction);
-    revoke_key(&app, &caller, &id, reason, waits).await
+    let order = Revocation { id, reason, with_successors: body.with_successors };
+    revoke_key(&app, &caller, order, waits).await
 }
 
-/// Revokes a key in the name of `caller`. One that is revoked already stays as it is.
+/// Revokes a key in the name of `caller`. One that is revoked already stays as it is; the keys that renewed it are named.
 pub async fn revoke_key(
     app: &ApiState,
     caller: &Caller,
-    id: &str,
-    reason: RevocationReason,
+    order: Revocation,
     waits: Waits,
 ) -> Result<Response, Problem> {
-    let (id, by) = (id.to_owned(), actor(&caller.0).to_owned());
-    change_key(app, &caller.author(), waits, move |view| commands::revoke(view, &id, reason, &by)).await
+    let by = actor(&caller.0).to_owned();
+    let command = move |view: &View<'_>| {
+        let (changes, revoked) = commands::revoke(view, &order, &by)?;
+        let changed: Vec<String> =
+            changes.iter().filter_map(|change| change.facts().target).map(Into::into).collect();
+        Ok::<_, KeyError>((changes, (revoked, changed)))
+    };
+    let ((Revoked { key, successors }, changed), committed) =
+        app.writer.submit(&caller.author(), command).await??;
+    let is_changed = |key: &KeyRecord| changed.contains(&key.key_id);
+    for key in std::iter::once(&key).chain(&successors).filter(|key| is_changed(key)) {
+        if let Some(revoked) = &key.revoked {
+            app.metrics.keys.revoked.with([&key.role, revoked.reason.label()]).inc();
+        }
+    }
+    let now = app.clock.now_s();
+    let mut view = key_view(&key, &app.state().secrets, now);
+    view["changed"] = is_changed(&key).into();
+    let successor = |key: &KeyRecord| serde_json::json!({ "key_id": key.key_id, "state": key.state(now), "changed": is_changed(key) });
+    view["successors"] = successors.iter().map(successor).collect();
+    Ok(request::finish(app, committed, waits, StatusCode::OK, view).await)
 }
 
 #[derive(Debug, Deserialize)]
@@ -129,9 +149,6 @@ async fn change_key(
         Ok::<_, KeyError>((changes, (key, changed)))
     };
     let ((key, changed), committed) = app.writer.submit(author, command).await??;
-    if changed && let Some(revoked) = &key.revoked {
-        app.metrics.keys.revoked.with([&key.role, revoked.reason.label()]).inc();
-    }
     let mut view = key_view(&key, &app.state().secrets, app.clock.now_s());
     view["changed"] = changed.into();
     Ok(request::finish(app, committed, waits, StatusCode::OK, view).await)

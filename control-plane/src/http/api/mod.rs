@@ -164,8 +164,14 @@ fn operations() -> Vec<Operation> {
         },
         op("get", "/api/admin/keys/{id}", READ, "Show a key", get(keys::show)),
         waits(takes(
-            r#"{"reason": "compromised"}"#,
-            op("post", "/api/admin/keys/{id}/revoke", WRITE, "Revoke a key, for good", post(keys::revoke)),
+            r#"{"reason": "compromised", "with_successors": true}"#,
+            op(
+                "post",
+                "/api/admin/keys/{id}/revoke",
+                WRITE,
+                "Revoke a key, for good; with the keys that renewed it if `with_successors`, which is the default for `compromised`",
+                post(keys::revoke),
+            ),
         )),
         waits(takes(
             r#"{"reason": "under investigation"}"#,
@@ -642,6 +648,7 @@ fn key_view(key: &KeyRecord, ring: &Ring, now: u64) -> serde_json::Value {
         "expires_at": clock::rfc3339(key.expires_at),
         "refresh_after": clock::rfc3339(key.refresh_after()),
         "renews": key.renews,
+        "renewed_by": key.renewed_by,
     });
     if let Some(revoked) = &key.revoked {
         view["revoked"] = serde_json::json!({

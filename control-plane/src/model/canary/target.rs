@@ -132,8 +132,8 @@ impl Guard for Allowed {
     }
 }
 
-/// An address without the ways of writing it as another one: mapped and compatible IPv4 in IPv6, NAT64 (RFC 6052), 6to4
-/// (RFC 3056).
+/// An address without the ways of writing it as another one: mapped, compatible and translated IPv4 in IPv6 (RFC 4291,
+/// RFC 7915), NAT64 (RFC 6052, RFC 8215), 6to4 (RFC 3056).
 fn canonical(address: IpAddr) -> IpAddr {
     let IpAddr::V6(v6) = address else { return address };
     let [a, b, c, d, e, f, g, h] = v6.segments();
@@ -142,30 +142,45 @@ fn canonical(address: IpAddr) -> IpAddr {
         IpAddr::V4(Ipv4Addr::new(a, b, c, d))
     };
     match (a, b, c, d, e, f) {
-        (0, 0, 0, 0, 0, 0xffff) | (0x64, 0xff9b, 0, 0, 0, 0) => v4(g, h),
+        (0, 0, 0, 0, 0, 0xffff) | (0, 0, 0, 0, 0xffff, 0) => v4(g, h),
+        (0x64, 0xff9b, 0, 0, 0, 0) | (0x64, 0xff9b, 1, ..) => v4(g, h),
         (0, 0, 0, 0, 0, 0) if g != 0 => v4(g, h),
         (0x2002, ..) => v4(b, c),
         _ => address,
     }
 }
 
-/// Metadata services outside of 169.254.0.0/16: of Alibaba Cloud, and of Oracle Cloud in its first form.
-const METADATA_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(192, 0, 0, 192)];
+/// Services of cloud providers for their machines, outside of 169.254.0.0/16: of Alibaba Cloud and Azure.
+const PROVIDERS_V4: [Ipv4Addr; 2] = [Ipv4Addr::new(100, 100, 100, 200), Ipv4Addr::new(168, 63, 129, 16)];
 
-/// Link-local (most metadata services are there), this network, multicast, broadcast, reserved (RFC 6890), and
-/// [`METADATA_V4`].
+/// What IANA's registry of special-purpose IPv4 addresses (RFC 6890) has as no unicast address that is routed: this network,
+/// link-local (most metadata services are there), protocol assignments (Oracle Cloud's first one), the 6to4 relay, benchmarks,
+/// multicast, reserved, broadcast; and [`PROVIDERS_V4`]. Not private and shared address space, where proxies are, nor
+/// documentation, where nothing is.
 fn never_v4(address: Ipv4Addr) -> bool {
-    let [first, ..] = address.octets();
-    address.is_link_local() || first == 0 || first >= 224 || METADATA_V4.contains(&address)
+    let [a, b, c, _] = address.octets();
+    address.is_link_local()
+        || a == 0
+        || a >= 224
+        || (a, b, c) == (192, 0, 0)
+        || (a, b, c) == (192, 88, 99)
+        || (a == 198 && b & 0xfe == 18)
+        || PROVIDERS_V4.contains(&address)
 }
 
-/// Link-local, unspecified, multicast, and the metadata service of one provider, which is in a local range.
+/// The same of IPv6: unspecified, multicast, link-local and the former site-local addresses, discard-only, protocol assignments
+/// (Teredo, benchmarks, ORCHID), segment routing; and the metadata services of AWS and Google Cloud, which are in local ranges.
 fn never_v6(address: Ipv6Addr) -> bool {
-    let [a, b, ..] = address.segments();
+    let [a, b, c, d, ..] = address.segments();
     address.is_unspecified()
         || address.is_multicast()
-        || (a & 0xffc0) == 0xfe80
-        || (a == 0xfd00 && b == 0x0ec2)
+        || a & 0xffc0 == 0xfe80
+        || a & 0xffc0 == 0xfec0
+        || (a, b, c, d) == (0x100, 0, 0, 0)
+        || (a == 0x2001 && b & 0xfe00 == 0)
+        || a == 0x5f00
+        || (a, b) == (0xfd00, 0x0ec2)
+        || (a, b) == (0xfd20, 0x00ce)
 }
 
 #[cfg(test)]
@@ -244,6 +259,21 @@ mod tests {
             "64:ff9b::c000:c0",
             "2002:7f00:1::",
             "2002:a9fe:a9fe::1",
+            "168.63.129.16",
+            "192.0.0.170",
+            "192.88.99.1",
+            "198.18.0.1",
+            "240.0.0.1",
+            "fd20:ce::254",
+            "64:ff9b:1::7f00:1",
+            "64:ff9b:1::a9fe:a9fe",
+            "64:ff9b:1:5::7f00:1",
+            "::ffff:0:7f00:1",
+            "::ffff:0:a9fe:a9fe",
+            "2001::1",
+            "100::1",
+            "fec0::1",
+            "5f00::1",
         ] {
             assert!(says("api.example.com", address).is_err(), "{address}");
         }

@@ -41,6 +41,7 @@ impl Change {
                 target: Some(&key.key_id),
                 owner: key.owner.as_deref(),
                 request: idempotency.as_ref().map(|request| (request, key.key_id.as_str())),
+                alters: key.renews.as_deref().map(|old| (old, Alteration::Renewed(&key.key_id))),
                 ..Facts::of("key_issued")
             },
             Self::KeyRevoked { key_id, revocation, .. } => Facts {
@@ -113,6 +114,7 @@ impl Change {
             Some((_, Alteration::Revoked(revocation))) => key.revoked = Some(revocation.clone()),
             Some((_, Alteration::Suspended(suspension))) => key.suspended = Some(suspension.clone()),
             Some((_, Alteration::Resumed)) => key.suspended = None,
+            Some((_, Alteration::Renewed(by))) => key.renewed_by = Some(by.to_owned()),
             None => {}
         }
     }
@@ -152,6 +154,8 @@ pub enum Alteration<'c> {
     Suspended(&'c Ended<Option<String>>),
     /// Its suspension ends.
     Resumed,
+    /// Another key takes its place.
+    Renewed(&'c str),
 }
 
 impl Facts<'_> {

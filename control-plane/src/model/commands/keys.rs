@@ -35,18 +35,55 @@ pub enum KeyError {
     Records(#[from] RecordsError),
 }
 
-/// Revokes a key. One that is revoked already stays as it is.
+/// The order to revoke a key.
+#[derive(Debug, Clone)]
+pub struct Revocation {
+    /// The key's id.
+    pub id: String,
+    /// The reason.
+    pub reason: RevocationReason,
+    /// Whether the keys that renewed it are revoked with it; `None`: if it was compromised, since whoever had it may have
+    /// renewed it.
+    pub with_successors: Option<bool>,
+}
+
+/// A key that is revoked, and the keys that renewed it, one after the other.
+#[derive(Debug)]
+pub struct Revoked {
+    /// The key.
+    pub key: KeyRecord,
+    /// Its successors, as they are then.
+    pub successors: Vec<KeyRecord>,
+}
+
+/// Revokes a key, and its successors if that is wanted. What is revoked already stays as it is.
 ///
 /// # Errors
 /// When there is none.
-pub fn revoke(view: &View<'_>, id: &str, reason: RevocationReason, by: &str) -> Plan<KeyRecord, KeyError> {
-    let mut key = view.key(id)?.ok_or(KeyError::Unknown)?;
-    if key.revoked.is_some() {
-        return Ok((Vec::new(), key));
+pub fn revoke(view: &View<'_>, order: &Revocation, by: &str) -> Plan<Revoked, KeyError> {
+    let mut key = view.key(&order.id)?.ok_or(KeyError::Unknown)?;
+    let mut successors = successors(view, &key)?;
+    let ended = Ended { at: view.now, reason: order.reason, by: by.to_owned() };
+    let with_successors = order.with_successors.unwrap_or(order.reason == RevocationReason::Compromised);
+    let also = successors.iter_mut().filter(|_| with_successors);
+    let mut changes = Vec::new();
+    for one in std::iter::once(&mut key).chain(also).filter(|one| one.revoked.is_none()) {
+        one.revoked = Some(ended.clone());
+        changes.push(Change::revoking(one, ended.clone()));
     }
-    let ended = Ended { at: view.now, reason, by: by.to_owned() };
-    key.revoked = Some(ended.clone());
-    Ok((vec![Change::revoking(&key, ended)], key))
+    Ok((changes, Revoked { key, successors }))
+}
+
+/// The keys that renewed a key, one after the other.
+fn successors(view: &View<'_>, key: &KeyRecord) -> Result<Vec<KeyRecord>, RecordsError> {
+    let (mut found, mut seen) = (Vec::<KeyRecord>::new(), HashSet::from([key.key_id.clone()]));
+    let mut next = key.renewed_by.clone();
+    while let Some(id) = next.filter(|id| seen.insert(id.clone())) {
+        let Some(successor) = view.key(&id)? else { break };
+        next = successor.renewed_by.clone();
+        found.push(successor);
+    }
+    Ok(found)
 }
 
 /// Suspends a key. One that is suspended already stays as it is.
@@ -163,13 +200,24 @@ pub fn revoke_many(view: &View<'_>, batch: &Batch, by: &str) -> Plan<BatchReceip
         roles.push(key.role.clone());
         (Some(Change::revoking(key, ended.clone())), Outcome::Revoked)
     };
+    let with_successors = batch.reason == RevocationReason::Compromised;
     for key_id in &batch.key_ids {
-        let (change, outcome) = match view.key(key_id)? {
-            Some(key) => revoke(&key, &mut receipt.roles, &mut seen),
+        let key = view.key(key_id)?;
+        let (change, outcome) = match &key {
+            Some(key) => revoke(key, &mut receipt.roles, &mut seen),
             None => (None, Outcome::UnknownKey),
         };
         changes.extend(change);
         receipt.keys.push((key_id.clone(), outcome));
+        if let Some(key) = key.filter(|_| with_successors) {
+            for successor in successors(view, &key)? {
+                let (change, outcome) = revoke(&successor, &mut receipt.roles, &mut seen);
+                if let Some(change) = change {
+                    changes.push(change);
+                    receipt.keys.push((successor.key_id, outcome));
+                }
+            }
+        }
     }
     for jti in &batch.jtis {
         let key = view.key_of_jti(jti)?;

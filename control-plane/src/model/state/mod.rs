@@ -389,6 +389,11 @@ impl Model {
         }
     }
 
+    /// The bytes of the rules without cut-offs and lockdown.
+    pub fn document_bytes(&self) -> usize {
+        Rules { cutoffs: Vec::new(), lockdown: None, ..self.rules() }.encode().len()
+    }
+
     /// A picture of it at an instant, `rules` taken over from `before` if they did not change.
     ///
     /// # Errors

@@ -229,7 +229,9 @@ impl Telemetry {
         }
         let known = kept.known.entry(id.clone()).or_default();
         known.heard_s = now_s;
-        for (name, now, _) in grown {
+        // Of what is not known here nothing is kept: who reports could make it up without end.
+        let routes = &kept.routes;
+        for (name, now, _) in grown.into_iter().filter(|(name, ..)| is_known(name, routes)) {
             known.counts.raise(name, now);
         }
         kept.unwritten.insert(id);
@@ -284,6 +286,16 @@ impl Kept {
         let names = policy.routes.iter().map(|route| &route.name);
         let unheard: Vec<String> = names.filter(|name| !self.routes.contains(*name)).cloned().collect();
         self.routes.extend(unheard);
+    }
+}
+
+/// Whether a series is one that a proxy of this fleet has: of a route that a policy had.
+fn is_known(name: &str, routes: &BTreeSet<String>) -> bool {
+    let is_route = |route: &str| route.is_empty() || routes.contains(route);
+    match Series::of(name) {
+        None => false,
+        Some(Series::Decision { route, .. } | Series::Answer { route, .. }) => is_route(route),
+        Some(Series::Bucket { .. } | Series::TimeSum { .. }) => true,
     }
 }
 

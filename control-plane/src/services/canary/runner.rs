@@ -393,7 +393,9 @@ async fn probed(
 ) -> Result<Duration, String> {
     let (key_id, issued) = issue(canary, token, proxy, trace).await?;
     let used = ask(canary, &issued, proxy, trace, 200, Duration::ZERO).await;
-    let command = move |view: &View<'_>| keys::revoke(view, &key_id, RevocationReason::AdminAction, ACTOR);
+    let order =
+        keys::Revocation { id: key_id, reason: RevocationReason::AdminAction, with_successors: Some(false) };
+    let command = move |view: &View<'_>| keys::revoke(view, &order, ACTOR);
     // Also when it did not pass: it shall not be left over.
     let revoked_at = Instant::now();
     let revoked = canary.node.writer.submit(&Author::part(ACTOR), command).await;
