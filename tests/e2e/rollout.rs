@@ -532,3 +532,76 @@ fn the_canary_tests_v2_whoever_else_goes_there() {
     set(&api, &json!({ "override_users": {} }));
     assert_eq!(api.get(FLAGS).expect(200).json()["override_users"], json!({}));
 }
+
+#[test]
+fn what_the_control_plane_serves_itself_moves_no_rollout() {
+    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
+    let config = format!(
+        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\n\
+         [rollout]\nv1_cluster = \"upstream_v1\"\nguard = {{ min_requests = 1000000 }}\n",
+        stack.envoy.port()
+    );
+    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
+    stack.control_plane.start();
+    stack.start_envoy();
+    stack.envoy.wait_ready();
+    let api = stack.api();
+    set(&api, &json!({ "strategy": "full" }));
+    // As when somebody floods it.
+    for n in 0..12 {
+        let test =
+            json!({ "id": format!("own{n}"), "endpoint": "/api/auth/validate", "expected_status": 299 });
+        api.post("/api/admin/canary/tests", &test).expect(201);
+    }
+    let health = || api.get("/api/admin/canary/health").expect(200).json();
+    wait_until(SOON, "bad health", || health()["status"] == "unhealthy");
+    let results = || {
+        let all = api.get("/api/admin/canary/results?test_id=own0&limit=1000").expect(200).json();
+        all["results"].as_array().expect("results").len()
+    };
+    let before = results();
+    // The guard looks each second, too.
+    wait_until(SOON, "five more runs", || results() >= before + 5);
+    let flags = api.get(FLAGS).expect(200).json();
+    assert_eq!((&flags["strategy"], &health()["status"]), (&json!("full"), &json!("unhealthy")), "{flags}");
+}
+
+#[test]
+fn a_guard_that_holds_pauses_a_gradual_rollout_and_says_so_once() {
+    let receiver = Receiver::start(&[200]);
+    let config = format!(
+        "[rollout]\nv1_cluster = \"upstream_v1\"\nguard = {{ window = \"10s\", min_requests = 20, on_breach = \"hold\" }}\n\
+         [notify]\nwebhook_url = \"{}\"\n",
+        receiver.url("/hook")
+    );
+    let mut stack = Stack::builder().workers(1).config(&config).without_control_plane().start();
+    stack.control_plane.use_variable("KEYGATE_NOTIFY_WEBHOOK_SECRET", "a secret of the tests");
+    stack.control_plane.start();
+    stack.envoy.wait_ready();
+    let api = stack.api();
+    let keys: Vec<Key> = (0..40).map(|_| api.issue("contributor")).collect();
+    let steps = json!([{ "percentage": 60, "hold_hours": 24 }, { "percentage": 100, "hold_hours": 24 }]);
+    set(&api, &json!({ "strategy": "gradual", "steps": steps }));
+    stack.upstream.fail(true);
+    let requests: Vec<Request> = keys.iter().map(|key| chat(&key.token)).collect();
+    let mut turn = 0;
+    let load = Load::start(vec![stack.envoy.connect()], 100, move || {
+        turn += 1;
+        requests[turn % requests.len()].clone()
+    });
+    let flags = || api.get(FLAGS).expect(200).json();
+    wait_until(SOON, "the guard", || flags()["last_change"]["by"] == "guard");
+    let held = flags();
+    assert_eq!(
+        (&held["strategy"], &held["percentage"], &held["paused"]),
+        (&json!("gradual"), &json!(60), &json!(true)),
+        "{held}"
+    );
+    let told = || receiver.posted().iter().filter(|posted| posted.json()["kind"] == "rolled_back").count();
+    wait_until(SOON, "a notification", || told() == 1);
+    // As many failures again change nothing, and are not said again.
+    load.wait_answered(1_500);
+    drop(load.stop());
+    assert_eq!((told(), flags()["last_change"]["at"].clone()), (1, held["last_change"]["at"].clone()));
+    assert_eq!(Metrics::of(&api).value("keygate_rollout_rollbacks_total") as u64, 0);
+}

@@ -3,7 +3,8 @@
 use std::time::Duration;
 
 use super::raw::RawConfig;
-use super::value::{between, count, identifier, share};
+use super::value::{between, count, identifier, on_breach, share};
+use crate::model::rollout::OnBreach;
 
 /// The configuration of the rollout.
 #[derive(Debug, Clone)]
@@ -25,6 +26,8 @@ pub struct GuardSettings {
     pub margin: f64,
     /// Time in force after which a step counts as stable.
     pub stable_after: Duration,
+    /// What it does on a breach.
+    pub on_breach: OnBreach,
 }
 
 impl RolloutSettings {
@@ -34,6 +37,7 @@ impl RolloutSettings {
             min_requests: raw.get("rollout.guard.min_requests", count),
             margin: raw.get("rollout.guard.margin", share),
             stable_after: raw.get("rollout.guard.stable_after", between(1, 30 * 86_400)),
+            on_breach: raw.get("rollout.guard.on_breach", on_breach),
         };
         Self { v1_cluster: raw.take("rollout.v1_cluster", identifier), guard }
     }

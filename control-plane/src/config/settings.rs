@@ -29,7 +29,7 @@ const fn setting(key: &'static str, default: Default, help: &'static str) -> Set
 }
 
 /// All settings but roles.
-pub const SETTINGS: [Setting; 54] = [
+pub const SETTINGS: [Setting; 55] = [
     setting("listen", Value("127.0.0.1:8000"), "Address of the API, metrics and console"),
     setting("sync_listen", Value("127.0.0.1:8001"), "Address of the sync port, for proxies only"),
     setting("data_dir", Value(".keygate/data"), "Directory of the journal and the store"),
@@ -180,6 +180,11 @@ pub const SETTINGS: [Setting; 54] = [
         "rollout.guard.stable_after",
         Value("10m"),
         "Time after which a step of the rollout counts as stable; the guard rolls back to the last stable one",
+    ),
+    setting(
+        "rollout.guard.on_breach",
+        Value("previous"),
+        "What the guard does when V2 fares worse: previous (the last stable step, else off), off, or hold (pause and notify)",
     ),
     setting("notify.source", Value("keygate"), "Name of this control plane in notifications"),
     setting(

@@ -13,6 +13,7 @@ use toml::Value;
 use super::Durability;
 use super::LogFormat;
 use crate::durability::journal::PersonalData;
+use crate::model::rollout::OnBreach;
 use crate::model::schedule::Schedule;
 use crate::secrets::record::Retire;
 
@@ -261,5 +262,15 @@ pub fn scopes(value: &Value) -> Result<Vec<String>, String> {
     match words.iter().find(|scope| !token::is_scope(scope)) {
         None => Ok(words),
         Some(bad) => Err(format!("{bad:?} is no scope (RFC 6749 section 3.3)")),
+    }
+}
+
+/// What the guard does on a breach.
+pub fn on_breach(value: &toml::Value) -> Result<OnBreach, String> {
+    match value.as_str() {
+        Some("previous") => Ok(OnBreach::Previous),
+        Some("off") => Ok(OnBreach::Off),
+        Some("hold") => Ok(OnBreach::Hold),
+        _ => Err(format!("{value} is none of previous, off and hold")),
     }
 }

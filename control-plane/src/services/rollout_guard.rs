@@ -11,6 +11,7 @@ use crate::config::GuardSettings;
 use crate::model::View;
 use crate::model::author::Author;
 use crate::model::commands::rollout::{self as commands, RolledBack};
+use crate::model::rollout::OnBreach;
 use crate::model::rollout::document::percent;
 use crate::node::Node;
 use crate::observe::notify::Kind;
@@ -93,6 +94,8 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
     let mut looks = interval(LOOK_EVERY);
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut guard = Guard::default();
+    // The change of the rollout that is held as it is.
+    let mut held = None;
     loop {
         tokio::select! {
             _ = looks.tick() => {}
@@ -112,12 +115,21 @@ pub async fn run(node: Arc<Node>, canary: Arc<Canary>) {
         let seq = state.pasts.last().map_or(0, |past| past.seq);
         let limits = &node.config.rollout.guard;
         let mut breach = guard.look(node.clock.now_ms(), node.telemetry.tally(), seq, limits);
-        if runner::health(&canary).status == "unhealthy" {
+        if runner::health(&canary).status == "unhealthy" && runner::is_application_unhealthy(&canary) {
             breach = breach.or(Some(Breach::Canary));
         }
         let Some(breach) = breach else { continue };
-        if let Err(error) = roll_back(&node, seq, &breach).await {
-            tracing::error!(%error, "the rollout should be rolled back and cannot be; it is tried again");
+        if held == Some(seq) {
+            continue; // It was said, and nothing is to be changed.
+        }
+        match roll_back(&node, seq, &breach).await {
+            Ok(()) if limits.on_breach == OnBreach::Hold => {
+                held = node.state().pasts.last().map(|past| past.seq);
+            }
+            Ok(()) => {}
+            Err(error) => {
+                tracing::error!(%error, "the rollout should be rolled back and cannot be; it is tried again");
+            }
         }
     }
 }
@@ -131,11 +143,24 @@ async fn roll_back(
     let limits = node.config.rollout.guard;
     let cause = breach.text(&limits);
     let said = cause.clone();
-    let command = move |view: &View<'_>| commands::roll_back(view, seq, limits.stable_after, said);
+    let command =
+        move |view: &View<'_>| commands::roll_back(view, seq, (limits.on_breach, limits.stable_after), said);
     let (Some(RolledBack { from, flags }), _) = node.writer.commit(&Author::part(ACTOR), command).await?
     else {
         return Ok(());
     };
+    if limits.on_breach == OnBreach::Hold {
+        tracing::error!(cause, "V2 fares worse; the rollout is held as it is");
+        let text = format!(
+            "V2 fares worse than V1; the rollout is held as it is (rollout.guard.on_breach): {cause}."
+        );
+        node.notifier.tell(
+            Kind::RolledBack,
+            text,
+            vec![("strategy", flags.rollout.strategy.label().to_owned())],
+        );
+        return Ok(());
+    }
     node.metrics.rollout.rollbacks.inc();
     let (from, to) = (percent(from), percent(flags.share_at(node.clock.now_s())));
     tracing::error!(cause, %from, %to, "the rollout was rolled back");
@@ -162,6 +187,7 @@ mod tests {
         min_requests: 50,
         margin: 0.05,
         stable_after: Duration::from_secs(600),
+        on_breach: OnBreach::Previous,
     };
 
     /// Looks every second at these; the first look that finds a breach.

@@ -39,7 +39,7 @@ impl Trace for Steps {
 
 pub async fn explain(State(app): State<Arc<ApiState>>, Body(bytes): Body) -> Result<Response, Problem> {
     // An error about this body must not repeat any of it: there is a key in it.
-    let question: Question = request::body(&bytes).map_err(|_| {
+    let question: Question = request::body_with_key(&bytes).map_err(|_| {
         Problem::bad_request(
             "The body must be {\"method\", \"path\", \"token\"?, \"client\"?}, all of them texts.",
         )

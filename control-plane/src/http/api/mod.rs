@@ -13,6 +13,7 @@ mod fleet;
 mod health;
 pub mod in_flight;
 mod keys;
+mod masked;
 mod openapi;
 mod policy;
 mod rate_limits;

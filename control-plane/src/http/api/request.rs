@@ -21,6 +21,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
+use super::masked::without_keys;
 use crate::durability::writer::Committed;
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
@@ -153,12 +154,22 @@ impl<S: Send + Sync> FromRequestParts<S> for KeyId {
     }
 }
 
-/// Reads a JSON body, whatever its `Content-Type` says: `curl -d` says "form". Nothing at all is `{}`.
+/// Reads a JSON body, whatever its `Content-Type` says: `curl -d` says "form". Nothing at all is `{}`. Keys in its texts are
+/// masked.
 ///
 /// # Errors
 /// 400 with what is wrong and where.
 pub fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
-    let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes.as_ref() };
+    let masked = without_keys(bytes);
+    body_with_key(&masked)
+}
+
+/// The same of a body that may have a key.
+///
+/// # Errors
+/// 400 with what is wrong and where.
+pub fn body_with_key<T: DeserializeOwned>(bytes: &[u8]) -> Result<T, Problem> {
+    let bytes = if bytes.trim_ascii().is_empty() { b"{}" } else { bytes };
     serde_json::from_slice(bytes)
         .map_err(|error| Problem::bad_request(format!("The body is not as expected: {error}.")))
 }
@@ -168,7 +179,10 @@ pub fn body<T: DeserializeOwned>(bytes: &Bytes) -> Result<T, Problem> {
 /// # Errors
 /// 400 with what is wrong and where.
 pub fn order<T: DeserializeOwned>(bytes: &Bytes) -> Result<(T, Option<String>), Problem> {
-    let Ok(Members(members)) = serde_json::from_slice(bytes) else { return Ok((body(bytes)?, None)) };
+    let bytes = without_keys(bytes);
+    let Ok(Members(members)) = serde_json::from_slice(&bytes) else {
+        return Ok((body_with_key(&bytes)?, None));
+    };
     let (reasons, others): (Vec<_>, Vec<_>) = members.into_iter().partition(|(name, _)| name == "reason");
     let reason = match reasons.as_slice() {
         [] => None,
@@ -181,7 +195,7 @@ pub fn order<T: DeserializeOwned>(bytes: &Bytes) -> Result<(T, Option<String>), 
         .iter()
         .map(|(name, value)| format!("{}:{}", Value::from(name.as_str()), value.get()))
         .collect();
-    Ok((body(&Bytes::from(format!("{{{}}}", others.join(","))))?, reason))
+    Ok((body_with_key(format!("{{{}}}", others.join(",")).as_bytes())?, reason))
 }
 
 /// The members of an object in their order, also those that are there twice.
@@ -220,6 +234,7 @@ impl<S: Send + Sync> FromRequest<S> for Because {
 
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let Body(bytes) = Body::from_request(request, state).await?;
+        let bytes = without_keys(&bytes);
         let members: serde_json::Map<String, Value> = serde_json::from_slice(&bytes).unwrap_or_default();
         match members.get("reason") {
             None | Some(Value::Null) => Ok(Self(None)),

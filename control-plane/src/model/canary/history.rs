@@ -184,6 +184,18 @@ impl History {
         std::mem::take(&mut self.told)
     }
 
+    /// Whether so few of the last five minutes' results passed that it is unhealthy, of the tests that `counts` takes.
+    #[expect(clippy::cast_precision_loss, reason = "there are some thousands at most")]
+    pub fn is_unhealthy(&self, now_ms: u64, counts: impl Fn(&str) -> bool) -> bool {
+        let recent = self.results.iter().filter(|result| now_ms.saturating_sub(result.at_ms) <= RECENT_MS);
+        let (mut all, mut passed) = (0_usize, 0_usize);
+        for result in recent.filter(|result| counts(&result.test_id)) {
+            all += 1;
+            passed += usize::from(result.passed);
+        }
+        all > 0 && (passed as f64 / all as f64) * 100.0 < DEGRADED
+    }
+
     /// What they say at `now_ms`, Unix milliseconds, if tests are run every `interval_ms`.
     #[expect(clippy::cast_precision_loss, reason = "there are some thousands at most")]
     pub fn health(&self, now_ms: u64, interval_ms: u64) -> Health {

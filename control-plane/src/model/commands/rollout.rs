@@ -7,6 +7,7 @@ use super::{Expected, Plan, RevisionMismatch};
 use crate::model::View;
 use crate::model::change::Change;
 use crate::model::rollout::Flags;
+use crate::model::rollout::OnBreach;
 use crate::model::rollout::Pasts;
 use crate::model::rollout::document::{Edit, Surroundings};
 
@@ -52,12 +53,12 @@ pub struct RolledBack {
     pub flags: Flags,
 }
 
-/// Returns to the last state of the rollout that was good for `stable_after`, if nothing changed since `seen`, the revision
-/// that was judged.
+/// Does what `on_breach` says, if nothing changed since `seen`, the revision that was judged. A step is stable that was in
+/// force for `stable_after`.
 pub fn roll_back(
     view: &View<'_>,
     seen: u64,
-    stable_after: Duration,
+    (on_breach, stable_after): (OnBreach, Duration),
     cause: String,
 ) -> Plan<Option<RolledBack>, Infallible> {
     let pasts = view.model.pasts();
@@ -65,7 +66,11 @@ pub fn roll_back(
         return Ok((Vec::new(), None));
     }
     let current = view.model.flags();
-    let flags = Flags { cause: Some(cause), ..pasts.last_good(current, view.now, stable_after) };
+    let from = current.share_at(view.now);
+    let Some(flags) = pasts.after_breach(current, view.now, stable_after, on_breach) else {
+        return Ok((Vec::new(), Some(RolledBack { from, flags: current.clone() })));
+    };
+    let flags = Flags { cause: Some(cause), ..flags };
     let change = Change::RolloutChanged { flags: Box::new(flags.clone()) };
-    Ok((vec![change], Some(RolledBack { from: current.share_at(view.now), flags })))
+    Ok((vec![change], Some(RolledBack { from, flags })))
 }

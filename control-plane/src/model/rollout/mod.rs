@@ -100,6 +100,29 @@ impl Pasts {
         self.0.front()
     }
 
+    /// The rollout after a breach at `now_s`; `None`: it stays as it is.
+    pub fn after_breach(
+        &self,
+        current: &Flags,
+        now_s: u64,
+        stable_after: Duration,
+        on_breach: OnBreach,
+    ) -> Option<Flags> {
+        match on_breach {
+            OnBreach::Previous => Some(self.last_good(current, now_s, stable_after)),
+            OnBreach::Off => {
+                let rollout = Rollout { strategy: Strategy::Off, gradual: None, ..current.rollout.clone() };
+                Some(Flags { rollout, guard: current.guard, cause: None })
+            }
+            OnBreach::Hold => {
+                let mut rollout = current.rollout.clone();
+                let gradual = rollout.gradual.as_mut().filter(|gradual| gradual.paused_at.is_none())?;
+                gradual.pause(now_s);
+                Some(Flags { rollout, guard: current.guard, cause: None })
+            }
+        }
+    }
+
     /// The rollout to roll back to at `now_s`: the share that was in force `stable_after` ago, if it is a smaller one, else
     /// nothing. What was held for longer and is bad all the same leaves no step to trust.
     pub fn last_good(&self, current: &Flags, now_s: u64, stable_after: Duration) -> Flags {
@@ -111,6 +134,17 @@ impl Pasts {
         let rollout = Rollout { strategy, share, gradual: None, ..current.rollout.clone() };
         Flags { rollout, guard: current.guard, cause: None }
     }
+}
+
+/// What the guard does when V2 fares worse than V1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnBreach {
+    /// It returns to the last stable step, or to `off` if there is none.
+    Previous,
+    /// It sets `off`: everything goes to V1, where Keygate enforces nothing.
+    Off,
+    /// It pauses a gradual rollout, changes nothing else, and notifies.
+    Hold,
 }
 
 #[cfg(test)]

@@ -470,6 +470,14 @@ async fn ask(
     }
 }
 
+/// Whether the tests of applications are unhealthy. What the control plane serves itself says nothing of V2.
+pub fn is_application_unhealthy(canary: &Canary) -> bool {
+    let known = tests(canary);
+    let is_own = |test: &Test| ["/api/auth/", "/api/admin/"].iter().any(|own| test.endpoint.starts_with(own));
+    let counts = |id: &str| known.iter().any(|test| test.id == id && !is_own(test));
+    canary.history().is_unhealthy(canary.node.clock.now_ms(), counts)
+}
+
 /// What the results say now.
 pub fn health(canary: &Canary) -> Health {
     let interval = u64::try_from(canary.node.config.canary.interval.as_millis()).unwrap_or(u64::MAX);
