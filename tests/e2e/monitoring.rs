@@ -163,8 +163,10 @@ fn each_alert_says_what_to_do_and_has_a_runbook_and_a_test() {
             assert!(!text.is_empty(), "{name} has no {annotation}");
         }
         let url = rule["annotations"]["runbook_url"].as_str().unwrap_or_default();
-        let wanted =
-            format!("https://github.com/keygate/keygate/blob/main/docs/runbooks.md#{}", name.to_lowercase());
+        let wanted = format!(
+            "{{{{ with $externalLabels.runbooks }}}}{{{{ . }}}}{{{{ else }}}}docs/runbooks.md{{{{ end }}}}#{}",
+            name.to_lowercase()
+        );
         assert_eq!(url, wanted, "{name}");
         assert!(sections.remove(name), "{name} has no runbook");
         let fires = format!("alertname=\"{name}\",alertstate=\"firing\",severity=\"{severity}\"");
