@@ -515,3 +515,27 @@ fn what_a_start_finds_wrong_it_says_in_a_line_and_changes_nothing() {
         assert!(!log.contains("panicked"), "{log}");
     }
 }
+
+#[test]
+fn series_of_routes_that_are_gone_go() {
+    let stack = Stack::builder().workers(1).start();
+    let api = stack.api();
+    let lines = || api.get("/metrics").expect(200).text().lines().count();
+    let before = lines();
+    let original = api.get(POLICY).expect(200).json();
+    let replace = |routes: Value| {
+        let body = json!({ "routes": routes });
+        api.send(Request::new("PUT", format!("{POLICY}?wait=applied")).json(&body)).expect(200);
+    };
+    for round in 0..3 {
+        let route = |n: usize| json!({ "name": format!("r{round}-{n}"), "path": format!("/r{n}"), "access": "public" });
+        replace((0..300).map(route).collect());
+        stack.call(&Request::get("/r7")).expect(200);
+        wait_until(SOON, "it to be counted", || {
+            let counted = format!("endpoint=\"r{round}-7\",outcome=\"passed\",version=\"v2\"}} 1");
+            api.get("/metrics").expect(200).text().contains(&counted)
+        });
+    }
+    replace(original["routes"].clone());
+    assert!(lines() <= before + 20, "{} lines, {before} before", lines());
+}

@@ -10,7 +10,7 @@ use prometheus::core::{Collector, Desc};
 use prometheus::proto::{Bucket, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{IntCounterVec, Opts};
 
-use crate::observe::telemetry::counts::{Counts, NONE, Outcome, UNKNOWN, version_of};
+use crate::observe::telemetry::counts::{Counts, NONE, OTHER, Outcome, UNKNOWN, version_of};
 use crate::observe::telemetry::{Exported, Telemetry};
 
 const V1: &str = ApiVersion::V1.label();
@@ -151,21 +151,25 @@ fn counters(exported: &Exported, roles: &[&str]) -> Vec<MetricFamily> {
         auth_errors.add(&[reason.label(), V2], 0);
     }
 
+    // The series of a route go with it.
+    let is_there = |endpoint: &str| [NONE, OTHER].contains(&endpoint) || exported.routes.contains(endpoint);
     for (decision, count) in &counts.decisions {
         let (reason, role, endpoint) = (decision.reason, decision.role.as_str(), decision.endpoint.as_str());
-        requests.add(&[version_of(reason).label(), endpoint, Outcome::of(reason).label()], *count);
+        if is_there(endpoint) {
+            requests.add(&[version_of(reason).label(), endpoint, Outcome::of(reason).label()], *count);
+        }
         if reason.refusal().is_some() {
             refusals.add(&[reason.label()], *count);
             auth_errors.add(&[reason.label(), V2], *count);
         }
-        if reason == Reason::RateLimited {
+        if reason == Reason::RateLimited && is_there(endpoint) {
             rate_limit_exceeded.add(&[role, endpoint], *count);
         }
         if let Some(result) = reason.validation() {
             validated.add(&[role, V2, result.label()], *count);
         }
     }
-    for (response, count) in &counts.upstream_responses {
+    for (response, count) in counts.upstream_responses.iter().filter(|(of, _)| is_there(&of.endpoint)) {
         let labels = [response.version.label(), response.endpoint.as_str(), response.trouble.label()];
         upstream_responses.add(&labels, *count);
     }

@@ -72,7 +72,9 @@ struct Kept {
     known: HashMap<String, Known>,
     /// Processes whose numbers are not on disk yet.
     unwritten: BTreeSet<String>,
-    /// Names of routes, now and before.
+    /// Names of the policy's routes.
+    routes_now: BTreeSet<String>,
+    /// The same, and those of former ones that something was counted of.
     routes: BTreeSet<String>,
     reports: u64,
     /// Counts of the rollout when an operator last reset them, and when that was.
@@ -87,7 +89,7 @@ struct Kept {
 #[derive(Debug, Clone)]
 pub struct Exported {
     totals: Arc<Totals>,
-    /// Names of known routes.
+    /// Names of the policy's routes; of others nothing is exported.
     pub routes: BTreeSet<String>,
     /// Writes that failed.
     pub failures: u64,
@@ -111,6 +113,7 @@ impl Telemetry {
             counts: totals.counts.clone(),
             known,
             unwritten: BTreeSet::new(),
+            routes_now: BTreeSet::new(),
             routes: totals.counts.routes().map(str::to_owned).collect(),
             reports: 0,
             reset: totals.reset,
@@ -155,7 +158,11 @@ impl Telemetry {
     /// Counts as they are exported.
     pub fn exported(&self) -> Exported {
         let kept = self.lock();
-        Exported { totals: Arc::clone(&kept.on_disk), routes: kept.routes.clone(), failures: kept.failures }
+        Exported {
+            totals: Arc::clone(&kept.on_disk),
+            routes: kept.routes_now.clone(),
+            failures: kept.failures,
+        }
     }
 
     /// Requests of the rollout since the first start.
@@ -283,9 +290,17 @@ impl Telemetry {
 
 impl Kept {
     fn note_routes(&mut self, policy: &Policy) {
-        let names = policy.routes.iter().map(|route| &route.name);
-        let unheard: Vec<String> = names.filter(|name| !self.routes.contains(*name)).cloned().collect();
-        self.routes.extend(unheard);
+        let is_same = policy.routes.len() == self.routes_now.len()
+            && policy.routes.iter().all(|route| self.routes_now.contains(&route.name));
+        if is_same {
+            return;
+        }
+        self.routes_now = policy.routes.iter().map(|route| route.name.clone()).collect();
+        // Of routes that were never called nothing is left when they go.
+        let counted: BTreeSet<&str> = self.counts.routes().collect();
+        let (now, former) = (&self.routes_now, std::mem::take(&mut self.routes));
+        self.routes = former.into_iter().filter(|name| counted.contains(name.as_str())).collect();
+        self.routes.extend(now.iter().cloned());
     }
 }
 

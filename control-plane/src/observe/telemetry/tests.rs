@@ -190,6 +190,7 @@ fn who_was_silent_for_a_month_is_forgotten() {
         counts: Counts::default(),
         known: HashMap::from([("old".into(), known(0)), ("new".into(), known(FORGET_AFTER_S + 5))]),
         unwritten: BTreeSet::new(),
+        routes_now: BTreeSet::new(),
         routes: BTreeSet::new(),
         reports: 0,
         reset: Default::default(),
