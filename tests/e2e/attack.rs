@@ -1,4 +1,4 @@
-//! Who attacks locks nobody out, exhausts nothing, and does nothing with a key that was ended.
+//! Attackers lock no admin out, exhaust nothing, and do nothing with a key that was ended.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ use sha2::{Digest as _, Sha256};
 const POLICY: &str = "/api/admin/policy";
 const LOCKDOWN: &str = "/api/admin/emergency/lockdown";
 const CUTOFF: &str = "/api/admin/emergency/revoke";
-/// A control plane that is told to stop has ended by then.
+/// A control plane has stopped by then.
 const STOPS_WITHIN: Duration = Duration::from_secs(12);
 
 fn open_policy() -> Value {
@@ -299,7 +299,7 @@ fn whoever_may_start_the_control_plane_can_come_back() {
     assert_eq!(lifts(&["all"]).0, Some(1), "it runs");
 }
 
-/// A journal's lines chained anew without those that `drop` names, as whoever can write the file would.
+/// Rewrites a journal's segment without the records that `drop` names, as a writer of the file could.
 fn chain_anew(segment: &Path, drop: impl Fn(&Value) -> bool) {
     let text = std::fs::read_to_string(segment).expect("the segment");
     let (mut lines, mut prev, mut seq) = (String::new(), "0".repeat(64), 0);

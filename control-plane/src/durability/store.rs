@@ -127,7 +127,7 @@ impl Store {
         make_if_missing(dir, &path)?;
         let database = match Database::open(&path) {
             Err(error) if is_damage(&error) => {
-                tracing::warn!(%error, file = %path.display(), "the store is damaged; it is made anew from the journal");
+                tracing::warn!(%error, file = %path.display(), "the store is damaged; it is rebuilt from the journal");
                 std::fs::remove_file(&path).map_err(redb::Error::Io)?;
                 make_if_missing(dir, &path)?;
                 Database::open(&path)?

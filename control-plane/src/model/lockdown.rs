@@ -7,7 +7,7 @@ use crate::model::roles::Roles;
 
 /// How long one is that does not say: the playbook's "all validations fail for one hour".
 pub const DEFAULT_TTL: Duration = Duration::from_secs(60 * 60);
-/// How long one may be. Whoever needs a longer one orders it again.
+/// How long one may be. A longer one is ordered again before its end.
 pub const TTL: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(24 * 60 * 60);
 
 /// The roles whose keys pass, each once and in order: those that are given, else all whose keys may lift the lockdown.
@@ -28,8 +28,8 @@ pub fn exempt_roles(
         return Err(format!("'exempt_roles': there is no role {unknown:?}"));
     }
     if !locks_out_admins && !exempt.iter().any(|role| roles[role].may_manage()) {
-        return Err("'exempt_roles' has no role that may lift the lockdown (scope system:manage): nobody could end it \
-                    before its time. 'lock_out_admins': true asks for that"
+        return Err("'exempt_roles' has no role that may lift the lockdown (scope system:manage), so no key could end it \
+                    early. 'lock_out_admins': true asks for that"
             .into());
     }
     Ok(exempt)

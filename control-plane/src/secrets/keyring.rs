@@ -79,7 +79,7 @@ pub enum KeyringError {
     /// Its journal is gone.
     #[error(
         "{0} has the data keys of a journal, and there is none: is its directory not mounted? Put it back, or restore a backup \
-             (keygate backup restore). To begin anew, move the keyring away"
+             (keygate backup restore). To start over, move the keyring away"
     )]
     JournalMissing(PathBuf),
     /// The HSM with the master key.

@@ -21,7 +21,7 @@ impl RootKey {
         Secret::new(mac.finalize().into_bytes().into())
     }
 
-    /// A name for whoever has this root: shared by the control planes of one master key, and no secret.
+    /// The fleet's id: the same for all control planes with this root, and no secret.
     pub fn fleet_id(&self) -> String {
         let digest = self.derive("keygate fleet id");
         format!("{:016x}", u64::from_be_bytes(*digest.expose().first_chunk().expect("32 bytes")))

@@ -1,5 +1,5 @@
-//! Emergency rules that are lifted at the next start, by whoever may start the control plane: for when no key is left that
-//! could lift them.
+//! Emergency rules that are lifted at the next start, by an operator who may start the control plane: for when no key is left
+//! that could lift them.
 
 use std::fs;
 use std::io;

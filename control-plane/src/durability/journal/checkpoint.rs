@@ -176,7 +176,7 @@ impl Checks {
     pub fn finish(&self, read: &Span, last_seq: u64) -> Result<(), JournalError> {
         if self.checkpoints.is_empty() && read.is_beyond_the_first_batch() {
             let problem = "there is none, and a journal is signed from its first start on: they were removed, and the journal may \
-                           have been written anew. Restore a backup";
+                           have been rewritten. Restore a backup";
             return Err(JournalError::Damaged { path: self.path.clone(), line: 1, problem: problem.into() });
         }
         let Some(beyond) = self.checkpoints.get(self.next) else { return Ok(()) };

@@ -1,5 +1,5 @@
-//! The requests of each key that are not answered yet. A key has a bounded number of them, so that nobody can take the
-//! place of all others with one key.
+//! The requests of each key that are not answered yet. A key has a bounded number of them, so that one key cannot
+//! crowd out all others.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};

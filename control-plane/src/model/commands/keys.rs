@@ -42,7 +42,7 @@ pub struct Revocation {
     pub id: String,
     /// The reason.
     pub reason: RevocationReason,
-    /// Whether the keys that renewed it are revoked with it; `None`: if it was compromised, since whoever had it may have
+    /// Whether the keys that renewed it are revoked with it; `None`: if it was compromised, since a thief may have
     /// renewed it.
     pub with_successors: Option<bool>,
 }

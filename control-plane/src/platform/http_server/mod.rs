@@ -1,4 +1,4 @@
-//! An HTTP server that nobody can exhaust: a request must come within a time, an idle connection is closed, and where there
+//! An HTTP server that clients cannot exhaust: a request must come within a time, an idle connection is closed, and where there
 //! are too many connections, one that has not sent a whole request gives way to a new one.
 
 mod connections;

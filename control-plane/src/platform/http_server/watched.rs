@@ -121,7 +121,7 @@ impl HttpBody for Sending {
     }
 }
 
-/// The body of a request, which is unread until its end has come or nobody wants it any more.
+/// The body of a request, which is unread until its end has come or its handler drops it.
 pub struct Unread {
     body: Incoming,
     /// The connection, for as long as the body is unread.
