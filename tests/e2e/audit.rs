@@ -162,6 +162,14 @@ fn a_changed_record_is_named_by_the_server_the_command_and_the_next_start() {
     assert_eq!(report["signed_until"], 15, "it is signed at the end: {report}");
     let key = report["signed_by"][0].as_str().expect("a key").to_owned();
     assert!(verify(&stack, &["--key", &key]).0);
+    // A head that was noted before is still there; one that was cut off is not.
+    let head = report["head"].as_str().expect("a head").to_owned();
+    stack.control_plane.start();
+    stack.api().issue("basic");
+    stack.control_plane.stop();
+    assert!(verify(&stack, &["--expect", &head]).0);
+    let (well, said) = verify(&stack, &["--expect", &"0".repeat(64)]);
+    assert!(!well && said.contains("cut off or rewritten"), "{said}");
     for other in ["AAAA", "-AAA"] {
         let (well, said) = verify(&stack, &["--key", other]);
         assert!(!well && said.contains("signed"), "{other}: {said}");

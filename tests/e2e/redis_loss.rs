@@ -388,7 +388,7 @@ fn a_journal_that_was_set_back_and_went_on_is_not_taken_for_the_one_in_redis() {
             assert_eq!(api.issue("basic").answer["durability"], "local");
             // As it says: what Redis has is taken in from nothing.
             stack.control_plane.stop();
-            for gone in ["journal", "store.redb"] {
+            for gone in ["journal", "store.redb", "keyring.json"] {
                 let path = data.join(gone);
                 if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.expect("gone");
             }

@@ -47,6 +47,10 @@ pub enum Audit {
         // In base64url one key in 64 begins with a hyphen.
         #[arg(long, allow_hyphen_values = true)]
         key: Option<String>,
+        /// The head that a former verification showed: one of the records must have this hash. So records that were cut off
+        /// or rewritten since are found, whoever signed them
+        #[arg(long, value_name = "HEAD")]
+        expect: Option<String>,
         /// Print JSON
         #[arg(long)]
         json: bool,
@@ -55,8 +59,8 @@ pub enum Audit {
 
 impl Audit {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let (dir, key, json) = match self {
-            Self::Verify { dir, key, json } => (dir, key, json),
+        let (dir, key, expect, json) = match self {
+            Self::Verify { dir, key, expect, json } => (dir, key, expect, json),
             Self::List { action, actor, target, since, limit, output } => {
                 let filters = [("action", action), ("actor", actor), ("target", target), ("since", since)];
                 let mut query = vec![("limit", limit.to_string())];
@@ -74,6 +78,15 @@ impl Audit {
         let report = journal::verify(&dir, key.as_deref())?;
         if report.records == 0 {
             anyhow::bail!("{}: there is no journal here", dir.display());
+        }
+        if let Some(head) = expect.filter(|head| *head != report.head)
+            && !journal::contains(&dir, &head)?
+        {
+            anyhow::bail!(
+                "{}: no record has the hash {head}: records were cut off or rewritten since, or it is another journal{}",
+                dir.display(),
+                if report.removed > 0 { ", or that record was removed for its age" } else { "" }
+            );
         }
         if json {
             println!("{}", serde_json::to_string_pretty(&report)?);

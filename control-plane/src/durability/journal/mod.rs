@@ -27,7 +27,7 @@ pub use base::{Base, prune};
 pub use checkpoint::Notary;
 pub use copy::{checkpoints, common, lines, salvage, write_whole};
 pub use privacy::{PersonalData, Privacy};
-pub use read::{Report, page, verify, walk_after};
+pub use read::{Report, contains, page, verify, walk_after};
 pub use record::{Link, Record};
 pub use segment::{Segment, compress_sealed, list};
 

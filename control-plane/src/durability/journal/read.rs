@@ -75,6 +75,19 @@ pub fn verify(dir: &Path, trusted: Option<&str>) -> Result<Report, JournalError>
     })
 }
 
+/// Whether a record of a journal that was verified has this hash.
+///
+/// # Errors
+/// When a file cannot be read, or a record is no record.
+pub fn contains(dir: &Path, hash: &str) -> Result<bool, JournalError> {
+    let mut found = false;
+    walk_after(dir, 0, |record| {
+        found = record.hash == hash;
+        Ok(!found)
+    })?;
+    Ok(found)
+}
+
 /// Hands every record after number `after` to `each`, oldest first, until that says no more. The chain is not
 /// checked.
 ///
