@@ -160,3 +160,41 @@ fn a_misspelt_variable_is_refused_with_the_right_name() {
     assert!(said.contains("KEYGATE_FLEET_MAX_STALENESS?"), "{said}");
     assert!(said.contains("warning: KEYGATE_DASHBOARD is no setting"), "{said}");
 }
+
+#[test]
+fn each_setting_is_shown_with_where_it_comes_from() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let file = directory.path().join("keygate.toml");
+    std::fs::write(&file, "[tokens]\nissuer = \"acme\"\n[roles.basic]\nttl = \"3d\"\n").expect("written");
+    let mut command = Command::new(binaries::keygate());
+    command.current_dir(directory.path()).args(["config", "show"]).env_remove("KEYGATE_CONFIG");
+    command
+        .env("KEYGATE_REDIS_URL", "redis://user:a-password@localhost:6379")
+        .env("KEYGATE_ROLLOUT_GUARD_MARGIN", "0.1");
+    let output = command.output().expect("keygate runs");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let words = |key: &str| {
+        let line = text
+            .lines()
+            .find(|line| line.split(' ').next() == Some(key))
+            .unwrap_or_else(|| panic!("{key}: {text}"));
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    assert!(text.starts_with("keygate.toml\n"), "{text}");
+    for wanted in [
+        "tokens.issuer acme the configuration file",
+        "roles.basic.ttl 3d the configuration file",
+        "rollout.guard.margin 0.1 KEYGATE_ROLLOUT_GUARD_MARGIN",
+        "rollout.guard.on_breach previous default",
+        "redis.url redis://user:…@localhost:6379 KEYGATE_REDIS_URL",
+        "policy_file - not set",
+    ] {
+        assert_eq!(words(wanted.split(' ').next().expect("a key")), wanted);
+    }
+    assert!(!text.contains("a-password"), "{text}");
+    std::fs::write(&file, "[tokens]\nissue = \"acme\"\n").expect("written");
+    let output = command.output().expect("keygate runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("tokens.issue: no such setting"), "{said}");
+}

@@ -1,13 +1,17 @@
 //! The configuration that a command goes by: its file, and the variables.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, Subcommand};
 use keygate::config::settings::{RENAMED, SETTINGS, variable};
 use keygate::config::variables::{self, Variable};
-use keygate::config::{self, Config};
+use keygate::config::{self, Config, Shown};
+use serde_json::json;
 
+use super::Output;
+use super::client::print_json;
 use super::exit::{Exit, Failure};
 
 /// Files that are read when no other is named: the first one that is there.
@@ -33,6 +37,12 @@ impl ConfigFile {
 
     /// Reads the file, then `KEYGATE_*` variables, then flags.
     pub fn read(&self, flags: &[Flag<'_>]) -> anyhow::Result<Config> {
+        let (path, text, overrides) = self.sources(flags)?;
+        config::read(&text, &overrides).with_context(|| name_of(path.as_deref()))
+    }
+
+    /// The file, its text, and what overrides it: key, value and origin.
+    fn sources(&self, flags: &[Flag<'_>]) -> anyhow::Result<Sources> {
         check_variables()?;
         let path = self.path();
         let text = match &path {
@@ -52,10 +62,45 @@ impl ConfigFile {
                 overrides.push((key, value.clone(), (*flag).to_owned()));
             }
         }
-        config::read(&text, &overrides).with_context(|| match path {
-            Some(path) => path.display().to_string(),
-            None => "no configuration file".to_owned(),
-        })
+        Ok((path, text, overrides))
+    }
+}
+
+/// See [`ConfigFile::sources`].
+type Sources = (Option<PathBuf>, String, Vec<(&'static str, String, String)>);
+
+fn name_of(file: Option<&Path>) -> String {
+    file.map_or_else(|| "no configuration file".to_owned(), |file| file.display().to_string())
+}
+
+/// The configuration.
+#[derive(Debug, Subcommand)]
+pub enum Configuration {
+    /// Show each setting that is in force here, and where it comes from: the file, a variable, or the default
+    Show {
+        #[command(flatten)]
+        file: ConfigFile,
+        #[command(flatten)]
+        output: Output,
+    },
+}
+
+impl Configuration {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let Self::Show { file, output } = self;
+        let (path, text, overrides) = file.sources(&[])?;
+        config::read(&text, &overrides).with_context(|| name_of(path.as_deref()))?;
+        let shown = config::shown(&text, &overrides);
+        if output.json {
+            let file = path.map(|path| path.display().to_string());
+            print_json(&json!({ "file": file, "settings": shown }));
+            return Ok(ExitCode::SUCCESS);
+        }
+        println!("{}", name_of(path.as_deref()));
+        for Shown { key, value, origin } in shown {
+            println!("{key:<36} {:<28} {origin}", value.unwrap_or_else(|| "-".into()));
+        }
+        Ok(ExitCode::SUCCESS)
     }
 }
 

@@ -57,6 +57,9 @@ enum Command {
     #[command(subcommand)]
     Backup(recovery::Backup),
     Recover(recovery::Recover),
+    /// Show the configuration
+    #[command(subcommand)]
+    Config(configuration::Configuration),
     /// Say how a request would be decided; the key to ask about is read from KEYGATE_KEY or standard input
     Explain(client::Explain),
 }
@@ -84,6 +87,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Command::Audit(audit) => audit.run(),
         Command::Backup(backup) => backup.run(),
         Command::Recover(recover) => recover.run(),
+        Command::Config(configuration) => configuration.run(),
         Command::Explain(explain) => explain.run(),
     }
 }

@@ -29,6 +29,7 @@ pub use self::durability::Durability;
 pub use self::keys_at_rest::HsmSettings;
 pub use self::notify::NotifySettings;
 use self::raw::RawConfig;
+pub use self::raw::Shown;
 pub use self::redis::Redis;
 pub use self::redis_url::{Target, TargetError};
 pub use self::rollout::{GuardSettings, RolloutSettings};
@@ -123,6 +124,11 @@ impl Config {
     pub fn journal_dir(&self) -> PathBuf {
         self.data_dir.join(crate::durability::journal::DIRECTORY)
     }
+}
+
+/// The settings that a file and overrides make, each with its origin. [`read`] says whether they are valid.
+pub fn shown(file: &str, overrides: &[(&str, String, String)]) -> Vec<Shown> {
+    RawConfig::new(file, overrides).shown()
 }
 
 /// Reads the text of a file and the overrides: key, value and origin, of which later ones win.

@@ -43,6 +43,32 @@ impl RawConfig {
         }
     }
 
+    /// Each setting in its order, then those of roles: its key, its value as it was typed or its default, and the origin.
+    pub fn shown(mut self) -> Vec<Shown> {
+        let mut all = Vec::new();
+        for setting in SETTINGS {
+            let key = setting.key.to_owned();
+            let shown = match (self.values.remove(setting.key), setting.default) {
+                (Some((value, origin)), _) => Shown { key, value: Some(text_of(&value)), origin },
+                (None, Default::Value(default)) => {
+                    Shown { key, value: Some(default.to_owned()), origin: "default".into() }
+                }
+                (None, Default::Derived(from)) => {
+                    Shown { key, value: None, origin: format!("default, from {from}") }
+                }
+                (None, Default::None) => Shown { key, value: None, origin: "not set".into() },
+            };
+            all.push(shown);
+        }
+        let of_roles = self.values.into_iter();
+        all.extend(of_roles.map(|(key, (value, origin))| Shown {
+            key,
+            value: Some(text_of(&value)),
+            origin,
+        }));
+        all
+    }
+
     /// The keys that were not read yet.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.values.keys().map(String::as_str)
@@ -81,6 +107,30 @@ impl RawConfig {
             });
         }
         self.errors
+    }
+}
+
+/// A setting as it is in force.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Shown {
+    /// Its key.
+    pub key: String,
+    /// Its value; `None`: it depends on others, or there is none.
+    pub value: Option<String>,
+    /// Where that comes from.
+    pub origin: String,
+}
+
+/// A value as an operator would type it, without a password in a URL.
+fn text_of(value: &Value) -> String {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let Some((scheme, rest)) = text.split_once("://") else { return text };
+    match rest.rsplit_once('@') {
+        Some((login, host)) => {
+            let user = login.split(':').next().unwrap_or_default();
+            format!("{scheme}://{user}:…@{host}")
+        }
+        None => text,
     }
 }
 
