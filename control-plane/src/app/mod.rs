@@ -51,11 +51,11 @@ use crate::services::rotation;
 use crate::services::rotation::Driver;
 use crate::services::upkeep;
 
-/// How long requests that are under way may take when the control plane stops. This and the two below are 10 s in all.
+/// The time that requests under way may take when the control plane stops. This and the two below are 10 s in all.
 const REQUESTS_STOP_WITHIN: Duration = Duration::from_secs(5);
-/// How long services and the journal may take after that.
+/// The time that services and the journal may take after that.
 const SERVICES_STOP_WITHIN: Duration = Duration::from_secs(3);
-/// How long notifications may take after that.
+/// The time that notifications may take after that.
 const NOTIFIER_STOPS_WITHIN: Duration = Duration::from_secs(2);
 /// The most connections of the API's port.
 const API_CONNECTIONS: usize = 4_096;
@@ -306,7 +306,7 @@ impl Serving {
             let _finished = tokio::task::spawn_blocking(move || writer_thread.join()).await;
         };
         if tokio::time::timeout(SERVICES_STOP_WITHIN, ended).await.is_err() {
-            tracing::warn!("not everything ended in time; stopping all the same");
+            tracing::warn!("not everything ended in time; stopping anyway");
         }
         let told = tokio::task::spawn_blocking(move || notifier.stop());
         let _told_or_not = tokio::time::timeout(NOTIFIER_STOPS_WITHIN, told).await;

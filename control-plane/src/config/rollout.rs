@@ -26,7 +26,7 @@ pub struct GuardSettings {
     pub margin: f64,
     /// Time in force after which a step counts as stable.
     pub stable_after: Duration,
-    /// What it does on a breach.
+    /// The reaction to a breach.
     pub on_breach: OnBreach,
 }
 

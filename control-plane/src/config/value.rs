@@ -265,7 +265,7 @@ pub fn scopes(value: &Value) -> Result<Vec<String>, String> {
     }
 }
 
-/// What the guard does on a breach.
+/// The guard's reaction to a breach.
 pub fn on_breach(value: &toml::Value) -> Result<OnBreach, String> {
     match value.as_str() {
         Some("previous") => Ok(OnBreach::Previous),

@@ -279,7 +279,7 @@ impl From<CutoffError> for Problem {
         match error {
             CutoffError::TooMany => Self::new(StatusCode::CONFLICT, "too_many_cutoffs", detail),
             CutoffError::TooManyPending => Self::new(StatusCode::CONFLICT, "too_many_approvals", detail),
-            CutoffError::InvalidJustification => Self::bad_request(detail),
+            CutoffError::InvalidJustification | CutoffError::ReachesFuture => Self::bad_request(detail),
             CutoffError::NotInForce | CutoffError::NotPending => Self::not_found(detail),
             CutoffError::Approval(error) => error.into(),
             CutoffError::Records(error) => error.into(),

@@ -7,7 +7,6 @@ use keygate_core::decide::{Reason, ended};
 use keygate_core::revocation::Revocations as _;
 
 use crate::model::View;
-use crate::secrets::record::SecretState;
 
 /// The longest reason, in characters.
 pub const MAX_REASON_CHARS: usize = 500;
@@ -18,26 +17,26 @@ pub struct Author {
     name: String,
     /// Its key, which must count at the moment of the change.
     key: Option<Arc<Verified>>,
-    /// A reason for which its key may be refused all the same.
-    but: Option<Reason>,
+    /// A refusal of its key that does not count.
+    ignored: Option<Reason>,
     reason: Option<String>,
 }
 
 impl Author {
     /// A part of Keygate, such as `system`, or an operator who edits Redis: `redis`.
     pub fn part(name: impl Into<String>) -> Self {
-        Self { name: name.into(), key: None, but: None, reason: None }
+        Self { name: name.into(), key: None, ignored: None, reason: None }
     }
 
     /// A key.
     pub fn key(key: Arc<Verified>) -> Self {
-        Self { name: key.claims.sub.clone(), key: Some(key), but: None, reason: None }
+        Self { name: key.claims.sub.clone(), key: Some(key), ignored: None, reason: None }
     }
 
     /// The same, also if its key is refused for this reason.
     #[must_use]
     pub fn although(self, reason: Reason) -> Self {
-        Self { but: Some(reason), ..self }
+        Self { ignored: Some(reason), ..self }
     }
 
     /// The same with the reason for the change.
@@ -63,7 +62,7 @@ impl Author {
     /// The reason for which the key is refused.
     pub fn check(&self, view: &View<'_>) -> Result<(), Reason> {
         let Some(key) = &self.key else { return Ok(()) };
-        standing(key, view).or_else(|reason| if self.but == Some(reason) { Ok(()) } else { Err(reason) })
+        standing(key, view).or_else(|reason| if self.ignored == Some(reason) { Ok(()) } else { Err(reason) })
     }
 }
 
@@ -73,9 +72,7 @@ fn standing(key: &Verified, view: &View<'_>) -> Result<(), Reason> {
     if view.now >= exp.saturating_add(model.settings().leeway_s) || exp <= model.expired_until() {
         return Err(Reason::Expired);
     }
-    let secrets = model.secrets();
-    let verifies = |held| secrets.state_of(held) != SecretState::Expired;
-    if !secrets.get(&key.kid).is_some_and(verifies) {
+    if !model.secrets().accepts(&key.kid, view.now) {
         return Err(Reason::UnknownKid);
     }
     let standing = |fingerprint| model.revocations().standing(fingerprint);

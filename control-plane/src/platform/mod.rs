@@ -5,6 +5,5 @@ pub mod files;
 pub mod hlc;
 pub mod http_client;
 pub mod http_server;
-pub mod json;
 pub mod random;
 pub mod trace;

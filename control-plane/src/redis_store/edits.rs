@@ -9,15 +9,16 @@ use std::collections::BTreeSet;
 
 use keygate_core::decide::cutoff::Lockdown;
 use keygate_core::decide::limits::Override;
+use keygate_core::token::json;
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, Error as _};
 
 use crate::model::limits;
 use crate::model::lockdown;
 use crate::model::roles::Roles;
 use crate::model::rollout::Flags;
 use crate::model::rollout::document::Edit;
-use crate::platform::{clock, json};
+use crate::platform::clock;
 
 /// By how much the end of a key may differ from what was written: clocks of two machines, in milliseconds.
 const END_TOLERANCE_MS: u64 = 1_500;
@@ -199,7 +200,8 @@ pub fn flags(value: &Value) -> Result<Option<Edit>, String> {
         Value::Text(text) => text,
         Value::Other(kind) => return Err(is_of_type(kind)),
     };
-    let document: serde_json::Value = json::read(text)
+    let document: serde_json::Value = serde_json::from_str(text)
+        .and_then(|document| distinct(text).map(|()| document))
         .map_err(|error| format!("it is not a JSON object such as {{\"strategy\": \"off\"}}: {error}"))?;
     Edit::read(&document).map(Some).map_err(|errors| errors.join("; "))
 }
@@ -234,7 +236,8 @@ pub fn limits(
         Value::Text(text) => text,
         Value::Other(kind) => return Err(is_of_type(kind)),
     };
-    let document: serde_json::Value = json::read(text).unwrap_or_default();
+    let document: serde_json::Value =
+        serde_json::from_str(text).and_then(|document| distinct(text).map(|()| document)).unwrap_or_default();
     let roles = limits::override_roles(&document, is_role)?;
     let ttl_s = ttl_ms.map_or(limits::DEFAULT_TTL.as_secs(), |ttl| ttl.div_ceil(1_000));
     if ttl_s > limits::TTL.end().as_secs() {
@@ -254,9 +257,14 @@ pub fn ours_limits(emergency: Option<&Override>, stamp: u64, now: u64) -> Ours {
 
 /// Reads a JSON object. Without this an array would do, with its members in the order of the fields.
 fn object<T: DeserializeOwned>(text: &str) -> Result<T, serde_json::Error> {
-    let members = json::read(text)?;
-    let members: serde_json::Map<String, serde_json::Value> = serde_json::from_value(members)?;
+    let members: serde_json::Map<String, serde_json::Value> = serde_json::from_str(text)?;
+    distinct(text)?;
     serde_json::from_value(members.into())
+}
+
+/// Refuses an object with a member twice, at any depth: of two, readers disagree which one counts.
+fn distinct(text: &str) -> Result<(), serde_json::Error> {
+    json::object(text.as_bytes()).map(drop).map_err(serde_json::Error::custom)
 }
 
 fn is_of_type(kind: &str) -> String {
@@ -384,6 +392,7 @@ mod tests {
             r#"{"exempt_roles":"admin"}"#,
             r#"{"exempt_roles":["nobody"]}"#,
             r#"{"exempt_roles":["basic"]}"#,
+            r#"{"exempt_roles":["admin"],"exempt_roles":["admin","basic"]}"#,
             r#"{"until":"soon"}"#,
             r#"{"until":"1970-01-01T00:00:01Z"}"#,
             r#"{"until":"2970-01-01T00:00:01Z"}"#,
@@ -404,10 +413,11 @@ mod tests {
 
     #[test]
     fn flags_by_hand_are_read_or_refused_with_a_reason() {
+        const TWICE: &str = r#"{"strategy":"full","strategy":"off"}"#;
         let read = |text: &str| flags(&Value::Text(text.into()));
         assert!(read(r#"{"strategy": "off"}"#).unwrap().is_some());
         assert_eq!(flags(&Value::None), Ok(None));
-        for bad in ["off", r#"["full"]"#, r#"{"strategy":"on"}"#, r#"{"percentage": "ten"}"#, "{"] {
+        for bad in ["off", r#"["full"]"#, r#"{"strategy":"on"}"#, r#"{"percentage": "ten"}"#, "{", TWICE] {
             assert!(read(bad).is_err(), "{bad}");
         }
         assert!(flags(&Value::Other("list".into())).is_err());

@@ -529,11 +529,9 @@ impl Session<'_> {
             status.problems = problems;
         });
         if !is_same && self.redis.status.borrow().connected {
-            let same_processes = known.len() == self.redis.status.borrow().masters.len()
-                && runs(&known)
-                    .iter()
-                    .zip(runs(&self.redis.status.borrow().masters))
-                    .all(|(a, b)| a.0 == b.0);
+            let processes =
+                |masters: &[Health]| masters.iter().map(|health| health.run_id.clone()).collect::<Vec<_>>();
+            let same_processes = processes(&known) == processes(&self.redis.status.borrow().masters);
             return Err(if same_processes {
                 SessionError::Replicated
             } else {

@@ -77,8 +77,8 @@ pub(super) async fn issue_when_signed(node: &Node) -> Option<String> {
     }
 }
 
-/// Issues another admin key, which no rule in force refuses, and writes it to the file of the first one, which stays valid. No key is asked for: the
-/// caller starts the control plane, with its master key. Returns the secret that signed it.
+/// Issues another admin key, which no rule in force refuses, and writes it to the file of the first one, which stays valid. No
+/// key is asked for: the caller starts the control plane, with its master key. Returns the secret that signed it.
 ///
 /// # Errors
 /// When it cannot be issued or written.

@@ -96,10 +96,9 @@ pub async fn refresh(
     let configured = app.config.roles.get(&role);
     let make =
         |signer: &Signer, now| Ok(key::renewal(&known, configured, signer.identity(), &signer.kid, now));
-    let (former, holder) = (known.clone(), Arc::clone(&caller));
-    let command = move |view: &View<'_>, key: &KeyRecord| {
-        keys::renew(view, key, &former, &holder, idempotency.as_ref())
-    };
+    let former = known.clone();
+    let command =
+        move |view: &View<'_>, key: &KeyRecord| keys::renew(view, key, &former, idempotency.as_ref());
     let is_canary_key = canary::is_canary_key(&known);
     let issuing = issuing::issue(&app, &author, make, command).await;
     let (issued, committed) = issuing.inspect_err(|_| {

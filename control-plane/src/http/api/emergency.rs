@@ -64,11 +64,6 @@ impl CutoffScope {
         };
         let created_before = time("created_before", self.created_before, now.saturating_add(1))?;
         let created_after = time("created_after", self.created_after, 0)?;
-        if created_before > now.saturating_add(1) {
-            let detail = "'created_before' must not be in the future: keys issued from now on would be dead from birth. To refuse \
-                          every key for a time, order a lockdown.";
-            return Err(Problem::bad_request(detail));
-        }
         if created_after >= created_before {
             return Err(Problem::bad_request("'created_after' must be before 'created_before'."));
         }
@@ -104,6 +99,7 @@ pub async fn cut_off(
     let now = app.clock.now_s();
     let reason = body.reason.unwrap_or(RevocationReason::Emergency);
     let cutoff = body.scope.cutoff(&app, actor(&caller.0), now)?;
+    commands::check_reach(&cutoff, now)?;
     // In an emergency nobody waits for a count that nothing depends on: it reads all keys.
     let counted_first = body.dry_run || app.config.second_approval_threshold.is_some();
     let count = if counted_first { hits(&app, &cutoff, now).await? } else { Count::default() };
@@ -227,8 +223,14 @@ pub fn order_view(cutoff: &Cutoff, count: &Count) -> serde_json::Value {
 }
 
 fn cutoff_view(cutoff: &Cutoff) -> serde_json::Value {
+    let mut view = scope_view(cutoff);
+    view["id"] = cutoff.id.as_str().into();
+    view
+}
+
+/// The keys that a cut-off ends.
+pub fn scope_view(cutoff: &Cutoff) -> serde_json::Value {
     serde_json::json!({
-        "id": cutoff.id,
         "role": cutoff.scope.role,
         "owner": cutoff.scope.owner,
         "kid": cutoff.scope.kid,

@@ -15,7 +15,7 @@ use super::{Caller, audit, json};
 use crate::http::api::ApiState;
 use crate::http::problem::Problem;
 use crate::model::View;
-use crate::model::commands::policy::{self as commands, Options};
+use crate::model::commands::policy::{self as commands, Options, Replaced};
 
 /// The members that are to be replaced.
 #[derive(Debug, Deserialize)]
@@ -58,11 +58,10 @@ pub async fn replace(
         allow_warnings: query.allow_warnings,
         dry_run: query.dry_run,
     };
-    let before = serde_json::json!(app.state().rules.policy);
     let command = move |view: &View<'_>| commands::replace(view, change.mode, change.routes, options, &roles);
-    let (policy, committed) = app.writer.submit(&author, command).await??;
+    let (Replaced { before, policy }, committed) = app.writer.submit(&author, command).await??;
     let mut body = serde_json::json!(policy);
-    let changes = audit::differences(&before, &body);
+    let changes = audit::differences(&serde_json::json!(before), &body);
     body["warnings"] = serde_json::json!(commands::warnings(&policy));
     body["changes"] = changes.into();
     if query.dry_run {

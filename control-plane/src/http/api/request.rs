@@ -34,7 +34,7 @@ const DEFAULT_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_TIMEOUT: Duration = Duration::from_secs(900);
 const DEFAULT_LIMIT: usize = 100;
 const MAX_LIMIT: usize = 1_000;
-/// How long the body of a request may take to come.
+/// The time that the body of a request may take.
 const BODY_TIMEOUT: Duration = Duration::from_secs(30);
 const MAX_IDEMPOTENCY_KEY_BYTES: usize = 255;
 

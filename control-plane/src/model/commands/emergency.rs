@@ -31,6 +31,12 @@ pub enum CutoffError {
     /// The justification is blank or too long.
     #[error("'break_glass' must be a justification of at most {MAX_JUSTIFICATION_CHARS} characters.")]
     InvalidJustification,
+    /// It would end keys that are not issued yet.
+    #[error(
+        "'created_before' must not be in the future: keys issued from now on would be refused. To refuse every key for a time, \
+             order a lockdown."
+    )]
+    ReachesFuture,
     /// None with this id is in force.
     #[error("There is no cut-off with this id in force.")]
     NotInForce,
@@ -139,6 +145,7 @@ pub enum Ordered {
 pub fn order(view: &View<'_>, order: Order, threshold: Option<f64>) -> Plan<Ordered, CutoffError> {
     let Order { cutoff, reason, count, break_glass, by } = order;
     check_justification(break_glass.as_deref())?;
+    check_reach(&cutoff, view.now)?;
     let needs_approval = count.exceeds(threshold);
     if needs_approval && break_glass.is_none() {
         let (changes, proposal) = propose(view, cutoff, reason, count, by)?;
@@ -156,6 +163,14 @@ pub fn order(view: &View<'_>, order: Order, threshold: Option<f64>) -> Plan<Orde
 pub fn check_justification(text: Option<&str>) -> Result<(), CutoffError> {
     let is_one = |text: &str| !text.trim().is_empty() && text.chars().count() <= MAX_JUSTIFICATION_CHARS;
     if text.is_none_or(is_one) { Ok(()) } else { Err(CutoffError::InvalidJustification) }
+}
+
+/// Refuses a cut-off that would end keys which are not issued yet. It reaches at most to the end of the second `now`.
+///
+/// # Errors
+/// When it reaches beyond.
+pub fn check_reach(cutoff: &Cutoff, now: u64) -> Result<(), CutoffError> {
+    if cutoff.created_before <= now.saturating_add(1) { Ok(()) } else { Err(CutoffError::ReachesFuture) }
 }
 
 /// Lifts a cut-off.

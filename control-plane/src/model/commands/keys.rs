@@ -297,7 +297,6 @@ pub fn register(
     caller: &Verified,
     idempotency: Option<&Idempotency>,
 ) -> Plan<Issuance, IssueError> {
-    check_caller(view, caller)?;
     if let Some(replayed) = replay(view, idempotency)? {
         return Ok((Vec::new(), replayed));
     }
@@ -313,10 +312,8 @@ pub fn renew(
     view: &View<'_>,
     key: &KeyRecord,
     former: &KeyRecord,
-    caller: &Verified,
     idempotency: Option<&Idempotency>,
 ) -> Plan<Issuance, IssueError> {
-    check_caller(view, caller)?;
     let known = view.key(&former.key_id)?.filter(|known| known.jti == former.jti);
     let known = known.ok_or(IssueError::Unknown)?;
     let is_renewed = known.revoked.as_ref().is_some_and(|ended| ended.reason == RevocationReason::Rotation);
@@ -386,14 +383,6 @@ fn issue(
 pub(super) fn renewal_of(view: &View<'_>, old: &KeyRecord, by: &str) -> Change {
     let ended = Ended { at: view.now, reason: RevocationReason::Rotation, by: by.to_owned() };
     Change::revoking(old, ended)
-}
-
-/// Refuses a caller whose secret ended while the request waited here.
-fn check_caller(view: &View<'_>, caller: &Verified) -> Result<(), IssueError> {
-    let verifies = view.model.secrets().get(&caller.kid).is_some_and(|held| {
-        held.record.state < SecretState::Expired && held.record.not_after.is_none_or(|end| view.now < end)
-    });
-    if verifies { Ok(()) } else { Err(caller_ended(view)) }
 }
 
 fn caller_ended(view: &View<'_>) -> IssueError {

@@ -66,7 +66,16 @@ pub fn warnings(policy: &Policy) -> Vec<Warning> {
     policy.routes.is_empty().then_some(no_routes).into_iter().collect()
 }
 
-/// Replaces the members of the policy that are given; the policy as it is then.
+/// A policy, and the one that it replaces.
+#[derive(Debug)]
+pub struct Replaced {
+    /// The policy before.
+    pub before: Policy,
+    /// The policy now.
+    pub policy: Policy,
+}
+
+/// Replaces the members of the policy that are given.
 ///
 /// # Errors
 /// See [`PolicyError`].
@@ -76,7 +85,7 @@ pub fn replace(
     routes: Option<Vec<Route>>,
     options: Options,
     roles: &Roles,
-) -> Plan<Policy, PolicyError> {
+) -> Plan<Replaced, PolicyError> {
     let (current, revision) = view.model.policy();
     options.expected.check(revision)?;
     let policy = Policy {
@@ -99,5 +108,5 @@ pub fn replace(
     } else {
         vec![Change::PolicyReplaced { policy: policy.clone() }]
     };
-    Ok((changes, policy))
+    Ok((changes, Replaced { before: current.clone(), policy }))
 }

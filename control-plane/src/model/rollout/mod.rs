@@ -136,7 +136,7 @@ impl Pasts {
     }
 }
 
-/// What the guard does when V2 fares worse than V1.
+/// The guard's reaction when V2 fares worse than V1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum OnBreach {
     /// It returns to the last stable step, or to `off` if there is none.

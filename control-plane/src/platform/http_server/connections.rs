@@ -62,7 +62,7 @@ impl Connections {
     }
 
     /// Closes the oldest connection without a whole request of the peer that has the most.
-    pub fn make_room(&self, _now: Instant) {
+    pub fn make_room(&self) {
         let _none = lock(&self.open).make_room();
     }
 

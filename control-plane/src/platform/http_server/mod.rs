@@ -62,7 +62,7 @@ pub async fn serve(
                 Err(error) if is_of_connection(&error) => {}
                 Err(error) => {
                     warnings.refuse(connections.len(), &error.to_string());
-                    connections.make_room(Instant::now());
+                    connections.make_room();
                     tokio::time::sleep(PAUSE).await;
                 }
             },
@@ -71,11 +71,7 @@ pub async fn serve(
     drop(listener);
     let ended = async { while tasks.join_next().await.is_some() {} };
     if tokio::time::timeout(stop_within, ended).await.is_err() {
-        tracing::warn!(
-            port = name,
-            requests = tasks.len(),
-            "requests are not done in time; stopping all the same"
-        );
+        tracing::warn!(port = name, requests = tasks.len(), "requests are not done in time; stopping anyway");
         tasks.shutdown().await;
     }
 }

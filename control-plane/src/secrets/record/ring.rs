@@ -246,6 +246,13 @@ impl Ring {
         }
     }
 
+    /// Whether keys of a secret are accepted at `now`, Unix seconds.
+    pub fn accepts(&self, kid: &str, now: u64) -> bool {
+        self.get(kid).is_some_and(|held| {
+            held.record.state < SecretState::Expired && held.record.not_after.is_none_or(|end| now < end)
+        })
+    }
+
     /// What signs.
     ///
     /// # Errors

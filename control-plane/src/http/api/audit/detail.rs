@@ -1,9 +1,10 @@
-//! What a record of the journal says was changed, and from what to what. Neither secrets nor metadata of keys are shown,
+//! The change of a record of the journal: the values, and those before. Neither secrets nor metadata of keys are shown,
 //! and owners by their hashes, as the journal has them.
 
-use keygate_core::decide::cutoff::{Cutoff, Lockdown};
+use keygate_core::decide::cutoff::Lockdown;
 use serde_json::{Value, json};
 
+use crate::http::api::emergency::scope_view;
 use crate::model::change::Change;
 use crate::platform::clock;
 use crate::secrets::record::SecretRecord;
@@ -41,14 +42,14 @@ pub fn detail(change: &Change) -> Value {
         Change::EditRefused { key, problem } => json!({ "redis_key": key, "problem": problem }),
         Change::PeerChanged { max_life_s } => json!({ "max_life_s": max_life_s }),
         Change::CutoffAdded { cutoff, reason, approved_by, break_glass } => {
-            let mut detail = of_cutoff(cutoff);
+            let mut detail = scope_view(cutoff);
             detail["reason"] = json!(reason);
             detail["approved_by"] = json!(approved_by);
             detail["break_glass"] = json!(break_glass);
             detail
         }
         Change::CutoffProposed { proposal } => {
-            let mut detail = of_cutoff(&proposal.cutoff);
+            let mut detail = scope_view(&proposal.cutoff);
             detail["reason"] = json!(proposal.reason);
             detail["requested_by"] = json!(proposal.requested_by);
             detail["keys"] = json!(proposal.count.keys());
@@ -89,17 +90,6 @@ fn of_secret(secret: &SecretRecord, justification: Option<&str>) -> Value {
     })
 }
 
-fn of_cutoff(cutoff: &Cutoff) -> Value {
-    json!({
-        "role": cutoff.scope.role,
-        "owner": cutoff.scope.owner,
-        "kid": cutoff.scope.kid,
-        "created_before": clock::rfc3339(cutoff.created_before),
-        "created_after": (cutoff.created_after > 0).then(|| clock::rfc3339(cutoff.created_after)),
-        "excluded_key": cutoff.excluded_key,
-    })
-}
-
 fn of_lockdown(lockdown: Option<&Lockdown>) -> Value {
     match lockdown {
         Some(lockdown) => json!({
@@ -111,7 +101,7 @@ fn of_lockdown(lockdown: Option<&Lockdown>) -> Value {
     }
 }
 
-/// What differs: `[{"member", "from", "to"}]`, members of members with a dot between, items of lists that have a `name`
+/// The differences: `[{"member", "from", "to"}]`, members of members with a dot between, items of lists that have a `name`
 /// by it.
 pub fn differences(before: &Value, after: &Value) -> Vec<Value> {
     let mut found = Vec::new();
