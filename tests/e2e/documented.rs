@@ -1,7 +1,6 @@
 //! The documents' own commands, as they stand there.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use keygate_e2e::{Redis, Request, SOON, Stack, binaries, wait_until};
@@ -47,13 +46,6 @@ fn with_backups(stack: &Stack) -> String {
     format!("{}/", place.display())
 }
 
-fn lose(data: &Path) {
-    fs::remove_dir_all(data.join("journal")).expect("gone");
-    for file in ["keyring.json", "store.redb", "quota.redb", "telemetry.redb"] {
-        let _none = fs::remove_file(data.join(file));
-    }
-}
-
 #[test]
 fn a_backup_and_its_restore_as_operations_has_them() {
     let mut stack = Stack::builder().workers(1).start();
@@ -67,7 +59,7 @@ fn a_backup_and_its_restore_as_operations_has_them() {
     fs::rename(made, format!("{backups}keygate-2026-01-31.kgb")).expect("the name that the document has");
     stack.api().revoke(&dead.id);
     stack.control_plane.kill();
-    lose(&stack.control_plane.data());
+    stack.control_plane.lose_data();
     for command in commands("docs/operations.md", "**The only data directory.**", "It works in any order") {
         typed(&stack, &command, &places);
     }

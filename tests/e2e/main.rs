@@ -36,6 +36,7 @@ mod rollout;
 mod rotation;
 mod secrets;
 mod split;
+mod starts;
 mod startup;
 mod telemetry;
 mod trace_context;

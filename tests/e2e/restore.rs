@@ -25,19 +25,6 @@ fn backup_done(arguments: &[&str], data: &Path) -> String {
     printed
 }
 
-/// The whole data directory but the keys that are kept elsewhere, as documented.
-fn lose(data: &Path) {
-    for entry in fs::read_dir(data).expect("the data directory") {
-        let path = entry.expect("an entry").path();
-        let name = path.file_name().expect("a name").to_string_lossy().into_owned();
-        if path.is_dir() {
-            fs::remove_dir_all(&path).expect("gone");
-        } else if !["master.key", "fleet.token", "admin.key"].contains(&name.as_str()) {
-            fs::remove_file(&path).expect("gone");
-        }
-    }
-}
-
 /// When the restore is typed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Order {
@@ -108,7 +95,7 @@ impl Day {
     /// The data directory is lost, and what `shared` says of Redis.
     fn break_down(&mut self, shared: Shared) {
         self.stack.control_plane.kill();
-        lose(&self.stack.control_plane.data());
+        self.stack.control_plane.lose_data();
         let Some(redis) = &mut self.redis else { return };
         match shared {
             Shared::None | Shared::Kept => {}
@@ -295,7 +282,7 @@ fn an_older_copy_of_the_data_directory_gives_way_to_a_newer_backup() {
     let verified = backup_done(&["verify", file], &data);
     assert!(verified.contains("whole and unchanged"), "{verified}");
     stack.control_plane.stop();
-    lose(&data);
+    stack.control_plane.lose_data();
     // Twice: the older one first, by mistake.
     backup_done(&["restore", older], &data);
     let printed = backup_done(&["restore", file], &data);
@@ -343,7 +330,7 @@ fn a_large_set_of_revocations_is_returned_in_parts() {
     }
     api.revoke(&late.id);
     stack.control_plane.kill();
-    lose(&data);
+    stack.control_plane.lose_data();
     backup_done(&["restore", file], &data);
     stack.control_plane.start();
     wait_until(SOON, "a new admin key", || stack.api().get("/api/admin/fleet").status == 200);
@@ -365,7 +352,7 @@ fn a_proxy_that_had_given_up_serves_again() {
     backup_done(&["create", file], &data);
     api.revoke(&late.id);
     stack.control_plane.kill();
-    lose(&data);
+    stack.control_plane.lose_data();
     wait_until(SOON, "the proxy to give up", || stack.get("/api/chat", &good.token).status == 503);
     backup_done(&["restore", file], &data);
     stack.control_plane.start();

@@ -340,12 +340,12 @@ fn a_v2_that_fails_is_rolled_back_by_itself() {
     assert_eq!(shown()["last_change"]["reason"], "INC-7");
 }
 
-#[test]
-fn canaries_test_v2_alone_and_the_guard_rolls_back_when_they_are_unhealthy() {
+/// A stack whose proxy is tested every second, with a V1, where the guard judges by canaries alone: of requests there are
+/// never enough.
+fn with_canaries(more: &str) -> Stack {
     let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
-    // By requests alone nothing is ever found.
     let config = format!(
-        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\nprobe_interval = \"1s\"\n\
+        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\n{more}\
          [rollout]\nv1_cluster = \"upstream_v1\"\nguard = {{ min_requests = 1000000 }}\n",
         stack.envoy.port()
     );
@@ -353,6 +353,12 @@ fn canaries_test_v2_alone_and_the_guard_rolls_back_when_they_are_unhealthy() {
     stack.control_plane.start();
     stack.start_envoy();
     stack.envoy.wait_ready();
+    stack
+}
+
+#[test]
+fn canaries_test_v2_alone_and_the_guard_rolls_back_when_they_are_unhealthy() {
+    let stack = with_canaries("probe_interval = \"1s\"\n");
     let api = stack.api();
     let ran = |test: &str| {
         let path = format!("/api/admin/canary/results?test_id={test}&limit=1000");
@@ -535,19 +541,10 @@ fn the_canary_tests_v2_whoever_else_goes_there() {
 
 #[test]
 fn what_the_control_plane_serves_itself_moves_no_rollout() {
-    let mut stack = Stack::builder().workers(1).without_control_plane().without_envoy().start();
-    let config = format!(
-        "[canary]\nurls = [\"http://127.0.0.1:{}\"]\ninterval = \"1s\"\n\
-         [rollout]\nv1_cluster = \"upstream_v1\"\nguard = {{ min_requests = 1000000 }}\n",
-        stack.envoy.port()
-    );
-    std::fs::write(stack.control_plane.config_file(), config).expect("the configuration");
-    stack.control_plane.start();
-    stack.start_envoy();
-    stack.envoy.wait_ready();
+    let stack = with_canaries("");
     let api = stack.api();
     set(&api, &json!({ "strategy": "full" }));
-    // As when somebody floods it.
+    // As under a flood.
     for n in 0..12 {
         let test =
             json!({ "id": format!("own{n}"), "endpoint": "/api/auth/validate", "expected_status": 299 });

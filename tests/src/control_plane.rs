@@ -229,6 +229,21 @@ impl ControlPlane {
         self.process.take().expect("it runs").abort()
     }
 
+    /// Loses the data directory but for the keys and tokens that operators keep elsewhere, too. It must not run.
+    #[track_caller]
+    pub fn lose_data(&self) {
+        assert!(!self.is_running(), "it runs");
+        for entry in fs::read_dir(self.data()).expect("the data directory") {
+            let entry = entry.expect("an entry");
+            let (path, name) = (entry.path(), entry.file_name());
+            if path.is_dir() {
+                fs::remove_dir_all(&path).expect("gone");
+            } else if !["master.key", "fleet.token", "admin.key"].iter().any(|kept| name == *kept) {
+                fs::remove_file(&path).expect("gone");
+            }
+        }
+    }
+
     /// Waits for it to end by itself.
     #[track_caller]
     pub fn wait_end(&mut self) -> ExitStatus {

@@ -10,7 +10,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use keygate_e2e::control_plane::ControlPlane;
-use keygate_e2e::wait::try_wait_for;
+use keygate_e2e::wait::{pass, try_wait_for};
 use keygate_e2e::{Api, Key, Redis, Request, SOON, Stack, binaries, wait_until};
 use serde_json::json;
 
@@ -121,7 +121,7 @@ impl Probe {
                     let refused: Duration = since.get_or_insert_with(Instant::now).elapsed();
                     longest = longest.max(refused);
                 }
-                std::thread::sleep(Duration::from_millis(5));
+                pass(Duration::from_millis(5));
             }
             longest
         });
@@ -224,18 +224,6 @@ fn keygate(arguments: &[&str], data: &Path) {
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
-/// Loses a data directory but for what is kept elsewhere.
-fn lose(data: &Path) {
-    for entry in fs::read_dir(data).expect("the data directory").filter_map(Result::ok) {
-        let (path, name) = (entry.path(), entry.file_name());
-        if path.is_dir() {
-            fs::remove_dir_all(&path).expect("gone");
-        } else if !["master.key", "fleet.token", "admin.key"].iter().any(|kept| name == *kept) {
-            fs::remove_file(&path).expect("gone");
-        }
-    }
-}
-
 fn restore() -> Outcome {
     let mut fleet = Fleet::start(None);
     let file: PathBuf = fleet.stack.directory().join("backup.kgb");
@@ -244,7 +232,7 @@ fn restore() -> Outcome {
     fleet.end_some(); // After the backup.
     let probe = fleet.probe();
     fleet.stack.control_plane.kill();
-    lose(&data);
+    fleet.stack.control_plane.lose_data();
     let since = Instant::now();
     keygate(&["backup", "restore", "--yes", &name], &data);
     fleet.stack.control_plane.start();
@@ -410,7 +398,7 @@ fn lost_for_good() -> Outcome {
     let mut fleet = Fleet::start(Some(Redis::start()));
     let probe = fleet.probe();
     fleet.stack.control_plane.kill();
-    lose(&fleet.stack.control_plane.data());
+    fleet.stack.control_plane.lose_data();
     let since = Instant::now();
     // Another machine: with the master key, the fleet token and the Redis.
     fleet.stack.control_plane.start();
